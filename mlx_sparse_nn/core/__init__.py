@@ -1,0 +1,33 @@
+"""The sparse core: patterns, sparse arrays, and the three products."""
+
+from mlx_sparse_nn.core.construct import (
+    bsr_array,
+    coo_array,
+    csr_array,
+    from_dense,
+    from_scipy,
+    to_scipy,
+)
+from mlx_sparse_nn.core.csr import COOArray, CSRArray, csr_matmul
+from mlx_sparse_nn.core.device import use_cpu, use_device, use_gpu
+from mlx_sparse_nn.core.ops import sddmm, spmm, spmm_t
+from mlx_sparse_nn.core.pattern import CSRPattern
+
+__all__ = [
+    "COOArray",
+    "CSRArray",
+    "CSRPattern",
+    "bsr_array",
+    "coo_array",
+    "csr_array",
+    "csr_matmul",
+    "from_dense",
+    "from_scipy",
+    "sddmm",
+    "spmm",
+    "spmm_t",
+    "to_scipy",
+    "use_cpu",
+    "use_device",
+    "use_gpu",
+]

@@ -1,0 +1,155 @@
+"""Functions that make sparse arrays: from triplets, from dense arrays, from and to SciPy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_sparse_nn.core.csr import COOArray, CSRArray, check_data
+from mlx_sparse_nn.core.pattern import (
+    ArrayLike,
+    CSRPattern,
+    check_shape,
+    check_size,
+    from_coordinates,
+)
+
+if TYPE_CHECKING:
+    import scipy.sparse
+
+
+def coo_array(
+    arg: tuple[ArrayLike, tuple[ArrayLike, ArrayLike]], shape: tuple[int, int]
+) -> COOArray:
+    """Make a sparse array from coordinates: ``coo_array((data, (row, col)), shape=(m, n))``.
+
+    Args:
+        arg: Stored values ``(nnz,)`` and their coordinates, two ``(nnz,)`` integer arrays.
+        shape: ``(n_rows, n_cols)``.
+
+    Raises:
+        TypeError: ``data`` is not numeric or the coordinates are not integers.
+        ValueError: Lengths differ or a coordinate is out of range.
+    """
+    data, coordinates = _unpack("coo_array", "(data, (row, col))", arg, 2)
+    row, col = _unpack("coo_array", "(row, col)", coordinates, 2)
+    return COOArray(data, row, col, shape)
+
+
+def csr_array(
+    arg: tuple[ArrayLike, ArrayLike, ArrayLike],
+    shape: tuple[int, int],
+    *,
+    canonical: bool = False,
+) -> CSRArray:
+    """Make a sparse array from CSR: ``csr_array((data, indices, indptr), shape=(m, n))``.
+
+    Args:
+        arg: Stored values ``(nnz,)``, their columns ``(nnz,)``, and row starts ``(n_rows + 1,)``.
+        shape: ``(n_rows, n_cols)``.
+        canonical: Sort the columns of each row and add up repeated entries. Products are right
+            either way.
+
+    Raises:
+        TypeError: ``data`` is not numeric or the indices are not integers.
+        ValueError: The indices do not describe a matrix of that shape.
+    """
+    data, indices, indptr = _unpack("csr_array", "(data, indices, indptr)", arg, 3)
+    array = CSRArray(data, CSRPattern(indptr, indices, shape))
+    return array.tocoo().tocsr() if canonical and not array.pattern.is_canonical else array
+
+
+def bsr_array(arg: tuple[ArrayLike, ArrayLike, ArrayLike], shape: tuple[int, int]) -> CSRArray:
+    """Make a block-sparse array: ``bsr_array((blocks, indices, indptr), shape=(m, n))``.
+
+    Args:
+        arg: Stored blocks ``(n_blocks, B, B)``, their block-columns ``(n_blocks,)``, and starts of
+            the block-rows ``(n_rows / B + 1,)``, as SciPy lays them out.
+        shape: ``(n_rows, n_cols)`` in scalars.
+
+    Raises:
+        TypeError: ``blocks`` is not numeric or the indices are not integers.
+        ValueError: The blocks are not square, or the indices do not describe such a matrix.
+    """
+    blocks, indices, indptr = _unpack("bsr_array", "(blocks, indices, indptr)", arg, 3)
+    blocks = check_data("bsr_array", blocks)
+    if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2] or blocks.shape[1] == 0:
+        raise ValueError(f"[bsr_array] blocks must be (n_blocks, B, B), got shape {blocks.shape}")
+    block_size = blocks.shape[1]
+    data = blocks.reshape(-1) if block_size == 1 else blocks
+    return CSRArray(data, CSRPattern(indptr, indices, shape, block_size))
+
+
+def from_dense(w: ArrayLike, block_size: int = 1) -> CSRArray:
+    """Make a sparse array of the blocks of ``w`` that hold a nonzero.
+
+    The places are read on the host, so ``w`` must be a concrete array; the values are not.
+
+    Args:
+        w: ``(n_rows, n_cols)``.
+        block_size: Side of the blocks.
+
+    Raises:
+        TypeError: ``w`` is not numeric.
+        ValueError: ``w`` is not a matrix, or ``block_size`` does not divide it.
+    """
+    w = check_data("from_dense", w)
+    if w.ndim != 2:
+        raise ValueError(f"[from_dense] w must be a matrix, got shape {w.shape}")
+    block = check_size("from_dense", "block_size", block_size, minimum=1)
+    n_rows, n_cols = check_shape("from_dense", w.shape, block)
+    blocks = w.reshape(n_rows // block, block, n_cols // block, block).swapaxes(1, 2)
+    rows, cols = np.nonzero(np.array((blocks != 0).any(axis=(2, 3))))
+    pattern = from_coordinates(rows, cols, (n_rows, n_cols), block)
+    data = blocks[mx.array(rows.astype(np.int32)), mx.array(cols.astype(np.int32))]
+    return CSRArray(data.reshape(pattern.data_shape), pattern)
+
+
+def from_scipy(array: Any) -> CSRArray | COOArray:
+    """Make a sparse array of a SciPy array or matrix in csr, coo or bsr format, as it is stored.
+
+    64-bit values become MLX's default 32-bit types, as ``mx.array`` does it.
+
+    Raises:
+        TypeError: The format is another one.
+        ValueError: The blocks are not square, or indices do not fit 32 bits.
+    """
+    kind = getattr(array, "format", type(array).__name__)
+    if kind == "csr":
+        return csr_array((array.data, array.indices, array.indptr), shape=array.shape)
+    if kind == "bsr":
+        return bsr_array((array.data, array.indices, array.indptr), shape=array.shape)
+    if kind == "coo":
+        return coo_array((array.data, (array.row, array.col)), shape=array.shape)
+    raise TypeError(f"[from_scipy] takes csr, coo or bsr, got {kind}; convert with .tocsr() first")
+
+
+def to_scipy(
+    array: CSRArray | COOArray,
+) -> scipy.sparse.csr_array | scipy.sparse.bsr_array | scipy.sparse.coo_array:
+    """Return a SciPy array in the format at hand: csr, bsr (``block_size > 1``) or coo.
+
+    NumPy has no bfloat16: such values become float32.
+
+    Raises:
+        TypeError: ``array`` is not a sparse array of this package.
+    """
+    import scipy.sparse
+
+    if not isinstance(array, CSRArray | COOArray):
+        raise TypeError(f"[to_scipy] takes a CSRArray or COOArray, got {type(array).__name__}")
+    data = np.array(array.data.astype(mx.float32) if array.dtype == mx.bfloat16 else array.data)
+    if isinstance(array, COOArray):
+        return scipy.sparse.coo_array((data, (array.row, array.col)), shape=array.shape)
+    parts = (data, array.pattern.indices.copy(), array.pattern.indptr.copy())
+    if array.block_size > 1:
+        return scipy.sparse.bsr_array(parts, shape=array.shape)
+    return scipy.sparse.csr_array(parts, shape=array.shape)
+
+
+def _unpack(owner: str, form: str, arg: Any, length: int) -> tuple:
+    if not isinstance(arg, tuple | list) or len(arg) != length:
+        raise TypeError(f"[{owner}] takes {form}, got {type(arg).__name__}")
+    return tuple(arg)

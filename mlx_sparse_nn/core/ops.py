@@ -1,0 +1,242 @@
+"""The three sparse products: checked once, dispatched, and differentiable to any order.
+
+Features are the last axis, as in ``mlx.nn.Linear``. Each product is bilinear and each one's
+derivative is another of the three, so vjp and jvp are a line each and higher orders follow.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mlx_sparse_nn.core import reference
+from mlx_sparse_nn.core.layout import Layout
+from mlx_sparse_nn.core.pattern import CSRPattern
+
+
+def spmm(
+    data: mx.array, pattern: CSRPattern | Layout, x: mx.array, bias: mx.array | None = None
+) -> mx.array:
+    """Multiply by a sparse matrix: ``y[..., r] = sum_c A[r, c] x[..., c] + bias[r]``.
+
+    Args:
+        data: Stored values of A, ``(nnz,)`` (real or complex) or ``(n_blocks, B, B)`` (real).
+        pattern: Where they lie.
+        x: ``(..., n_cols)``.
+        bias: ``(n_rows,)``, or None.
+
+    Returns:
+        ``(..., n_rows)`` of the promoted dtype. 16-bit types accumulate in float32.
+
+    Raises:
+        TypeError: An operand is not an array, or the promoted dtype has no product.
+        ValueError: A shape does not fit the pattern.
+    """
+    layout = _layout("spmm", pattern)
+    _check_shape("spmm", "data", data, layout.data_shape)
+    _check_features("spmm", "x", x, "n_cols", layout.shape[1])
+    if bias is not None:
+        _check_shape("spmm", "bias", bias, layout.shape[:1])
+    data, x = _promote("spmm", layout, data=data, x=x)
+    y = _spmm(layout, data[None], _merge(x)).reshape(*x.shape[:-1], layout.shape[0])
+    return y if bias is None else y + bias
+
+
+def spmm_t(data: mx.array, pattern: CSRPattern | Layout, y: mx.array) -> mx.array:
+    """Multiply by the transpose: ``x[..., c] = sum_r A[r, c] y[..., r]``.
+
+    Args:
+        data: Stored values of A, ``(nnz,)`` or ``(n_blocks, B, B)``.
+        pattern: Where they lie in A.
+        y: ``(..., n_rows)``.
+
+    Returns:
+        ``(..., n_cols)`` of the promoted dtype.
+
+    Raises:
+        TypeError, ValueError: As :func:`spmm`.
+    """
+    layout = _layout("spmm_t", pattern)
+    _check_shape("spmm_t", "data", data, layout.data_shape)
+    _check_features("spmm_t", "y", y, "n_rows", layout.shape[0])
+    data, y = _promote("spmm_t", layout, data=data, y=y)
+    return _spmm_t(layout, data[None], _merge(y)).reshape(*y.shape[:-1], layout.shape[1])
+
+
+def sddmm(pattern: CSRPattern | Layout, y: mx.array, x: mx.array) -> mx.array:
+    """Sample the product of two dense matrices: ``data[j] = sum y[..., row(j)] x[..., col(j)]``.
+
+    The sum runs over all leading axes. This is the gradient of :func:`spmm` to its data.
+
+    Args:
+        pattern: The places to compute.
+        y: ``(..., n_rows)``.
+        x: ``(..., n_cols)`` with the leading axes of ``y``.
+
+    Returns:
+        ``(nnz,)`` or ``(n_blocks, B, B)`` of the promoted dtype.
+
+    Raises:
+        TypeError, ValueError: As :func:`spmm`.
+    """
+    layout = _layout("sddmm", pattern)
+    _check_features("sddmm", "y", y, "n_rows", layout.shape[0])
+    _check_features("sddmm", "x", x, "n_cols", layout.shape[1])
+    if y.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"[sddmm] leading axes differ: y {y.shape[:-1]}, x {x.shape[:-1]}")
+    y, x = _promote("sddmm", layout, y=y, x=x)
+    return _sddmm(layout, _merge(y), _merge(x))[0]
+
+
+# The products proper. Operands have a leading axis V of matrices that share the pattern: data
+# (V, n_blocks, ...), x (V, N, n_cols), y (V, N, n_rows). The layout is captured, not an operand:
+# nothing is differentiated by it, and its transpose is made only when a gradient asks for it.
+
+
+def _spmm(layout: Layout, data: mx.array, x: mx.array) -> mx.array:
+    @mx.custom_function
+    def product(data, x):
+        return reference.spmm(data, layout, x)
+
+    @product.vjp
+    def vjp(primals, cotangent, output):
+        data, x = primals
+        return _sddmm(layout, cotangent, _conj(x)), _spmm_t(layout, _conj(data), cotangent)
+
+    @product.jvp
+    def jvp(primals, tangents):
+        return _bilinear_jvp(lambda data, x: _spmm(layout, data, x), primals, tangents)
+
+    @product.vmap
+    def vmap(operands, axes):
+        return _map_matrix(lambda data, x: _spmm(layout, data, x), operands, axes)
+
+    return product(data, x)  # pyright: ignore[reportReturnType]
+
+
+def _spmm_t(layout: Layout, data: mx.array, y: mx.array) -> mx.array:
+    @mx.custom_function
+    def product(data, y):
+        return reference.spmm_t(data, layout, y)
+
+    @product.vjp
+    def vjp(primals, cotangent, output):
+        data, y = primals
+        return _sddmm(layout, _conj(y), cotangent), _spmm(layout, _conj(data), cotangent)
+
+    @product.jvp
+    def jvp(primals, tangents):
+        return _bilinear_jvp(lambda data, y: _spmm_t(layout, data, y), primals, tangents)
+
+    @product.vmap
+    def vmap(operands, axes):
+        return _map_matrix(lambda data, y: _spmm_t(layout, data, y), operands, axes)
+
+    return product(data, y)  # pyright: ignore[reportReturnType]
+
+
+def _sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
+    @mx.custom_function
+    def product(y, x):
+        return reference.sddmm(layout, y, x)
+
+    @product.vjp
+    def vjp(primals, cotangent, output):
+        y, x = primals
+        return _spmm(layout, cotangent, _conj(x)), _spmm_t(layout, cotangent, _conj(y))
+
+    @product.jvp
+    def jvp(primals, tangents):
+        return _bilinear_jvp(lambda y, x: _sddmm(layout, y, x), primals, tangents)
+
+    @product.vmap
+    def vmap(operands, axes):
+        size = _mapped_size(operands, axes)
+        y, x = (_split_matrices(a, axis, size) for a, axis in zip(operands, axes, strict=True))
+        out = _sddmm(layout, y, x)
+        return out.reshape(size, -1, *out.shape[1:]), 0
+
+    return product(y, x)  # pyright: ignore[reportReturnType]
+
+
+def _bilinear_jvp(product, primals, tangents):
+    (a, b), (da, db) = primals, tangents
+    if da is None:
+        return product(a, db)
+    if db is None:
+        return product(da, b)
+    return product(da, b) + product(a, db)
+
+
+def _map_matrix(product, operands, axes):
+    """Map a product ``(data, x)`` over an axis of either or both: one call, whatever is mapped."""
+    (data, x), (data_axis, x_axis) = operands, axes
+    size = _mapped_size(operands, axes)
+    if data_axis is None:
+        # One matrix for all: the mapped axis is more rows of x.
+        x = mx.moveaxis(x, x_axis, 1)  # (V, M, N, n)
+        out = product(data, x.reshape(x.shape[0], -1, x.shape[-1]))
+        return out.reshape(*x.shape[:-1], out.shape[-1]), 1
+    out = product(_split_matrices(data, data_axis, size), _split_matrices(x, x_axis, size))
+    return out.reshape(size, -1, *out.shape[1:]), 0
+
+
+def _mapped_size(operands, axes) -> int:
+    return next(a.shape[axis] for a, axis in zip(operands, axes, strict=True) if axis is not None)
+
+
+def _split_matrices(a: mx.array, axis: int | None, size: int) -> mx.array:
+    """Return ``a (V, ...)``, mapped over ``axis`` or repeated, as ``(size * V, ...)``."""
+    a = mx.broadcast_to(a, (size, *a.shape)) if axis is None else mx.moveaxis(a, axis, 0)
+    return a.reshape(size * a.shape[1], *a.shape[2:])
+
+
+def _conj(a: mx.array) -> mx.array:
+    """Conjugate: MLX's gradients of complex products are by the conjugate of the other factor."""
+    return mx.conjugate(a) if a.dtype == mx.complex64 else a
+
+
+def _merge(a: mx.array) -> mx.array:
+    """Return ``(..., n)`` as ``(1, N, n)``."""
+    n_rows = 1
+    for size in a.shape[:-1]:
+        n_rows *= size
+    return a.reshape(1, n_rows, a.shape[-1])
+
+
+def _layout(op: str, pattern: CSRPattern | Layout) -> Layout:
+    if isinstance(pattern, CSRPattern):
+        return pattern.layout
+    if isinstance(pattern, Layout):
+        return pattern
+    raise TypeError(f"[{op}] pattern must be a CSRPattern, got {type(pattern).__name__}")
+
+
+def _check_array(op: str, name: str, a: mx.array) -> None:
+    if not isinstance(a, mx.array):
+        raise TypeError(f"[{op}] {name} must be an mx.array, got {type(a).__name__}")
+
+
+def _check_shape(op: str, name: str, a: mx.array, shape: tuple[int, ...]) -> None:
+    _check_array(op, name, a)
+    if tuple(a.shape) != tuple(shape):
+        raise ValueError(f"[{op}] {name} has shape {a.shape}, the pattern needs {tuple(shape)}")
+
+
+def _check_features(op: str, name: str, a: mx.array, label: str, size: int) -> None:
+    _check_array(op, name, a)
+    if a.ndim == 0 or a.shape[-1] != size:
+        raise ValueError(
+            f"[{op}] {name} has shape {a.shape}, its last axis must be {label} = {size}"
+        )
+
+
+def _promote(op: str, layout: Layout, **operands: mx.array) -> tuple[mx.array, mx.array]:
+    """Cast both operands to the dtype that MLX promotes them to, if it has a product."""
+    a, b = operands.values()
+    dtype = mx.result_type(a, b)
+    if not mx.issubdtype(dtype, mx.inexact):
+        names = " and ".join(f"{name} {value.dtype}" for name, value in operands.items())
+        raise TypeError(f"[{op}] {names} give {dtype}; cast one to a floating type with astype")
+    if dtype == mx.complex64 and layout.block_size > 1:
+        raise TypeError(f"[{op}] complex64 is for block_size 1, got block_size {layout.block_size}")
+    return a.astype(dtype), b.astype(dtype)

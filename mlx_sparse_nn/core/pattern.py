@@ -1,0 +1,285 @@
+"""CSRPattern: which entries of a sparse matrix are stored, validated once on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeAlias
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_sparse_nn.core.layout import Layout
+
+ArrayLike: TypeAlias = "mx.array | np.ndarray | Sequence"
+
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CSRPattern:
+    """The immutable structure of a sparse matrix: CSR over scalars or over square blocks.
+
+    Block-row ``r`` stores the blocks ``indptr[r]`` to ``indptr[r + 1] - 1``; stored block ``j``
+    lies in block-column ``indices[j]``. With ``block_size=1`` this is plain CSR. Columns need be
+    neither sorted nor unique: duplicates add up, as in SciPy.
+
+    Args:
+        indptr: ``(n_rows / block_size + 1,)`` integers, from 0, never decreasing, to ``n_blocks``.
+        indices: ``(n_blocks,)`` integers in ``[0, n_cols / block_size)``.
+        shape: ``(n_rows, n_cols)`` in scalars.
+        block_size: Side of the square blocks.
+
+    Attributes:
+        indptr: Read-only NumPy int32 array on the host.
+        indices: Read-only NumPy int32 array on the host.
+
+    Raises:
+        TypeError: ``indptr``, ``indices``, ``shape`` or ``block_size`` are not integers.
+        ValueError: The numbers do not describe a matrix of that shape, or more than 2**31 - 1
+            values would be stored.
+
+    Example:
+        >>> CSRPattern([0, 2, 3], [0, 1, 1], shape=(64, 64), block_size=32)
+        CSRPattern(64 x 64, block_size=32, 3 blocks, density 75%)
+    """
+
+    indptr: np.ndarray
+    indices: np.ndarray
+    shape: tuple[int, int]
+    block_size: int = 1
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            indptr: ArrayLike,
+            indices: ArrayLike,
+            shape: Sequence[int],
+            block_size: int = 1,
+        ) -> None: ...
+
+    def __post_init__(self) -> None:
+        block_size = check_size("CSRPattern", "block_size", self.block_size, minimum=1)
+        shape = check_shape("CSRPattern", self.shape, block_size)
+        n_block_rows, n_block_cols = shape[0] // block_size, shape[1] // block_size
+        if (length := _length(self.indices)) * block_size**2 > INT32_MAX:
+            raise ValueError(
+                f"[CSRPattern] {length} blocks of {block_size} x {block_size} are "
+                f"{length * block_size**2} stored values; at most 2**31 - 1 fit 32-bit indices"
+            )
+        if (length := _length(self.indptr)) != n_block_rows + 1:
+            raise ValueError(
+                f"[CSRPattern] indptr has {length} entries, expected {n_block_rows + 1}: "
+                f"one more than the {n_block_rows} rows of blocks"
+            )
+        indptr = check_indices("CSRPattern", "indptr", self.indptr)
+        indices = check_indices("CSRPattern", "indices", self.indices)
+        check_indptr("CSRPattern", indptr, indices.size)
+        check_range("CSRPattern", "indices", indices, n_block_cols)
+        for name, value in (
+            ("indptr", indptr),
+            ("indices", indices),
+            ("shape", shape),
+            ("block_size", block_size),
+        ):
+            object.__setattr__(self, name, value)
+        indptr.flags.writeable = indices.flags.writeable = False
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of stored blocks (for ``block_size=1``, of stored values)."""
+        return self.indices.size
+
+    @property
+    def nnz(self) -> int:
+        """Number of stored values."""
+        return self.n_blocks * self.block_size**2
+
+    @property
+    def density(self) -> float:
+        """Stored fraction of the matrix, in [0, 1] unless entries repeat; 0 for an empty matrix."""
+        return self.nnz / max(1, self.shape[0] * self.shape[1])
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """Shape of the values that fill this pattern: ``(nnz,)`` or ``(n_blocks, B, B)``."""
+        block = self.block_size
+        return (self.n_blocks,) if block == 1 else (self.n_blocks, block, block)
+
+    @cached_property
+    def row_indices(self) -> np.ndarray:
+        """Block-row of each stored block, ``(n_blocks,)`` int32."""
+        rows = np.arange(self.indptr.size - 1, dtype=np.int32)
+        return np.repeat(rows, np.diff(self.indptr))
+
+    @cached_property
+    def is_canonical(self) -> bool:
+        """Whether the columns of every row are sorted and none repeats."""
+        rising = np.diff(self.indices.astype(np.int64)) > 0
+        row_ends = np.diff(self.row_indices) > 0
+        return bool(np.all(rising | row_ends))
+
+    @cached_property
+    def transpose_perm(self) -> np.ndarray:
+        """Order of the stored blocks in the transposed pattern, ``(n_blocks,)`` int32.
+
+        ``pattern.T`` stores as its block ``j`` the transpose of block ``transpose_perm[j]``.
+        """
+        return np.argsort(self.indices, kind="stable").astype(np.int32)
+
+    @cached_property
+    def T(self) -> CSRPattern:
+        """The transposed pattern. Its own ``T`` is this very object."""
+        counts = np.bincount(self.indices, minlength=self.shape[1] // self.block_size)
+        transposed = CSRPattern(
+            np.concatenate([[0], np.cumsum(counts)]),
+            self.row_indices[self.transpose_perm],
+            (self.shape[1], self.shape[0]),
+            self.block_size,
+        )
+        inverse = np.empty_like(self.transpose_perm)
+        inverse[self.transpose_perm] = np.arange(self.n_blocks, dtype=np.int32)
+        transposed.__dict__.update(T=self, transpose_perm=inverse)
+        return transposed
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The arrays that the products read, made once."""
+        return Layout(self)
+
+    def tomask(self) -> mx.array:
+        """Return the ``(n_rows, n_cols)`` bool array that is true where a value is stored."""
+        block = self.block_size
+        mask = np.zeros((self.shape[0] // block, self.shape[1] // block), dtype=bool)
+        mask[self.row_indices, self.indices] = True
+        return mx.array(np.kron(mask, np.ones((block, block), dtype=bool)).astype(bool))
+
+    def __or__(self, other: CSRPattern) -> CSRPattern:
+        """Return the canonical pattern that stores what either one stores."""
+        return self._combine(other, np.union1d, "|")
+
+    def __and__(self, other: CSRPattern) -> CSRPattern:
+        """Return the canonical pattern that stores what both store."""
+        return self._combine(other, np.intersect1d, "&")
+
+    def _combine(self, other: CSRPattern, combine, symbol: str) -> CSRPattern:
+        if not isinstance(other, CSRPattern):
+            return NotImplemented
+        if (self.shape, self.block_size) != (other.shape, other.block_size):
+            raise ValueError(f"[CSRPattern] {self!r} {symbol} {other!r}: sizes differ")
+        n_block_cols = max(1, self.shape[1] // self.block_size)
+        flat = [p.row_indices * np.int64(n_block_cols) + p.indices for p in (self, other)]
+        return from_coordinates(
+            *np.divmod(combine(*flat), n_block_cols), self.shape, self.block_size
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, CSRPattern):
+            return NotImplemented
+        return self is other or (
+            self.shape == other.shape
+            and self.block_size == other.block_size
+            and np.array_equal(self.indptr, other.indptr)
+            and np.array_equal(self.indices, other.indices)
+        )
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.shape, self.block_size, self.indptr.tobytes(), self.indices.tobytes()))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self):
+        return CSRPattern, (self.indptr, self.indices, self.shape, self.block_size)
+
+    def __deepcopy__(self, memo: dict) -> CSRPattern:
+        return self
+
+    def __repr__(self) -> str:
+        noun = "block" if self.block_size > 1 else "value"
+        return (
+            f"CSRPattern({self.shape[0]} x {self.shape[1]}, block_size={self.block_size}, "
+            f"{self.n_blocks} {noun}{'s' * (self.n_blocks != 1)}, density {self.density:.3g})"
+        )
+
+
+def from_coordinates(
+    rows: np.ndarray, cols: np.ndarray, shape: tuple[int, int], block_size: int
+) -> CSRPattern:
+    """Return the pattern of blocks at ``(rows[j], cols[j])``, which are ordered by row already."""
+    counts = np.bincount(rows, minlength=shape[0] // block_size)
+    return CSRPattern(np.concatenate([[0], np.cumsum(counts)]), cols, shape, block_size)
+
+
+def check_size(owner: str, name: str, value: int, minimum: int = 0) -> int:
+    """Return ``value`` as an int of at least ``minimum``, or raise."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"[{owner}] {name} must be an integer, got {value!r}")
+    if not minimum <= value <= INT32_MAX:
+        raise ValueError(f"[{owner}] {name} must be in [{minimum}, 2**31 - 1], got {value}")
+    return int(value)
+
+
+def check_shape(owner: str, shape: Sequence[int], block_size: int) -> tuple[int, int]:
+    """Return ``shape`` as two ints that ``block_size`` divides, or raise."""
+    if not isinstance(shape, Sequence) or len(shape) != 2:
+        raise ValueError(f"[{owner}] shape must be (n_rows, n_cols), got {shape!r}")
+    n_rows = check_size(owner, "n_rows", shape[0])
+    n_cols = check_size(owner, "n_cols", shape[1])
+    for name, size in (("n_rows", n_rows), ("n_cols", n_cols)):
+        if size % block_size:
+            raise ValueError(
+                f"[{owner}] {name} {size} is not a multiple of block_size {block_size}"
+            )
+    return n_rows, n_cols
+
+
+def check_indices(owner: str, name: str, values: ArrayLike) -> np.ndarray:
+    """Return ``values`` as a new one-dimensional int32 NumPy array, or raise."""
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise ValueError(f"[{owner}] {name} must be one-dimensional, got shape {array.shape}")
+    if array.size == 0:
+        return np.zeros(0, dtype=np.int32)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"[{owner}] {name} must be integers, got {array.dtype}")
+    if array.dtype.itemsize >= 4 and array.dtype != np.int32:
+        low, high = int(array.min()), int(array.max())
+        if low < -INT32_MAX or high > INT32_MAX:
+            worst = high if high > INT32_MAX else low
+            raise ValueError(f"[{owner}] {name} holds {worst}, which does not fit 32 bits")
+    return array.astype(np.int32)
+
+
+def check_indptr(owner: str, indptr: np.ndarray, n_blocks: int) -> None:
+    """Raise unless ``indptr`` rises from 0 to ``n_blocks``."""
+    if indptr[0] != 0:
+        raise ValueError(f"[{owner}] indptr must start at 0, got {indptr[0]}")
+    if (steps := np.diff(indptr.astype(np.int64))).size and steps.min() < 0:
+        row = int(np.argmax(steps < 0))
+        raise ValueError(
+            f"[{owner}] indptr decreases from {indptr[row]} to {indptr[row + 1]} at row {row}"
+        )
+    if indptr[-1] != n_blocks:
+        raise ValueError(
+            f"[{owner}] indptr must end at {n_blocks}, the number of stored blocks, "
+            f"got {indptr[-1]}"
+        )
+
+
+def check_range(owner: str, name: str, indices: np.ndarray, limit: int) -> None:
+    """Raise unless every index lies in ``[0, limit)``."""
+    if indices.size and (indices.min() < 0 or indices.max() >= limit):
+        position = int(np.argmax((indices < 0) | (indices >= limit)))
+        raise ValueError(
+            f"[{owner}] {name}[{position}] is {indices[position]}, outside [0, {limit})"
+        )
+
+
+def _length(values: ArrayLike) -> int:
+    """Return the length of a sequence or array; scalars count as 1 and fail later, by rank."""
+    shape = getattr(values, "shape", None)
+    return len(values) if shape is None else (shape[0] if len(shape) else 1)

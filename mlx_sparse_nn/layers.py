@@ -1,0 +1,244 @@
+"""BlockSparseLinear: a linear layer whose weight is sparse, trainable, and of fixed pattern."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_sparse_nn.core import ops, reference
+from mlx_sparse_nn.core.layout import Layout
+from mlx_sparse_nn.core.pattern import (
+    CSRPattern,
+    check_indices,
+    check_indptr,
+    check_range,
+    check_size,
+)
+from mlx_sparse_nn.patterns import covering
+
+
+class BlockSparseLinear(nn.Module):
+    r"""Applies a linear transformation whose weight stores only some square blocks.
+
+    .. math:: y = x A^\top + b
+
+    where A has shape ``(output_dims, input_dims)`` and is zero outside its pattern. The stored
+    values are trained like any weight; the pattern stays. Use it in place of ``nn.Linear``.
+
+    Values are uniform within ``1 / sqrt(stored inputs of their row)`` at first, the rule of
+    ``nn.Linear`` for the inputs that a row has, so outputs have the variance of a dense layer's.
+
+    The pattern is saved with the weights, as ``indptr`` and ``indices``, and ``load_weights``
+    brings it back. These two are never trained: they stay frozen whatever is unfrozen.
+
+    Args:
+        input_dims: Number of input features.
+        output_dims: Number of output features.
+        pattern: Which blocks to store, of shape ``(output_dims, input_dims)``; its ``block_size``
+            is the layer's. By default a balanced random one with a block in every block-row and
+            every block-column, drawn with MLX's random seed.
+        block_size: Side of the blocks of the default pattern.
+        density: Stored fraction of the default pattern; higher where covering every block-row and
+            block-column needs more blocks.
+        bias: Whether to add a trainable bias.
+
+    Attributes:
+        weight: ``(n_blocks, block_size, block_size)``, or ``(nnz,)`` for ``block_size`` 1.
+        bias: ``(output_dims,)``, if there is one.
+
+    Raises:
+        TypeError: A size is not an integer, or ``pattern`` is not a CSRPattern.
+        ValueError: ``block_size`` does not divide the dims, ``density`` is not in (0, 1], or
+            ``pattern`` has another shape.
+
+    Example:
+        >>> layer = BlockSparseLinear(512, 256, block_size=32, density=0.125)
+        >>> layer(mx.zeros((8, 512))).shape
+        (8, 256)
+    """
+
+    def __init__(
+        self,
+        input_dims: int,
+        output_dims: int,
+        pattern: CSRPattern | None = None,
+        *,
+        block_size: int = 32,
+        density: float = 0.1,
+        bias: bool = True,
+    ):
+        super().__init__()
+        if pattern is None:
+            pattern = _default_pattern(input_dims, output_dims, block_size, density)
+        if not isinstance(pattern, CSRPattern):
+            raise TypeError(
+                f"[BlockSparseLinear] pattern must be a CSRPattern, got {type(pattern).__name__}"
+            )
+        if pattern.shape != (output_dims, input_dims):
+            raise ValueError(
+                f"[BlockSparseLinear] pattern has shape {pattern.shape}, "
+                f"expected (output_dims, input_dims) = {(output_dims, input_dims)}"
+            )
+        stored_inputs = np.maximum(1, np.diff(pattern.indptr) * pattern.block_size)
+        bound = mx.array((1 / np.sqrt(stored_inputs)).astype(np.float32))  # (block rows,)
+        blocks = mx.random.uniform(-1, 1, (pattern.n_blocks, pattern.block_size**2))
+        blocks = blocks * bound[mx.array(pattern.row_indices)][:, None]
+        self.weight = blocks.reshape(pattern.data_shape)
+        if bias:
+            bound = mx.repeat(bound, pattern.block_size)
+            self.bias = mx.random.uniform(-1, 1, (output_dims,)) * bound
+        self.indptr = mx.array(pattern.indptr)
+        self.indices = mx.array(pattern.indices)
+        self._no_grad = _FrozenKeys(_INDICES)
+        # The arrays that the products read sit in the module's state, so that a compiled step takes
+        # them as inputs and follows a pattern that load_weights brings. A plain attribute is a
+        # constant of the compiled graph: of the pattern, only the sizes that never change are used.
+        self._pattern = pattern
+        self._layout = pattern.layout.state()
+
+    @property
+    def pattern(self) -> CSRPattern:
+        """The pattern of the weight."""
+        return self._pattern
+
+    @property
+    def input_dims(self) -> int:
+        """Number of input features."""
+        return self._pattern.shape[1]
+
+    @property
+    def output_dims(self) -> int:
+        """Number of output features."""
+        return self._pattern.shape[0]
+
+    @property
+    def block_size(self) -> int:
+        """Side of the stored blocks."""
+        return self._pattern.block_size
+
+    @property
+    def density(self) -> float:
+        """Stored fraction of the weight."""
+        return self._pattern.density
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Return ``x Aᵀ + b``: ``(..., input_dims)`` -> ``(..., output_dims)``."""
+        if x.ndim == 0 or x.shape[-1] != self.input_dims:
+            raise ValueError(
+                f"[BlockSparseLinear] x has shape {x.shape}, "
+                f"its last axis must be input_dims = {self.input_dims}"
+            )
+        self.__dict__.pop("_replaced", None)
+        return ops.spmm(self.weight, self._bound_layout(), x, self.get("bias"))
+
+    def todense(self) -> mx.array:
+        """Return the dense ``(output_dims, input_dims)`` weight."""
+        return reference.todense(self.weight, self._bound_layout())
+
+    def _bound_layout(self) -> Layout:
+        return Layout(self._pattern, self["_layout"])
+
+    def _extra_repr(self) -> str:
+        pattern = self._pattern
+        return (
+            f"input_dims={self.input_dims}, output_dims={self.output_dims}, "
+            f"block_size={pattern.block_size}, density={pattern.density:.3g}, "
+            f"blocks={pattern.n_blocks}, bias={'bias' in self}"
+        )
+
+    # load_weights, update and apply write into a module item by item, through __setitem__, in any
+    # order. Each item is checked by itself, since any valid indptr goes with any valid indices;
+    # when one is refused, those that came just before it are put back.
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if "_layout" not in self or key not in self or key not in _CHECKED:
+            super().__setitem__(key, value)
+            return
+        current, replaced = self[key], self.__dict__.setdefault("_replaced", {})
+        if key in replaced:
+            replaced.clear()
+        try:
+            value = self._checked(key, current, value)
+        except (TypeError, ValueError):
+            for name, reference_to in replaced.items():
+                if (previous := reference_to()) is not None:
+                    super().__setitem__(name, previous)
+            self._follow_indices()
+            raise
+        # Weak: load_weights holds what it replaces until it is done, and nobody else need.
+        replaced[key] = weakref.ref(current)
+        super().__setitem__(key, value)
+        if key in _INDICES:
+            self._follow_indices()
+
+    def _checked(self, key: str, current: mx.array, value: Any) -> mx.array:
+        """Return the array to store as ``key``, or raise."""
+        if not isinstance(value, mx.array) or value.shape != current.shape:
+            shape = value.shape if isinstance(value, mx.array) else type(value).__name__
+            raise ValueError(
+                f"[BlockSparseLinear] {key} must be an array of shape {current.shape}, got {shape}"
+            )
+        if key not in _INDICES or value is current:
+            return value
+        if mx.issubdtype(value.dtype, mx.floating):
+            # apply() went over all parameters: a cast or an initialiser leaves the pattern alone.
+            numbers = np.array(value.astype(mx.float32))
+            if mx.array_equal(value, current.astype(value.dtype)).item() or np.any(numbers % 1):
+                return current
+            raise TypeError(f"[BlockSparseLinear] {key} must be integers, got {value.dtype}")
+        host = check_indices("BlockSparseLinear", key, value)
+        if key == "indptr":
+            check_indptr("BlockSparseLinear", host, self._pattern.n_blocks)
+        else:
+            check_range("BlockSparseLinear", key, host, self.input_dims // self.block_size)
+        return value if value.dtype == mx.int32 else mx.array(host)
+
+    def _follow_indices(self) -> None:
+        """Make the pattern and its layout those of ``indptr`` and ``indices``."""
+        shape, block_size = self._pattern.shape, self._pattern.block_size
+        pattern = CSRPattern(self["indptr"], self["indices"], shape, block_size)
+        if pattern != self._pattern:
+            self._pattern = pattern
+            self["_layout"] = pattern.layout.state()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_replaced"}
+
+
+_INDICES = ("indptr", "indices")
+_CHECKED = ("weight", "bias", *_INDICES)
+
+
+class _FrozenKeys(set):
+    """A module's set of frozen keys in which those of the pattern stay.
+
+    ``unfreeze`` of any ancestor empties this set itself, not through a method of the layer.
+    """
+
+    def clear(self) -> None:
+        super().clear()
+        self.update(_INDICES)
+
+    def difference_update(self, *others) -> None:
+        super().difference_update(*others)
+        self.update(_INDICES)
+
+
+def _default_pattern(
+    input_dims: int, output_dims: int, block_size: int, density: float
+) -> CSRPattern:
+    owner = "BlockSparseLinear"
+    block_size = check_size(owner, "block_size", block_size, minimum=1)
+    for name, value in (("input_dims", input_dims), ("output_dims", output_dims)):
+        if check_size(owner, name, value) % block_size:
+            raise ValueError(
+                f"[{owner}] {name} {value} is not a multiple of block_size {block_size}"
+            )
+    if not 0 < density <= 1:
+        raise ValueError(f"[{owner}] density must be in (0, 1], got {density}")
+    seed = int(mx.random.randint(0, 2**31 - 1).item())  # type: ignore[arg-type]
+    return covering(output_dims, input_dims, density, block_size, seed)
