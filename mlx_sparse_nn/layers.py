@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_sparse_nn.core import ops, reference
+from mlx_sparse_nn.core import ops
 from mlx_sparse_nn.core.layout import Layout
 from mlx_sparse_nn.core.pattern import (
     CSRPattern,
@@ -137,7 +137,7 @@ class BlockSparseLinear(nn.Module):
 
     def todense(self) -> mx.array:
         """Return the dense ``(output_dims, input_dims)`` weight."""
-        return reference.todense(self.weight, self._bound_layout())
+        return ops.todense(self.weight, self._bound_layout())
 
     def _bound_layout(self) -> Layout:
         return Layout(self._pattern, self["_layout"])

@@ -147,13 +147,15 @@ def from_mask(mask: ArrayLike, block_size: int = 32) -> CSRPattern:
     mask = np.asarray(mask)
     if mask.ndim != 2:
         raise ValueError(f"[from_mask] mask must be a matrix, got shape {mask.shape}")
+    n_rows, n_cols = mask.shape
     if mask.dtype != np.bool_:
         raise TypeError(
             f"[from_mask] mask must be bool, got {mask.dtype}; use from_dense for values"
         )
-    shape, n_block_rows, n_block_cols = _grid("from_mask", mask.shape[0], mask.shape[1], block_size)
+    shape, n_block_rows, n_block_cols = _grid("from_mask", n_rows, n_cols, block_size)
     blocks = mask.reshape(n_block_rows, block_size, n_block_cols, block_size).any(axis=(1, 3))
-    return from_coordinates(*np.nonzero(blocks), shape, block_size)
+    rows, cols = np.nonzero(blocks)
+    return from_coordinates(rows, cols, shape, block_size)
 
 
 def from_dense(w: ArrayLike, block_size: int = 32) -> CSRPattern:

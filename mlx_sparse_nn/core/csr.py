@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from numbers import Number
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core import ops, reference
+from mlx_sparse_nn.core import ops
 from mlx_sparse_nn.core.pattern import (
     ArrayLike,
     CSRPattern,
@@ -85,7 +86,7 @@ class CSRArray:
     @property
     def T(self) -> CSRArray:
         """The transpose, on the cached transposed pattern."""
-        data = _permute(self.data, self.pattern.transpose_perm)
+        data = _gather(self.data, self.pattern.transpose_perm)
         return CSRArray(data.swapaxes(1, 2) if data.ndim == 3 else data, self.pattern.T)
 
     @property
@@ -98,7 +99,7 @@ class CSRArray:
 
     def todense(self) -> mx.array:
         """Return the dense ``(n_rows, n_cols)`` array; repeated entries add up."""
-        return reference.todense(self.data, self.pattern.layout)
+        return ops.todense(self.data, self.pattern)
 
     def tocsr(self) -> CSRArray:
         """Return the same matrix with ``block_size`` 1, rows kept in stored order."""
@@ -113,7 +114,7 @@ class CSRArray:
         order = np.argsort(row, kind="stable")
         cols = self.pattern.indices[:, None, None] * np.int64(block) + np.arange(block)
         cols = np.broadcast_to(cols, self.pattern.data_shape).reshape(-1)[order]
-        data = _permute(self.data.reshape(-1), order)
+        data = _gather(self.data.reshape(-1), order)
         return CSRArray(data, CSRPattern(indptr, cols, self.shape))
 
     def tocoo(self) -> COOArray:
@@ -137,14 +138,16 @@ class CSRArray:
 
     def diagonal(self) -> mx.array:
         """Return the main diagonal, ``(min(n_rows, n_cols),)``; repeated entries add up."""
-        pattern = self.pattern
-        stored = np.flatnonzero(pattern.row_indices == pattern.indices).astype(np.int32)
-        length = min(self.shape)
-        values = self.data[mx.array(stored)].reshape(-1, self.block_size, self.block_size)
-        values = mx.diagonal(values, axis1=1, axis2=2)  # (stored, B)
-        rows = mx.array(pattern.indices[stored])
-        out = mx.zeros((length // self.block_size, self.block_size), self.dtype)
-        return out.at[rows].add(values).reshape(length)
+        pattern, block, length = self.pattern, self.block_size, min(self.shape)
+        stored = np.flatnonzero(pattern.row_indices == pattern.indices)
+        places = (stored[:, None] * block + np.arange(block)) * block + np.arange(block)
+        counts = np.bincount(pattern.indices[stored], minlength=length // block)
+        counts = counts.reshape(-1, 1).repeat(block, axis=1)
+        order = np.argsort(
+            (pattern.indices[stored, None] * block + np.arange(block)).reshape(-1), kind="stable"
+        )
+        starts = np.cumsum(counts.reshape(-1)) - counts.reshape(-1)
+        return _gather(self.data.reshape(-1), places.reshape(-1)[order], starts)
 
     def __matmul__(self, x: mx.array) -> mx.array:
         return csr_matmul(self, x)
@@ -243,11 +246,11 @@ class COOArray:
             np.lexsort((self.col, self.row)) if canonical else np.argsort(self.row, kind="stable")
         )
         row, col = self.row[order], self.col[order]
-        data = _permute(self.data, order)
+        data = _gather(self.data, order)
         if canonical and row.size:
             first = np.concatenate([[True], (np.diff(row) != 0) | (np.diff(col) != 0)])
             if not first.all():
-                data = _sum_runs(data, np.flatnonzero(first))
+                data = _gather(data, np.arange(row.size), np.flatnonzero(first))
                 row, col = row[first], col[first]
         counts = np.bincount(row, minlength=self.shape[0])
         return CSRArray(data, CSRPattern(np.concatenate([[0], np.cumsum(counts)]), col, self.shape))
@@ -316,20 +319,24 @@ def _coordinates(name: str, values: ArrayLike, size: int) -> np.ndarray:
     return indices
 
 
-def _permute(data: mx.array, order: np.ndarray) -> mx.array:
-    """Return ``data[order]``; for single values take_along_axis is much the faster on the CPU."""
-    index = mx.array(order.astype(np.int32))
-    return data[index] if data.ndim > 1 else mx.take_along_axis(data, index, axis=0)
+def _gather(data: mx.array, order: np.ndarray, starts: np.ndarray | None = None) -> mx.array:
+    """Return ``data[order]``, or the sums of its runs that begin at ``starts``.
 
-
-def _sum_runs(data: mx.array, starts: np.ndarray) -> mx.array:
-    """Return the sums of ``data[starts[i] : starts[i + 1]]``, in stored order, differentiable."""
-    indptr = np.append(starts, data.size)
+    A gather and a sum are products with a sparse matrix of ones: they sum in a fixed order and can
+    be differentiated to any order, where MLX's own gather cannot.
+    """
+    starts = np.arange(order.size) if starts is None else starts
+    indptr = np.append(starts, order.size)
     if not mx.issubdtype(data.dtype, mx.inexact):
         segment = np.repeat(np.arange(starts.size, dtype=np.int32), np.diff(indptr))
-        return mx.zeros(starts.size, data.dtype).at[mx.array(segment)].add(data)
-    runs = CSRPattern(indptr, np.arange(data.size), (starts.size, data.size))
-    return ops.spmm(mx.ones(data.size, data.dtype), runs, data)
+        gathered = data[mx.array(order.astype(np.int32))]
+        out = mx.zeros((starts.size, *data.shape[1:]), data.dtype)
+        return out.at[mx.array(segment)].add(gathered)
+    selector = CSRPattern(indptr, order, (starts.size, data.shape[0]))
+    block = math.prod(data.shape[1:])
+    values = data.reshape(data.shape[0], block).swapaxes(0, 1)  # (B * B, n_blocks)
+    gathered = ops.spmm(mx.ones(order.size, data.dtype), selector, values).swapaxes(0, 1)
+    return gathered.reshape(starts.size, *data.shape[1:])
 
 
 def _dense(operation: str, x: object) -> mx.array:

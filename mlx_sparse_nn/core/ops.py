@@ -6,6 +6,8 @@ derivative is another of the three, so vjp and jvp are a line each and higher or
 
 from __future__ import annotations
 
+import math
+
 import mlx.core as mx
 
 from mlx_sparse_nn.core import reference
@@ -84,18 +86,35 @@ def sddmm(pattern: CSRPattern | Layout, y: mx.array, x: mx.array) -> mx.array:
     if y.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"[sddmm] leading axes differ: y {y.shape[:-1]}, x {x.shape[:-1]}")
     y, x = _promote("sddmm", layout, y=y, x=x)
-    return _sddmm(layout, _merge(y), _merge(x))[0]
+    return _sddmm(layout, _merge(y), _merge(x)).reshape(layout.data_shape)
+
+
+def todense(data: mx.array, pattern: CSRPattern | Layout) -> mx.array:
+    """Return the dense ``(n_rows, n_cols)`` matrix; repeated entries add up.
+
+    Args:
+        data: Stored values, ``(nnz,)`` or ``(n_blocks, B, B)``.
+        pattern: Where they lie.
+
+    Raises:
+        TypeError, ValueError: As :func:`spmm`.
+    """
+    layout = _layout("todense", pattern)
+    _check_shape("todense", "data", data, layout.data_shape)
+    return _todense(layout, data[None]).reshape(layout.shape)
 
 
 # The products proper. Operands have a leading axis V of matrices that share the pattern: data
 # (V, n_blocks, ...), x (V, N, n_cols), y (V, N, n_rows). The layout is captured, not an operand:
-# nothing is differentiated by it, and its transpose is made only when a gradient asks for it.
+# nothing is differentiated by it, and its transpose is made only when a gradient asks for it. What
+# computes the value sees its operands through stop_gradient: MLX would differentiate that graph
+# too, for nothing, and fail where an operation in it has no jvp.
 
 
 def _spmm(layout: Layout, data: mx.array, x: mx.array) -> mx.array:
     @mx.custom_function
     def product(data, x):
-        return reference.spmm(data, layout, x)
+        return reference.spmm(mx.stop_gradient(data), layout, mx.stop_gradient(x))
 
     @product.vjp
     def vjp(primals, cotangent, output):
@@ -116,7 +135,7 @@ def _spmm(layout: Layout, data: mx.array, x: mx.array) -> mx.array:
 def _spmm_t(layout: Layout, data: mx.array, y: mx.array) -> mx.array:
     @mx.custom_function
     def product(data, y):
-        return reference.spmm_t(data, layout, y)
+        return reference.spmm_t(mx.stop_gradient(data), layout, mx.stop_gradient(y))
 
     @product.vjp
     def vjp(primals, cotangent, output):
@@ -137,7 +156,7 @@ def _spmm_t(layout: Layout, data: mx.array, y: mx.array) -> mx.array:
 def _sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     @mx.custom_function
     def product(y, x):
-        return reference.sddmm(layout, y, x)
+        return reference.sddmm(layout, mx.stop_gradient(y), mx.stop_gradient(x))
 
     @product.vjp
     def vjp(primals, cotangent, output):
@@ -156,6 +175,48 @@ def _sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
         return out.reshape(size, -1, *out.shape[1:]), 0
 
     return product(y, x)  # pyright: ignore[reportReturnType]
+
+
+def _todense(layout: Layout, data: mx.array) -> mx.array:
+    return _linear(
+        lambda data: reference.todense(data, layout),
+        lambda data: _todense(layout, data),
+        lambda dense: _sample(layout, dense),
+        data,
+    )
+
+
+def _sample(layout: Layout, dense: mx.array) -> mx.array:
+    return _linear(
+        lambda dense: reference.sample(layout, dense),
+        lambda dense: _sample(layout, dense),
+        lambda data: _todense(layout, data),
+        dense,
+    )
+
+
+def _linear(evaluate, function, transpose, operand: mx.array) -> mx.array:
+    """Evaluate a linear function of ``(V, ...)``, given itself and its transpose to derive by."""
+
+    @mx.custom_function
+    def product(operand):
+        return evaluate(mx.stop_gradient(operand))
+
+    @product.vjp
+    def vjp(primal, cotangent, output):
+        return transpose(cotangent)
+
+    @product.jvp
+    def jvp(primal, tangent):
+        return function(tangent)
+
+    @product.vmap
+    def vmap(operand, axis):
+        size = operand.shape[axis]
+        out = function(_split_matrices(operand, axis, size))
+        return (out.reshape(size, -1, *out.shape[1:]),), (0,)
+
+    return product(operand)  # pyright: ignore[reportReturnType]
 
 
 def _bilinear_jvp(product, primals, tangents):
@@ -197,10 +258,7 @@ def _conj(a: mx.array) -> mx.array:
 
 def _merge(a: mx.array) -> mx.array:
     """Return ``(..., n)`` as ``(1, N, n)``."""
-    n_rows = 1
-    for size in a.shape[:-1]:
-        n_rows *= size
-    return a.reshape(1, n_rows, a.shape[-1])
+    return a.reshape(1, math.prod(a.shape[:-1]), a.shape[-1])
 
 
 def _layout(op: str, pattern: CSRPattern | Layout) -> Layout:

@@ -66,22 +66,34 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
         else:
             part = (x_part @ y_part).reshape(n_batch, m, width, block, block).swapaxes(3, 4)
         parts.append(part.reshape(n_batch, m * width, *shape[2:]))
-    data = mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
-    if half["slots"].size:
-        data = _take(data, half["slots"])
-    return data.astype(x.dtype)
+    return _in_stored_order(parts, half).astype(x.dtype)
 
 
 def todense(data: mx.array, layout: Layout) -> mx.array:
-    """Return the dense ``(n_rows, n_cols)`` matrix of data ``(nnz,)`` or ``(n_blocks, B, B)``."""
-    (n_rows, n_cols), block = layout.shape, layout.block_size
-    blocks = mx.zeros((n_rows // block, n_cols // block, block, block), _wide_dtype(data.dtype))
-    values = _widen(data).reshape(1, -1, block, block)
+    """Return the dense ``(V, n_rows, n_cols)`` matrices; repeated entries add up in float32."""
+    (n_rows, n_cols), block, n_batch = layout.shape, layout.block_size, data.shape[0]
+    shape = (n_batch, n_rows // block, n_cols // block, block, block)
+    blocks = mx.zeros(shape, _wide_dtype(data.dtype))
+    values = _widen(data).reshape(n_batch, -1, block, block)
     for rows, stored, cols, valid in _steps(layout.rows, block * block):
-        part = _mask(_take(values, stored).reshape(1, *cols.shape, block, block), valid)
-        rows = mx.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
-        blocks = blocks.at[mx.broadcast_to(rows[:, None], cols.shape), cols].add(part[0])
-    return blocks.swapaxes(1, 2).reshape(n_rows, n_cols).astype(data.dtype)
+        part = _take(values, stored).reshape(n_batch, *cols.shape, block, block)
+        places = (slice(None), _expand(rows, cols.shape), cols)
+        blocks = blocks.at[places].add(_mask(part, valid))
+    return blocks.swapaxes(2, 3).reshape(n_batch, n_rows, n_cols).astype(data.dtype)
+
+
+def sample(layout: Layout, dense: mx.array) -> mx.array:
+    """Return the values of ``dense (V, n_rows, n_cols)`` at the stored places: :func:`todense`'s
+    transpose, of shape ``(V, n_blocks)`` or ``(V, n_blocks, B, B)``."""
+    (n_rows, n_cols), block, n_batch = layout.shape, layout.block_size, dense.shape[0]
+    blocks = dense.reshape(n_batch, n_rows // block, block, n_cols // block, block)
+    blocks = blocks.swapaxes(2, 3)
+    parts = [
+        blocks[:, _expand(rows, cols.shape), cols].reshape(n_batch, -1, block, block)
+        for rows, _, cols, _ in _steps(layout.rows, block * block)
+    ]
+    shape = (n_batch, *layout.data_shape)
+    return _in_stored_order(parts, layout.rows).reshape(shape) if parts else mx.zeros(shape)
 
 
 def _product(data: mx.array, half: Half, x: mx.array, n_out: int, transposed: bool) -> mx.array:
@@ -142,6 +154,19 @@ def _steps(half: Half, size: int) -> Iterator[tuple[Index, Index, mx.array, mx.a
                 stored = _take(half["perm"][None], stored).reshape(stop - start, width)
             yield rows, stored, cols, valid
         first += n_rows
+
+
+def _in_stored_order(parts: list[mx.array], half: Half) -> mx.array:
+    """Join ``(V, m * K, ...)`` of all steps and drop the padding: ``(V, n_blocks, ...)``."""
+    data = mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+    return _take(data, half["slots"]) if half["slots"].size else data
+
+
+def _expand(rows: Index, shape: tuple[int, ...]) -> mx.array:
+    """Return the rows ``(m,)`` of a step repeated over its ``(m, K)`` places."""
+    if isinstance(rows, slice):
+        rows = mx.arange(rows.start, rows.stop)
+    return mx.broadcast_to(rows[:, None], shape)
 
 
 def _take(values: mx.array, index: Index) -> mx.array:

@@ -1,0 +1,109 @@
+"""What the tests share: exact data, one tolerance, and Hypothesis strategies for patterns."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+from hypothesis import strategies as st
+
+from mlx_sparse_nn import CSRPattern
+
+EPS = {
+    mx.float16: 2.0**-10,
+    mx.bfloat16: 2.0**-7,
+    mx.float32: 2.0**-23,
+    mx.complex64: 2.0**-23,
+    mx.float64: 2.0**-52,
+}
+ACCUMULATOR = {mx.float16: mx.float32, mx.bfloat16: mx.float32}
+
+
+def to_numpy(a: mx.array) -> np.ndarray:
+    """Return a float64 (or complex128) copy; NumPy has no bfloat16."""
+    if a.dtype == mx.complex64:
+        return np.array(a).astype(np.complex128)
+    return np.array(a.astype(mx.float32) if a.dtype != mx.float64 else a).astype(np.float64)
+
+
+def tolerance(dtype: mx.Dtype, length: int, magnitude: np.ndarray | float) -> np.ndarray | float:
+    """Return the error allowed in a sum of ``length`` products whose absolute values sum to
+    ``magnitude``: that of the accumulation, plus one rounding to ``dtype``.
+
+    The bound of Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1, for sums
+    in any order. Complex products count four real ones.
+    """
+    terms = (4 if dtype == mx.complex64 else 1) * (length + 2)
+    return (terms * EPS[ACCUMULATOR.get(dtype, dtype)] + EPS[dtype]) * magnitude
+
+
+def assert_close(
+    actual: mx.array, expected: np.ndarray, length: int, magnitude: np.ndarray | float
+) -> None:
+    """Assert that ``actual`` has the shape of ``expected`` and lies within :func:`tolerance`."""
+    assert tuple(actual.shape) == np.shape(expected)
+    error = np.abs(to_numpy(actual) - expected)
+    allowed = tolerance(actual.dtype, length, magnitude)
+    assert np.all(error <= allowed), f"error {np.max(error - allowed)} above tolerance"
+
+
+def assert_equal(actual: mx.array, expected: mx.array) -> None:
+    """Assert equality bit for bit, dtype and shape included."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    assert mx.array_equal(actual, expected, equal_nan=True).item()
+
+
+def integers(shape: tuple[int, ...], seed: int = 0, dtype: mx.Dtype = mx.float32) -> mx.array:
+    """Return small whole numbers: sums of their products are exact, so tests ask for equality."""
+    values = np.random.default_rng(seed).integers(-3, 4, size=shape).astype(np.float32)
+    if dtype == mx.complex64:
+        imaginary = np.random.default_rng(seed + 1).integers(-3, 4, size=shape)
+        return mx.array((values + 1j * imaginary).astype(np.complex64))
+    return mx.array(values).astype(dtype)
+
+
+def random_pattern(
+    n_rows: int, n_cols: int, block_size: int, density: float = 0.4, seed: int = 0
+) -> CSRPattern:
+    """Return a pattern of ``n_rows x n_cols`` blocks with uneven, possibly empty rows."""
+    rng = np.random.default_rng(seed)
+    mask = rng.random((n_rows, n_cols)) < density * rng.random((n_rows, 1)) * 2
+    rows, cols = np.nonzero(mask)
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=n_rows))])
+    return CSRPattern(indptr, cols, (n_rows * block_size, n_cols * block_size), block_size)
+
+
+def dense_of(pattern: CSRPattern, data: mx.array) -> mx.array:
+    """Return the dense matrix by a NumPy loop over the stored blocks: the slow, obvious way."""
+    block = pattern.block_size
+    dense = np.zeros(pattern.shape, dtype=to_numpy(data).dtype)
+    blocks = to_numpy(data).reshape(-1, block, block)
+    for j, (row, col) in enumerate(zip(pattern.row_indices, pattern.indices, strict=True)):
+        dense[row * block : (row + 1) * block, col * block : (col + 1) * block] += blocks[j]
+    return mx.array(dense.astype(np.complex64 if data.dtype == mx.complex64 else np.float32))
+
+
+def dense_weight(pattern: CSRPattern, data: mx.array) -> mx.array:
+    """Return the dense matrix as a differentiable MLX expression: data times one-hot selectors."""
+    block = pattern.block_size
+    rows = mx.array(np.eye(pattern.shape[0] // block)[pattern.row_indices].astype(np.float32))
+    cols = mx.array(np.eye(pattern.shape[1] // block)[pattern.indices].astype(np.float32))
+    blocks = data.reshape(pattern.n_blocks, block * block)
+    places = (rows[:, :, None] * cols[:, None, :]).reshape(pattern.n_blocks, -1)
+    dense = (places.astype(data.dtype).T @ blocks).reshape(
+        pattern.shape[0] // block, pattern.shape[1] // block, block, block
+    )
+    return dense.swapaxes(1, 2).reshape(pattern.shape)
+
+
+@st.composite
+def patterns(draw: st.DrawFn, block_sizes: tuple[int, ...] = (1, 2, 4, 8)) -> CSRPattern:
+    """Draw any valid pattern: unsorted and repeated columns, empty rows, 0 rows or columns."""
+    block = draw(st.sampled_from(block_sizes))
+    n_rows, n_cols = draw(st.integers(0, 6)), draw(st.integers(0, 6))
+    column = st.integers(0, max(0, n_cols - 1))
+    row = st.lists(column, max_size=9 if n_cols else 0)
+    rows = draw(st.lists(row, min_size=n_rows, max_size=n_rows))
+    indptr = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int32)
+    indices = np.array([col for row in rows for col in row], dtype=np.int32)
+    return CSRPattern(indptr, indices, (n_rows * block, n_cols * block), block)

@@ -1,0 +1,128 @@
+"""CSRPattern: what it accepts, what it says of itself, and what it refuses."""
+
+import copy
+import pickle
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from support import dense_of, integers, patterns
+
+from mlx_sparse_nn import CSRPattern
+
+VALID = dict(indptr=[0, 2, 3], indices=[0, 1, 1], shape=(4, 6), block_size=2)
+
+
+@given(patterns())
+def test_transpose_moves_every_block_and_back(pattern):
+    data = integers(pattern.data_shape)
+    moved = data[mx.array(pattern.transpose_perm)]
+    moved = moved if pattern.block_size == 1 else moved.swapaxes(1, 2)
+    assert mx.array_equal(dense_of(pattern.T, moved), dense_of(pattern, data).T)
+    assert pattern.T.T is pattern
+    back = pattern.transpose_perm[pattern.T.transpose_perm]
+    assert np.array_equal(back, np.arange(pattern.n_blocks))
+
+
+@given(patterns())
+def test_counts_and_mask(pattern):
+    mask = np.array(pattern.tomask())
+    expected = np.array(dense_of(pattern, mx.ones(pattern.data_shape))) != 0
+    assert np.array_equal(mask, expected)
+    assert pattern.nnz == pattern.n_blocks * pattern.block_size**2
+    assert pattern.is_canonical == (
+        pattern.nnz == mask.sum() and all(np.all(np.diff(r) > 0) for r in _rows(pattern))
+    )
+    if pattern.is_canonical and mask.size:
+        assert pattern.density == pytest.approx(mask.mean())
+
+
+def _rows(pattern):
+    return np.split(pattern.indices, pattern.indptr[1:-1])
+
+
+@given(patterns(), patterns())
+def test_equality_hash_and_pickle(a, b):
+    assert a == pickle.loads(pickle.dumps(a))
+    assert copy.deepcopy(a) is a
+    assert hash(a) == hash(CSRPattern(a.indptr, a.indices, a.shape, a.block_size))
+    same = (a.shape, a.block_size) == (b.shape, b.block_size) and (
+        a.indptr.tolist() == b.indptr.tolist() and a.indices.tolist() == b.indices.tolist()
+    )
+    assert (a == b) is same
+    assert a != "a pattern"
+
+
+def test_it_cannot_be_changed():
+    indices = np.array([0, 1, 1], dtype=np.int32)
+    pattern = CSRPattern([0, 2, 3], indices, (4, 6), 2)
+    indices[0] = 2
+    assert pattern.indices[0] == 0
+    with pytest.raises(ValueError, match="read-only"):
+        pattern.indices[0] = 2
+    with pytest.raises(AttributeError, match="shape"):
+        pattern.shape = (2, 2)
+
+
+@pytest.mark.parametrize("kind", [list, np.array, mx.array])
+def test_indices_may_be_lists_numpy_or_mlx(kind):
+    pattern = CSRPattern(kind([0, 2, 3]), kind([0, 1, 1]), (4, 6), 2)
+    assert pattern == CSRPattern(**VALID)
+    assert pattern.indices.dtype == pattern.indptr.dtype == np.int32
+
+
+def test_repr_tells_what_matters():
+    assert repr(CSRPattern(**VALID)) == "CSRPattern(4 x 6, block_size=2, 3 blocks, density 0.5)"
+
+
+def test_union_and_intersection():
+    a = CSRPattern([0, 2, 2], [2, 0], (2, 3))
+    b = CSRPattern([0, 1, 2], [2, 1], (2, 3))
+    assert (a | b) == CSRPattern([0, 2, 3], [0, 2, 1], (2, 3))
+    assert (a & b) == CSRPattern([0, 1, 1], [2], (2, 3))
+    with pytest.raises(ValueError, match="sizes differ"):
+        a | CSRPattern(**VALID)
+
+
+@given(patterns())
+def test_union_with_itself_is_canonical(pattern):
+    assert (pattern | pattern).is_canonical
+    assert (pattern & pattern) == (pattern | pattern)
+    assert mx.array_equal((pattern | pattern).tomask(), pattern.tomask())
+
+
+BIG = np.broadcast_to(np.int32(0), (2**31,))  # one value seen 2**31 times: takes no memory
+
+BAD = [
+    (dict(indptr=[1, 2, 3]), ValueError, r"indptr must start at 0, got 1"),
+    (dict(indptr=[0, 3, 2]), ValueError, r"indptr decreases from 3 to 2 at row 1"),
+    (dict(indptr=[0, 2, 4]), ValueError, r"indptr must end at 3.* got 4"),
+    (dict(indptr=[0, 3]), ValueError, r"indptr has 2 entries, expected 3"),
+    (dict(indptr=[[0, 2, 3]] * 3), ValueError, r"indptr must be one-dimensional"),
+    (dict(indptr=[0.0, 2.0, 3.0]), TypeError, r"indptr must be integers, got float64"),
+    (dict(indices=[0, -1, 1]), ValueError, r"indices\[1\] is -1, outside \[0, 3\)"),
+    (dict(indices=[0, 1, 3]), ValueError, r"indices\[2\] is 3, outside \[0, 3\)"),
+    (dict(indices=[0.0, 1.0, 1.0]), TypeError, r"indices must be integers, got float64"),
+    (dict(indices=[True, False, True]), TypeError, r"indices must be integers, got bool"),
+    (dict(indices=[0, 2**31, 1]), ValueError, r"indices holds 2147483648.* 32 bits"),
+    (dict(indices=np.array([0, 2**32, 1])), ValueError, r"indices holds 4294967296"),
+    (dict(indices=np.array([2**63], dtype=np.uint64), indptr=[0, 1, 1]), ValueError, "32 bits"),
+    (dict(indices=BIG), ValueError, r"2147483648 blocks of 2 x 2 .* at most 2\*\*31 - 1"),
+    (dict(indices=BIG[: 2**30]), ValueError, r"at most 2\*\*31 - 1"),
+    (dict(shape=(5, 6)), ValueError, r"n_rows 5 is not a multiple of block_size 2"),
+    (dict(shape=(4, 7)), ValueError, r"n_cols 7 is not a multiple of block_size 2"),
+    (dict(shape=(4, -6)), ValueError, r"n_cols must be in \[0, 2\*\*31 - 1\], got -6"),
+    (dict(shape=(4, 2**31)), ValueError, r"n_cols must be in"),
+    (dict(shape=(4.0, 6)), TypeError, r"n_rows must be an integer, got 4.0"),
+    (dict(shape=(4, 6, 1)), ValueError, r"shape must be \(n_rows, n_cols\)"),
+    (dict(shape=4), ValueError, r"shape must be \(n_rows, n_cols\), got 4"),
+    (dict(block_size=0), ValueError, r"block_size must be in \[1"),
+    (dict(block_size=2.0), TypeError, r"block_size must be an integer, got 2.0"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_bad_patterns_are_refused(change, error, message):
+    with pytest.raises(error, match=r"^\[CSRPattern\] .*" + message):
+        CSRPattern(**{**VALID, **change})
