@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import mlx.core as mx
 import numpy as np
 from hypothesis import strategies as st
@@ -16,6 +18,11 @@ EPS = {
     mx.float64: 2.0**-52,
 }
 ACCUMULATOR = {mx.float16: mx.float32, mx.bfloat16: mx.float32}
+
+
+def device_of(dtype: mx.Dtype) -> AbstractContextManager:
+    """Return the context in which a dtype can be computed: MLX has float64 on the CPU only."""
+    return mx.stream(mx.cpu) if dtype == mx.float64 else nullcontext()
 
 
 def to_numpy(a: mx.array) -> np.ndarray:

@@ -6,7 +6,7 @@ import pytest
 import scipy.sparse as sp
 from hypothesis import given
 from hypothesis import strategies as st
-from support import assert_equal, dense_of, integers, patterns, to_numpy
+from support import assert_equal, dense_of, device_of, integers, patterns, to_numpy
 
 from mlx_sparse_nn import (
     COOArray,
@@ -145,9 +145,10 @@ def test_data_may_be_lists_numpy_or_mlx(kind):
 
 
 def test_float64_on_the_cpu():
-    A = csr_array((mx.array([1 / 3], mx.float64), [0], [0, 1]), shape=(1, 1))
-    assert (A @ mx.array([3.0], mx.float64)).dtype == mx.float64
-    assert A.todense().dtype == mx.float64
+    with device_of(mx.float64):
+        A = csr_array((mx.array([1 / 3], mx.float64), [0], [0, 1]), shape=(1, 1))
+        assert (A @ mx.array([3.0], mx.float64)).dtype == mx.float64
+        assert A.todense().item() == 1 / 3
 
 
 class TestAsSciPy:

@@ -9,6 +9,7 @@ from support import (
     assert_close,
     assert_equal,
     dense_of,
+    device_of,
     integers,
     patterns,
     random_pattern,
@@ -24,6 +25,11 @@ REAL = (mx.float32, mx.float16, mx.bfloat16, mx.float64)
 @given(patterns(), leading, st.sampled_from(REAL))
 def test_products_of_whole_numbers_are_exact(pattern, lead, dtype):
     """Sums in float32 of small whole numbers are exact; a 16-bit result is rounded once."""
+    with device_of(dtype):
+        check_exact(pattern, lead, dtype)
+
+
+def check_exact(pattern, lead, dtype):
     data = integers(pattern.data_shape, 1, dtype)
     x = integers((*lead, pattern.shape[1]), 2, dtype)
     y = integers((*lead, pattern.shape[0]), 3, dtype)
@@ -55,6 +61,11 @@ def sample(pattern: CSRPattern, dense: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16, mx.float64])
 @pytest.mark.parametrize("block_size", [1, 2, 4, 8, 16, 32, 64, 128])
 def test_products_of_random_numbers_are_within_rounding(block_size, dtype):
+    with device_of(dtype):
+        check_rounding(block_size, dtype)
+
+
+def check_rounding(block_size, dtype):
     pattern = random_pattern(5, 7, block_size, density=0.5, seed=block_size)
     rng = np.random.default_rng(block_size)
     draw = lambda *shape: mx.array(rng.standard_normal(shape).astype(np.float32)).astype(dtype)

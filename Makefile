@@ -1,0 +1,42 @@
+# Each target does its own set-up: .venv is made when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# On a Mac, mlx brings its backend. On Linux it is an extra: CUDA 13 needs driver 580, CUDA 12 less.
+BACKEND := $(shell \
+	if [ "$$(uname -s)" = Darwin ]; then exit; fi; \
+	driver=$$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d . -f 1); \
+	if [ -z "$$driver" ]; then echo cpu,; elif [ "$$driver" -ge 580 ]; then echo cuda13,; else echo cuda12,; fi)
+
+.PHONY: help demo test lint format clean
+
+help:
+	@echo "make demo    train a small sparse language model on text (three minutes on two CPU cores)"
+	@echo "make test    run the tests"
+	@echo "make lint    check style and types"
+	@echo "make format  put the code into shape"
+	@echo "make clean   remove .venv and what training wrote"
+
+demo: $(VENV)/installed-examples
+	$(BIN)/python examples/train_char_lm.py
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs
+
+$(VENV)/installed-%: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(BACKEND)$*]"
+	touch $@
