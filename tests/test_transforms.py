@@ -205,12 +205,47 @@ def test_gradients_keep_the_dtype_of_their_operand(dtype):
     assert grad_x.dtype == mx.float32
 
 
-def test_gradient_to_bias():
+@every_pattern
+class TestBias:
+    def functions(self, pattern):
+        dense = dense_products(pattern)["spmm"]
+        return (
+            lambda data, x, bias: spmm(data, pattern, x, bias),
+            lambda data, x, bias: dense(data, x) + bias,
+        )
+
+    def operands(self, pattern, seed=0, batch=()):
+        bias = integers((*batch, pattern.shape[0]), seed + 2)
+        return *operands(pattern, "spmm", seed, batch), bias
+
+    def test_grad_jvp_and_second_order(self, pattern):
+        primals, tangents = self.operands(pattern), self.operands(pattern, seed=5)
+        grad = lambda f: mx.grad(lambda *args: (f(*args) ** 2).sum(), argnums=(0, 1, 2))
+        check(lambda f: f, *self.functions(pattern), *primals)
+        check(grad, *self.functions(pattern), *primals)
+        for f in (lambda f: f, grad):
+            jvp = lambda g: lambda *args: mx.jvp(f(g), list(args), list(tangents))  # noqa: B023
+            check(jvp, *self.functions(pattern), *primals)
+        along_bias = lambda f: (
+            lambda *args: mx.jvp(lambda bias: f(*args[:2], bias), [args[2]], [tangents[2]])
+        )
+        check(along_bias, *self.functions(pattern), *primals)
+
+    @pytest.mark.parametrize(
+        "mapped", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)], ids=str
+    )
+    def test_vmap(self, pattern, mapped):
+        batched, single = self.operands(pattern, batch=(2,)), self.operands(pattern)
+        args = [batched[i] if i in mapped else single[i] for i in range(3)]
+        in_axes = tuple(0 if i in mapped else None for i in range(3))
+        check(lambda f: mx.vmap(f, in_axes, 1), *self.functions(pattern), *args)
+
+
+def test_bias_of_a_wider_dtype_promotes():
     pattern = PATTERNS["blocks"]
-    data, x = operands(pattern, "spmm")
+    data, x = (a.astype(mx.bfloat16) for a in operands(pattern, "spmm"))
     bias = integers((pattern.shape[0],), 9)
-    grad = mx.grad(lambda bias: (spmm(data, pattern, x, bias) ** 2).sum())(bias)
-    assert_equal(grad, 2 * spmm(data, pattern, x, bias).sum(axis=0))
+    assert_equal(spmm(data, pattern, x, bias), spmm(data, pattern, x) + bias)
 
 
 def test_an_array_can_be_built_inside_transformed_functions():

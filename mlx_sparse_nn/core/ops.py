@@ -7,10 +7,11 @@ derivative is another of the three, so vjp and jvp are a line each and higher or
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import mlx.core as mx
 
-from mlx_sparse_nn.core import reference
+from mlx_sparse_nn.core import kernels, reference
 from mlx_sparse_nn.core.layout import Layout
 from mlx_sparse_nn.core.pattern import CSRPattern
 
@@ -39,8 +40,12 @@ def spmm(
     if bias is not None:
         _check_shape("spmm", "bias", bias, layout.shape[:1])
     data, x = _promote("spmm", layout, data=data, x=x)
-    y = _spmm(layout, data[None], _merge(x)).reshape(*x.shape[:-1], layout.shape[0])
-    return y if bias is None else y + bias
+    if bias is not None and bias.dtype == x.dtype:
+        y = _affine(layout, data[None], _merge(x), bias)
+    else:
+        y = _spmm(layout, data[None], _merge(x))
+        y = y if bias is None else y + bias
+    return y.reshape(*x.shape[:-1], layout.shape[0])
 
 
 def spmm_t(data: mx.array, pattern: CSRPattern | Layout, y: mx.array) -> mx.array:
@@ -114,7 +119,7 @@ def todense(data: mx.array, pattern: CSRPattern | Layout) -> mx.array:
 def _spmm(layout: Layout, data: mx.array, x: mx.array) -> mx.array:
     @mx.custom_function
     def product(data, x):
-        return reference.spmm(mx.stop_gradient(data), layout, mx.stop_gradient(x))
+        return _backend(data, x).spmm(mx.stop_gradient(data), layout, mx.stop_gradient(x))
 
     @product.vjp
     def vjp(primals, cotangent, output):
@@ -132,10 +137,50 @@ def _spmm(layout: Layout, data: mx.array, x: mx.array) -> mx.array:
     return product(data, x)  # pyright: ignore[reportReturnType]
 
 
+def _affine(layout: Layout, data: mx.array, x: mx.array, bias: mx.array) -> mx.array:
+    """Return ``_spmm`` plus bias ``(n_rows,)``, in one kernel where there is one."""
+
+    @mx.custom_function
+    def product(data, x, bias):
+        operands = [mx.stop_gradient(a) for a in (data, x, bias)]
+        return _backend(*operands).spmm(operands[0], layout, *operands[1:])
+
+    @product.vjp
+    def vjp(primals, cotangent, output):
+        data, x, _ = primals
+        grads = _sddmm(layout, cotangent, _conj(x)), _spmm_t(layout, _conj(data), cotangent)
+        return *grads, cotangent.sum(axis=(0, 1))
+
+    @product.jvp
+    def jvp(primals, tangents):
+        (data, x, _), (d_data, d_x, d_bias) = primals, tangents
+        shape = (*x.shape[:-1], layout.shape[0])
+        out = mx.zeros(shape, x.dtype) if d_bias is None else mx.broadcast_to(d_bias, shape)
+        if d_data is None and d_x is None:
+            return out
+        multiply = lambda data, x: _spmm(layout, data, x)  # noqa: E731
+        return out + _bilinear_jvp(multiply, (data, x), (d_data, d_x))
+
+    @product.vmap
+    def vmap(operands, axes):
+        (data, x, bias), (data_axis, x_axis, bias_axis) = operands, axes
+        multiply = lambda data, x: _spmm(layout, data, x)  # noqa: E731
+        if data_axis is None and x_axis is None:
+            y, axis = multiply(data, x)[None], 0
+        else:
+            y, axis = _map_matrix(multiply, (data, x), (data_axis, x_axis))
+        if bias_axis is None:
+            return y + bias, axis
+        bias = mx.moveaxis(bias, bias_axis, 0)  # (M, n_rows)
+        return y + mx.expand_dims(bias, (1, 2) if axis == 0 else (1,)), axis
+
+    return product(data, x, bias)  # pyright: ignore[reportReturnType]
+
+
 def _spmm_t(layout: Layout, data: mx.array, y: mx.array) -> mx.array:
     @mx.custom_function
     def product(data, y):
-        return reference.spmm_t(mx.stop_gradient(data), layout, mx.stop_gradient(y))
+        return _backend(data, y).spmm_t(mx.stop_gradient(data), layout, mx.stop_gradient(y))
 
     @product.vjp
     def vjp(primals, cotangent, output):
@@ -156,7 +201,7 @@ def _spmm_t(layout: Layout, data: mx.array, y: mx.array) -> mx.array:
 def _sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     @mx.custom_function
     def product(y, x):
-        return reference.sddmm(layout, mx.stop_gradient(y), mx.stop_gradient(x))
+        return _backend(y, x).sddmm(layout, mx.stop_gradient(y), mx.stop_gradient(x))
 
     @product.vjp
     def vjp(primals, cotangent, output):
@@ -259,6 +304,12 @@ def _conj(a: mx.array) -> mx.array:
 def _merge(a: mx.array) -> mx.array:
     """Return ``(..., n)`` as ``(1, N, n)``."""
     return a.reshape(1, math.prod(a.shape[:-1]), a.shape[-1])
+
+
+def _backend(*operands: mx.array) -> ModuleType:
+    """Return the module that computes a product of these operands on MLX's default device."""
+    on_metal = kernels.backend() == "metal" and kernels.takes(*operands)
+    return kernels if on_metal else reference
 
 
 def _layout(op: str, pattern: CSRPattern | Layout) -> Layout:

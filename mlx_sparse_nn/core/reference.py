@@ -20,23 +20,25 @@ _STEP = 1 << 19
 Index: TypeAlias = "mx.array | slice"
 
 
-def spmm(data: mx.array, layout: Layout, x: mx.array) -> mx.array:
-    """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c].
+def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
+    """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c] + bias[r].
 
     Args:
         data: ``(V, n_blocks)`` for scalars or ``(V, n_blocks, B, B)``.
         layout: Layout of the pattern.
         x: ``(V, N, n_cols)`` of the dtype of ``data``.
+        bias: ``(n_rows,)`` of the same dtype, or None.
 
     Returns:
         ``(V, N, n_rows)`` of the same dtype, accumulated in float32 at least.
     """
-    return _product(data, layout.rows, x, layout.shape[0], transposed=False)
+    y = _product(data, layout.rows, x, layout.shape[0], transposed=False)
+    return (y if bias is None else y + _widen(bias)).astype(x.dtype)
 
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; shapes as in :func:`spmm`, swapped."""
-    return _product(data, layout.cols, y, layout.shape[1], transposed=True)
+    return _product(data, layout.cols, y, layout.shape[1], transposed=True).astype(y.dtype)
 
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
@@ -97,11 +99,11 @@ def sample(layout: Layout, dense: mx.array) -> mx.array:
 
 
 def _product(data: mx.array, half: Half, x: mx.array, n_out: int, transposed: bool) -> mx.array:
-    """Return the product over the block-rows of ``half``, with the blocks transposed or not."""
+    """Return the product over the block-rows of ``half``, blocks transposed or not, in float32."""
     (n_batch, n, _), block = x.shape, 1 if data.ndim == 2 else data.shape[-1]
     shape = (n_batch, n, n_out)
     if 0 in (*shape, data.shape[1]):
-        return mx.zeros(shape, x.dtype)
+        return mx.zeros(shape, _wide_dtype(x.dtype))
     values = _widen(data)
     x_rows = _feature_blocks(x, block)  # (V, C, B * N)
     parts = []
@@ -124,7 +126,7 @@ def _product(data: mx.array, half: Half, x: mx.array, n_out: int, transposed: bo
     out = mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
     if half["order"].size:
         out = mx.take(out, half["order"], axis=1)
-    return out.reshape(n_batch, n_out, n).swapaxes(1, 2).astype(x.dtype)
+    return out.reshape(n_batch, n_out, n).swapaxes(1, 2)
 
 
 def _steps(half: Half, size: int) -> Iterator[tuple[Index, Index, mx.array, mx.array | None]]:

@@ -1,0 +1,76 @@
+// The product of spmm_tiles.metal for scalars (B = 1) and for the block sizes without tiles.
+//
+// Inputs, output: as there, B any.
+// Launch
+//   (ceil(R B LANES / 256) 256, ceil(N / ROWS), V) threads in groups of (256, 1, 1). LANES
+//   neighbouring threads own one output and ROWS rows of x; they share its stored values in turn.
+// Template
+//   T float, half or bfloat; B; ROWS of x; LANES 1 to 256, a power of two; TRANSPOSED and BIAS
+//   0 or 1.
+// Sums in float32: each lane its values in stored order, then over lanes, then over simdgroups, then
+// the bias.
+
+constexpr int SIMD_LANES = LANES < 32 ? LANES : 32;
+threadgroup float partial[8 * ROWS];
+
+const int thread_index = thread_index_in_threadgroup;
+const int position = threadgroup_position_in_grid.x * 256 + thread_index;
+const int row = position / LANES;
+const int lane = position % LANES;
+const int n0 = threadgroup_position_in_grid.y * ROWS;
+const int v = threadgroup_position_in_grid.z;
+const int N = x_shape[1];
+const int C = x_shape[2];
+const int out = (indptr_shape[0] - 1) * B;
+const int rows = min(ROWS, N - n0);
+
+auto x_rows = x + ((size_t)v * N + n0) * C;
+auto blocks = data + (size_t)v * (data_shape[1] * B * B);
+float acc[ROWS];
+#pragma unroll
+for (int n = 0; n < ROWS; n++) {
+  acc[n] = 0.0f;
+}
+if (row < out) {
+  const int o = row % B;
+  const int begin = indptr[row / B];
+  const int values = (indptr[row / B + 1] - begin) * B;
+  for (int e = lane; e < values; e += LANES) {
+    const int j = begin + e / B;
+    const int k = e % B;
+    const size_t place = TRANSPOSED ? ((size_t)perm[j] * B + k) * B + o : ((size_t)j * B + o) * B + k;
+    const float w = float(blocks[place]);
+    const int col = indices[j] * B + k;
+#pragma unroll
+    for (int n = 0; n < ROWS; n++) {
+      if (n < rows) {
+        acc[n] = fma(w, float(x_rows[(size_t)n * C + col]), acc[n]);
+      }
+    }
+  }
+}
+#pragma unroll
+for (int n = 0; n < ROWS; n++) {
+  acc[n] = sum_lanes<1, SIMD_LANES>(acc[n]);
+}
+if (LANES > 32) {
+  if (thread_index % 32 == 0) {
+    for (int n = 0; n < ROWS; n++) {
+      partial[thread_index / 32 * ROWS + n] = acc[n];
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (lane == 0) {
+    for (int n = 0; n < ROWS; n++) {
+      for (int g = 1; g < LANES / 32; g++) {
+        acc[n] += partial[(thread_index / 32 + g) * ROWS + n];
+      }
+    }
+  }
+}
+if (lane == 0 && row < out) {
+  const float b = BIAS ? float(bias[row]) : 0.0f;
+  for (int n = 0; n < rows; n++) {
+    y[((size_t)v * N + n0 + n) * out + row] = T(acc[n] + b);
+  }
+}

@@ -1,0 +1,18 @@
+// out[i] = sum of partial[s, i] over s, in ascending order.
+//
+// Input
+//   partial  (S, M) float32
+// Output
+//   out      (M) T
+// Launch
+//   (M, 1, 1) threads. One thread owns one element.
+// Template
+//   T float, half or bfloat.
+
+const uint i = threadgroup_position_in_grid.x * 256 + thread_index_in_threadgroup;
+const uint M = partial_shape[1];
+float sum = 0.0f;
+for (int s = 0; s < partial_shape[0]; s++) {
+  sum += float(partial[(size_t)s * M + i]);
+}
+out[i] = T(sum);
