@@ -9,14 +9,16 @@ BACKEND := $(shell \
 	driver=$$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d . -f 1); \
 	if [ -z "$$driver" ]; then echo cpu,; elif [ "$$driver" -ge 580 ]; then echo cuda13,; else echo cuda12,; fi)
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-metal test-device lint format clean
 
 help:
-	@echo "make demo    train a small sparse language model on text (three minutes on two CPU cores)"
-	@echo "make test    run the tests"
-	@echo "make lint    check style and types"
-	@echo "make format  put the code into shape"
-	@echo "make clean   remove .venv and what training wrote"
+	@echo "make demo         train a small sparse language model (two minutes on two CPU cores)"
+	@echo "make test         run the tests"
+	@echo "make test-metal   run the Metal kernels on their emulator, with 2000 drawn cases"
+	@echo "make test-device  run the tests and a benchmark on this machine's GPU"
+	@echo "make lint         check style and types"
+	@echo "make format       put the code into shape"
+	@echo "make clean        remove .venv and what training wrote"
 
 demo: $(VENV)/installed-examples
 	$(BIN)/python examples/train_char_lm.py
@@ -24,10 +26,16 @@ demo: $(VENV)/installed-examples
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
+test-metal: $(VENV)/installed-dev
+	$(BIN)/python -m pytest --hypothesis-profile full tests/test_metal*.py tests/metal_emulator
+
+test-device: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/device.py
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

@@ -74,12 +74,12 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def write_readme(results: dict) -> None:
-    """Put the table between its marks."""
+def write_table(name: str, table: str) -> None:
+    """Put a table between its marks in the README."""
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    marked = r"(<!-- char_lm -->\n).*?(\n<!-- end -->)"
-    text = re.sub(marked, lambda m: m.group(1) + table(results) + m.group(2), text, flags=re.DOTALL)
+    marked = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
+    text = re.sub(marked, lambda m: m.group(1) + table + m.group(2), text, flags=re.DOTALL)
     readme.write_text(text, encoding="utf-8")
 
 
@@ -90,7 +90,7 @@ def main() -> None:
     )
     if not parser.parse_args().readme:
         RESULTS.write_text(json.dumps(measure(), indent=2) + "\n")
-    write_readme(json.loads(RESULTS.read_text()))
+    write_table("char_lm", table(json.loads(RESULTS.read_text())))
 
 
 if __name__ == "__main__":

@@ -95,22 +95,20 @@ for (int j = indptr[r]; j < end; j++) {
 
 // Each lane takes two neighbouring elements of an 8 x 8 tile out of the simdgroup's scratch.
 threadgroup float* tile = scratch + group * 64;
-for (int i = 0; i < TILES_N; i++) {
-  for (int j = 0; j < TILES_O; j++) {
+#pragma unroll
+for (int j = 0; j < TILES_O; j++) {
+  const int o = r * B + tile_o + 8 * j + lane % 4 * 2;
+  const float bias_a = BIAS ? float(bias[o]) : 0.0f;
+  const float bias_b = BIAS ? float(bias[o + 1]) : 0.0f;
+#pragma unroll
+  for (int i = 0; i < TILES_N; i++) {
     simdgroup_barrier(mem_flags::mem_threadgroup);
     simdgroup_store(acc[i][j], tile, 8);
     simdgroup_barrier(mem_flags::mem_threadgroup);
     const int n = n0 + tile_n + 8 * i + lane / 4;
     if (n < N) {
-      const int o = r * B + tile_o + 8 * j + lane % 4 * 2;
-      float a = tile[2 * lane];
-      float b = tile[2 * lane + 1];
-      if (BIAS) {
-        a += float(bias[o]);
-        b += float(bias[o + 1]);
-      }
-      y[((size_t)v * N + n) * out + o] = T(a);
-      y[((size_t)v * N + n) * out + o + 1] = T(b);
+      y[((size_t)v * N + n) * out + o] = T(tile[2 * lane] + bias_a);
+      y[((size_t)v * N + n) * out + o + 1] = T(tile[2 * lane + 1] + bias_b);
     }
   }
 }
