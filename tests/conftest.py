@@ -12,7 +12,7 @@ settings.register_profile(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
-settings.register_profile("full", settings.get_profile("ci"), max_examples=2000)
+settings.register_profile("full", settings.get_profile("ci"), max_examples=400)
 settings.load_profile("ci")
 
 if platform.system() == "Linux":

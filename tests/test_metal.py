@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import assert_equal, integers
 
@@ -38,6 +38,7 @@ def cases(draw):
     return pattern, n, draw(st.sampled_from(DTYPES))
 
 
+@settings(max_examples=5 * settings.default.max_examples)
 @given(cases(), st.booleans())
 def test_forward_gradients_and_second_order(metal, case, with_bias):
     pattern, n, dtype = case

@@ -10,6 +10,7 @@ import pytest
 from support import device_of, integers, random_pattern
 
 from mlx_sparse_nn import BlockSparseLinear, CSRArray, sddmm, spmm, spmm_t
+from mlx_sparse_nn.core import kernels
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -86,6 +87,15 @@ def test_every_cell_of_the_table_is_true(row, column, text):
     else:
         assert text == "yes"
         mx.eval(TRANSFORMS[column](*operation(row, mx.float32)))
+
+
+def test_the_table_of_backends_is_true():
+    (row,) = re.findall(r"\| Metal kernels .*", README)
+    _, _, _, dtypes, blocks, _ = row.split("|")
+    assert dtypes.strip() == ", ".join(str(d).rpartition(".")[2] for d in kernels._DTYPES)
+    assert re.search(r"all: (.*) by tiles", blocks).group(1) == "8, 16, 32, 64 and 128"
+    assert kernels._TILED == (8, 16, 32, 64, 128)
+    assert kernels.backend() == "reference" or mx.metal.is_available()
 
 
 @pytest.mark.parametrize("code", CODE)
