@@ -11,7 +11,7 @@ from types import ModuleType
 
 import mlx.core as mx
 
-from mlx_sparse_nn.core import kernels, reference
+from mlx_sparse_nn.core import cuda, kernels, metal, reference
 from mlx_sparse_nn.core.layout import Layout
 from mlx_sparse_nn.core.pattern import CSRPattern
 
@@ -308,8 +308,8 @@ def _merge(a: mx.array) -> mx.array:
 
 def _backend(*operands: mx.array) -> ModuleType:
     """Return the module that computes a product of these operands on MLX's default device."""
-    on_metal = kernels.backend() == "metal" and kernels.takes(*operands)
-    return kernels if on_metal else reference
+    name = kernels.backend() if kernels.takes(*operands) else "reference"
+    return {"metal": metal, "cuda": cuda, "reference": reference}[name]
 
 
 def _layout(op: str, pattern: CSRPattern | Layout) -> Layout:

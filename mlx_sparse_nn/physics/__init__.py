@@ -1,5 +1,29 @@
-"""Spin Hamiltonians as sparse arrays."""
+"""Spin Hamiltonians, their ground states and dynamics, and what is measured in a state."""
 
-from mlx_sparse_nn.physics.ising import exact_ground_energy, expectation, transverse_field_ising
+from mlx_sparse_nn.physics.evolve import evolve
+from mlx_sparse_nn.physics.ising import exact_ground_energy, transverse_field_ising
+from mlx_sparse_nn.physics.lanczos import LanczosResult, lanczos
+from mlx_sparse_nn.physics.observables import (
+    correlation,
+    entanglement_entropy,
+    expectation,
+    fidelity,
+    magnetization,
+    variance,
+)
+from mlx_sparse_nn.physics.operator import IsingOperator
 
-__all__ = ["exact_ground_energy", "expectation", "transverse_field_ising"]
+__all__ = [
+    "IsingOperator",
+    "LanczosResult",
+    "correlation",
+    "entanglement_entropy",
+    "evolve",
+    "exact_ground_energy",
+    "expectation",
+    "fidelity",
+    "lanczos",
+    "magnetization",
+    "transverse_field_ising",
+    "variance",
+]

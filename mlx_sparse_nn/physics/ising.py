@@ -1,7 +1,8 @@
-"""The transverse-field Ising chain: its Hamiltonian, expectations, and its exact ground energy."""
+"""The transverse-field Ising chain: its Hamiltonian as a CSRArray, and its exact ground energy."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -62,23 +63,20 @@ def transverse_field_ising(
         CSRArray(256 x 256, mlx.core.float32, 2304 stored values, density 0.0352)
     """
     owner = "transverse_field_ising"
-    n_qubits = _check_chain(owner, n_qubits, periodic)
+    n_qubits = check_chain(owner, n_qubits, periodic)
     if n_qubits > _MAX_QUBITS:
         raise ValueError(
             f"[{owner}] n_qubits {n_qubits} needs 2**{n_qubits} * {n_qubits + 1} stored values; "
             f"at most 2**31 - 1, those of n_qubits {_MAX_QUBITS}, fit 32-bit indices"
         )
-    h = _check_values(owner, "field", field, n_qubits, "sites")
+    h = check_values(owner, "field", field, n_qubits, "sites")
     n_bonds = n_qubits if periodic else n_qubits - 1
-    j = _check_values(owner, "coupling", coupling, n_bonds, "bonds")
-    g = _check_values(owner, "longitudinal", longitudinal, n_qubits, "sites")
-    if not isinstance(dtype, mx.Dtype) or not mx.issubdtype(dtype, mx.inexact):
-        raise TypeError(f"[{owner}] dtype must be a floating type or complex64, got {dtype!r}")
-    # Python's sum goes to infinity without the warning of NumPy's.
-    largest = max(np.abs(h).max(), sum(np.abs(np.concatenate([j, g])).tolist()))
-    limit = mx.finfo(mx.float32 if dtype == mx.complex64 else dtype).max
-    if largest > limit:
-        raise ValueError(f"[{owner}] energies of up to {largest:.3g} overflow {dtype}")
+    j = check_values(owner, "coupling", coupling, n_bonds, "bonds")
+    g = check_values(owner, "longitudinal", longitudinal, n_qubits, "sites")
+    check_dtype(owner, dtype)
+    check_energies(owner, h, j, g, dtype)
+    n_bytes = (1 << n_qubits) * (n_qubits + 1) * (dtype.size + 4)
+    check_memory(owner, f"n_qubits {n_qubits}", n_bytes, "stored values and indices")
 
     indices = _flips_and_diagonal(n_qubits)
     n_rows, width = indices.shape
@@ -91,35 +89,6 @@ def transverse_field_ising(
     indptr = np.arange(n_rows + 1) * width
     pattern = CSRPattern(indptr, indices.reshape(-1), (n_rows, n_rows))
     return CSRArray(mx.array(data.reshape(-1), dtype=dtype), pattern)
-
-
-def expectation(H: CSRArray, psi: mx.array) -> mx.array:
-    r"""Return the energy :math:`\langle\psi|H|\psi\rangle / \langle\psi|\psi\rangle` of a state.
-
-    Differentiable in ``psi`` and in ``H.data``.
-
-    Args:
-        H: ``(n, n)``, Hermitian; of any other matrix, this is the real part.
-        psi: ``(n,)`` amplitudes, real or complex64, of any norm but 0.
-
-    Returns:
-        A real scalar: float32, or float64 where ``H`` or ``psi`` are.
-
-    Raises:
-        TypeError: ``H`` is not a CSRArray or ``psi`` not an array.
-        ValueError: ``H`` is not square or ``psi`` has another shape than ``(n,)``.
-    """
-    if not isinstance(H, CSRArray):
-        raise TypeError(f"[expectation] H must be a CSRArray, got {type(H).__name__}")
-    if not isinstance(psi, mx.array):
-        raise TypeError(f"[expectation] psi must be an mx.array, got {type(psi).__name__}")
-    if H.shape[0] != H.shape[1]:
-        raise ValueError(f"[expectation] H must be square, got shape {H.shape}")
-    if psi.shape != H.shape[1:]:
-        raise ValueError(f"[expectation] psi has shape {psi.shape}, H needs {H.shape[1:]}")
-    psi = psi.astype(mx.result_type(psi, mx.float32))  # 16-bit sums in float32
-    bra = mx.conjugate(psi) if psi.dtype == mx.complex64 else psi
-    return _sum(mx.real(bra * (H @ psi))) / _sum(mx.real(bra * psi))
 
 
 def exact_ground_energy(
@@ -169,23 +138,13 @@ def exact_ground_energy(
         -8.305610965881469
     """
     owner = "exact_ground_energy"
-    n_qubits = _check_chain(owner, n_qubits, periodic)
-    h = float(_check_values(owner, "field", field)[0])
-    j = float(_check_values(owner, "coupling", coupling)[0])
+    n_qubits = check_chain(owner, n_qubits, periodic)
+    h = float(check_values(owner, "field", field)[0])
+    j = float(check_values(owner, "coupling", coupling)[0])
     if periodic:
         return min(_ring_energy(n_qubits, h, j, parity) for parity in (0, 1))
     bidiagonal = np.diag(np.full(n_qubits, h)) + np.diag(np.full(n_qubits - 1, j), 1)
     return -float(np.linalg.svd(bidiagonal, compute_uv=False).sum())
-
-
-def _sum(terms: mx.array) -> mx.array:
-    """Return the sum of ``(n,)`` terms, added in halves.
-
-    On the CPU, MLX's own sum adds one after another: 2**18 terms may leave an error of 2e-3.
-    """
-    while terms.size > 8:
-        terms = mx.pad(terms, (0, terms.size % 2)).reshape(2, -1).sum(axis=0)
-    return terms.sum()
 
 
 def _ring_energy(n_qubits: int, h: float, j: float, parity: int) -> float:
@@ -230,14 +189,42 @@ def _diagonal(n_qubits: int, j: np.ndarray, g: np.ndarray) -> np.ndarray:
     return energies
 
 
-def _check_chain(owner: str, n_qubits: int, periodic: bool) -> int:
+def check_chain(owner: str, n_qubits: int, periodic: bool) -> int:
+    """Return the number of sites of an open chain or a ring as an int, or raise."""
     n_qubits = check_size(owner, "n_qubits", n_qubits, minimum=1)
     if periodic and n_qubits < 3:
         raise ValueError(f"[{owner}] n_qubits must be at least 3 for a ring, got {n_qubits}")
     return n_qubits
 
 
-def _check_values(
+def check_dtype(owner: str, dtype: mx.Dtype) -> None:
+    """Raise unless ``dtype`` is a floating type or complex64."""
+    if not isinstance(dtype, mx.Dtype) or not mx.issubdtype(dtype, mx.inexact):
+        raise TypeError(f"[{owner}] dtype must be a floating type or complex64, got {dtype!r}")
+
+
+def check_energies(
+    owner: str, h: np.ndarray, j: np.ndarray, g: np.ndarray, dtype: mx.Dtype
+) -> None:
+    """Raise unless the stored values of H fit ``dtype``."""
+    # Python's sum goes to infinity without the warning of NumPy's.
+    largest = max(np.abs(h).max(), sum(np.abs(np.concatenate([j, g])).tolist()))
+    limit = mx.finfo(mx.float32 if dtype == mx.complex64 else dtype).max
+    if largest > limit:
+        raise ValueError(f"[{owner}] energies of up to {largest:.3g} overflow {dtype}")
+
+
+def check_memory(owner: str, what: str, n_bytes: int, of: str) -> None:
+    """Raise if ``n_bytes`` are more than the memory of this machine."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if n_bytes > available:
+        raise ValueError(
+            f"[{owner}] {what} needs {n_bytes / 2**30:.3g} GiB for its {of}, "
+            f"this machine has {available / 2**30:.3g} GiB"
+        )
+
+
+def check_values(
     owner: str, name: str, values: Values, size: int | None = None, of: str = ""
 ) -> np.ndarray:
     """Return ``values`` as ``(size,)`` float64, a number repeated, or raise; no size: a number."""

@@ -1,0 +1,110 @@
+"""The three products as Metal kernels; names, arguments and results as in ``reference``."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mlx_sparse_nn.core.kernels import (
+    GROUP,
+    TILED,
+    lanes_per_row,
+    launch,
+    longest_row,
+    power_of_two,
+)
+from mlx_sparse_nn.core.layout import Half, Layout
+
+_FEW = 8  # rows of x up to which a product is bound by reading the stored values
+
+
+def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
+    """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c] + bias[r]; see ``reference.spmm``."""
+    return _product(data, layout.rows, x, layout.shape[0], bias, transposed=False)
+
+
+def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
+    """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; see ``reference.spmm_t``."""
+    return _product(data, layout.cols, y, layout.shape[1], None, transposed=True)
+
+
+def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
+    """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``reference.sddmm``."""
+    (n_batch, n, _), block, half = x.shape, layout.block_size, layout.rows
+    n_blocks = half["indices"].size
+    shape = (n_batch, *layout.data_shape)
+    if block in TILED:
+        side = min(block, 64)
+        width = n_blocks * (block // side) ** 2
+        threads = 32 if side == 8 else 128
+        name, template = "sddmm_tiles", {"B": block, "SIDE": side}
+    else:
+        lanes = min(32, lanes_per_row(half, block))
+        width = -(-layout.shape[0] * lanes // GROUP)
+        threads = GROUP
+        name, template = "sddmm_csr", {"B": block, "LANES": lanes}
+    # Few groups and many rows: split the rows, so that the whole GPU has work, and sum in order.
+    splits = max(1, min(256 // (width * n_batch), n // 256))
+    step = -(-n // splits)
+    splits = -(-n // step)
+    out_dtype = x.dtype if splits == 1 else mx.float32
+    out = launch(
+        name,
+        "sddmm",
+        [y, x, half["indptr"], half["indices"], mx.array([step], dtype=mx.int32)],
+        {"T": x.dtype, "OUT": out_dtype, **template},
+        (splits, *shape),
+        out_dtype,
+        (width * threads, splits, n_batch),
+        threads,
+    )
+    if splits == 1:
+        return out.reshape(shape)
+    size = out.size // splits
+    partial = out.reshape(splits, size)
+    grid = (size, 1, 1)
+    return launch("sum_splits", "sum", [partial], {"T": x.dtype}, shape, x.dtype, grid, GROUP)
+
+
+def _product(
+    data: mx.array, half: Half, x: mx.array, n_out: int, bias: mx.array | None, transposed: bool
+) -> mx.array:
+    (n_batch, n, _), block = x.shape, 1 if data.ndim == 2 else data.shape[-1]
+    template = {
+        "T": x.dtype,
+        "B": block,
+        "TRANSPOSED": int(transposed),
+        "BIAS": int(bias is not None),
+    }
+    if block not in TILED:
+        rows = 1 if n == 1 else 4
+        lanes = lanes_per_row(half, block)
+        name, threads = "spmm_csr", GROUP
+        template |= {"ROWS": rows, "LANES": lanes}
+        groups = -(-n_out * lanes // GROUP)
+    elif n <= _FEW:
+        rows = 1 << (n - 1).bit_length()
+        simdgroups = _simdgroups(half)
+        name, threads = "spmm_few", 32 * simdgroups
+        template |= {"ROWS": rows, "GROUPS": simdgroups}
+        groups = n_out // min(block, 16)
+    else:
+        rows = 16 if n <= 16 else 32 if n <= 32 or block == 128 else 64
+        name, threads = "spmm_tiles", 64 if block == 8 else 128
+        template |= {"ROWS": rows}
+        groups = n_out // block
+    perm = half["perm"] if transposed else half["indices"]
+    return launch(
+        name,
+        "spmm",
+        [data, half["indptr"], half["indices"], perm, x, x if bias is None else bias],
+        template,
+        (n_batch, n, n_out),
+        x.dtype,
+        (groups * threads, -(-n // rows), n_batch),
+        threads,
+    )
+
+
+def _simdgroups(half: Half) -> int:
+    """Simdgroups that share a block-row: one for every four blocks of the longest, 8 at most."""
+    return min(8, power_of_two(-(-longest_row(half) // 4)))

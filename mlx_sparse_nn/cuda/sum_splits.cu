@@ -1,0 +1,20 @@
+// out[i] = sum of partial[s, i] over s, in ascending order.
+//
+// Input
+//   partial  (S, M) float32
+// Output
+//   out      (M) T
+// Launch
+//   (ceil(M / 256) 256, 1, 1) threads in blocks of 256. One thread owns one element.
+// Template
+//   T float, half or bfloat16.
+
+const size_t i = (size_t)blockIdx.x * 256 + threadIdx.x;
+const size_t M = partial_shape[1];
+if (i < M) {
+  float sum = 0.0f;
+  for (int s = 0; s < partial_shape[0]; s++) {
+    sum += partial[s * M + i];
+  }
+  out[i] = T(sum);
+}

@@ -1,0 +1,200 @@
+"""IsingOperator: the Hamiltonian of the Ising chain, applied without being stored."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_sparse_nn.core.csr import check_data
+from mlx_sparse_nn.core.pattern import ArrayLike
+from mlx_sparse_nn.physics.ising import (
+    Values,
+    check_chain,
+    check_dtype,
+    check_energies,
+    check_memory,
+    check_values,
+)
+
+_MAX_QUBITS = 30  # MLX counts the elements of an axis in 32 bits
+
+
+class IsingOperator:
+    r"""The transverse-field Ising Hamiltonian as a linear map: ``H @ psi``, no matrix stored.
+
+    .. math:: H = -\sum_i J_i Z_i Z_{i+1} - \sum_i h_i X_i - \sum_i g_i Z_i
+
+    This is the matrix of :func:`transverse_field_ising`, to rounding, in O(2^n) memory instead of
+    O(n 2^n): its diagonal, and every flip X_i as a reversed axis of length 2. All is made of plain
+    lazy MLX operations, so it differentiates, to any order, by the state and by J, h and g where
+    they are MLX arrays, and works in ``vmap`` and ``compile``, on any device.
+
+    Args:
+        n_qubits: Number of sites, 1 to 30.
+        field: Transverse field h, a number or one per site, in units of energy. Faster if it is a
+            number.
+        coupling: Coupling J, a number or one per bond, of which a ring has one more.
+        longitudinal: Longitudinal field g, a number or one per site.
+        periodic: Whether the chain is a ring, which takes at least 3 sites.
+        dtype: Floating type or complex64 of the matrix. J, h and g are kept in float32, or in
+            float64 if this is that.
+
+    Attributes:
+        field: h, ``()`` or ``(n_qubits,)``.
+        coupling: J, ``()`` or one per bond.
+        longitudinal: g, ``()`` or ``(n_qubits,)``.
+
+    Raises:
+        TypeError: ``n_qubits`` is not an integer, a parameter is not real numbers, or ``dtype`` is
+            not a floating type or complex64.
+        ValueError: ``n_qubits`` is out of range, too small for a ring or too large for the memory
+            of this machine, or a parameter has the wrong number of values, is not finite or
+            overflows ``dtype``. What an MLX array holds is not looked at: it may be a tracer.
+
+    Example:
+        >>> H = IsingOperator(8, 0.7)
+        >>> expectation(H, mx.ones(256))
+        array(-5.6, dtype=float32)
+    """
+
+    # NumPy then leaves `x @ H` to H, which has no such product, instead of looping over objects.
+    __array_ufunc__ = None
+
+    def __init__(
+        self,
+        n_qubits: int,
+        field: Values,
+        *,
+        coupling: Values = 1.0,
+        longitudinal: Values = 0.0,
+        periodic: bool = False,
+        dtype: mx.Dtype = mx.float32,
+    ):
+        owner = "IsingOperator"
+        n_qubits = check_chain(owner, n_qubits, periodic)
+        check_dtype(owner, dtype)
+        n_bonds = n_qubits if periodic else n_qubits - 1
+        real = mx.float64 if dtype == mx.float64 else mx.float32
+        # The diagonal, a state, its product, and one state in between.
+        n_bytes = (1 << n_qubits) * 4 * max(real.size, dtype.size)
+        check_memory(owner, f"n_qubits {n_qubits}", n_bytes, "vectors")
+        if n_qubits > _MAX_QUBITS:
+            raise ValueError(f"[{owner}] n_qubits must be at most {_MAX_QUBITS}, got {n_qubits}")
+        self.n_qubits = n_qubits
+        self.periodic = bool(periodic)
+        self._dtype = dtype
+        self.field = _parameter(owner, "field", field, n_qubits, "sites", real)
+        self.coupling = _parameter(owner, "coupling", coupling, n_bonds, "bonds", real)
+        self.longitudinal = _parameter(owner, "longitudinal", longitudinal, n_qubits, "sites", real)
+        host = [None if isinstance(a, mx.array) else a for a in (field, coupling, longitudinal)]
+        check_energies(owner, *_repeated(host, (n_qubits, n_bonds, n_qubits)), dtype)
+        self._diagonal = self._make_diagonal()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(2**n_qubits, 2**n_qubits)``."""
+        return (1 << self.n_qubits, 1 << self.n_qubits)
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self._dtype
+
+    def diagonal(self) -> mx.array:
+        """Return the diagonal, ``(2**n_qubits,)`` of ``dtype``."""
+        return self._diagonal.astype(self._dtype)
+
+    def __matmul__(self, x: ArrayLike) -> mx.array:
+        """Return ``H @ x``.
+
+        Args:
+            x: ``(2**n,)``, ``(2**n, p)`` or any ``(..., 2**n, p)``.
+
+        Returns:
+            The shape of ``x``, of the promoted dtype. 16-bit types are computed in float32.
+        """
+        x = check_data("H @ x", x)
+        inner = x.shape[-1 if x.ndim == 1 else -2] if x.ndim else None
+        if inner != self.shape[1]:
+            raise ValueError(
+                f"[H @ x] H is {self.shape}, x has shape {x.shape}: inner sizes differ"
+            )
+        if x.ndim == 1:
+            return self._apply(x)
+        return self._apply(x.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+    def __repr__(self) -> str:
+        chain = "ring" if self.periodic else "open chain"
+        return (
+            f"IsingOperator({self.shape[0]} x {self.shape[1]}, {self.dtype}, "
+            f"{chain} of {self.n_qubits} sites)"
+        )
+
+    def _apply(self, x: mx.array) -> mx.array:
+        """Return the product with ``(..., 2**n)``."""
+        dtype = mx.result_type(mx.zeros(0, self._dtype), x)
+        shape = x.shape
+        x = x.astype(mx.result_type(mx.zeros(0, dtype), mx.float32))
+        y = self._diagonal * x
+        if self.field.ndim == 0:
+            scaled = [self.field * x] * self.n_qubits
+        else:
+            scaled = [h * x for h in _parts(self.field)]
+        for site, flipped in enumerate(scaled):
+            by_bit = (-1, 2, 1 << site)
+            y = y.reshape(by_bit) - flipped.reshape(by_bit)[:, ::-1]
+        return y.reshape(shape).astype(dtype)
+
+    def _make_diagonal(self) -> mx.array:
+        """Return ``-sum J_i z_i z_{i+1} - sum g_i z_i`` of all basis states, ``(2**n,)``.
+
+        One more site doubles the states, so all sites together cost O(2^n).
+        """
+        n_bonds = self.n_qubits if self.periodic else self.n_qubits - 1
+        j = _parts(mx.broadcast_to(self.coupling, (n_bonds,)))
+        g = _parts(mx.broadcast_to(self.longitudinal, (self.n_qubits,)))
+        z = mx.array([-1.0, 1.0], dtype=self.field.dtype)  # of a clear bit, of a set bit
+        zz = z[:, None] * z
+        energies = 0 - g[0] * z  # not -g * z, which makes -0.0
+        for site in range(1, self.n_qubits):
+            added = g[site] * z[:, None] + j[site - 1] * zz  # (new bit, bit below)
+            energies = (energies.reshape(1, 2, -1) - added[:, :, None]).reshape(-1)
+        if self.periodic:
+            ends = j[self.n_qubits - 1] * zz[:, None, :]
+            energies = (energies.reshape(2, -1, 2) - ends).reshape(-1)
+        return energies
+
+
+def _parameter(
+    owner: str, name: str, values: Values, size: int, of: str, dtype: mx.Dtype
+) -> mx.array:
+    """Return a parameter as ``()`` or ``(size,)``; MLX arrays may be tracers and stay lazy."""
+    if not isinstance(values, mx.array):
+        array = check_values(owner, name, values, size, of)
+        return mx.array(array if np.ndim(values) else float(np.asarray(values)), dtype=dtype)
+    if values.dtype == mx.bool_ or not mx.issubdtype(values.dtype, mx.number):
+        raise TypeError(f"[{owner}] {name} must be real numbers, got {values.dtype}")
+    if mx.issubdtype(values.dtype, mx.complexfloating):
+        raise TypeError(f"[{owner}] {name} must be real numbers, got {values.dtype}")
+    if values.shape not in ((), (size,)):
+        raise ValueError(
+            f"[{owner}] {name} must be a number or one for each of {size} {of}, "
+            f"got shape {values.shape}"
+        )
+    return values.astype(dtype)
+
+
+def _parts(values: mx.array) -> list[mx.array]:
+    """Return the elements as ``(1,)`` each; indexing would gather, which has no second derivative."""
+    return mx.split(values, values.size) if values.size else []
+
+
+def _repeated(values: list, sizes: tuple[int, ...]) -> list[np.ndarray]:
+    """Return each host value as ``(size,)`` float64; zeros where it is an MLX array."""
+    return [
+        np.broadcast_to(np.asarray(0.0 if value is None else value, dtype=float), (size,))
+        for value, size in zip(values, sizes, strict=True)
+    ]
