@@ -39,6 +39,7 @@ class Layout:
         """Lay out ``pattern``, or take over ``halves`` that :meth:`state` gave for one alike."""
         self.shape = pattern.shape
         self.block_size = pattern.block_size
+        self.functions: dict = {}  # what ``ops`` makes of this layout: the products, differentiable
         if halves is None:
             self._pattern = pattern
         else:

@@ -116,7 +116,20 @@ def todense(data: mx.array, pattern: CSRPattern | Layout) -> mx.array:
 # too, for nothing, and fail where an operation in it has no jvp.
 
 
-def _spmm(layout: Layout, data: mx.array, x: mx.array) -> mx.array:
+def _made_once(make):
+    """Make a function of a layout's operands once for each layout, and call it."""
+
+    def call(layout: Layout, *operands: mx.array) -> mx.array:
+        function = layout.functions.get(make)
+        if function is None:
+            function = layout.functions[make] = make(layout)
+        return function(*operands)
+
+    return call
+
+
+@_made_once
+def _spmm(layout: Layout):
     @mx.custom_function
     def product(data, x):
         return _backend(data, x).spmm(mx.stop_gradient(data), layout, mx.stop_gradient(x))
@@ -134,10 +147,11 @@ def _spmm(layout: Layout, data: mx.array, x: mx.array) -> mx.array:
     def vmap(operands, axes):
         return _map_matrix(lambda data, x: _spmm(layout, data, x), operands, axes)
 
-    return product(data, x)  # pyright: ignore[reportReturnType]
+    return product
 
 
-def _affine(layout: Layout, data: mx.array, x: mx.array, bias: mx.array) -> mx.array:
+@_made_once
+def _affine(layout: Layout):
     """Return ``_spmm`` plus bias ``(n_rows,)``, in one kernel where there is one."""
 
     @mx.custom_function
@@ -174,10 +188,11 @@ def _affine(layout: Layout, data: mx.array, x: mx.array, bias: mx.array) -> mx.a
         bias = mx.moveaxis(bias, bias_axis, 0)  # (M, n_rows)
         return y + mx.expand_dims(bias, (1, 2) if axis == 0 else (1,)), axis
 
-    return product(data, x, bias)  # pyright: ignore[reportReturnType]
+    return product
 
 
-def _spmm_t(layout: Layout, data: mx.array, y: mx.array) -> mx.array:
+@_made_once
+def _spmm_t(layout: Layout):
     @mx.custom_function
     def product(data, y):
         return _backend(data, y).spmm_t(mx.stop_gradient(data), layout, mx.stop_gradient(y))
@@ -195,10 +210,11 @@ def _spmm_t(layout: Layout, data: mx.array, y: mx.array) -> mx.array:
     def vmap(operands, axes):
         return _map_matrix(lambda data, y: _spmm_t(layout, data, y), operands, axes)
 
-    return product(data, y)  # pyright: ignore[reportReturnType]
+    return product
 
 
-def _sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
+@_made_once
+def _sddmm(layout: Layout):
     @mx.custom_function
     def product(y, x):
         return _backend(y, x).sddmm(layout, mx.stop_gradient(y), mx.stop_gradient(x))
@@ -219,29 +235,29 @@ def _sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
         out = _sddmm(layout, y, x)
         return out.reshape(size, -1, *out.shape[1:]), 0
 
-    return product(y, x)  # pyright: ignore[reportReturnType]
+    return product
 
 
-def _todense(layout: Layout, data: mx.array) -> mx.array:
+@_made_once
+def _todense(layout: Layout):
     return _linear(
         lambda data: reference.todense(data, layout),
         lambda data: _todense(layout, data),
         lambda dense: _sample(layout, dense),
-        data,
     )
 
 
-def _sample(layout: Layout, dense: mx.array) -> mx.array:
+@_made_once
+def _sample(layout: Layout):
     return _linear(
         lambda dense: reference.sample(layout, dense),
         lambda dense: _sample(layout, dense),
         lambda data: _todense(layout, data),
-        dense,
     )
 
 
-def _linear(evaluate, function, transpose, operand: mx.array) -> mx.array:
-    """Evaluate a linear function of ``(V, ...)``, given itself and its transpose to derive by."""
+def _linear(evaluate, function, transpose):
+    """Return a linear function of ``(V, ...)``, given itself and its transpose to derive by."""
 
     @mx.custom_function
     def product(operand):
@@ -261,7 +277,7 @@ def _linear(evaluate, function, transpose, operand: mx.array) -> mx.array:
         out = function(_split_matrices(operand, axis, size))
         return (out.reshape(size, -1, *out.shape[1:]),), (0,)
 
-    return product(operand)  # pyright: ignore[reportReturnType]
+    return product
 
 
 def _bilinear_jvp(product, primals, tangents):

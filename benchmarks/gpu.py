@@ -1,0 +1,298 @@
+"""Measure the CUDA kernels beside dense layers and the peers, in one run on one NVIDIA GPU.
+
+Needs MLX for CUDA and PyTorch in one environment. Results are compared with dense ones in float32
+before any time is taken. Two times are measured:
+
+- call: what one call costs, many under one synchronise, the median of several rounds. PyTorch's are
+  replays of a CUDA graph. An MLX operation costs some 10 microseconds to launch, whatever it does.
+- kernel: what its kernels take on the GPU, from CUPTI's trace (``torch.profiler``, which sees those
+  of MLX in the same process), the mean of many.
+
+Writes ``benchmarks/results/gpu.json`` (or ``--output``); with ``--readme`` alone it makes the
+README's table and plot from that file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from char_lm import ROOT, write_table
+
+RESULTS = ROOT / "benchmarks/results/gpu.json"
+PLOT = ROOT / "docs/gpu.png"
+SIZE = 4096
+ROWS = (1, 16, 4096)
+BLOCK_SIZES = (16, 32, 64, 128)
+DENSITIES = (0.05, 0.1, 0.2, 0.5)
+QUBITS = (16, 20, 24)
+
+
+def call_ms(run: Callable[[int], Any], synchronize: Callable[[], None], calls: int) -> float:
+    """Return milliseconds a call of ``run(calls)``: the median of five rounds."""
+    run(3)
+    synchronize()
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        run(calls)
+        synchronize()
+        times.append((time.perf_counter() - began) / calls * 1e3)
+    return statistics.median(times)
+
+
+def kernel_ms(run: Callable[[int], Any], synchronize: Callable[[], None], calls: int) -> float:
+    """Return milliseconds of GPU time a call, summed over the kernels of ``run(calls)``."""
+    import torch
+
+    run(3)
+    synchronize()
+    cuda = torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[cuda]) as profile:
+        run(calls)
+        synchronize()
+    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(e.device_time for e in events if "Memcpy" not in e.name) / calls / 1e3
+
+
+def mlx_times(f: Callable, inputs: list) -> dict[str, float]:
+    """Return the call and kernel times of an MLX function over ready inputs, used in turn."""
+    import mlx.core as mx
+
+    def run(calls):
+        mx.eval([f(inputs[i % len(inputs)]) for i in range(calls)])
+
+    calls = 100 if inputs[0].size < 2**20 else 16
+    return {
+        "call": call_ms(run, mx.synchronize, calls),
+        "kernel": kernel_ms(run, mx.synchronize, calls),
+    }
+
+
+def torch_times(f: Callable, inputs: list) -> dict[str, float]:
+    """Return the replay and kernel times of a PyTorch function over ready inputs."""
+    import torch
+
+    calls = 100 if inputs[0].numel() < 2**20 else 16
+    f(inputs[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            f(inputs[i % len(inputs)])
+    run = lambda _: graph.replay()  # noqa: E731
+    return {
+        "call": call_ms(run, torch.cuda.synchronize, 1) / calls,
+        "kernel": kernel_ms(run, torch.cuda.synchronize, 1) / calls,
+    }
+
+
+def measure_layers() -> list[dict]:
+    """Time forward products of a ``SIZE x SIZE`` weight in bfloat16."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    from mlx_sparse_nn import BlockSparseLinear, patterns
+
+    results = []
+    dense = nn.Linear(SIZE, SIZE)
+    dense.set_dtype(mx.bfloat16)
+    for n in ROWS:
+        xs = [mx.random.normal((n, SIZE)).astype(mx.bfloat16) for _ in range(4)]
+        mx.eval(xs, dense.parameters())
+        txs = [torch.randn(n, SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+        tw = torch.randn(SIZE, SIZE, device="cuda", dtype=torch.bfloat16)
+        row = {"rows": n, "mlx dense": mlx_times(dense, xs)}
+        row["torch dense"] = torch_times(lambda x: F.linear(x, tw), txs)  # noqa: B023
+        results.append(row)
+        print(row, flush=True)
+        for block_size in BLOCK_SIZES:
+            for density in DENSITIES:
+                pattern = patterns.random(SIZE, SIZE, density, block_size, seed=1)
+                layer = BlockSparseLinear(SIZE, SIZE, pattern)
+                layer.set_dtype(mx.bfloat16)
+                weight = layer.todense().astype(mx.float32)
+                bias = layer.bias.astype(mx.float32)
+                with mx.stream(mx.cpu if n == 1 else mx.gpu):
+                    expected = xs[0].astype(mx.float32) @ weight.T + bias
+                worst = mx.abs(layer(xs[0]).astype(mx.float32) - expected).max().item()
+                if not worst < 0.05:
+                    raise SystemExit(f"wrong by {worst} at {n} rows, B = {block_size}, {density}")
+                cell = {"rows": n, "block_size": block_size, "density": density, "error": worst}
+                cell["ours"] = mlx_times(layer, xs)
+                if block_size in (32, 64) and density in (0.1, 0.5):
+                    mask = pattern.tomask()[::block_size, ::block_size]
+                    masked = layer.todense().T
+                    if n >= block_size:
+                        cell["mlx block_masked_mm"] = mlx_times(
+                            lambda x: mx.block_masked_mm(x, masked, block_size, mask_rhs=mask.T),  # noqa: B023
+                            xs,
+                        )
+                blocks = torch.from_numpy(np.array(layer.weight.astype(mx.float32)))
+                bsr = torch.sparse_bsr_tensor(
+                    torch.from_numpy(pattern.indptr.astype(np.int64)),
+                    torch.from_numpy(pattern.indices.astype(np.int64)),
+                    blocks.to(torch.bfloat16),
+                    size=(SIZE, SIZE),
+                ).cuda()
+                cell["torch bsr"] = torch_times(lambda x: F.linear(x, bsr), txs)  # noqa: B023
+                results.append(cell)
+                print(cell, flush=True)
+    return results
+
+
+def measure_training() -> list[dict]:
+    """Time forward and both gradients at 4096 rows, dense and sparse."""
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    from mlx_sparse_nn import BlockSparseLinear, patterns
+
+    xs = [mx.random.normal((4096, SIZE)).astype(mx.bfloat16) for _ in range(2)]
+    target = mx.random.normal((4096, SIZE)).astype(mx.bfloat16)
+    mx.eval(xs, target)
+
+    def step(layer):
+        names = ["weight", "bias"]
+
+        def loss(parameters, x):
+            layer.update(parameters)
+            return (layer(x) * target).sum()
+
+        parameters = {name: layer[name] for name in names}
+        grad = mx.grad(loss, argnums=(0, 1))
+
+        def run(x):
+            grads = grad(parameters, x)
+            layer.update(parameters)
+            return grads
+
+        return run
+
+    results = []
+    layers: list[tuple[dict, Any]] = [({"layer": "dense"}, nn.Linear(SIZE, SIZE))]
+    for block_size, density in ((16, 0.1), (32, 0.2), (64, 0.35), (128, 0.5), (64, 0.1)):
+        pattern = patterns.random(SIZE, SIZE, density, block_size, seed=1)
+        key = {"layer": "sparse", "block_size": block_size, "density": density}
+        layers.append((key, BlockSparseLinear(SIZE, SIZE, pattern)))
+    for key, layer in layers:
+        layer.set_dtype(mx.bfloat16)
+        mx.eval(layer.parameters())
+        result = {**key, "forward": mlx_times(layer, xs), "training": mlx_times(step(layer), xs)}
+        results.append(result)
+        print(result, flush=True)
+    return results
+
+
+def measure_ising() -> list[dict]:
+    """Time the Ising Hamiltonian times a vector, float32, beside cuSPARSE."""
+    import mlx.core as mx
+    import numpy as np
+    import torch
+
+    from mlx_sparse_nn import physics
+
+    results = []
+    for n in QUBITS:
+        H = physics.transverse_field_ising(n, 0.7)
+        psis = [mx.random.normal((2**n,)) for _ in range(2)]
+        mx.eval(psis, H.data)
+        sparse = torch.sparse_csr_tensor(
+            torch.from_numpy(H.pattern.indptr.copy()),
+            torch.from_numpy(H.pattern.indices.copy()),
+            torch.from_numpy(np.array(H.data)),
+            size=H.shape,
+        ).cuda()
+        vectors = [torch.from_numpy(np.array(psi)).cuda() for psi in psis]
+        error = np.abs(np.array(H @ psis[0]) - (sparse @ vectors[0]).cpu().numpy()).max()
+        if not error < 1e-3:
+            raise SystemExit(f"Ising n = {n}: wrong by {error}")
+        cell = {"qubits": n, "ours": mlx_times(lambda x: H @ x, psis)}  # noqa: B023
+        cell["cusparse"] = torch_times(lambda x: sparse @ x, vectors)  # noqa: B023
+        results.append(cell)
+        print(cell, flush=True)
+    return results
+
+
+def table(results: dict) -> str:
+    """Return the README's table."""
+    lines = [
+        "| B | density | kernel, ms | MLX dense | PyTorch BSR | layer call, ms | MLX dense |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    cells = [c for c in results["layers"] if c["rows"] == 4096]
+    dense = cells[0]["mlx dense"]
+    for c in cells[1:]:
+        lines.append(
+            f"| {c['block_size']} | {c['density']:.0%} | {c['ours']['kernel']:.3f} "
+            f"| {dense['kernel']:.3f} | {c['torch bsr']['kernel']:.3f} | {c['ours']['call']:.3f} "
+            f"| {dense['call']:.3f} |"
+        )
+    lines.append(f"\n{results['device']}, bfloat16, 4096 x 4096 weight, 4096 rows of x.")
+    return "\n".join(lines)
+
+
+def plot(results: dict) -> None:
+    """Draw the speed-up over the dense layer against density, one line per block size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
+    cells = [c for c in results["layers"] if c["rows"] == 4096]
+    dense = cells[0]["mlx dense"]["kernel"]
+    for axis, key, title in (
+        (axes[0], "ours", "mlx_sparse_nn"),
+        (axes[1], "torch bsr", "PyTorch BSR"),
+    ):
+        for block_size in BLOCK_SIZES:
+            line = [c for c in cells[1:] if c["block_size"] == block_size]
+            axis.plot(
+                [c["density"] * 100 for c in line],
+                [dense / c[key]["kernel"] for c in line],
+                marker="o",
+                label=f"B = {block_size}",
+            )
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set(title=title, xlabel="density, %", xscale="log", yscale="log")
+        axis.set_xticks([5, 10, 20, 50], labels=["5", "10", "20", "50"])
+        axis.set_yticks([0.1, 0.2, 0.5, 1, 2, 5], labels=["0.1", "0.2", "0.5", "1", "2", "5"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("speed-up over MLX dense (kernel)")
+    axes[0].legend()
+    figure.savefig(PLOT, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--readme", action="store_true", help="only make table and plot")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--only", choices=["layers", "training", "ising"], action="append")
+    args = parser.parse_args()
+    if args.readme:
+        results = json.loads(RESULTS.read_text())
+        write_table("gpu", table(results))
+        plot(results)
+        return
+    import torch
+
+    parts = {"layers": measure_layers, "training": measure_training, "ising": measure_ising}
+    results: dict[str, Any] = {"device": torch.cuda.get_device_name()}
+    for name, measure in parts.items():
+        if args.only is None or name in args.only:
+            results[name] = measure()
+            args.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
