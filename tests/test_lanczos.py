@@ -1,6 +1,7 @@
 """lanczos against dense diagonalisation and the free-fermion energies."""
 
 import re
+import time
 import warnings
 from dataclasses import FrozenInstanceError
 
@@ -20,10 +21,7 @@ from mlx_sparse_nn.physics import (
 from mlx_sparse_nn.physics.lanczos import Krylov
 
 CHAINS = [
-    (n, h, periodic)
-    for n in (8, 12)
-    for h in (0.3, 0.7, 1.0, 1.5)
-    for periodic in (False, True)
+    (n, h, periodic) for n in (8, 12) for h in (0.3, 0.7, 1.0, 1.5) for periodic in (False, True)
 ]
 
 
@@ -61,16 +59,15 @@ class TestIsing:
         assert result.energies.dtype == result.states.dtype == dtype
         assert result.energies.item() == pytest.approx(exact, rel=rtol)
 
-    def test_18_sites_in_float32(self):
-        result = lanczos(IsingOperator(18, 1.0, periodic=True))
+    @pytest.mark.parametrize(("dtype", "rtol"), [(mx.float32, 1e-5), (mx.float64, 1e-10)])
+    def test_18_sites_in_less_than_a_minute(self, dtype, rtol):
+        began = time.perf_counter()
+        with device_of(dtype):
+            result = lanczos(IsingOperator(18, 1.0, periodic=True, dtype=dtype))
+        assert time.perf_counter() - began < 60
         exact = exact_ground_energy(18, 1.0, periodic=True)
         assert result.converged
-        assert result.energies.item() == pytest.approx(exact, rel=1e-5)
-
-    def test_16_sites_in_float64(self):
-        with mx.stream(mx.cpu):
-            result = lanczos(IsingOperator(16, 0.7, dtype=mx.float64))
-        assert result.energies.item() == pytest.approx(exact_ground_energy(16, 0.7), rel=1e-10)
+        assert result.energies.item() == pytest.approx(exact, rel=rtol)
 
     @pytest.mark.parametrize(("dtype", "rtol"), [(mx.float32, 1e-5), (mx.float64, 1e-10)])
     @pytest.mark.parametrize("h", [0.0, 1e-4, 0.1, 0.3, 0.5, 0.9])
@@ -127,9 +124,7 @@ class TestAnyMatrix:
         H = (q * values) @ q.T
         with device_of(dtype):
             result = lanczos(mx.array(H, dtype=dtype), k=5)
-            np.testing.assert_allclose(
-                to_numpy(result.energies), [-3, -3, -3, -3, -1], rtol=1e-5
-            )
+            np.testing.assert_allclose(to_numpy(result.energies), [-3, -3, -3, -3, -1], rtol=1e-5)
             assert_eigenpairs((H + H.T) / 2, result, dtype)
 
     def test_zero_and_identity(self):
@@ -148,7 +143,7 @@ class TestAnyMatrix:
         np.testing.assert_allclose(lanczos(Shift(), k=2).energies, [0, 1], atol=4e-4)
 
     def test_16_bit_matrices_are_solved_in_float32(self):
-        result = lanczos(IsingOperator(6, 0.7, dtype=mx.bfloat16).__class__(6, 0.7), k=1)
+        result = lanczos(IsingOperator(6, 0.7, dtype=mx.bfloat16))
         assert result.energies.dtype == mx.float32
 
     def test_a_start_vector_keeps_its_symmetry(self):
@@ -282,8 +277,7 @@ class TestBadInput:
         H = IsingOperator(20, 0.7)
         monkeypatch.setattr(ising.os, "sysconf", lambda name: 2**13)
         message = (
-            "[lanczos] a basis of 33 vectors of 1048576 needs 0.16 GiB for its use, "
-            "this machine has 0.0625 GiB"
+            "[lanczos] a basis of 33 vectors of 1048576 needs 0.16 GiB, this machine has 0.06 GiB"
         )
         with pytest.raises(ValueError, match=re.escape(message)):
             lanczos(H)

@@ -163,5 +163,8 @@ def test_what_no_kernel_takes_goes_to_the_reference(metal):
     pattern = CSRPattern([0, 1], [0], (1, 1))
     for x in (mx.ones((2, 1), mx.complex64), mx.zeros((0, 1))):
         spmm(mx.ones(1), pattern, x)
+    empty = CSRPattern([0, 0, 0], [], (2, 3))
+    assert sddmm(empty, mx.ones((4, 2)), mx.ones((4, 3))).shape == (0,)
+    assert_equal(spmm(mx.zeros(0), empty, mx.ones((4, 3))), mx.zeros((4, 2)))
     assert not metal.launches
     spmm(mx.ones(1), pattern, mx.ones(1))

@@ -17,6 +17,7 @@ from support import (
 )
 
 from mlx_sparse_nn import CSRPattern, sddmm, spmm, spmm_t
+from mlx_sparse_nn.core import reference
 
 leading = st.lists(st.integers(0, 3), max_size=3).map(tuple)
 REAL = (mx.float32, mx.float16, mx.bfloat16, mx.float64)
@@ -126,23 +127,30 @@ def test_wide_sums_in_16_bits_accumulate_in_float32():
 
 @pytest.mark.parametrize("n", [1, 300])
 def test_steps_agree_with_one_step(n, monkeypatch):
-    """Cutting the rows into steps, as wide products are, changes no bit."""
-    from mlx_sparse_nn.core import reference
-
+    """Cutting the rows into steps, as the reference does with wide products, changes no bit."""
     for block_size in (1, 8):
         pattern = random_pattern(40, 30, block_size, seed=4)
         uniform = CSRPattern(np.arange(41) * 3, np.arange(120) % 30, pattern.shape, block_size)
         for p in (pattern, uniform):
-            data, x = mx.random.normal(p.data_shape), mx.random.normal((n, p.shape[1]))
-            y = mx.random.normal((n, p.shape[0]))
-            whole = spmm(data, p, x), spmm_t(data, p, y), sddmm(p, y, x)
-            mx.eval(whole)
-            monkeypatch.setattr(reference, "_STEP", 5000)
-            for a, b in zip(
-                whole, (spmm(data, p, x), spmm_t(data, p, y), sddmm(p, y, x)), strict=True
-            ):
-                assert_equal(b, a)
-            monkeypatch.undo()
+            with mx.stream(mx.cpu):
+                whole = all_products(p, n)
+                monkeypatch.setattr(reference, "_STEP", 5000)
+                for a, b in zip(all_products(p, n), whole, strict=True):
+                    assert_equal(a, b)
+                monkeypatch.undo()
+
+
+def all_products(pattern, n):
+    mx.random.seed(n)
+    data = mx.random.normal((1, *pattern.data_shape))
+    x, y = mx.random.normal((1, n, pattern.shape[1])), mx.random.normal((1, n, pattern.shape[0]))
+    products = (
+        reference.spmm(data, pattern.layout, x),
+        reference.spmm_t(data, pattern.layout, y),
+        reference.sddmm(pattern.layout, y, x),
+    )
+    mx.eval(products)
+    return products
 
 
 def test_results_are_reproducible_bit_for_bit():

@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_sparse_nn.core.layout import Half, buckets
+from mlx_sparse_nn.core.layout import Half, Layout, buckets
 
 _PACKAGE = Path(__file__).parents[1]
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
@@ -34,15 +34,17 @@ def backend() -> str:
     return "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else "reference"
 
 
-def takes(*operands: mx.array) -> bool:
+def takes(layout: Layout, *operands: mx.array) -> bool:
     """Return whether there are kernels for the operands.
 
-    There are for float32, float16 and bfloat16, every block size and every shape with at least one
-    element. All else goes to the reference; so does what a function under ``mx.vmap`` computes
+    There are for float32, float16 and bfloat16, every block size, and every shape and pattern with
+    at least one element. All else goes to the reference; so does what a function under ``mx.vmap`` computes
     while it is traced, since MLX cannot map a kernel. The products' own rule for ``vmap`` then
     computes the mapped ones, by kernels.
     """
-    return not _tracing.vmaps and all(a.dtype in DTYPES and a.size for a in operands)
+    if _tracing.vmaps or not layout.rows["indices"].size:
+        return False
+    return all(a.dtype in DTYPES and a.size for a in operands)
 
 
 def longest_row(half: Half) -> int:

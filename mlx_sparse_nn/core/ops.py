@@ -132,7 +132,7 @@ def _made_once(make):
 def _spmm(layout: Layout):
     @mx.custom_function
     def product(data, x):
-        return _backend(data, x).spmm(mx.stop_gradient(data), layout, mx.stop_gradient(x))
+        return _backend(layout, data, x).spmm(mx.stop_gradient(data), layout, mx.stop_gradient(x))
 
     @product.vjp
     def vjp(primals, cotangent, output):
@@ -157,7 +157,7 @@ def _affine(layout: Layout):
     @mx.custom_function
     def product(data, x, bias):
         operands = [mx.stop_gradient(a) for a in (data, x, bias)]
-        return _backend(*operands).spmm(operands[0], layout, *operands[1:])
+        return _backend(layout, *operands).spmm(operands[0], layout, *operands[1:])
 
     @product.vjp
     def vjp(primals, cotangent, output):
@@ -195,7 +195,7 @@ def _affine(layout: Layout):
 def _spmm_t(layout: Layout):
     @mx.custom_function
     def product(data, y):
-        return _backend(data, y).spmm_t(mx.stop_gradient(data), layout, mx.stop_gradient(y))
+        return _backend(layout, data, y).spmm_t(mx.stop_gradient(data), layout, mx.stop_gradient(y))
 
     @product.vjp
     def vjp(primals, cotangent, output):
@@ -217,7 +217,7 @@ def _spmm_t(layout: Layout):
 def _sddmm(layout: Layout):
     @mx.custom_function
     def product(y, x):
-        return _backend(y, x).sddmm(layout, mx.stop_gradient(y), mx.stop_gradient(x))
+        return _backend(layout, y, x).sddmm(layout, mx.stop_gradient(y), mx.stop_gradient(x))
 
     @product.vjp
     def vjp(primals, cotangent, output):
@@ -322,9 +322,9 @@ def _merge(a: mx.array) -> mx.array:
     return a.reshape(1, math.prod(a.shape[:-1]), a.shape[-1])
 
 
-def _backend(*operands: mx.array) -> ModuleType:
+def _backend(layout: Layout, *operands: mx.array) -> ModuleType:
     """Return the module that computes a product of these operands on MLX's default device."""
-    name = kernels.backend() if kernels.takes(*operands) else "reference"
+    name = kernels.backend() if kernels.takes(layout, *operands) else "reference"
     return {"metal": metal, "cuda": cuda, "reference": reference}[name]
 
 

@@ -76,7 +76,7 @@ def evolve(
         tol = 1e-10 if dtype == mx.float64 else 1e-6
     check_tol(owner, tol, 1e-14)
     size = min(dim, _BASIS + 1)
-    check_memory(owner, f"a basis of {size} vectors of {dim}", (size + 8) * dim * dtype.size, "use")
+    check_memory(owner, f"a basis of {size} vectors of {dim}", (size + 8) * dim * dtype.size)
 
     with mx.stream(mx.cpu if dtype == mx.float64 else mx.default_device()):
         # The check is of H alone, so any fixed seed will do.
@@ -102,7 +102,9 @@ def _step(
     basis = Krylov(dim, min(dim, _BASIS + 1), state.dtype)
     w, _, norm = basis.orthogonalise(state)
     basis.append(w, norm)
-    for done in range(1, basis.size + 1):
+    done = 0
+    while True:
+        done += 1
         w, coefficients, norm = basis.multiply(H, done - 1)
         basis.projected[:, done - 1] = coefficients
         invariant = done == dim or norm <= basis.negligible(coefficients)
@@ -169,7 +171,7 @@ def _longest(
 def _norm(psi: mx.array) -> float:
     """Return the norm of a finite state, whose squares may overflow float32."""
     largest = mx.abs(psi).max()
-    return (largest * mx.sqrt(sum_halves(mx.abs(psi / largest).square()))).item()
+    return float(largest * mx.sqrt(sum_halves(mx.abs(psi / largest).square())))
 
 
 def _unit(psi: mx.array) -> mx.array:

@@ -76,7 +76,7 @@ def transverse_field_ising(
     check_dtype(owner, dtype)
     check_energies(owner, h, j, g, dtype)
     n_bytes = (1 << n_qubits) * (n_qubits + 1) * (dtype.size + 4)
-    check_memory(owner, f"n_qubits {n_qubits}", n_bytes, "stored values and indices")
+    check_memory(owner, f"n_qubits {n_qubits}", n_bytes)
 
     indices = _flips_and_diagonal(n_qubits)
     n_rows, width = indices.shape
@@ -214,13 +214,13 @@ def check_energies(
         raise ValueError(f"[{owner}] energies of up to {largest:.3g} overflow {dtype}")
 
 
-def check_memory(owner: str, what: str, n_bytes: int, of: str) -> None:
+def check_memory(owner: str, what: str, n_bytes: int) -> None:
     """Raise if ``n_bytes`` are more than the memory of this machine."""
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if n_bytes > available:
         raise ValueError(
-            f"[{owner}] {what} needs {n_bytes / 2**30:.3g} GiB for its {of}, "
-            f"this machine has {available / 2**30:.3g} GiB"
+            f"[{owner}] {what} needs {n_bytes / 2**30:,.2f} GiB, "
+            f"this machine has {available / 2**30:,.2f} GiB"
         )
 
 

@@ -101,7 +101,7 @@ def lanczos(
         tol = 1e-9 if dtype == mx.float64 else 1e-5
     check_tol(owner, tol)
     size = min(dim, max(_BASIS, 4 * k) + k)
-    check_memory(owner, f"a basis of {size} vectors of {dim}", (size + 8) * dim * dtype.size, "use")
+    check_memory(owner, f"a basis of {size} vectors of {dim}", (size + 8) * dim * dtype.size)
 
     with mx.stream(mx.cpu if dtype == mx.float64 else mx.default_device()):
         normals = Normals(dim, dtype, seed)
@@ -139,7 +139,7 @@ def _solve(
         filled = basis.filled
         values, vectors = np.linalg.eigh(basis.projected[:done, :done])  # reads its lower half
         estimates = np.linalg.norm(basis.projected[done:filled, :done] @ vectors[:, :k], axis=0)
-        scale = np.abs(values).max()
+        scale = float(np.abs(values).max())
         reached = done >= k and (estimates <= 0.5 * tol * scale).all()
         if reached or iterations >= max_iter or done == dim:
             break
@@ -164,10 +164,10 @@ def _result(
         mx.eval(energy, error)  # one product at a time in memory
         energies.append(energy)
         residuals.append(mx.sqrt(error))
-    order = np.argsort([energy.item() for energy in energies], kind="stable")
+    order = np.argsort([float(energy) for energy in energies], kind="stable")
     energies, residuals, states = ([a[i] for i in order] for a in (energies, residuals, states))
-    worst = max(residual.item() for residual in residuals)
-    converged = worst <= tol * scale
+    worst = max(float(residual) for residual in residuals)
+    converged = bool(worst <= tol * scale)
     if not converged:
         warnings.warn(
             f"[lanczos] not converged after {iterations} products: the largest residual is "
@@ -223,7 +223,7 @@ class Krylov:
             total = total + c
         norm = mx.sqrt(sum_halves(mx.abs(w).square().sum(axis=(1, 2))))
         mx.eval(w, total, norm)
-        return w, np.array(total), norm.item()
+        return w, np.array(total), float(norm)
 
     def append(self, w: mx.array, norm: float) -> None:
         """Take ``w``, from :meth:`orthogonalise`, of that norm, as the next column."""
@@ -238,14 +238,14 @@ class Krylov:
     def negligible(self, coefficients: np.ndarray) -> float:
         """Return the norm below which the rest of a product is rounding."""
         eps = 2.0**-52 if self.dtype == mx.float64 else 2.0**-23
-        return 30 * eps * max(np.linalg.norm(coefficients), np.abs(self.projected).max())
+        return 30 * eps * float(max(np.linalg.norm(coefficients), np.abs(self.projected).max()))
 
     def combine(self, coefficients: np.ndarray) -> list[mx.array]:
-        """Return the sums of the first ``m`` columns by ``(m, p)`` coefficients, p times ``(dim,)``."""
+        """Return p combinations of the first m columns, ``(dim,)``; coefficients ``(m, p)``."""
         return [self._combination(c).reshape(-1)[: self.dim] for c in coefficients.T]
 
     def restart(self, values: np.ndarray, vectors: np.ndarray) -> None:
-        """Keep only some Ritz vectors, ``(done, kept)``, and the columns not multiplied by H yet."""
+        """Keep some Ritz vectors, ``(done, kept)``, and the columns not multiplied by H yet."""
         done, kept = vectors.shape
         waiting = self.vectors[:, done : self.filled]
         columns = [self._combination(c) for c in vectors.T] + [waiting]
@@ -260,10 +260,10 @@ class Krylov:
         self.projected[kept : self.filled, :kept] = border
 
     def _combination(self, c: np.ndarray) -> mx.array:
-        c = mx.array(np.pad(c, (0, self.size - c.size)), dtype=self.dtype)
+        row = mx.array(np.pad(c, (0, self.size - c.size)), dtype=self.dtype)
         if self._by_matmul:
-            return c[None] @ self.vectors
-        return (c[:, None] * self.vectors).sum(axis=1, keepdims=True)
+            return row[None] @ self.vectors
+        return (row[:, None] * self.vectors).sum(axis=1, keepdims=True)
 
 
 class Normals:
@@ -289,8 +289,9 @@ def check_hermitian(owner: str, H: Any, normals: Any) -> None:
             raise TypeError(f"[{owner}] H @ x must be an mx.array, got {type(product).__name__}")
         if product.shape != u.shape:
             raise ValueError(f"[{owner}] H @ x has shape {product.shape}, x has {u.shape}")
-    difference = mx.abs(sum_halves(mx.conjugate(u) * Hv) - sum_halves(mx.conjugate(Hu) * v)).item()
-    norms = [mx.sqrt(sum_halves(mx.abs(a).square())).item() for a in (u, Hv)]
+    difference = mx.abs(sum_halves(mx.conjugate(u) * Hv) - sum_halves(mx.conjugate(Hu) * v))
+    norms = [mx.sqrt(sum_halves(mx.abs(a).square())) for a in (u, Hv)]
+    difference, *norms = (float(a) for a in (difference, *norms))
     if not np.isfinite([difference, *norms]).all():
         raise ValueError(f"[{owner}] H @ x is not finite")
     eps = 2.0**-52 if Hv.dtype == mx.float64 else 2.0**-23
@@ -306,7 +307,7 @@ def check_vector(owner: str, name: str, v: mx.array, dim: int) -> mx.array:
     if isinstance(v, mx.array) and v.shape != (dim,):
         raise ValueError(f"[{owner}] {name} has shape {v.shape}, expected ({dim},)")
     v = check_state(owner, name, v, dim)
-    largest = mx.abs(v).max().item()
+    largest = float(mx.abs(v).max())
     if not np.isfinite(largest):
         raise ValueError(f"[{owner}] {name} must be finite, its largest magnitude is {largest}")
     if largest == 0:

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core.pattern import check_size
+_TINY = 1e-300  # of an eigenvalue: its logarithm is finite, and 0 times that
 
 
 def expectation(H: Any, psi: mx.array) -> mx.array:
@@ -125,8 +125,8 @@ def entanglement_entropy(psi: mx.array, cut: int) -> mx.array:
     .. math:: S = -\sum_a \lambda_a \ln \lambda_a
 
     with the eigenvalues of the reduced density matrix of the smaller side, found in float64 on the
-    CPU. Differentiable once, in reverse and in forward mode; where an eigenvalue is 0 the derivative
-    of S to it is infinite, and the one to ``psi`` is what is left of it: 0.
+    CPU. Differentiable once, in reverse and in forward mode. Where an eigenvalue is 0, the
+    derivative of S by it is infinite; by ``psi`` it is 0.
 
     Args:
         psi: ``(2**n,)`` amplitudes, of any norm but 0. Costs O(8^min(cut, n - cut)) time.
@@ -181,7 +181,9 @@ def fidelity(a: mx.array, b: mx.array) -> mx.array:
         ValueError: A state is not one-dimensional, or their lengths differ.
     """
     a = check_state("fidelity", "a", a)
-    b = check_state("fidelity", "b", b, a.size)
+    b = check_state("fidelity", "b", b)
+    if a.size != b.size:
+        raise ValueError(f"[fidelity] a has {a.size} amplitudes, b has {b.size}")
     overlap = _conj(a) * b
     squared = sum_halves(mx.real(overlap)) ** 2
     if overlap.dtype == mx.complex64:
@@ -205,8 +207,8 @@ def check_hamiltonian(owner: str, H: Any) -> int:
     """Return the dimension of a square Hamiltonian, or raise."""
     if isinstance(H, np.ndarray) or not (hasattr(H, "shape") and hasattr(H, "__matmul__")):
         raise TypeError(
-            f"[{owner}] H must be a CSRArray, got {type(H).__name__}; an IsingOperator, an mx.array "
-            "and any object with shape whose product H @ psi is an mx.array will also do"
+            f"[{owner}] H must be a CSRArray, got {type(H).__name__}; an IsingOperator, an "
+            "mx.array or any object with shape whose product H @ psi is an mx.array will also do"
         )
     shape = tuple(H.shape)
     if len(shape) != 2 or shape[0] != shape[1]:
@@ -219,8 +221,8 @@ def check_state(owner: str, name: str, psi: mx.array, size: int | None = None) -
     if not isinstance(psi, mx.array):
         raise TypeError(f"[{owner}] {name} must be an mx.array, got {type(psi).__name__}")
     if psi.ndim != 1 or psi.size != (psi.size if size is None else size):
-        needs = "a one-dimensional state" if size is None else f"({size},)"
-        raise ValueError(f"[{owner}] {name} has shape {psi.shape}, H needs {needs}")
+        needs = "expected one axis" if size is None else f"H needs ({size},)"
+        raise ValueError(f"[{owner}] {name} has shape {psi.shape}, {needs}")
     return psi.astype(mx.result_type(psi, mx.float32))  # 16-bit sums in float32
 
 
@@ -262,30 +264,30 @@ def _entropy(rho: mx.array) -> mx.array:
 
     @mx.custom_function
     def entropy(rho):
-        values = mx.linalg.eigh(mx.stop_gradient(rho), stream=mx.cpu)[0]
-        values = mx.maximum(values, _TINY)
-        return -(values * mx.log(values)).sum(axis=-1)
+        with mx.stream(mx.cpu):
+            values = mx.maximum(mx.linalg.eigh(mx.stop_gradient(rho))[0], _TINY)
+            return -(values * mx.log(values)).sum(axis=-1)
 
     @entropy.vjp
     def vjp(rho, cotangent, output):
-        return cotangent[..., None, None] * _entropy_gradient(rho)
+        with mx.stream(mx.cpu):
+            return cotangent[..., None, None] * _entropy_gradient(rho)
 
     @entropy.jvp
     def jvp(rho, tangent):
-        return (_entropy_gradient(rho) * tangent).sum(axis=(-2, -1))
+        with mx.stream(mx.cpu):
+            return (_entropy_gradient(rho) * tangent).sum(axis=(-2, -1))
 
     @entropy.vmap
     def vmap(rho, axis):
-        return (_entropy(mx.moveaxis(rho, axis, 0)),), (0,)
+        with mx.stream(mx.cpu):
+            return (_entropy(mx.moveaxis(rho, axis, 0)),), (0,)
 
     return entropy(rho)  # pyright: ignore[reportReturnType]
 
 
 def _entropy_gradient(rho: mx.array) -> mx.array:
     """Return ``-(ln rho + 1)``, with eigenvalues of 0 and below taken as the smallest positive."""
-    values, vectors = mx.linalg.eigh(mx.stop_gradient(rho), stream=mx.cpu)
+    values, vectors = mx.linalg.eigh(mx.stop_gradient(rho))
     slopes = -(mx.log(mx.maximum(values, _TINY)) + 1)
     return (vectors * slopes[..., None, :]) @ vectors.swapaxes(-1, -2)
-
-
-_TINY = 1e-300  # its logarithm is finite, its product with that is 0

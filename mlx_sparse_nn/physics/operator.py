@@ -73,21 +73,27 @@ class IsingOperator:
         owner = "IsingOperator"
         n_qubits = check_chain(owner, n_qubits, periodic)
         check_dtype(owner, dtype)
+        if n_qubits > _MAX_QUBITS:
+            raise ValueError(
+                f"[{owner}] n_qubits {n_qubits} needs 2**{n_qubits} amplitudes of {dtype.size} "
+                f"bytes; at most 2**{_MAX_QUBITS} fit an axis of MLX"
+            )
         n_bonds = n_qubits if periodic else n_qubits - 1
         real = mx.float64 if dtype == mx.float64 else mx.float32
         # The diagonal, a state, its product, and one state in between.
         n_bytes = (1 << n_qubits) * 4 * max(real.size, dtype.size)
-        check_memory(owner, f"n_qubits {n_qubits}", n_bytes, "vectors")
-        if n_qubits > _MAX_QUBITS:
-            raise ValueError(f"[{owner}] n_qubits must be at most {_MAX_QUBITS}, got {n_qubits}")
+        check_memory(owner, f"n_qubits {n_qubits}", n_bytes)
         self.n_qubits = n_qubits
         self.periodic = bool(periodic)
         self._dtype = dtype
         self.field = _parameter(owner, "field", field, n_qubits, "sites", real)
         self.coupling = _parameter(owner, "coupling", coupling, n_bonds, "bonds", real)
         self.longitudinal = _parameter(owner, "longitudinal", longitudinal, n_qubits, "sites", real)
-        host = [None if isinstance(a, mx.array) else a for a in (field, coupling, longitudinal)]
-        check_energies(owner, *_repeated(host, (n_qubits, n_bonds, n_qubits)), dtype)
+        h, j, g = (
+            _host_values(values, size)
+            for values, size in ((field, n_qubits), (coupling, n_bonds), (longitudinal, n_qubits))
+        )
+        check_energies(owner, h, j, g, dtype)
         self._diagonal = self._make_diagonal()
 
     @property
@@ -188,13 +194,11 @@ def _parameter(
 
 
 def _parts(values: mx.array) -> list[mx.array]:
-    """Return the elements as ``(1,)`` each; indexing would gather, which has no second derivative."""
-    return mx.split(values, values.size) if values.size else []
+    """Return the elements, ``(1,)`` each; indexing gathers, which has no second derivative."""
+    return list(mx.split(values, values.size)) if values.size else []
 
 
-def _repeated(values: list, sizes: tuple[int, ...]) -> list[np.ndarray]:
-    """Return each host value as ``(size,)`` float64; zeros where it is an MLX array."""
-    return [
-        np.broadcast_to(np.asarray(0.0 if value is None else value, dtype=float), (size,))
-        for value, size in zip(values, sizes, strict=True)
-    ]
+def _host_values(values: Values, size: int) -> np.ndarray:
+    """Return values as ``(size,)`` float64, or zeros for an MLX array, which may be a tracer."""
+    host = 0.0 if isinstance(values, mx.array) else values
+    return np.broadcast_to(np.asarray(host, dtype=np.float64), (size,))
