@@ -74,9 +74,9 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def write_table(name: str, table: str) -> None:
-    """Put a table between its marks in the README."""
-    readme = ROOT / "README.md"
+def write_table(name: str, table: str, page: str = "README.md") -> None:
+    """Put a table between its marks in a page."""
+    readme = ROOT / page
     text = readme.read_text(encoding="utf-8")
     marked = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
     text = re.sub(marked, lambda m: m.group(1) + table + m.group(2), text, flags=re.DOTALL)

@@ -111,7 +111,7 @@ def test_what_the_examples_say_they_print(capsys):
     assert printed[2].startswith("-8.3056109658814")
 
 
-@pytest.mark.parametrize("name", ["char_lm", "metal_traffic"])
+@pytest.mark.parametrize("name", ["char_lm", "metal_traffic", "gpu"])
 def test_measured_tables_are_made_from_their_files(name, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     module = importlib.import_module(name)
