@@ -292,7 +292,8 @@ def aims(results: dict) -> str:
         ),
         *(
             (
-                f"training, B = {c['block_size']}, {c['density']:.0%}: within 3.2 forwards, below dense",
+                f"training, B = {c['block_size']}, {c['density']:.0%}: "
+                "within 3.2 forwards, below dense",
                 f"{c['training']['call'] / c['forward']['call']:.1f} forwards, "
                 f"{c['training']['call']:.3f} ms a call, dense {trained:.3f}",
             )
@@ -301,7 +302,8 @@ def aims(results: dict) -> str:
         *(
             (
                 f"Ising n = {c['qubits']}, kernel: 1.3 times cuSPARSE",
-                f"{c['cusparse']['kernel'] / c['ours']['kernel']:.2f}; {c['ours']['kernel']:.4f} ms",
+                f"{c['cusparse']['kernel'] / c['ours']['kernel']:.2f}; "
+                f"{c['ours']['kernel']:.4f} ms",
             )
             for c in results["ising"]
         ),

@@ -31,16 +31,18 @@ def backend() -> str:
     """Return what computes products on MLX's default device: "metal", "cuda" or "reference"."""
     if mx.default_device().type != mx.gpu:
         return "reference"
-    return "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else "reference"
+    if mx.metal.is_available():
+        return "metal"
+    return "cuda" if mx.cuda.is_available() else "reference"
 
 
 def takes(layout: Layout, *operands: mx.array) -> bool:
     """Return whether there are kernels for the operands.
 
     There are for float32, float16 and bfloat16, every block size, and every shape and pattern with
-    at least one element. All else goes to the reference; so does what a function under ``mx.vmap`` computes
-    while it is traced, since MLX cannot map a kernel. The products' own rule for ``vmap`` then
-    computes the mapped ones, by kernels.
+    at least one element. All else goes to the reference; so does what a function under
+    ``mx.vmap`` computes while it is traced, since MLX cannot map a kernel. The products' own rule
+    for ``vmap`` then computes the mapped ones, by kernels.
     """
     if _tracing.vmaps or not layout.rows["indices"].size:
         return False

@@ -75,7 +75,7 @@ def transverse_field_ising(
     g = check_values(owner, "longitudinal", longitudinal, n_qubits, "sites")
     check_dtype(owner, dtype)
     check_energies(owner, h, j, g, dtype)
-    # Values and indices, each twice while they are built and copied: 16 bytes in float32, as measured.
+    # Values and indices, each twice while they are built and copied, as measured.
     n_bytes = (1 << n_qubits) * (n_qubits + 1) * 2 * (max(4, dtype.size) + 4)
     check_memory(owner, f"n_qubits {n_qubits}", n_bytes)
 
