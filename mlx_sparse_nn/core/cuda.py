@@ -5,7 +5,15 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_sparse_nn.core import reference
-from mlx_sparse_nn.core.kernels import GROUP, TILED, lanes_per_row, launch, longest_row
+from mlx_sparse_nn.core.kernels import (
+    GROUP,
+    TILED,
+    lanes_per_row,
+    launch,
+    launch_spmm,
+    longest_row,
+    sum_splits,
+)
 from mlx_sparse_nn.core.layout import Half, Layout
 
 _FEW = 16  # rows of x up to which a product is bound by reading the stored values
@@ -97,11 +105,7 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
         (width * GROUP, splits, n_batch),
         GROUP,
     )
-    if splits == 1:
-        return out.reshape(shape)
-    partial = out.reshape(splits, -1)
-    grid = (-(-partial.shape[1] // GROUP) * GROUP, 1, 1)
-    return launch("sum_splits", "sum", [partial], {"T": x.dtype}, shape, x.dtype, grid, GROUP)
+    return sum_splits(out, shape, x.dtype)
 
 
 def _by_mlx(data: mx.array, x: mx.array) -> bool:
@@ -136,15 +140,7 @@ def _product(
         rows, lanes = 1 if n == 1 else 4, lanes_per_row(half, block)
         name, threads, groups = "spmm_csr", GROUP, -(-n_out * lanes // GROUP)
         template |= {"ROWS": rows, "LANES": lanes, **flags}
-    perm = half["perm"] if transposed else half["indices"]
-    return launch(
-        name,
-        "spmm",
-        [data, half["indptr"], half["indices"], perm, x, x if bias is None else bias],
-        template,
-        (n_batch, n, n_out),
-        x.dtype,
-        (groups * threads, -(-n // rows), n_batch),
-        threads,
-        shared_memory,
+    grid = (groups * threads, -(-n // rows), n_batch)
+    return launch_spmm(
+        name, template, data, half, x, n_out, bias, transposed, grid, threads, shared_memory
     )

@@ -95,6 +95,35 @@ def launch(
     return out
 
 
+def launch_spmm(
+    name: str,
+    template: dict[str, Any],
+    data: mx.array,
+    half: Half,
+    x: mx.array,
+    n_out: int,
+    bias: mx.array | None,
+    transposed: bool,
+    grid: tuple[int, int, int],
+    threads: int,
+    shared_memory: int = 0,
+) -> mx.array:
+    """Launch a kernel of ``spmm`` or ``spmm_t``; inputs that it does not read are stand-ins."""
+    perm = half["perm"] if transposed else half["indices"]
+    arrays = [data, half["indptr"], half["indices"], perm, x, x if bias is None else bias]
+    shape = (*x.shape[:2], n_out)
+    return launch(name, "spmm", arrays, template, shape, x.dtype, grid, threads, shared_memory)
+
+
+def sum_splits(out: mx.array, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """Return the sum of ``out (S, *shape)`` over its splits, in order."""
+    if out.shape[0] == 1:
+        return out.reshape(shape)
+    partial = out.reshape(out.shape[0], -1)
+    grid = (-(-partial.shape[1] // GROUP) * GROUP, 1, 1)
+    return launch("sum_splits", "sum", [partial], {"T": dtype}, shape, dtype, grid, GROUP)
+
+
 @cache
 def _kernel(backend: str, name: str, inputs: str, shared_memory: int) -> Any:
     """Return the kernel of ``<backend>/<name>``, built when it is first launched."""

@@ -9,8 +9,10 @@ from mlx_sparse_nn.core.kernels import (
     TILED,
     lanes_per_row,
     launch,
+    launch_spmm,
     longest_row,
     power_of_two,
+    sum_splits,
 )
 from mlx_sparse_nn.core.layout import Half, Layout
 
@@ -57,12 +59,7 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
         (width * threads, splits, n_batch),
         threads,
     )
-    if splits == 1:
-        return out.reshape(shape)
-    size = out.size // splits
-    partial = out.reshape(splits, size)
-    grid = (size, 1, 1)
-    return launch("sum_splits", "sum", [partial], {"T": x.dtype}, shape, x.dtype, grid, GROUP)
+    return sum_splits(out, shape, x.dtype)
 
 
 def _product(
@@ -92,17 +89,8 @@ def _product(
         name, threads = "spmm_tiles", 64 if block == 8 else 128
         template |= {"ROWS": rows}
         groups = n_out // block
-    perm = half["perm"] if transposed else half["indices"]
-    return launch(
-        name,
-        "spmm",
-        [data, half["indptr"], half["indices"], perm, x, x if bias is None else bias],
-        template,
-        (n_batch, n, n_out),
-        x.dtype,
-        (groups * threads, -(-n // rows), n_batch),
-        threads,
-    )
+    grid = (groups * threads, -(-n // rows), n_batch)
+    return launch_spmm(name, template, data, half, x, n_out, bias, transposed, grid, threads)
 
 
 def _simdgroups(half: Half) -> int:

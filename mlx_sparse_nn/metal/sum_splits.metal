@@ -5,14 +5,16 @@
 // Output
 //   out      (M) T
 // Launch
-//   (M, 1, 1) threads. One thread owns one element.
+//   (ceil(M / 256) 256, 1, 1) threads in groups of (256, 1, 1). One thread owns one element.
 // Template
 //   T float, half or bfloat.
 
 const uint i = threadgroup_position_in_grid.x * 256 + thread_index_in_threadgroup;
 const uint M = partial_shape[1];
-float sum = 0.0f;
-for (int s = 0; s < partial_shape[0]; s++) {
-  sum += float(partial[(size_t)s * M + i]);
+if (i < M) {
+  float sum = 0.0f;
+  for (int s = 0; s < partial_shape[0]; s++) {
+    sum += float(partial[(size_t)s * M + i]);
+  }
+  out[i] = T(sum);
 }
-out[i] = T(sum);
