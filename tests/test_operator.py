@@ -331,7 +331,7 @@ class TestBadInput:
             (IsingOperator, "[IsingOperator] n_qubits 25 needs 0.50 GiB, this machine has 0.25"),
             (
                 transverse_field_ising,
-                "[transverse_field_ising] n_qubits 25 needs 6.50 GiB, this machine has 0.25 GiB",
+                "[transverse_field_ising] n_qubits 25 needs 13.00 GiB, this machine has 0.25 GiB",
             ),
         ],
     )
