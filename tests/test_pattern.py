@@ -1,7 +1,9 @@
 """CSRPattern: what it accepts, what it says of itself, and what it refuses."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import mlx.core as mx
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from hypothesis import given
 from support import dense_of, integers, patterns
 
-from mlx_sparse_nn import CSRPattern
+from mlx_sparse_nn import CSRPattern, spmm, spmm_t
 
 VALID = dict(indptr=[0, 2, 3], indices=[0, 1, 1], shape=(4, 6), block_size=2)
 
@@ -70,6 +72,26 @@ def test_indices_may_be_lists_numpy_or_mlx(kind):
     pattern = CSRPattern(kind([0, 2, 3]), kind([0, 1, 1]), (4, 6), 2)
     assert pattern == CSRPattern(**VALID)
     assert pattern.indices.dtype == pattern.indptr.dtype == np.int32
+
+
+def test_a_dropped_pattern_goes_at_once():
+    """No cycle keeps its arrays until Python's next collection: loops that build matrices would
+    fill the memory."""
+    gc.disable()
+    try:
+        pattern = CSRPattern([0, 2, 3], [0, 1, 1], (2, 2))
+        data = mx.ones(3)
+        mx.eval(mx.grad(lambda d, p=pattern: (spmm(d, p, mx.ones(2)) ** 2).sum())(data))
+        mx.eval(spmm_t(data, pattern, mx.ones(2)), spmm(data, pattern.T, mx.ones(2)))
+        gone = weakref.ref(pattern), weakref.ref(pattern.T), weakref.ref(pattern.layout)
+        transposed = pattern.T
+        del pattern
+        assert gone[0]() is None
+        assert CSRPattern([0, 2, 3], [0, 1, 1], (2, 2)) == transposed.T
+        del transposed
+        assert [reference() for reference in gone] == [None, None, None]
+    finally:
+        gc.enable()
 
 
 def test_repr_tells_what_matters():

@@ -15,6 +15,28 @@ if TYPE_CHECKING:
 Half = dict[str, mx.array]
 
 
+class HostIndex:
+    """The CSR index arrays of a pattern on the host, and those of its transpose, made once."""
+
+    def __init__(self, indptr: np.ndarray, indices: np.ndarray, n_cols: int):
+        self.indptr = indptr
+        self.indices = indices
+        self.n_cols = n_cols
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """Row of each stored entry, ``(n,)`` int32."""
+        return np.repeat(np.arange(self.indptr.size - 1, dtype=np.int32), np.diff(self.indptr))
+
+    @cached_property
+    def transpose(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """``indptr`` and ``indices`` of the transpose, and where its entries lie here."""
+        perm = np.argsort(self.indices, kind="stable").astype(np.int32)
+        counts = np.bincount(self.indices, minlength=self.n_cols)
+        indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        return indptr, self.rows[perm], perm
+
+
 class Layout:
     """What ``spmm``, ``spmm_t`` and ``sddmm`` read of a pattern: two halves of int32 arrays.
 
@@ -39,19 +61,20 @@ class Layout:
         """Lay out ``pattern``, or take over ``halves`` that :meth:`state` gave for one alike."""
         self.shape = pattern.shape
         self.block_size = pattern.block_size
-        self.functions: dict = {}  # what ``ops`` makes of this layout: the products, differentiable
         if halves is None:
-            self._pattern = pattern
+            # Not the pattern, which owns this layout: in a cycle, the arrays of a dropped pattern
+            # would wait for Python's next collection.
+            self._host = pattern.host
         else:
             self.__dict__.update(halves)
 
     @cached_property
     def rows(self) -> Half:
-        return _half(self._pattern)
+        return _half(self._host.indptr, self._host.indices)
 
     @cached_property
     def cols(self) -> Half:
-        return _half(self._pattern.T, self._pattern.transpose_perm)
+        return _half(*self._host.transpose)
 
     @property
     def data_shape(self) -> tuple[int, ...]:
@@ -72,8 +95,8 @@ def buckets(half: Half) -> Iterator[tuple[int, int, bool]]:
         yield rows, width, bool(padded)
 
 
-def _half(pattern: CSRPattern, perm: np.ndarray | None = None) -> Half:
-    lengths = np.diff(pattern.indptr)
+def _half(indptr: np.ndarray, indices: np.ndarray, perm: np.ndarray | None = None) -> Half:
+    lengths = np.diff(indptr)
     groups = _group(lengths)
     plan = [(rows.size, lengths[rows].max(), np.ptp(lengths[rows]) > 0) for rows in groups]
     rows = order = slots = np.zeros(0, dtype=np.int32)
@@ -82,10 +105,10 @@ def _half(pattern: CSRPattern, perm: np.ndarray | None = None) -> Half:
         order = np.full(lengths.size, rows.size, dtype=np.int32)
         order[rows] = np.arange(rows.size)
         if perm is None:
-            slots = _slots(groups, pattern.indptr)
+            slots = _slots(groups, indptr)
     return {
-        "indptr": mx.array(pattern.indptr),
-        "indices": mx.array(pattern.indices),
+        "indptr": mx.array(indptr),
+        "indices": mx.array(indices),
         "perm": mx.array(np.zeros(0, dtype=np.int32) if perm is None else perm),
         "rows": mx.array(rows),
         "order": mx.array(order),

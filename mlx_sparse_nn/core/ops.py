@@ -7,6 +7,7 @@ derivative is another of the three, so vjp and jvp are a line each and higher or
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import ModuleType
 
 import mlx.core as mx
@@ -116,19 +117,15 @@ def todense(data: mx.array, pattern: CSRPattern | Layout) -> mx.array:
 # too, for nothing, and fail where an operation in it has no jvp.
 
 
-def _made_once(make):
-    """Make a function of a layout's operands once for each layout, and call it."""
+def _of_layout(make: Callable[[Layout], Callable]) -> Callable[..., mx.array]:
+    """Call the function that ``make`` makes of a layout.
 
-    def call(layout: Layout, *operands: mx.array) -> mx.array:
-        function = layout.functions.get(make)
-        if function is None:
-            function = layout.functions[make] = make(layout)
-        return function(*operands)
-
-    return call
+    It is made anew at each call: kept with the layout, the two would be a cycle.
+    """
+    return lambda layout, *operands: make(layout)(*operands)
 
 
-@_made_once
+@_of_layout
 def _spmm(layout: Layout):
     @mx.custom_function
     def product(data, x):
@@ -150,7 +147,7 @@ def _spmm(layout: Layout):
     return product
 
 
-@_made_once
+@_of_layout
 def _affine(layout: Layout):
     """Return ``_spmm`` plus bias ``(n_rows,)``, in one kernel where there is one."""
 
@@ -191,7 +188,7 @@ def _affine(layout: Layout):
     return product
 
 
-@_made_once
+@_of_layout
 def _spmm_t(layout: Layout):
     @mx.custom_function
     def product(data, y):
@@ -213,7 +210,7 @@ def _spmm_t(layout: Layout):
     return product
 
 
-@_made_once
+@_of_layout
 def _sddmm(layout: Layout):
     @mx.custom_function
     def product(y, x):
@@ -238,7 +235,7 @@ def _sddmm(layout: Layout):
     return product
 
 
-@_made_once
+@_of_layout
 def _todense(layout: Layout):
     return _linear(
         lambda data: reference.todense(data, layout),
@@ -247,7 +244,7 @@ def _todense(layout: Layout):
     )
 
 
-@_made_once
+@_of_layout
 def _sample(layout: Layout):
     return _linear(
         lambda dense: reference.sample(layout, dense),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core.layout import Layout
+from mlx_sparse_nn.core.layout import HostIndex, Layout
 
 ArrayLike: TypeAlias = "mx.array | np.ndarray | Sequence"
 
@@ -109,10 +110,14 @@ class CSRPattern:
         return (self.n_blocks,) if block == 1 else (self.n_blocks, block, block)
 
     @cached_property
+    def host(self) -> HostIndex:
+        """The index arrays in one place that the layout can share."""
+        return HostIndex(self.indptr, self.indices, self.shape[1] // self.block_size)
+
+    @property
     def row_indices(self) -> np.ndarray:
         """Block-row of each stored block, ``(n_blocks,)`` int32."""
-        rows = np.arange(self.indptr.size - 1, dtype=np.int32)
-        return np.repeat(rows, np.diff(self.indptr))
+        return self.host.rows
 
     @cached_property
     def is_canonical(self) -> bool:
@@ -121,27 +126,29 @@ class CSRPattern:
         row_ends = np.diff(self.row_indices) > 0
         return bool(np.all(rising | row_ends))
 
-    @cached_property
+    @property
     def transpose_perm(self) -> np.ndarray:
         """Order of the stored blocks in the transposed pattern, ``(n_blocks,)`` int32.
 
         ``pattern.T`` stores as its block ``j`` the transpose of block ``transpose_perm[j]``.
         """
-        return np.argsort(self.indices, kind="stable").astype(np.int32)
+        return self.host.transpose[2]
+
+    @property
+    def T(self) -> CSRPattern:
+        """The transposed pattern, made once. Its own ``T`` is this one again."""
+        origin = self.__dict__.get("_origin")
+        alive = origin() if origin is not None else None
+        return self._transposed if alive is None else alive
 
     @cached_property
-    def T(self) -> CSRPattern:
-        """The transposed pattern. Its own ``T`` is this very object."""
-        counts = np.bincount(self.indices, minlength=self.shape[1] // self.block_size)
-        transposed = CSRPattern(
-            np.concatenate([[0], np.cumsum(counts)]),
-            self.row_indices[self.transpose_perm],
-            (self.shape[1], self.shape[0]),
-            self.block_size,
-        )
-        inverse = np.empty_like(self.transpose_perm)
-        inverse[self.transpose_perm] = np.arange(self.n_blocks, dtype=np.int32)
-        transposed.__dict__.update(T=self, transpose_perm=inverse)
+    def _transposed(self) -> CSRPattern:
+        indptr, indices, perm = self.host.transpose
+        transposed = CSRPattern(indptr, indices, self.shape[::-1], self.block_size)
+        inverse = np.empty_like(perm)
+        inverse[perm] = np.arange(self.n_blocks, dtype=np.int32)
+        transposed.host.__dict__["transpose"] = (self.indptr, self.indices, inverse)
+        transposed.__dict__["_origin"] = weakref.ref(self)  # weak, lest the two keep each other
         return transposed
 
     @cached_property
