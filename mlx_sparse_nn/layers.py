@@ -193,6 +193,7 @@ class BlockSparseLinear(nn.Module):
             return value
         if mx.issubdtype(value.dtype, mx.floating):
             # apply() went over all parameters: a cast or an initialiser leaves the pattern alone.
+            # Checked on the host, once, as everything that is written into the module is.
             numbers = np.array(value.astype(mx.float32))
             if mx.array_equal(value, current.astype(value.dtype)).item() or np.any(numbers % 1):
                 return current
