@@ -1,8 +1,10 @@
-"""What the example scripts share: one-line errors, ``--device`` and ``--seed``."""
+"""What the example scripts share: one-line errors, ``--device``, ``--seed`` and ``--plot``."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+from pathlib import Path
 from typing import NoReturn
 
 import mlx.core as mx
@@ -41,6 +43,16 @@ def start(parser: Parser, args: argparse.Namespace) -> None:
     except RuntimeError as error:
         parser.error(f"--device {device}: {error}")
     mx.random.seed(args.seed)
+
+
+def check_plot(parser: Parser, path: Path | None) -> None:
+    """End with a one-line error unless a plot can be drawn to ``path``, if one is asked for."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        parser.error(f"--plot: there is no folder {path.parent}")
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
 
 
 def _seed(text: str) -> int:

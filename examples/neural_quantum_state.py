@@ -8,7 +8,6 @@ product: no sampling, and an exact energy to compare with.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from _common import Parser, add_common_arguments, start
+from _common import Parser, add_common_arguments, check_plot, start
 from tqdm import tqdm
 
 from mlx_sparse_nn import BlockSparseLinear
@@ -140,10 +139,7 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--lr must be above 0, got {args.lr}")
     if args.width < 16 or args.width % 16:
         parser.error(f"--width must be a multiple of 16, got {args.width}")
-    if args.plot and not args.plot.parent.is_dir():
-        parser.error(f"--plot: there is no folder {args.plot.parent}")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install matplotlib")
+    check_plot(parser, args.plot)
 
 
 def annealed(field: float, progress: float) -> float:

@@ -9,7 +9,6 @@ done over a range of fields, across the transition at field 1. Exact values stan
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from _common import Parser, add_common_arguments, start
+from _common import Parser, add_common_arguments, check_plot, start
 from tqdm import tqdm
 
 from mlx_sparse_nn.physics import (
@@ -260,14 +259,9 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--sweep needs at least 2 qubits, got 1")
     if args.ground_state and (args.qubits == 1 or not args.field >= 0):
         parser.error("--ground-state needs at least 2 qubits and a field of at least 0")
-    if args.plot is None:
-        return
-    if args.sweep is None:
+    if args.plot is not None and args.sweep is None:
         parser.error("--plot needs --sweep")
-    if not args.plot.parent.is_dir():
-        parser.error(f"--plot: there is no folder {args.plot.parent}")
-    if importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install matplotlib")
+    check_plot(parser, args.plot)
 
 
 def per_site(energy: float, n: int) -> str:

@@ -140,14 +140,7 @@ class BlockSparseLinear(nn.Module):
         return ops.todense(self.weight, self._bound_layout())
 
     def _bound_layout(self) -> Layout:
-        """Return the Layout of the arrays in the module's state, whatever they are by now."""
-        bound = self.__dict__.get("_bound")
-        if bound is None or bound[0] is not self["_layout"]:
-            bound = self.__dict__["_bound"] = (
-                self["_layout"],
-                Layout(self._pattern, self["_layout"]),
-            )
-        return bound[1]
+        return Layout(self._pattern, self["_layout"])
 
     def _extra_repr(self) -> str:
         pattern = self._pattern
@@ -214,8 +207,7 @@ class BlockSparseLinear(nn.Module):
             self["_layout"] = pattern.layout.state()
 
     def __getstate__(self) -> dict[str, Any]:
-        caches = ("_replaced", "_bound")
-        return {key: value for key, value in self.__dict__.items() if key not in caches}
+        return {key: value for key, value in self.__dict__.items() if key != "_replaced"}
 
 
 _INDICES = ("indptr", "indices")

@@ -142,13 +142,10 @@ class CSRArray:
         pattern, block, length = self.pattern, self.block_size, min(self.shape)
         stored = np.flatnonzero(pattern.row_indices == pattern.indices)
         places = (stored[:, None] * block + np.arange(block)) * block + np.arange(block)
-        counts = np.bincount(pattern.indices[stored], minlength=length // block)
-        counts = counts.reshape(-1, 1).repeat(block, axis=1)
-        order = np.argsort(
-            (pattern.indices[stored, None] * block + np.arange(block)).reshape(-1), kind="stable"
-        )
-        starts = np.cumsum(counts.reshape(-1)) - counts.reshape(-1)
-        return _gather(self.data.reshape(-1), places.reshape(-1)[order], starts)
+        rows = (pattern.indices[stored, None] * block + np.arange(block)).reshape(-1)
+        counts = np.bincount(rows, minlength=length)
+        order = places.reshape(-1)[np.argsort(rows, kind="stable")]
+        return _gather(self.data.reshape(-1), order, np.cumsum(counts) - counts)
 
     def __matmul__(self, x: mx.array) -> mx.array:
         return csr_matmul(self, x)

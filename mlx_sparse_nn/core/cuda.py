@@ -10,9 +10,9 @@ from mlx_sparse_nn.core.kernels import (
     TILED,
     lanes_per_row,
     launch,
+    launch_sddmm,
     launch_spmm,
     longest_row,
-    sum_splits,
 )
 from mlx_sparse_nn.core.layout import Half, Layout
 
@@ -61,17 +61,14 @@ def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``reference.sddmm``."""
     (n_batch, n, _), block, half = x.shape, layout.block_size, layout.rows
-    shape = (n_batch, *layout.data_shape)
-    n_block_rows = half["indptr"].size - 1
-    arrays = [y, x, half["indptr"], half["indices"]]
     if block in _GRAD_TILES and x.dtype != mx.float32:
         group, warps_i, warps_k, depth, stages = _GRAD_TILES[block]
-        width = n_block_rows * -(-longest_row(half) // group)
+        width = (half["indptr"].size - 1) * -(-longest_row(half) // group)
         threads = 32 * warps_i * warps_k
         return launch(
             "sddmm_tiles",
             "sddmm",
-            [*arrays, half["indptr"]],
+            [y, x, half["indptr"], half["indices"], half["indptr"]],
             {
                 "T": x.dtype,
                 "B": block,
@@ -81,7 +78,7 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
                 "DEPTH": depth,
                 "STAGES": stages,
             },
-            shape,
+            (n_batch, *layout.data_shape),
             x.dtype,
             (width * threads, 1, n_batch),
             threads,
@@ -92,20 +89,8 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     lanes = min(32, lanes_per_row(half, block))
     width = -(-layout.shape[0] * lanes // GROUP)
     splits = max(1, min(1024 // (width * n_batch), n // 64))
-    step = -(-n // splits)
-    splits = -(-n // step)
-    out_dtype = x.dtype if splits == 1 else mx.float32
-    out = launch(
-        "sddmm_csr",
-        "sddmm",
-        [*arrays, mx.array([step], dtype=mx.int32)],
-        {"T": x.dtype, "OUT": out_dtype, "B": block, "LANES": lanes},
-        (splits, *shape),
-        out_dtype,
-        (width * GROUP, splits, n_batch),
-        GROUP,
-    )
-    return sum_splits(out, shape, x.dtype)
+    template = {"B": block, "LANES": lanes}
+    return launch_sddmm("sddmm_csr", template, y, x, layout, width * GROUP, GROUP, splits)
 
 
 def _by_mlx(data: mx.array, x: mx.array) -> bool:

@@ -115,13 +115,31 @@ def launch_spmm(
     return launch(name, "spmm", arrays, template, shape, x.dtype, grid, threads, shared_memory)
 
 
-def sum_splits(out: mx.array, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """Return the sum of ``out (S, *shape)`` over its splits, in order."""
-    if out.shape[0] == 1:
+def launch_sddmm(
+    name: str,
+    template: dict[str, Any],
+    y: mx.array,
+    x: mx.array,
+    layout: Layout,
+    n_threads: int,
+    threads: int,
+    splits: int,
+) -> mx.array:
+    """Launch a kernel of ``sddmm`` over about ``splits`` parts of the rows, summed in order."""
+    (n_batch, n, _), half = x.shape, layout.rows
+    step = -(-n // splits)
+    splits = -(-n // step)
+    shape = (n_batch, *layout.data_shape)
+    dtype = x.dtype if splits == 1 else mx.float32
+    arrays = [y, x, half["indptr"], half["indices"], mx.array([step], dtype=mx.int32)]
+    template = {"T": x.dtype, "OUT": dtype, **template}
+    grid = (n_threads, splits, n_batch)
+    out = launch(name, "sddmm", arrays, template, (splits, *shape), dtype, grid, threads)
+    if splits == 1:
         return out.reshape(shape)
-    partial = out.reshape(out.shape[0], -1)
+    partial = out.reshape(splits, -1)
     grid = (-(-partial.shape[1] // GROUP) * GROUP, 1, 1)
-    return launch("sum_splits", "sum", [partial], {"T": dtype}, shape, dtype, grid, GROUP)
+    return launch("sum_splits", "sum", [partial], {"T": x.dtype}, shape, x.dtype, grid, GROUP)
 
 
 @cache

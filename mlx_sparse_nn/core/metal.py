@@ -8,11 +8,10 @@ from mlx_sparse_nn.core.kernels import (
     GROUP,
     TILED,
     lanes_per_row,
-    launch,
+    launch_sddmm,
     launch_spmm,
     longest_row,
     power_of_two,
-    sum_splits,
 )
 from mlx_sparse_nn.core.layout import Half, Layout
 
@@ -32,11 +31,9 @@ def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``reference.sddmm``."""
     (n_batch, n, _), block, half = x.shape, layout.block_size, layout.rows
-    n_blocks = half["indices"].size
-    shape = (n_batch, *layout.data_shape)
     if block in TILED:
         side = min(block, 64)
-        width = n_blocks * (block // side) ** 2
+        width = half["indices"].size * (block // side) ** 2
         threads = 32 if side == 8 else 128
         name, template = "sddmm_tiles", {"B": block, "SIDE": side}
     else:
@@ -46,20 +43,7 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
         name, template = "sddmm_csr", {"B": block, "LANES": lanes}
     # Few groups and many rows: split the rows, so that the whole GPU has work, and sum in order.
     splits = max(1, min(256 // (width * n_batch), n // 256))
-    step = -(-n // splits)
-    splits = -(-n // step)
-    out_dtype = x.dtype if splits == 1 else mx.float32
-    out = launch(
-        name,
-        "sddmm",
-        [y, x, half["indptr"], half["indices"], mx.array([step], dtype=mx.int32)],
-        {"T": x.dtype, "OUT": out_dtype, **template},
-        (splits, *shape),
-        out_dtype,
-        (width * threads, splits, n_batch),
-        threads,
-    )
-    return sum_splits(out, shape, x.dtype)
+    return launch_sddmm(name, template, y, x, layout, width * threads, threads, splits)
 
 
 def _product(
