@@ -144,6 +144,15 @@ def test_data_may_be_lists_numpy_or_mlx(kind):
     assert (kind([1.0, 1.0]) @ blocks).tolist() == [4, 6] if kind is not list else True
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("f4", mx.float32), ("c8", mx.complex64), ("i4", mx.int32)]
+)
+def test_an_array_without_entries_keeps_its_dtype(kind, dtype):
+    A = from_scipy(sp.csr_array((2, 3), dtype=kind))
+    assert A.dtype == dtype
+    assert A.sum().item() == 0
+
+
 def test_float64_on_the_cpu():
     with device_of(mx.float64):
         A = csr_array((mx.array([1 / 3], mx.float64), [0], [0, 1]), shape=(1, 1))

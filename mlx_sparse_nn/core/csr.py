@@ -306,9 +306,8 @@ def check_data(owner: str, data: ArrayLike) -> mx.array:
     array = np.asarray(data)
     if array.dtype.kind not in "biufc":
         raise TypeError(f"[{owner}] data must be numeric, got {array.dtype}")
-    if array.size == 0:
-        return mx.zeros(array.shape)
-    return mx.array(data if isinstance(data, list | tuple) else array)
+    values = mx.array(data if isinstance(data, list | tuple) else array)
+    return values if values.size else mx.zeros(array.shape, values.dtype)
 
 
 def _coordinates(name: str, values: ArrayLike, size: int) -> np.ndarray:
