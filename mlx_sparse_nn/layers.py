@@ -139,6 +139,35 @@ class BlockSparseLinear(nn.Module):
         """Return the dense ``(output_dims, input_dims)`` weight."""
         return ops.todense(self.weight, self._bound_layout())
 
+    def set_pattern(self, pattern: CSRPattern) -> np.ndarray:
+        """Change which blocks are stored: those of both patterns keep their values, new ones are 0.
+
+        The shape of ``weight`` changes with the number of blocks. Call it between training steps,
+        not in a compiled function; steps compiled before go on with the new pattern. An optimizer's
+        state for ``weight`` has to follow: :func:`prune` and :func:`regrow` see to that.
+
+        Args:
+            pattern: Of the layer's shape and block size, with no block repeated.
+
+        Returns:
+            ``(pattern.n_blocks,)`` int64: which stored block each one was before, -1 for new ones.
+
+        Raises:
+            TypeError: ``pattern`` is not a CSRPattern.
+            ValueError: ``pattern`` has another shape or block size, or repeats a block, or the
+                present pattern does.
+        """
+        source = block_sources("BlockSparseLinear", self._pattern, pattern)
+        weight = move_blocks(self.weight, source)
+        self.__dict__.pop("_replaced", None)
+        self._pattern = pattern
+        # Not through this class's __setitem__, which holds every array to its present shape.
+        super().__setitem__("weight", weight)
+        super().__setitem__("indptr", mx.array(pattern.indptr))
+        super().__setitem__("indices", mx.array(pattern.indices))
+        self["_layout"] = pattern.layout.state()
+        return source
+
     def _bound_layout(self) -> Layout:
         return Layout(self._pattern, self["_layout"])
 
@@ -208,6 +237,51 @@ class BlockSparseLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_replaced"}
+
+
+def block_sources(owner: str, old: CSRPattern, new: CSRPattern) -> np.ndarray:
+    """Return where ``old`` stores each block of ``new``, ``(new.n_blocks,)`` int64; -1 if nowhere.
+
+    Raises:
+        TypeError: ``new`` is not a CSRPattern.
+        ValueError: Shapes or block sizes differ, or a pattern repeats a block.
+    """
+    if not isinstance(new, CSRPattern):
+        raise TypeError(f"[{owner}] pattern must be a CSRPattern, got {type(new).__name__}")
+    if (new.shape, new.block_size) != (old.shape, old.block_size):
+        raise ValueError(
+            f"[{owner}] pattern has shape {new.shape} and block_size {new.block_size}, "
+            f"expected {old.shape} and {old.block_size}"
+        )
+    _, in_old, in_new = np.intersect1d(
+        block_places(owner, old), block_places(owner, new), assume_unique=True, return_indices=True
+    )
+    source = np.full(new.n_blocks, -1, dtype=np.int64)
+    source[in_new] = in_old
+    return source
+
+
+def block_places(owner: str, pattern: CSRPattern) -> np.ndarray:
+    """Return ``row * n_block_cols + column`` of each stored block, ``(n_blocks,)`` int64.
+
+    Raises:
+        ValueError: A block comes twice.
+    """
+    n_block_cols = pattern.shape[1] // pattern.block_size
+    places = pattern.row_indices * np.int64(n_block_cols) + pattern.indices
+    unique, first = np.unique(places, return_index=True)
+    if unique.size < places.size:
+        repeated = np.setdiff1d(np.arange(places.size), first)[0]
+        row, column = pattern.row_indices[repeated], pattern.indices[repeated]
+        raise ValueError(f"[{owner}] the pattern stores block ({row}, {column}) more than once")
+    return places
+
+
+def move_blocks(blocks: mx.array, source: np.ndarray) -> mx.array:
+    """Return ``blocks[source]`` along the first axis, with zeros where ``source`` is -1."""
+    zero = mx.zeros((1, *blocks.shape[1:]), blocks.dtype)
+    place = np.where(source < 0, blocks.shape[0], source).astype(np.int32)
+    return mx.concatenate([blocks, zero])[mx.array(place)]
 
 
 _INDICES = ("indptr", "indices")
