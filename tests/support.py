@@ -9,38 +9,12 @@ import numpy as np
 from hypothesis import strategies as st
 
 from mlx_sparse_nn import CSRPattern
-
-EPS = {
-    mx.float16: 2.0**-10,
-    mx.bfloat16: 2.0**-7,
-    mx.float32: 2.0**-23,
-    mx.complex64: 2.0**-23,
-    mx.float64: 2.0**-52,
-}
-ACCUMULATOR = {mx.float16: mx.float32, mx.bfloat16: mx.float32}
+from mlx_sparse_nn.core.rounding import to_numpy, tolerance
 
 
 def device_of(dtype: mx.Dtype) -> AbstractContextManager:
     """Return the context in which a dtype can be computed: MLX has float64 on the CPU only."""
     return mx.stream(mx.cpu) if dtype == mx.float64 else nullcontext()
-
-
-def to_numpy(a: mx.array) -> np.ndarray:
-    """Return a float64 (or complex128) copy; NumPy has no bfloat16."""
-    if a.dtype == mx.complex64:
-        return np.array(a).astype(np.complex128)
-    return np.array(a.astype(mx.float32) if a.dtype != mx.float64 else a).astype(np.float64)
-
-
-def tolerance(dtype: mx.Dtype, length: int, magnitude: np.ndarray | float) -> np.ndarray | float:
-    """Return the error allowed in a sum of ``length`` products whose absolute values sum to
-    ``magnitude``: that of the accumulation, plus one rounding to ``dtype``.
-
-    The bound of Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1, for sums
-    in any order. Complex products count four real ones.
-    """
-    terms = (4 if dtype == mx.complex64 else 1) * (length + 2)
-    return (terms * EPS[ACCUMULATOR.get(dtype, dtype)] + EPS[dtype]) * magnitude
 
 
 def assert_close(
