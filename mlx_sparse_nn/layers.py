@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +20,21 @@ from mlx_sparse_nn.core.pattern import (
     check_size,
 )
 from mlx_sparse_nn.patterns import covering
+from mlx_sparse_nn.scores import (
+    Balance,
+    Score,
+    blocks_for,
+    check_choice,
+    grid_scores,
+    split_blocks,
+    strongest_pattern,
+)
+
+if TYPE_CHECKING:
+    from mlx_sparse_nn.lora import LoRABlockSparseLinear
+    from mlx_sparse_nn.quantized import QuantizedBlockSparseLinear
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 class BlockSparseLinear(nn.Module):
@@ -74,23 +90,21 @@ class BlockSparseLinear(nn.Module):
         super().__init__()
         if pattern is None:
             pattern = _default_pattern(input_dims, output_dims, block_size, density)
-        if not isinstance(pattern, CSRPattern):
-            raise TypeError(
-                f"[BlockSparseLinear] pattern must be a CSRPattern, got {type(pattern).__name__}"
-            )
-        if pattern.shape != (output_dims, input_dims):
-            raise ValueError(
-                f"[BlockSparseLinear] pattern has shape {pattern.shape}, "
-                f"expected (output_dims, input_dims) = {(output_dims, input_dims)}"
-            )
+        check_pattern("BlockSparseLinear", (output_dims, input_dims), pattern)
         stored_inputs = np.maximum(1, np.diff(pattern.indptr) * pattern.block_size)
         bound = mx.array((1 / np.sqrt(stored_inputs)).astype(np.float32))  # (block rows,)
         blocks = mx.random.uniform(-1, 1, (pattern.n_blocks, pattern.block_size**2))
         blocks = blocks * bound[mx.array(pattern.row_indices)][:, None]
-        self.weight = blocks.reshape(pattern.data_shape)
+        biases = None
         if bias:
             bound = mx.repeat(bound, pattern.block_size)
-            self.bias = mx.random.uniform(-1, 1, (output_dims,)) * bound
+            biases = mx.random.uniform(-1, 1, (output_dims,)) * bound
+        self._hold(pattern, blocks.reshape(pattern.data_shape), biases)
+
+    def _hold(self, pattern: CSRPattern, weight: mx.array, bias: mx.array | None) -> None:
+        self.weight = weight
+        if bias is not None:
+            self.bias = bias
         self.indptr = mx.array(pattern.indptr)
         self.indices = mx.array(pattern.indices)
         self._no_grad = _FrozenKeys(_INDICES)
@@ -138,6 +152,98 @@ class BlockSparseLinear(nn.Module):
     def todense(self) -> mx.array:
         """Return the dense ``(output_dims, input_dims)`` weight."""
         return ops.todense(self.weight, self._bound_layout())
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        block_size: int = 32,
+        density: float = 0.1,
+        pattern: CSRPattern | None = None,
+        score: Score = "l2",
+        balance: Balance = "row",
+    ) -> BlockSparseLinear:
+        """Return the layer that keeps the strongest blocks of a dense one, values unchanged.
+
+        The bias, the dtype, the training mode and what is frozen are those of ``linear``. No random
+        number is drawn.
+
+        Args:
+            linear: An ``nn.Linear``. Not a subclass, which may compute something else, and not a
+                quantized layer: dequantize it first.
+            block_size: Side of the blocks; it divides both dims.
+            density: Stored fraction, in (0, 1], rounded to whole blocks and to at least one.
+            pattern: Store exactly these blocks, ``(output_dims, input_dims)``; the other options
+                are not used then.
+            score: What makes a block strong: ``"l1"``, ``"l2"`` or ``"max"``, the norm of its
+                entries, or a function from ``(n_blocks, B, B)`` float32 to ``(n_blocks,)``.
+            balance: ``"row"`` keeps the same number of blocks in every block-row, give or take one;
+                ``"global"`` keeps the strongest wherever they lie. Either may leave a block-row
+                or a block-column without blocks.
+
+        Raises:
+            TypeError: ``linear`` is not an ``nn.Linear``, or an option is of the wrong type.
+            ValueError: An option is out of range or does not fit the weight, or the weight is not
+                finite.
+
+        Example:
+            >>> linear = nn.Linear(512, 256)
+            >>> BlockSparseLinear.from_linear(linear, density=0.25)
+            BlockSparseLinear(input_dims=512, output_dims=256, block_size=32, density=0.25, \
+blocks=32, bias=True)
+        """
+        owner = f"{cls.__name__}.from_linear"
+        if reason := not_linear(linear):
+            raise TypeError(f"[{owner}] linear must be an nn.Linear: {reason}")
+        if pattern is None:
+            check_choice(owner, linear.weight.shape, block_size, density, score, balance)
+            scores = grid_scores(linear.weight, block_size, score, owner=owner)
+            count = blocks_for(density, scores.size)
+            pattern = strongest_pattern(scores, count, block_size, balance)
+        else:
+            check_pattern(owner, linear.weight.shape, pattern)
+            block_places(owner, pattern)  # repeated blocks would add up
+        places = mx.array(pattern.row_indices), mx.array(pattern.indices)
+        weight = split_blocks(linear.weight, pattern.block_size)[places]
+        layer = cls.__new__(cls)  # cls() would draw random numbers
+        nn.Module.__init__(layer)
+        layer._hold(pattern, weight.reshape(pattern.data_shape), linear.get("bias"))
+        return _carry_mode(linear, layer)
+
+    def to_linear(self) -> nn.Linear:
+        """Return the ``nn.Linear`` of the same product: its weight is :meth:`todense`, exactly.
+
+        The bias, the dtype, the training mode and what is frozen are those of this layer.
+        """
+        linear = nn.Linear.__new__(nn.Linear)  # nn.Linear() would draw random numbers
+        nn.Module.__init__(linear)
+        linear.weight = self.todense()
+        if "bias" in self:
+            linear.bias = self.bias
+        return _carry_mode(self, linear)
+
+    def to_lora(
+        self, r: int = 8, dropout: float = 0.0, scale: float = 20.0
+    ) -> LoRABlockSparseLinear:
+        """Freeze this layer and return it under low-rank adapters; mlx-lm calls this.
+
+        See :class:`LoRABlockSparseLinear` for the arguments.
+        """
+        from mlx_sparse_nn.lora import LoRABlockSparseLinear
+
+        return LoRABlockSparseLinear(self, r, dropout, scale)
+
+    def to_quantized(
+        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
+    ) -> QuantizedBlockSparseLinear:
+        """Return this layer with quantized blocks; ``nn.quantize`` calls this.
+
+        See :class:`QuantizedBlockSparseLinear` for the arguments.
+        """
+        from mlx_sparse_nn.quantized import QuantizedBlockSparseLinear
+
+        return QuantizedBlockSparseLinear.from_linear(self, group_size, bits, mode)
 
     def set_pattern(self, pattern: CSRPattern) -> np.ndarray:
         """Change which blocks are stored: those of both patterns keep their values, new ones are 0.
@@ -237,6 +343,38 @@ class BlockSparseLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_replaced"}
+
+
+def check_pattern(owner: str, shape: Sequence[int], pattern: CSRPattern) -> None:
+    """Raise unless ``pattern`` is one of a weight of ``shape``, ``(output_dims, input_dims)``."""
+    if not isinstance(pattern, CSRPattern):
+        raise TypeError(f"[{owner}] pattern must be a CSRPattern, got {type(pattern).__name__}")
+    if pattern.shape != tuple(shape):
+        raise ValueError(
+            f"[{owner}] pattern has shape {pattern.shape}, "
+            f"expected (output_dims, input_dims) = {tuple(shape)}"
+        )
+
+
+def not_linear(module: nn.Module) -> str | None:
+    """Return in words why ``from_linear`` does not take a module, or None if it does."""
+    kind = type(module)
+    if kind is nn.Linear:
+        return None
+    if isinstance(module, nn.QuantizedLinear | nn.QQLinear):
+        return f"{kind.__name__} holds a packed weight; dequantize it first"
+    if isinstance(module, BlockSparseLinear):
+        return f"{kind.__name__} is sparse already"
+    if isinstance(module, nn.Linear):
+        return f"{kind.__name__}, a subclass of nn.Linear, may compute something else"
+    return f"got {kind.__name__}"
+
+
+def _carry_mode(source: nn.Module, layer: _Layer) -> _Layer:
+    """Freeze in ``layer`` what is frozen in ``source``, and put it in the same training mode."""
+    layer.freeze(keys=[key for key in ("weight", "bias") if key in source._no_grad])
+    layer.train(source.training)
+    return layer
 
 
 def block_sources(owner: str, old: CSRPattern, new: CSRPattern) -> np.ndarray:

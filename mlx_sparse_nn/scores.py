@@ -5,14 +5,14 @@ All of this runs on the host, once for each change of a pattern, and never on a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Literal, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core.pattern import CSRPattern, from_coordinates
+from mlx_sparse_nn.core.pattern import CSRPattern, check_size, from_coordinates
 
 Score: TypeAlias = Literal["l1", "l2", "max"] | Callable[[mx.array], mx.array]
 Balance: TypeAlias = Literal["row", "global"]
@@ -154,6 +154,33 @@ def strongest_pattern(
 def blocks_for(density: float, places: int) -> int:
     """Return how many of ``places`` blocks a density in (0, 1] keeps: rounded, and at least 1."""
     return max(1, round(density * places))
+
+
+def misfit(shape: Sequence[int], block_size: int) -> str | None:
+    """Return in words why blocks do not tile a weight ``(output_dims, input_dims)``, or None."""
+    for name, dims in zip(("output_dims", "input_dims"), shape, strict=True):
+        if dims == 0:
+            return f"{name} is 0"
+        if dims % block_size:
+            return f"{name} {dims} is not a multiple of block_size {block_size}"
+    return None
+
+
+def check_choice(
+    owner: str,
+    shape: Sequence[int],
+    block_size: int,
+    density: float,
+    score: Score,
+    balance: Balance,
+) -> None:
+    """Raise unless these options choose blocks of a weight ``(output_dims, input_dims)``."""
+    check_size(owner, "block_size", block_size, minimum=1)
+    check_density(owner, density)
+    check_score(owner, score)
+    check_balance(owner, balance)
+    if reason := misfit(shape, block_size):
+        raise ValueError(f"[{owner}] {reason}")
 
 
 def check_score(owner: str, score: Score) -> None:
