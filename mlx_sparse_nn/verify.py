@@ -1,0 +1,368 @@
+"""verify: are a model's sparse products, on this device, those of the dense weights?"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_sparse_nn.core import kernels
+from mlx_sparse_nn.core.rounding import EPS, to_numpy, tolerance
+from mlx_sparse_nn.core.table import text_table
+from mlx_sparse_nn.layers import BlockSparseLinear
+
+# Absolute errors below the smallest number of a dtype, and what a device may flush to zero.
+_UNDERFLOW = {mx.float16: 2.0**-24, mx.float64: 0.0}
+_TF32_EPS = 2.0**-10
+
+
+@dataclass(frozen=True)
+class Check:
+    """One product of one layer, at the element where its error is the largest part of its bound.
+
+    Attributes:
+        layer: Path of the layer in the model; its type where it was given itself.
+        product: ``"forward"``, ``"input gradient"``, ``"weight gradient"`` or ``"bias gradient"``.
+        shape: Shape of the product.
+        dtype: Its dtype.
+        index: The element, one integer for each axis; empty if the product has no elements.
+        actual: What MLX computed.
+        expected: What the dense product gives in float64.
+        error: ``abs(actual - expected)``.
+        bound: The error that rounding explains.
+    """
+
+    layer: str
+    product: str
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    index: tuple[int, ...]
+    actual: float
+    expected: float
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is finite and within the bound."""
+        return self.error <= self.bound < math.inf
+
+    def __str__(self) -> str:
+        return (
+            f"{self.layer}: the {self.product} {self.shape} is {self.actual:.9g} at "
+            f"{list(self.index)}, the dense one {self.expected:.9g}: error {self.error:.3g}, "
+            f"bound {self.bound:.3g} for {_name(self.dtype)}"
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class VerifyReport:
+    """What :func:`verify` compared. Printed, it is a table of ``error / bound``.
+
+    Attributes:
+        checks: One for each layer and product, in the order of the model.
+        not_reached: Paths of the layers that the model did not call.
+        device: The device that computed.
+        backend: ``"metal"``, ``"cuda"`` or ``"reference"``.
+        tf32: Whether MLX rounds the factors of float32 products to TF32 there, which the bounds of
+            float32 blocks then allow for.
+    """
+
+    checks: tuple[Check, ...]
+    not_reached: tuple[str, ...]
+    device: str
+    backend: str
+    tf32: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether every product is within its bound."""
+        return all(check.passed for check in self.checks)
+
+    def __repr__(self) -> str:
+        layers: dict[str, dict[str, Check]] = {}
+        for check in self.checks:
+            layers.setdefault(check.layer, {})[check.product] = check
+        rows = [
+            [
+                name,
+                " x ".join(map(str, checks["forward"].shape)),
+                _name(checks["forward"].dtype),
+                *(_cell(checks.get(product)) for product in _PRODUCTS),
+            ]
+            for name, checks in layers.items()
+        ]
+        state = "within their bounds" if self.passed else "NOT within their bounds"
+        lines = [
+            f"{len(layers)} sparse layer{'s' * (len(layers) != 1)} on {self.device} "
+            f"({self.backend}): errors {state}",
+            text_table(["layer", "output", "dtype", *_PRODUCTS], rows),
+        ]
+        if self.tf32:
+            lines.append("MLX uses TF32 for float32 here: MLX_ENABLE_TF32=0 checks full float32")
+        if self.not_reached:
+            lines.append(f"not reached by this input: {', '.join(self.not_reached)}")
+        return "\n".join(lines)
+
+
+class MismatchError(ArithmeticError):
+    """A sparse product differs from the dense one by more than rounding.
+
+    Attributes:
+        report: The :class:`VerifyReport`.
+    """
+
+    def __init__(self, report: VerifyReport):
+        wrong = [str(check) for check in report.checks if not check.passed]
+        where = f"{report.device} ({report.backend})"
+        super().__init__("\n  ".join([f"[verify] on {where}, wrong products:", *wrong]))
+        self.report = report
+
+
+def verify(model: nn.Module, *inputs: Any, seed: int = 0) -> VerifyReport:
+    """Compare every :class:`BlockSparseLinear` with the dense product, on MLX's default device.
+
+    The model runs once, in evaluation mode, to find the input of each layer. Each layer then
+    computes its output and, for random cotangents, its gradients to input, weight and bias, and
+    these are compared with dense float64 products on the host. The error may be what rounding
+    explains for the dtype and the length of the sums (``core.rounding.tolerance``); anything
+    not finite is wrong. Neither the model nor the pattern, training mode or weights are changed.
+
+    The dense weights take ``16 * input_dims * output_dims`` bytes, one layer at a time.
+
+    Args:
+        model: A model, or one layer.
+        *inputs: What the model is called with. A layer that it calls more than once is checked with
+            its first input.
+        seed: Seed of the cotangents.
+
+    Returns:
+        The errors and their bounds.
+
+    Raises:
+        TypeError: ``model`` is not a module, or a layer computes in another dtype than float16,
+            bfloat16, float32 or float64.
+        ValueError: The model has no BlockSparseLinear, calls none with these inputs or only within
+            compiled functions, or a layer's input has no rows.
+        MismatchError: A product is wrong. The message names the layer, the product and its worst
+            element.
+
+    Example:
+        >>> verify(model, mx.random.normal((64, 256)))
+        2 sparse layers on Device(cpu, 0) (reference): errors within their bounds
+        ...
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"[verify] model must be an nn.Module, got {type(model).__name__}")
+    layers = sparse_layers(model)
+    if not layers:
+        raise ValueError(f"[verify] {type(model).__name__} holds no BlockSparseLinear")
+    recorded = _record(model, list(layers.values()), inputs)
+    if not recorded:
+        raise ValueError(f"[verify] the model called none of {', '.join(layers)} with these inputs")
+    tf32 = kernels.backend() == "cuda" and _matmul_is_tf32()
+    checks = []
+    for path, layer in layers.items():
+        if id(layer) in recorded:
+            x = _concrete(path, recorded[id(layer)])
+            checks += _check_layer(path, layer, x, seed, tf32)
+    report = VerifyReport(
+        checks=tuple(checks),
+        not_reached=tuple(path for path, layer in layers.items() if id(layer) not in recorded),
+        device=str(mx.default_device()),
+        backend=kernels.backend(),
+        tf32=tf32,
+    )
+    if not report.passed:
+        raise MismatchError(report)
+    return report
+
+
+def sparse_layers(model: nn.Module) -> dict[str, BlockSparseLinear]:
+    """Return the BlockSparseLinear layers of ``model`` by path, in its order, shared ones once."""
+    layers = {}
+    for path, module in reversed(model.named_modules()):
+        if isinstance(module, BlockSparseLinear) and not any(module is m for m in layers.values()):
+            layers[path or type(module).__name__] = module
+    return layers
+
+
+@dataclass(frozen=True)
+class DenseProducts:
+    """The dense products of a layer in float64, and the errors that rounding explains.
+
+    Attributes:
+        expected: Value of each product, by name; of the weight, at the stored places.
+        bounds: Errors allowed, of the same shapes.
+    """
+
+    expected: dict[str, np.ndarray]
+    bounds: dict[str, np.ndarray]
+
+    def check(self, layer: str, product: str, actual: mx.array) -> Check:
+        """Return the element of ``actual`` whose error is the largest part of its bound."""
+        expected, bound, values = self.expected[product], self.bounds[product], to_numpy(actual)
+        shape, dtype = tuple(actual.shape), actual.dtype
+        if not values.size:
+            return Check(layer, product, shape, dtype, (), 0.0, 0.0, 0.0, 0.0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            error = np.abs(values - expected)
+            part = np.where(error == 0, 0, error / bound)
+        part = np.where(np.isfinite(error) & np.isfinite(bound), part, np.inf)
+        index = np.unravel_index(int(np.argmax(part)), shape)
+        at = [float(a[index]) for a in (values, expected, error, bound)]
+        return Check(layer, product, shape, dtype, tuple(map(int, index)), *at)
+
+
+@np.errstate(invalid="ignore", over="ignore")
+def dense_products(
+    layer: BlockSparseLinear, x: mx.array, cotangent: mx.array, tf32: bool = False
+) -> DenseProducts:
+    """Compute output and gradients of ``layer`` from its dense weight, on the host in float64.
+
+    Args:
+        layer: Its ``indptr``, ``indices``, ``weight`` and ``bias`` are read, nothing else.
+        x: ``(..., input_dims)``.
+        cotangent: ``(..., output_dims)``.
+        tf32: Whether the bounds allow for factors rounded to TF32.
+    """
+    block, weight = layer.block_size, to_numpy(layer.weight)
+    n_out, n_in = layer.output_dims, layer.input_dims
+    counts = np.diff(np.array(layer.indptr))
+    rows, cols = np.repeat(np.arange(counts.size), counts), np.array(layer.indices)
+    grid = (n_out // block, n_in // block, block, block)
+
+    def dense(values: np.ndarray) -> np.ndarray:
+        out = np.zeros(grid)
+        np.add.at(out, (rows, cols), values.reshape(-1, block, block))
+        return out.swapaxes(1, 2).reshape(n_out, n_in)
+
+    def sample(matrix: np.ndarray) -> np.ndarray:
+        blocks = matrix.reshape(grid[0], block, grid[1], block).swapaxes(1, 2)
+        return blocks[rows, cols].reshape(weight.shape)
+
+    a, a_size = dense(weight), dense(np.abs(weight))
+    n = math.prod(x.shape[:-1])
+    x_rows, g_rows = to_numpy(x).reshape(n, n_in), to_numpy(cotangent).reshape(n, n_out)
+    x_size, g_size = np.abs(x_rows), np.abs(g_rows)
+    computed = mx.result_type(layer.weight, x)
+    factors = 2 * _TF32_EPS if tf32 and computed == mx.float32 and block > 1 else 0.0
+    expected, bounds = {}, {}
+
+    def add(name: str, like: mx.array, value, magnitude, length, factors=factors) -> None:
+        bound = tolerance(computed, length, magnitude) + factors * magnitude
+        if like.dtype != computed:
+            bound = bound + EPS[like.dtype] * magnitude
+        expected[name] = value.reshape(like.shape)
+        bounds[name] = (bound + _UNDERFLOW.get(like.dtype, 2.0**-126)).reshape(like.shape)
+
+    bias = to_numpy(layer.bias) if "bias" in layer else np.zeros(n_out)
+    length = np.repeat(counts, block) * block + 1
+    add("forward", cotangent, x_rows @ a.T + bias, x_size @ a_size.T + np.abs(bias), length)
+    length = np.repeat(np.bincount(cols, minlength=grid[1]), block) * block
+    add("input gradient", x, g_rows @ a, g_size @ a_size, length)
+    value, magnitude = sample(g_rows.T @ x_rows), sample(g_size.T @ x_size)
+    add("weight gradient", layer.weight, value, magnitude, n)
+    if "bias" in layer:
+        add("bias gradient", layer.bias, g_rows.sum(0), g_size.sum(0), n, factors=0.0)
+    return DenseProducts(expected, bounds)
+
+
+def cotangent_of(y: mx.array, seed: int) -> mx.array:
+    """Return a random cotangent for ``y``: eighths between -1 and 1, exact in every dtype."""
+    eighths = np.random.default_rng(seed).integers(-8, 9, y.shape) / 8
+    return mx.array(eighths.astype(np.float32)).astype(y.dtype)
+
+
+def _check_layer(
+    path: str, layer: BlockSparseLinear, x: mx.array, seed: int, tf32: bool
+) -> Iterator[Check]:
+    for name, a in (("input", x), ("weight", layer.weight)):
+        if not mx.issubdtype(a.dtype, mx.floating):
+            raise TypeError(f"[verify] {path}: its {name} must be real floating, got {a.dtype}")
+    if not x.size:
+        raise ValueError(f"[verify] {path}: its input {x.shape} has no rows")
+    twin = copy.copy(layer)  # takes other arrays as its weights; the layer keeps its own
+
+    def product(x, weight, bias=None):
+        twin.weight = weight
+        if bias is not None:
+            twin.bias = bias
+        return twin(x)
+
+    y = layer(x)
+    cotangent = cotangent_of(y, seed)
+    operands = [x, layer.weight, *([layer.bias] if "bias" in layer else [])]
+    _, gradients = mx.vjp(product, operands, [cotangent])
+    mx.eval(y, gradients)
+    dense = dense_products(layer, x, cotangent, tf32)
+    for name, actual in zip(_PRODUCTS, [y, *gradients], strict=False):
+        yield dense.check(path, name, actual)
+
+
+def _record(
+    model: nn.Module, layers: list[BlockSparseLinear], inputs: tuple
+) -> dict[int, mx.array]:
+    """Run ``model`` and return the first input of each layer that it calls, by the layer's id."""
+    recorded: dict[int, mx.array] = {}
+    types = [type(layer) for layer in layers]
+    training = [(module, module.training) for _, module in model.named_modules()]
+    try:
+        model.eval()
+        for layer in layers:
+            layer.__class__ = _recorder(type(layer), recorded)
+        model(*inputs)
+    finally:
+        for layer, original in zip(layers, types, strict=True):
+            layer.__class__ = original
+        for module, mode in training:  # parents come before their children
+            module.train(mode)
+    return recorded
+
+
+def _recorder(layer_type: type[BlockSparseLinear], recorded: dict[int, mx.array]) -> type:
+    """Return ``layer_type`` with a call that keeps its first input."""
+
+    class Recorder(layer_type):
+        def __call__(self, x: mx.array) -> mx.array:
+            recorded.setdefault(id(self), x)
+            return super().__call__(x)
+
+    return Recorder
+
+
+def _concrete(path: str, x: mx.array) -> mx.array:
+    """Return ``x`` evaluated, or raise if it was traced in a compiled function."""
+    try:
+        mx.eval(x)
+    except RuntimeError as error:
+        if "without a primitive" not in str(error):
+            raise
+        raise ValueError(
+            f"[verify] {path} is called in a compiled function: give the model before mx.compile"
+        ) from error
+    return x
+
+
+def _matmul_is_tf32() -> bool:
+    """Return whether MLX's float32 matmul on the default device rounds its factors to TF32."""
+    beyond = 1 + 2.0**-12  # TF32 keeps 10 binary digits
+    product = mx.full((256, 256), beyond) @ mx.ones((256, 256))
+    return product[0, 0].item() != 256 * beyond
+
+
+def _cell(check: Check | None) -> str:
+    return "-" if check is None else f"{check.error:.1e} / {check.bound:.1e}"
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).rpartition(".")[2]
+
+
+_PRODUCTS = ("forward", "input gradient", "weight gradient", "bias gradient")
