@@ -25,6 +25,7 @@ from mlx_sparse_nn.scores import (
     Score,
     blocks_for,
     check_choice,
+    check_fits,
     grid_scores,
     split_blocks,
     strongest_pattern,
@@ -189,21 +190,20 @@ class BlockSparseLinear(nn.Module):
 
         Example:
             >>> linear = nn.Linear(512, 256)
-            >>> BlockSparseLinear.from_linear(linear, density=0.25)
-            BlockSparseLinear(input_dims=512, output_dims=256, block_size=32, density=0.25, \
-blocks=32, bias=True)
+            >>> BlockSparseLinear.from_linear(linear, density=0.25).pattern
+            CSRPattern(256 x 512, block_size=32, 32 blocks, density 0.25)
         """
         owner = f"{cls.__name__}.from_linear"
         if reason := not_linear(linear):
             raise TypeError(f"[{owner}] linear must be an nn.Linear: {reason}")
         if pattern is None:
-            check_choice(owner, linear.weight.shape, block_size, density, score, balance)
+            check_choice(owner, block_size, density, score, balance)
+            check_fits(owner, linear.weight.shape, block_size)
             scores = grid_scores(linear.weight, block_size, score, owner=owner)
             count = blocks_for(density, scores.size)
             pattern = strongest_pattern(scores, count, block_size, balance)
         else:
-            check_pattern(owner, linear.weight.shape, pattern)
-            block_places(owner, pattern)  # repeated blocks would add up
+            check_unique_pattern(owner, linear.weight.shape, pattern)
         places = mx.array(pattern.row_indices), mx.array(pattern.indices)
         weight = split_blocks(linear.weight, pattern.block_size)[places]
         layer = cls.__new__(cls)  # cls() would draw random numbers
@@ -354,6 +354,12 @@ def check_pattern(owner: str, shape: Sequence[int], pattern: CSRPattern) -> None
             f"[{owner}] pattern has shape {pattern.shape}, "
             f"expected (output_dims, input_dims) = {tuple(shape)}"
         )
+
+
+def check_unique_pattern(owner: str, shape: Sequence[int], pattern: CSRPattern) -> None:
+    """:func:`check_pattern`, and raise where ``pattern`` repeats a block: its values would add."""
+    check_pattern(owner, shape, pattern)
+    block_places(owner, pattern)
 
 
 def not_linear(module: nn.Module) -> str | None:

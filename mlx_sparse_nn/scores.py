@@ -167,18 +167,17 @@ def misfit(shape: Sequence[int], block_size: int) -> str | None:
 
 
 def check_choice(
-    owner: str,
-    shape: Sequence[int],
-    block_size: int,
-    density: float,
-    score: Score,
-    balance: Balance,
+    owner: str, block_size: int, density: float, score: Score, balance: Balance
 ) -> None:
-    """Raise unless these options choose blocks of a weight ``(output_dims, input_dims)``."""
+    """Raise unless each of the options by which blocks are chosen is valid by itself."""
     check_size(owner, "block_size", block_size, minimum=1)
     check_density(owner, density)
     check_score(owner, score)
     check_balance(owner, balance)
+
+
+def check_fits(owner: str, shape: Sequence[int], block_size: int) -> None:
+    """Raise unless blocks tile a weight ``(output_dims, input_dims)``."""
     if reason := misfit(shape, block_size):
         raise ValueError(f"[{owner}] {reason}")
 
@@ -186,12 +185,12 @@ def check_choice(
 def check_score(owner: str, score: Score) -> None:
     """Raise unless ``score`` is a known name or a function."""
     if not callable(score):
-        _check_name(owner, "score", score, tuple(_NORMS), " or be a function of blocks")
+        check_name(owner, "score", score, tuple(_NORMS), " or be a function of blocks")
 
 
 def check_balance(owner: str, balance: Balance) -> None:
     """Raise unless ``balance`` is a known name."""
-    _check_name(owner, "balance", balance, _BALANCES)
+    check_name(owner, "balance", balance, _BALANCES)
 
 
 def check_density(owner: str, density: float) -> None:
@@ -202,7 +201,10 @@ def check_density(owner: str, density: float) -> None:
         raise ValueError(f"[{owner}] density must be in (0, 1], got {density}")
 
 
-def _check_name(owner: str, name: str, value: object, known: tuple[str, ...], or_else: str = ""):
+def check_name(
+    owner: str, name: str, value: object, known: tuple[str, ...], or_else: str = ""
+) -> None:
+    """Raise unless ``value`` is one of the ``known`` names."""
     if not isinstance(value, str):
         raise TypeError(f"[{owner}] {name} must be one of {known}{or_else}, got {value!r}")
     if value not in known:
