@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_sparse_nn.core import ops
+from mlx_sparse_nn.core import draw, ops
 from mlx_sparse_nn.core.layout import Layout
 from mlx_sparse_nn.core.pattern import (
     CSRPattern,
@@ -32,6 +32,8 @@ from mlx_sparse_nn.scores import (
 )
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from mlx_sparse_nn.lora import LoRABlockSparseLinear
     from mlx_sparse_nn.quantized import QuantizedBlockSparseLinear
 
@@ -153,6 +155,29 @@ class BlockSparseLinear(nn.Module):
     def todense(self) -> mx.array:
         """Return the dense ``(output_dims, input_dims)`` weight."""
         return ops.todense(self.weight, self._bound_layout())
+
+    def plot(self, ax: Axes | None = None, *, cmap: str = "Blues") -> Axes:
+        """Draw the weight on matplotlib's axes: blocks are the darker the larger their values.
+
+        The colour is the root mean square of the stored values of a block, or of the blocks that a
+        cell merges where there are more than 1024 a side. ``ax.images[0]`` takes a colour bar.
+
+        Args:
+            ax: Where to draw; by default new axes.
+            cmap: Name of a colour map, light for what is not stored.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        labels = ("inputs", "outputs")
+        return draw.plot(self._pattern, ax, cmap=cmap, values=self.weight, labels=labels)
+
+    def spy(self, width: int = 64) -> str:
+        """Return the pattern drawn in characters; see :meth:`CSRPattern.spy`."""
+        return self._pattern.spy(width)
+
+    def _repr_svg_(self) -> str:
+        return draw.svg(self._pattern)
 
     @classmethod
     def from_linear(

@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, TypeAlias
 import mlx.core as mx
 import numpy as np
 
+from mlx_sparse_nn.core import draw
 from mlx_sparse_nn.core.layout import HostIndex, Layout
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ArrayLike: TypeAlias = "mx.array | np.ndarray | Sequence"
 
@@ -162,6 +166,39 @@ class CSRPattern:
         mask = np.zeros((self.shape[0] // block, self.shape[1] // block), dtype=bool)
         mask[self.row_indices, self.indices] = True
         return mx.array(np.kron(mask, np.ones((block, block), dtype=bool)).astype(bool))
+
+    def plot(self, ax: Axes | None = None, *, cmap: str = "Blues") -> Axes:
+        """Draw the pattern on matplotlib's axes, to scale, and return them.
+
+        Beyond 1024 blocks a side, cells merge several blocks and are coloured by their density.
+
+        Args:
+            ax: Where to draw; by default new axes.
+            cmap: Name of a colour map, light for what is not stored.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        return draw.plot(self, ax, cmap=cmap)
+
+    def spy(self, width: int = 64) -> str:
+        """Return the pattern drawn in characters, for ``print``; its last line says what it is.
+
+        A character holds two cells, one above the other. A cell is a block, or several where more
+        than ``width`` would stand side by side or twice that one above the other; it is filled if
+        anything in it is stored.
+
+        Args:
+            width: Characters of the longest line, without the frame.
+
+        Raises:
+            TypeError: ``width`` is not an integer.
+            ValueError: ``width`` is less than 1.
+        """
+        return draw.spy(self, check_size("CSRPattern.spy", "width", width, minimum=1))
+
+    def _repr_svg_(self) -> str:
+        return draw.svg(self)
 
     def __or__(self, other: CSRPattern) -> CSRPattern:
         """Return the canonical pattern that stores what either one stores."""
