@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,49 +126,63 @@ def activations(
         model: Whose block-sparse layers to watch; it may itself be one.
         loss_fn: The loss, as for ``nn.value_and_grad(model, loss_fn)``: a function of ``args`` and
             ``kwargs`` that calls the model and returns a scalar, or a tuple that begins with one.
-            Not a compiled one: its graph would not see who watches.
+            It calls the layers itself, not through ``mx.compile`` or ``mx.vmap``.
         args, kwargs: What ``loss_fn`` takes.
 
     Returns:
-        For each block-sparse layer that the loss used, by its path in the model: its inputs
+        For each block-sparse layer that the loss depends on, by its path in the model: its inputs
         ``(rows, input_dims)`` and the gradient of the loss to its outputs ``(rows, output_dims)``,
         evaluated. Rows of all leading axes and of all uses of the layer follow one another.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: It has no BlockSparseLinear.
+        ValueError: It has no BlockSparseLinear, or the loss depends on none.
     """
     layers = sparse_layers("activations", model)
-    inputs: dict[str, list[mx.array]] = defaultdict(list)
-    cotangents: dict[str, list[mx.array]] = defaultdict(list)
+    found: dict[str, list[tuple[mx.array, mx.array]]] = {path: [] for path in layers}
+    probes: list[mx.array] = []
 
-    def watch(path: str, x: mx.array, y: mx.array, probe: mx.array) -> Any:
-        use = len(inputs[path])
-        inputs[path].append(x.reshape(-1, x.shape[-1]))
-        cotangents[path].append(mx.zeros((inputs[path][-1].shape[0], y.shape[-1]), y.dtype))
-
+    def watch(path: str, x: mx.array, y: mx.array) -> Any:
         @mx.custom_function
         def identity(y, probe):
             return mx.stop_gradient(y)
 
         @identity.vjp
         def vjp(primals, cotangent, output):
-            cotangents[path][use] = cotangent.reshape(-1, cotangent.shape[-1])
-            return cotangent, mx.zeros_like(probe)
+            pair = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
+            found[path].append(pair)
+            return cotangent, mx.zeros_like(probes[0])
 
-        return identity(y, probe)
+        return identity(y, probes[0])
 
-    def loss(probe: mx.array):
-        with _watched(layers, lambda path, x, y: watch(path, x, y, probe)):
-            return loss_fn(*args, **kwargs)
+    def loss(parameters: dict[str, Any], probe: mx.array) -> Any:
+        model.update(parameters)
+        probes.append(probe)
+        return loss_fn(*args, **kwargs)
 
-    # Differentiated to a zero that every output depends on, so that each cotangent comes by.
-    value, _ = mx.value_and_grad(loss)(mx.zeros(()))
-    found = {
-        path: (mx.concatenate(inputs[path]), mx.concatenate(cotangents[path])) for path in inputs
+    # Every output depends on the probe, so each cotangent comes by, of frozen layers as well. The
+    # parameters are there for gradient checkpointing, which knows no other inputs.
+    parameters = model.trainable_parameters()
+    try:
+        with _watched(layers, watch):
+            mx.value_and_grad(loss, argnums=(0, 1))(parameters, mx.zeros(()))
+    finally:
+        model.update(parameters)
+    pairs = {
+        path: (
+            mx.concatenate([x for x, _ in reversed(uses)]),  # the last use comes by first
+            mx.concatenate([cotangent for _, cotangent in reversed(uses)]),
+        )
+        for path, uses in found.items()
+        if uses
     }
-    mx.eval(value, found)
-    return found
+    if not pairs:
+        raise ValueError(
+            "[activations] the loss depends on no BlockSparseLinear of the model; "
+            "is loss_fn compiled?"
+        )
+    mx.eval(pairs)
+    return pairs
 
 
 @contextmanager
