@@ -3,30 +3,63 @@
 from pathlib import Path
 
 import matplotlib
+import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
-from mlx_sparse_nn import patterns
+from mlx_sparse_nn import BlockSparseLinear, CSRPattern, patterns
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-GALLERY = {
-    "random(density=0.125)": patterns.random(512, 512, 0.125, 32, seed=1),
-    "block_diagonal(512, 8)": patterns.block_diagonal(512, 8),
-    "banded(bandwidth=1)": patterns.banded(512, 512, 1, 32),
-    "butterfly": patterns.butterfly(512, 32),
-}
+PICTURE = Path(__file__).with_name("patterns.png")
+
+
+def ring(n: int) -> np.ndarray:
+    """Return the ``(n, n)`` bool array that is true between two circles."""
+    y, x = np.indices((n, n)) - (n - 1) / 2
+    radius = np.hypot(x, y)
+    return (radius > 0.3 * n) & (radius < 0.47 * n)
+
+
+def wavy_linear(n: int) -> nn.Linear:
+    """Return a dense layer whose weights are large in some regions and small in others."""
+    i, j = np.indices((n, n)) / n
+    scale = np.exp(2 * np.sin(14 * i + 4 * j) * np.cos(9 * j - 4 * i))
+    linear = nn.Linear(n, n)
+    linear.weight = mx.array(scale * np.random.default_rng(0).standard_normal((n, n)))
+    return linear
+
+
+def gallery() -> dict[str, CSRPattern | BlockSparseLinear]:
+    """Return what the picture shows, under the code that makes it."""
+    mask, w, linear = ring(512), np.tril(np.ones((512, 512))), wavy_linear(512)
+    return {
+        "block_diagonal(512, 8)": patterns.block_diagonal(512, 8),
+        "bidiagonal_blocks(24, 3)": patterns.bidiagonal_blocks(24, 3),
+        "banded(512, 512, 1)": patterns.banded(512, 512, 1),
+        "butterfly(512)": patterns.butterfly(512),
+        "banded(...) | butterfly(...)": patterns.banded(512, 512, 1, 16)
+        | patterns.butterfly(512, 16),
+        "random(512, 256, 0.125)": patterns.random(512, 256, 0.125),
+        "covering(512, 512, 0.01)": patterns.covering(512, 512, 0.01),
+        "from_mask(mask, 16)": patterns.from_mask(mask, 16),
+        "from_dense(w)": patterns.from_dense(w),
+        "from_linear(l, density=0.3)": BlockSparseLinear.from_linear(linear, density=0.3),
+    }
 
 
 def main() -> None:
-    figure, axes = plt.subplots(1, len(GALLERY), figsize=(11, 3.1), layout="constrained")
-    for axis, (title, pattern) in zip(axes, GALLERY.items(), strict=True):
-        axis.imshow(np.array(pattern.tomask()), cmap="Blues", vmin=0, vmax=1.4)
-        axis.set_title(title, family="monospace", fontsize=10)
-        axis.set_xlabel(f"{pattern.density:.1%} stored", fontsize=9)
-        axis.set_xticks([])
-        axis.set_yticks([])
-    figure.savefig(Path(__file__).with_name("patterns.png"), dpi=110)
+    plt.rcParams["figure.constrained_layout.h_pad"] = 0.09  # inches
+    figure, axes = plt.subplots(2, 5, figsize=(12, 5.7), layout="constrained")
+    for axis, (title, item) in zip(axes.flat, gallery().items(), strict=True):
+        pattern = item.pattern if isinstance(item, BlockSparseLinear) else item
+        item.plot(axis)
+        axis.set_title(title, family="monospace", fontsize=9)
+        n_rows, n_cols = pattern.shape
+        axis.set_xlabel(f"{n_rows} x {n_cols}, {pattern.density:.1%} stored", fontsize=9)
+        axis.set(ylabel=None, xticks=[], yticks=[])
+    figure.savefig(PICTURE, dpi=110)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _PLOT_CELLS = 1024  # a side, at most
 _SVG_CELLS = 128
-_SVG_SIDE = 240  # pixels of the longer side
+_SVG_SIDE = 256  # pixels of the longer side
 _SVG_LEVELS = 16  # of opacity
 _BLUE = "#3b7dd8"  # legible on white and on black, as is the grey
 _GREY = "#808080"
@@ -52,9 +52,9 @@ def plot(
     axes.imshow(
         np.ma.masked_array(shown, density == 0),
         cmap=cmap,
-        # What is stored stands out from what is not: the lightest third is left out.
+        # Neither the colours next to white, which is what is not stored, nor the darkest.
         vmin=-peak / 2,
-        vmax=peak,
+        vmax=1.25 * peak,
         extent=(0, width, height, 0),
     )
     axes.set(
