@@ -78,7 +78,7 @@ def sparsify(
     balance: Balance = "row",
     scope: Scope = "layer",
 ) -> Sparsified:
-    r"""Replace the linear layers of a model by block-sparse ones that keep their strongest blocks.
+    """Replace the linear layers of a model by block-sparse ones that keep their strongest blocks.
 
     The model is changed in place, as by ``nn.quantize``; after an error it is as it was. A layer
     that the model holds at several paths stays one layer. Biases, dtypes, training mode and what is
@@ -143,7 +143,7 @@ def densify(model: nn.Module) -> list[str]:
     """Replace every BlockSparseLinear of a model by the ``nn.Linear`` of the same product.
 
     The model is changed in place. A layer that it holds at several paths stays one layer. Biases,
-    dtypes, training mode and what is frozen stay.
+    dtypes, training mode and what is frozen stay. Quantized block-sparse layers are left alone.
 
     Args:
         model: The model. Its layers are looked for where ``model.leaf_modules()`` finds them.
