@@ -150,7 +150,7 @@ class BlockSparseLinear(nn.Module):
                 f"its last axis must be input_dims = {self.input_dims}"
             )
         self.__dict__.pop("_replaced", None)
-        return ops.spmm(self.weight, self._bound_layout(), x, self.get("bias"))
+        return ops.spmm(self["weight"], self._bound_layout(), x, self.get("bias"))
 
     def todense(self) -> mx.array:
         """Return the dense ``(output_dims, input_dims)`` weight."""

@@ -1,15 +1,18 @@
-"""The host side of the CUDA backend, without a GPU: every launch is one that the card accepts.
+"""The host side of the CUDA backend, without a GPU: every launch is one that the card accepts,
+costs MLX few operations, and follows all transforms although MLX knows no rule for a kernel.
 
 The kernels themselves run in ``make test-device``, on a machine with an NVIDIA GPU.
 """
 
 import re
+import threading
 
 import mlx.core as mx
 import pytest
+from support import assert_equal, dense_weight, integers, random_pattern
 
-from mlx_sparse_nn import CSRPattern, sddmm, spmm, spmm_t
-from mlx_sparse_nn.core import kernels
+from mlx_sparse_nn import BlockSparseLinear, CSRPattern, sddmm, spmm, spmm_t
+from mlx_sparse_nn.core import cuda, kernels, reference
 
 SHARED_MEMORY = 227 * 1024  # bytes a thread block may have on Hopper, by raising the limit
 
@@ -64,3 +67,129 @@ def test_launches_are_valid(launches, block_size, dtype, n):
 
 def _code(source):
     return re.sub(r"//.*", "", source)
+
+
+@pytest.mark.parametrize("n", [1, 16])
+def test_a_layer_call_is_few_operations(launches, tmp_path, n):
+    """MLX takes microseconds for each: as much as a product of few rows takes on the GPU."""
+    layer = BlockSparseLinear(64, 64, block_size=32, density=1.0)
+    layer.set_dtype(mx.bfloat16)
+    x = mx.ones((n, 64), mx.bfloat16)
+    mx.eval(layer.parameters(), layer(x))
+    graph = tmp_path / "call.dot"
+    mx.export_to_dot(str(graph), layer(x))
+    # Of the data, of x and of y, the view with the axis of matrices; and the stand-in for a launch.
+    assert graph.read_text().count("shape=rectangle") <= 4
+    assert len(launches) == 2
+
+
+@pytest.fixture
+def opaque(monkeypatch):
+    """Right products that MLX can neither differentiate nor map by itself, as kernels are."""
+
+    def hidden(product):
+        def compute(*operands):
+            y = product(*operands)
+            rows = mx.stack([mx.ones_like(y), y], axis=-1)[..., None, :]
+            lu, _ = mx.linalg.lu_factor(rows, stream=mx.cpu)  # of a row that starts with 1: itself
+            return lu[..., 0, 1]
+
+        return compute
+
+    for name in ("spmm", "spmm_t", "sddmm"):
+        monkeypatch.setattr(cuda, name, hidden(getattr(reference, name)))
+    monkeypatch.setattr(kernels, "backend", lambda: "cuda")
+
+
+def square(f):
+    return lambda data, x: (f(data, x) ** 2).sum()
+
+
+def grads(f):
+    return mx.grad(square(f), argnums=(0, 1))
+
+
+def tangents(f):
+    return lambda data, x: mx.jvp(f, [data, x], [data + 1, x - 2])[1]
+
+
+def compiled(f):
+    """``f`` compiled, and called before a transform sees it."""
+    compiled_f = mx.compile(f)
+    return lambda data, x: compiled_f(data, x)
+
+
+def after_inner_grad(f):
+    """Call ``f`` when an inner transform has captured ``data`` and is over: MLX no longer marks
+    ``data`` as traced, but the outer one goes on."""
+
+    def loss(data, x):
+        inner = mx.grad(lambda x: (f(data, x) ** 2).sum())(x)
+        return (inner * x).sum() + (f(data, x) ** 2).sum()
+
+    return mx.grad(loss, argnums=(0, 1))
+
+
+TRANSFORMS = {
+    "grad": grads,
+    "jvp": tangents,
+    "vmap of data": lambda f: lambda data, x: mx.vmap(f, (0, None))(mx.stack([data, -data]), x),
+    "vmap of x": lambda f: lambda data, x: mx.vmap(f, (None, 0))(data, mx.stack([x, -x])),
+    "grad of vmap": lambda f: grads(TRANSFORMS["vmap of x"](f)),
+    "jvp of grad": lambda f: lambda data, x: mx.jvp(grads(f), [data, x], [data + 1, x - 2]),
+    "grad of jvp": lambda f: (
+        lambda data, x: mx.grad(lambda data: (TRANSFORMS["jvp"](f)(data, x)[0] ** 2).sum())(data)
+    ),
+    "grad of grad": lambda f: mx.grad(lambda d, x: sum((g**2).sum() for g in grads(f)(d, x))),
+    "compile of grad": lambda f: mx.compile(grads(f)),
+    "grad of checkpoint": lambda f: mx.grad(mx.checkpoint(square(f)), argnums=(0, 1)),
+    "grad after inner grad": after_inner_grad,
+}
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+@pytest.mark.parametrize("first", [lambda f: f, compiled], ids=["plain", "compiled before"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_products_without_rules(opaque, name, first, block_size):
+    pattern = random_pattern(3, 4, block_size, seed=1)
+    data, x = integers(pattern.data_shape, 2), integers((2, pattern.shape[1]), 3)
+    bias = integers(pattern.shape[:1], 4)
+
+    def dense(data, x):
+        return x @ dense_weight(pattern, data).T + bias
+
+    f = first(lambda data, x: spmm(data, pattern, x, bias))
+    assert_equal(f(data, x), dense(data, x))
+    actual, expected = TRANSFORMS[name](f)(data, x), TRANSFORMS[name](dense)(data, x)
+    for a, b in zip(flat(actual), flat(expected), strict=True):
+        assert_equal(a, b)
+
+
+def flat(tree):
+    return [tree] if isinstance(tree, mx.array) else [a for branch in tree for a in flat(branch)]
+
+
+def test_transforming_is_of_this_thread_and_now():
+    seen = []
+
+    def note(x):
+        seen.append(kernels.transforming())
+        other = threading.Thread(target=lambda: seen.append(second_answer()))
+        other.start()
+        other.join()
+        return x.sum()
+
+    def second_answer():
+        kernels.transforming()  # True in a thread that asks for the first time
+        return kernels.transforming()
+
+    x = mx.ones(3)
+    assert second_answer() is False
+    for transform in (mx.grad(note), mx.vmap(note), mx.compile(note)):
+        transform(mx.stack([x, x]))
+    mx.jvp(note, [x], [x])
+    assert seen == [True, False] * 4
+    assert kernels.transforming() is False
+    with pytest.raises(ZeroDivisionError):
+        mx.grad(lambda x: x / 0 if kernels.transforming() is False else 1 / 0)(x)
+    assert kernels.transforming() is False

@@ -6,6 +6,7 @@ from shapes and from the plan of the layout, on the host.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from functools import cache, wraps
@@ -36,17 +37,16 @@ def backend() -> str:
     return "cuda" if mx.cuda.is_available() else "reference"
 
 
-def takes(layout: Layout, *operands: mx.array) -> bool:
-    """Return whether there are kernels for the operands.
+def takes(layout: Layout, x: mx.array) -> bool:
+    """Return whether there are kernels for a product with rows ``x``, all of the dtype of ``x``.
 
     There are for float32, float16 and bfloat16, every block size, and every shape and pattern with
     at least one element. All else goes to the reference; so does what a function under
     ``mx.vmap`` computes while it is traced, since MLX cannot map a kernel. The products' own rule
     for ``vmap`` then computes the mapped ones, by kernels.
     """
-    if _tracing.vmaps or not layout.rows["indices"].size:
-        return False
-    return all(a.dtype in DTYPES and a.size for a in operands)
+    stored = layout.rows["indices"].size
+    return not _tracing.vmaps and stored > 0 and x.size > 0 and x.dtype in DTYPES
 
 
 def longest_row(half: Half) -> int:
@@ -150,20 +150,53 @@ def _kernel(backend: str, name: str, inputs: str, shared_memory: int) -> Any:
         "name": f"mlx_sparse_nn_{name}",
         "input_names": list(INPUTS[inputs]),
         "output_names": ["y" if inputs == "spmm" else "out"],
-        "header": (folder / "common.h").read_text(encoding="utf-8"),
+        "header": _read(folder / "common.h"),
     }
     if backend == "metal":
-        source = (folder / f"{name}.metal").read_text(encoding="utf-8")
-        return mx.fast.metal_kernel(source=source, **options)
-    source = (folder / f"{name}.cu").read_text(encoding="utf-8")
+        return mx.fast.metal_kernel(source=_read(folder / f"{name}.metal"), **options)
+    source = _read(folder / f"{name}.cu")
     return mx.fast.cuda_kernel(source=source, shared_memory=shared_memory, **options)
+
+
+def _read(path: Path) -> str:
+    """Return code without comments and indentation: MLX copies and hashes it at every launch."""
+    code = re.sub(r"//.*", "", path.read_text(encoding="utf-8"))
+    return "".join(f"{line.strip()}\n" for line in code.splitlines() if line.strip())
 
 
 class _Tracing(threading.local):
     vmaps = 0  # calls of mx.vmap that are tracing their function in this thread
+    found = False  # whether the probe's Python ran
 
 
 _tracing = _Tracing()
+
+
+def transforming() -> bool:
+    """Return whether a transform of MLX is running in this thread: mx.grad, mx.compile, or alike.
+
+    MLX does not say so. But it calls the Python of a compiled function again only for tracers, and
+    an array kept from a trace is one as long as any transform is running. (So is every argument the
+    first time in a thread or on a device, and where compilation is disabled: True is always safe.)
+    """
+    _tracing.found = False
+    _probe(_tracer)
+    return _tracing.found
+
+
+@mx.compile
+def _probe(tracer: mx.array) -> mx.array:
+    _tracing.found = True
+    return tracer
+
+
+def _keep_tracer() -> mx.array:
+    kept = []
+    mx.vjp(lambda a: kept.append(-a) or a, [mx.array(0.0)], [mx.array(0.0)])
+    return kept[0]
+
+
+_tracer = _keep_tracer()
 
 
 def _note_vmaps() -> None:

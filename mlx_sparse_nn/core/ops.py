@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 
@@ -112,25 +113,34 @@ def todense(data: mx.array, pattern: CSRPattern | Layout) -> mx.array:
 
 # The products proper. Operands have a leading axis V of matrices that share the pattern: data
 # (V, n_blocks, ...), x (V, N, n_cols), y (V, N, n_rows). The layout is captured, not an operand:
-# nothing is differentiated by it, and its transpose is made only when a gradient asks for it. What
-# computes the value sees its operands through stop_gradient: MLX would differentiate that graph
-# too, for nothing, and fail where an operation in it has no jvp.
+# nothing is differentiated by it, and its transpose is made only when a gradient asks for it.
 
 
-def _of_layout(make: Callable[[Layout], Callable]) -> Callable[..., mx.array]:
-    """Call the function that ``make`` makes of a layout.
+def _product(compute: Callable[..., mx.array]) -> Callable[[Callable], Callable[..., mx.array]]:
+    """Make ``compute(layout, *operands)`` follow the rules that the decorated function adds to it.
 
-    It is made anew at each call: kept with the layout, the two would be a cycle.
+    The custom function is made where a transform may ask for its rules, since to make it takes more
+    time than a launch, and anew at each call: kept with the layout, the two would be a cycle. What
+    computes the value sees its operands through stop_gradient: MLX would differentiate that graph
+    too, for nothing, and fail where an operation in it has no jvp.
     """
-    return lambda layout, *operands: make(layout)(*operands)
+
+    def decorate(add_rules: Callable) -> Callable[..., mx.array]:
+        def product(layout: Layout, *operands: mx.array) -> mx.array:
+            if not kernels.transforming():
+                return compute(layout, *operands)
+            guarded = lambda *a: compute(layout, *map(mx.stop_gradient, a))  # noqa: E731
+            function: Any = mx.custom_function(guarded)
+            add_rules(function, layout)
+            return function(*operands)
+
+        return product
+
+    return decorate
 
 
-@_of_layout
-def _spmm(layout: Layout):
-    @mx.custom_function
-    def product(data, x):
-        return _backend(layout, data, x).spmm(mx.stop_gradient(data), layout, mx.stop_gradient(x))
-
+@_product(lambda layout, data, x: _backend(layout, x).spmm(data, layout, x))
+def _spmm(product, layout):
     @product.vjp
     def vjp(primals, cotangent, output):
         data, x = primals
@@ -144,17 +154,10 @@ def _spmm(layout: Layout):
     def vmap(operands, axes):
         return _map_matrix(lambda data, x: _spmm(layout, data, x), operands, axes)
 
-    return product
 
-
-@_of_layout
-def _affine(layout: Layout):
-    """Return ``_spmm`` plus bias ``(n_rows,)``, in one kernel where there is one."""
-
-    @mx.custom_function
-    def product(data, x, bias):
-        operands = [mx.stop_gradient(a) for a in (data, x, bias)]
-        return _backend(layout, *operands).spmm(operands[0], layout, *operands[1:])
+@_product(lambda layout, data, x, bias: _backend(layout, x).spmm(data, layout, x, bias))
+def _affine(product, layout):
+    """``_spmm`` plus bias ``(n_rows,)``, in one kernel where there is one."""
 
     @product.vjp
     def vjp(primals, cotangent, output):
@@ -185,15 +188,9 @@ def _affine(layout: Layout):
         bias = mx.moveaxis(bias, bias_axis, 0)  # (M, n_rows)
         return y + mx.expand_dims(bias, (1, 2) if axis == 0 else (1,)), axis
 
-    return product
 
-
-@_of_layout
-def _spmm_t(layout: Layout):
-    @mx.custom_function
-    def product(data, y):
-        return _backend(layout, data, y).spmm_t(mx.stop_gradient(data), layout, mx.stop_gradient(y))
-
+@_product(lambda layout, data, y: _backend(layout, y).spmm_t(data, layout, y))
+def _spmm_t(product, layout):
     @product.vjp
     def vjp(primals, cotangent, output):
         data, y = primals
@@ -207,15 +204,9 @@ def _spmm_t(layout: Layout):
     def vmap(operands, axes):
         return _map_matrix(lambda data, y: _spmm_t(layout, data, y), operands, axes)
 
-    return product
 
-
-@_of_layout
-def _sddmm(layout: Layout):
-    @mx.custom_function
-    def product(y, x):
-        return _backend(layout, y, x).sddmm(layout, mx.stop_gradient(y), mx.stop_gradient(x))
-
+@_product(lambda layout, y, x: _backend(layout, x).sddmm(layout, y, x))
+def _sddmm(product, layout):
     @product.vjp
     def vjp(primals, cotangent, output):
         y, x = primals
@@ -232,49 +223,33 @@ def _sddmm(layout: Layout):
         out = _sddmm(layout, y, x)
         return out.reshape(size, -1, *out.shape[1:]), 0
 
-    return product
+
+@_product(lambda layout, data: reference.todense(data, layout))
+def _todense(product, layout):
+    _add_linear_rules(product, layout, _todense, _sample)
 
 
-@_of_layout
-def _todense(layout: Layout):
-    return _linear(
-        lambda data: reference.todense(data, layout),
-        lambda data: _todense(layout, data),
-        lambda dense: _sample(layout, dense),
-    )
+@_product(lambda layout, dense: reference.sample(layout, dense))
+def _sample(product, layout):
+    _add_linear_rules(product, layout, _sample, _todense)
 
 
-@_of_layout
-def _sample(layout: Layout):
-    return _linear(
-        lambda dense: reference.sample(layout, dense),
-        lambda dense: _sample(layout, dense),
-        lambda data: _todense(layout, data),
-    )
-
-
-def _linear(evaluate, function, transpose):
-    """Return a linear function of ``(V, ...)``, given itself and its transpose to derive by."""
-
-    @mx.custom_function
-    def product(operand):
-        return evaluate(mx.stop_gradient(operand))
+def _add_linear_rules(product, layout, itself, transpose):
+    """Add the rules of a linear function of ``(V, ...)``, given with its transpose."""
 
     @product.vjp
     def vjp(primal, cotangent, output):
-        return transpose(cotangent)
+        return transpose(layout, cotangent)
 
     @product.jvp
     def jvp(primal, tangent):
-        return function(tangent)
+        return itself(layout, tangent)
 
     @product.vmap
     def vmap(operand, axis):
         size = operand.shape[axis]
-        out = function(_split_matrices(operand, axis, size))
+        out = itself(layout, _split_matrices(operand, axis, size))
         return (out.reshape(size, -1, *out.shape[1:]),), (0,)
-
-    return product
 
 
 def _bilinear_jvp(product, primals, tangents):
@@ -319,9 +294,9 @@ def _merge(a: mx.array) -> mx.array:
     return a.reshape(1, math.prod(a.shape[:-1]), a.shape[-1])
 
 
-def _backend(layout: Layout, *operands: mx.array) -> ModuleType:
-    """Return the module that computes a product of these operands on MLX's default device."""
-    name = kernels.backend() if kernels.takes(layout, *operands) else "reference"
+def _backend(layout: Layout, x: mx.array) -> ModuleType:
+    """Return the module that computes a product with rows ``x`` on MLX's default device."""
+    name = kernels.backend() if kernels.takes(layout, x) else "reference"
     return {"metal": metal, "cuda": cuda, "reference": reference}[name]
 
 
@@ -340,8 +315,8 @@ def _check_array(op: str, name: str, a: mx.array) -> None:
 
 def _check_shape(op: str, name: str, a: mx.array, shape: tuple[int, ...]) -> None:
     _check_array(op, name, a)
-    if tuple(a.shape) != tuple(shape):
-        raise ValueError(f"[{op}] {name} has shape {a.shape}, the pattern needs {tuple(shape)}")
+    if a.shape != shape:
+        raise ValueError(f"[{op}] {name} has shape {a.shape}, the pattern needs {shape}")
 
 
 def _check_features(op: str, name: str, a: mx.array, label: str, size: int) -> None:
