@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,11 @@ from mlx_sparse_nn.core.rounding import EPS, to_numpy, tolerance
 from mlx_sparse_nn.core.table import text_table
 from mlx_sparse_nn.layers import BlockSparseLinear
 
-# Absolute errors below the smallest number of a dtype, and what a device may flush to zero.
+# The absolute error of a result that is too small for its dtype, or that a device flushes to zero.
 _UNDERFLOW = {mx.float16: 2.0**-24, mx.float64: 0.0}
 _TF32_EPS = 2.0**-10
+
+PRODUCTS = ("forward", "input gradient", "weight gradient", "bias gradient")
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class VerifyReport:
                 name,
                 " x ".join(map(str, checks["forward"].shape)),
                 _name(checks["forward"].dtype),
-                *(_cell(checks.get(product)) for product in _PRODUCTS),
+                *(_cell(checks.get(product)) for product in PRODUCTS),
             ]
             for name, checks in layers.items()
         ]
@@ -102,7 +104,7 @@ class VerifyReport:
         lines = [
             f"{len(layers)} sparse layer{'s' * (len(layers) != 1)} on {self.device} "
             f"({self.backend}): errors {state}",
-            text_table(["layer", "output", "dtype", *_PRODUCTS], rows),
+            text_table(["layer", "output", "dtype", *PRODUCTS], rows),
         ]
         if self.tf32:
             lines.append("MLX uses TF32 for float32 here: MLX_ENABLE_TF32=0 checks full float32")
@@ -149,7 +151,7 @@ def verify(model: nn.Module, *inputs: Any, seed: int = 0) -> VerifyReport:
         TypeError: ``model`` is not a module, or a layer computes in another dtype than float16,
             bfloat16, float32 or float64.
         ValueError: The model has no BlockSparseLinear, calls none with these inputs or only within
-            compiled functions, or a layer's input has no rows.
+            compiled functions, a layer's input has no rows, or a product has a wrong shape.
         MismatchError: A product is wrong. The message names the layer, the product and its worst
             element.
 
@@ -166,7 +168,8 @@ def verify(model: nn.Module, *inputs: Any, seed: int = 0) -> VerifyReport:
     recorded = _record(model, list(layers.values()), inputs)
     if not recorded:
         raise ValueError(f"[verify] the model called none of {', '.join(layers)} with these inputs")
-    tf32 = kernels.backend() == "cuda" and _matmul_is_tf32()
+    # On CUDA some float32 products of blocks are MLX's own matmul.
+    tf32 = kernels.backend() == "cuda" and matmul_uses_tf32()
     checks = []
     for path, layer in layers.items():
         if id(layer) in recorded:
@@ -209,6 +212,10 @@ class DenseProducts:
         """Return the element of ``actual`` whose error is the largest part of its bound."""
         expected, bound, values = self.expected[product], self.bounds[product], to_numpy(actual)
         shape, dtype = tuple(actual.shape), actual.dtype
+        if shape != expected.shape:
+            raise ValueError(
+                f"[verify] {layer}: the {product} has shape {shape}, expected {expected.shape}"
+            )
         if not values.size:
             return Check(layer, product, shape, dtype, (), 0.0, 0.0, 0.0, 0.0)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -230,7 +237,7 @@ def dense_products(
         layer: Its ``indptr``, ``indices``, ``weight`` and ``bias`` are read, nothing else.
         x: ``(..., input_dims)``.
         cotangent: ``(..., output_dims)``.
-        tf32: Whether the bounds allow for factors rounded to TF32.
+        tf32: Whether the bounds allow for factors rounded to TF32, where they are float32.
     """
     block, weight = layer.block_size, to_numpy(layer.weight)
     n_out, n_in = layer.output_dims, layer.input_dims
@@ -252,7 +259,7 @@ def dense_products(
     x_rows, g_rows = to_numpy(x).reshape(n, n_in), to_numpy(cotangent).reshape(n, n_out)
     x_size, g_size = np.abs(x_rows), np.abs(g_rows)
     computed = mx.result_type(layer.weight, x)
-    factors = 2 * _TF32_EPS if tf32 and computed == mx.float32 and block > 1 else 0.0
+    factors = 2 * _TF32_EPS if tf32 and computed == mx.float32 else 0.0
     expected, bounds = {}, {}
 
     def add(name: str, like: mx.array, value, magnitude, length, factors=factors) -> None:
@@ -280,6 +287,34 @@ def cotangent_of(y: mx.array, seed: int) -> mx.array:
     return mx.array(eighths.astype(np.float32)).astype(y.dtype)
 
 
+def products_of(layer: nn.Module) -> Callable[[mx.array, mx.array], list[mx.array]]:
+    """Return the function of x and a cotangent that gives what ``PRODUCTS`` names, of one layer.
+
+    Frozen parameters have gradients too; without a bias, the last product is missing.
+    """
+    twin = copy.copy(layer)  # takes other arrays as its weights; the layer keeps its own
+
+    def apply(x, weight, bias=None):
+        twin.weight = weight
+        if bias is not None:
+            twin.bias = bias
+        return twin(x)
+
+    def products(x, cotangent):
+        operands = [x, layer.weight, *([layer.bias] if "bias" in layer else [])]
+        outputs, gradients = mx.vjp(apply, operands, [cotangent])
+        return [*outputs, *gradients]
+
+    return products
+
+
+def matmul_uses_tf32() -> bool:
+    """Return whether MLX's float32 matmul rounds its factors to TF32 on the default device."""
+    beyond = 1 + 2.0**-12  # TF32 keeps 10 binary digits
+    product = mx.full((256, 256), beyond) @ mx.ones((256, 256))
+    return product[0, 0].item() != 256 * beyond
+
+
 def _check_layer(
     path: str, layer: BlockSparseLinear, x: mx.array, seed: int, tf32: bool
 ) -> Iterator[Check]:
@@ -288,21 +323,12 @@ def _check_layer(
             raise TypeError(f"[verify] {path}: its {name} must be real floating, got {a.dtype}")
     if not x.size:
         raise ValueError(f"[verify] {path}: its input {x.shape} has no rows")
-    twin = copy.copy(layer)  # takes other arrays as its weights; the layer keeps its own
-
-    def product(x, weight, bias=None):
-        twin.weight = weight
-        if bias is not None:
-            twin.bias = bias
-        return twin(x)
-
     y = layer(x)
     cotangent = cotangent_of(y, seed)
-    operands = [x, layer.weight, *([layer.bias] if "bias" in layer else [])]
-    _, gradients = mx.vjp(product, operands, [cotangent])
+    gradients = products_of(layer)(x, cotangent)[1:]
     mx.eval(y, gradients)
-    dense = dense_products(layer, x, cotangent, tf32)
-    for name, actual in zip(_PRODUCTS, [y, *gradients], strict=False):
+    dense = dense_products(layer, x, cotangent, tf32 and layer.block_size > 1)
+    for name, actual in zip(PRODUCTS, [y, *gradients], strict=False):
         yield dense.check(path, name, actual)
 
 
@@ -350,19 +376,9 @@ def _concrete(path: str, x: mx.array) -> mx.array:
     return x
 
 
-def _matmul_is_tf32() -> bool:
-    """Return whether MLX's float32 matmul on the default device rounds its factors to TF32."""
-    beyond = 1 + 2.0**-12  # TF32 keeps 10 binary digits
-    product = mx.full((256, 256), beyond) @ mx.ones((256, 256))
-    return product[0, 0].item() != 256 * beyond
-
-
 def _cell(check: Check | None) -> str:
     return "-" if check is None else f"{check.error:.1e} / {check.bound:.1e}"
 
 
 def _name(dtype: mx.Dtype) -> str:
     return str(dtype).rpartition(".")[2]
-
-
-_PRODUCTS = ("forward", "input gradient", "weight gradient", "bias gradient")

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 
 import mlx.core as mx
 import numpy as np
 from hypothesis import strategies as st
 
 from mlx_sparse_nn import CSRPattern
+from mlx_sparse_nn.core import cuda, kernels, metal, reference
 from mlx_sparse_nn.core.rounding import to_numpy, tolerance
 
 
 def device_of(dtype: mx.Dtype) -> AbstractContextManager:
     """Return the context in which a dtype can be computed: MLX has float64 on the CPU only."""
     return mx.stream(mx.cpu) if dtype == mx.float64 else nullcontext()
+
+
+def backend() -> ModuleType:
+    """Return the module that computes the products, to spoil one in."""
+    return {"metal": metal, "cuda": cuda, "reference": reference}[kernels.backend()]
 
 
 def assert_close(

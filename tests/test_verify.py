@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
-from support import device_of, patterns
+from support import backend, device_of, patterns
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern
 from mlx_sparse_nn import patterns as builders
-from mlx_sparse_nn.core import cuda, kernels, metal, reference
+from mlx_sparse_nn.core import kernels
 from mlx_sparse_nn.verify import MismatchError, verify
 
+VERIFY = importlib.import_module("mlx_sparse_nn.verify")  # the module: its function has its name
 PRODUCTS = ["forward", "input gradient", "weight gradient", "bias gradient"]
 
 
@@ -29,10 +30,6 @@ class Model(nn.Module):
 
     def __call__(self, x, scale=1.0):
         return self.blocks[1]["down"](self.dropout(self.blocks[0](self.up(x * scale))))
-
-
-def backend():
-    return {"metal": metal, "cuda": cuda, "reference": reference}[kernels.backend()]
 
 
 @given(
@@ -111,7 +108,15 @@ def test_each_wrong_product_is_named(monkeypatch, op, product, at, wrong):
         assert check.actual == pytest.approx(check.expected + wrong, rel=1e-3)
 
 
-def test_a_wrong_bias_gradient_is_named(monkeypatch):
+def test_a_product_of_wrong_shape_is_named(monkeypatch):
+    monkeypatch.setattr(backend(), "sddmm", lambda *_: mx.zeros((1, 5, 8, 8)))
+    with pytest.raises(
+        ValueError, match=r"Linear: the weight gradient has shape \(5, 8, 8\), expe"
+    ):
+        verify(BlockSparseLinear(32, 64, block_size=8, density=0.3), mx.ones((4, 32)))
+
+
+def test_a_wrong_bias_gradient_is_named():
     class Wrong(BlockSparseLinear):
         def __call__(self, x):
             return super().__call__(x) + 0.5 * (self.bias - mx.stop_gradient(self.bias))
@@ -193,21 +198,36 @@ def test_a_shared_layer_is_checked_once_with_its_first_input():
 
 
 def test_tf32_is_allowed_for_where_mlx_uses_it(monkeypatch):
-    module = importlib.import_module("mlx_sparse_nn.verify")
-    monkeypatch.setattr(module, "_matmul_is_tf32", lambda: True)
-    layer = BlockSparseLinear(64, 64)
+    layer, scalar = BlockSparseLinear(64, 64), BlockSparseLinear(64, 64, block_size=1)
     x = mx.random.normal((4, 64))
-    plain = verify(layer, x)
-    assert plain.tf32 is False or kernels.backend() == "cuda"
-    monkeypatch.setattr(kernels, "backend", lambda: "cuda")
     monkeypatch.setattr(kernels, "takes", lambda *_: False)  # computes on the reference
+    uses = lambda tf32: monkeypatch.setattr(VERIFY, "matmul_uses_tf32", lambda: tf32)
+    uses(False)
+    plain = verify(layer, x)
+    uses(True)
+    monkeypatch.setattr(kernels, "backend", lambda: "reference")
+    assert not verify(layer, x).tf32
+    monkeypatch.setattr(kernels, "backend", lambda: "cuda")
     report = verify(layer, x)
-    assert report.tf32
-    assert report.checks[0].bound > 20 * plain.checks[0].bound
+    assert (plain.tf32, report.tf32) == (False, True)
+    assert all(report.checks[i].bound > 20 * plain.checks[i].bound for i in range(3))
     assert report.checks[3].bound == plain.checks[3].bound  # a sum has no factors
     assert "MLX_ENABLE_TF32=0" in repr(report)
-    scalar = BlockSparseLinear(64, 64, block_size=1)
-    assert verify(scalar, x).checks[0].bound < 1e-3
+    assert verify(scalar, x).checks[0].bound < 1e-3  # has its own kernels
+    layer.set_dtype(mx.bfloat16)
+    x = x.astype(mx.bfloat16)
+    bound = verify(layer, x).checks[0].bound
+    uses(False)
+    assert verify(layer, x).checks[0].bound == bound
+
+
+def test_tf32_is_found_by_what_matmul_gives(monkeypatch):
+    """MLX's setting cannot be asked for; what it does can be seen."""
+    with mx.stream(mx.cpu):
+        assert not VERIFY.matmul_uses_tf32()
+        full = mx.full
+        monkeypatch.setattr(mx, "full", lambda shape, a: full(shape, round(a * 1024) / 1024))
+        assert VERIFY.matmul_uses_tf32()
 
 
 def test_repr():
