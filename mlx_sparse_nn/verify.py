@@ -16,6 +16,7 @@ from mlx_sparse_nn.core import kernels
 from mlx_sparse_nn.core.rounding import EPS, to_numpy, tolerance
 from mlx_sparse_nn.core.table import text_table
 from mlx_sparse_nn.layers import BlockSparseLinear
+from mlx_sparse_nn.pruning import sparse_layers
 
 # The absolute error of a result that is too small for its dtype, or that a device flushes to zero.
 _UNDERFLOW = {mx.float16: 2.0**-24, mx.float64: 0.0}
@@ -134,7 +135,7 @@ def verify(model: nn.Module, *inputs: Any, seed: int = 0) -> VerifyReport:
     computes its output and, for random cotangents, its gradients to input, weight and bias, and
     these are compared with dense float64 products on the host. The error may be what rounding
     explains for the dtype and the length of the sums (``core.rounding.tolerance``); anything
-    not finite is wrong. Neither the model nor the pattern, training mode or weights are changed.
+    not finite is wrong. The model is left as it was.
 
     The dense weights take ``16 * input_dims * output_dims`` bytes, one layer at a time.
 
@@ -151,7 +152,7 @@ def verify(model: nn.Module, *inputs: Any, seed: int = 0) -> VerifyReport:
         TypeError: ``model`` is not a module, or a layer computes in another dtype than float16,
             bfloat16, float32 or float64.
         ValueError: The model has no BlockSparseLinear, calls none with these inputs or only within
-            compiled functions, a layer's input has no rows, or a product has a wrong shape.
+            compiled functions, a layer's input is empty, or a product has a wrong shape.
         MismatchError: A product is wrong. The message names the layer, the product and its worst
             element.
 
@@ -160,11 +161,10 @@ def verify(model: nn.Module, *inputs: Any, seed: int = 0) -> VerifyReport:
         2 sparse layers on Device(cpu, 0) (reference): errors within their bounds
         ...
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"[verify] model must be an nn.Module, got {type(model).__name__}")
-    layers = sparse_layers(model)
-    if not layers:
-        raise ValueError(f"[verify] {type(model).__name__} holds no BlockSparseLinear")
+    layers = {
+        path or type(layer).__name__: layer
+        for path, layer in sparse_layers("verify", model).items()
+    }
     recorded = _record(model, list(layers.values()), inputs)
     if not recorded:
         raise ValueError(f"[verify] the model called none of {', '.join(layers)} with these inputs")
@@ -185,15 +185,6 @@ def verify(model: nn.Module, *inputs: Any, seed: int = 0) -> VerifyReport:
     if not report.passed:
         raise MismatchError(report)
     return report
-
-
-def sparse_layers(model: nn.Module) -> dict[str, BlockSparseLinear]:
-    """Return the BlockSparseLinear layers of ``model`` by path, in its order, shared ones once."""
-    layers = {}
-    for path, module in reversed(model.named_modules()):
-        if isinstance(module, BlockSparseLinear) and not any(module is m for m in layers.values()):
-            layers[path or type(module).__name__] = module
-    return layers
 
 
 @dataclass(frozen=True)
@@ -322,7 +313,7 @@ def _check_layer(
         if not mx.issubdtype(a.dtype, mx.floating):
             raise TypeError(f"[verify] {path}: its {name} must be real floating, got {a.dtype}")
     if not x.size:
-        raise ValueError(f"[verify] {path}: its input {x.shape} has no rows")
+        raise ValueError(f"[verify] {path}: its input {x.shape} has no elements")
     y = layer(x)
     cotangent = cotangent_of(y, seed)
     gradients = products_of(layer)(x, cotangent)[1:]
