@@ -127,6 +127,20 @@ def test_packed_weights_count_as_the_values_that_they_stand_for(bits):
     assert row.optimizer_bytes == 2 * 4 * 32  # MLX leaves the bias trainable
 
 
+def test_quantized_blocks_and_adapters():
+    layer = BlockSparseLinear(64, 64, density=0.5)
+    quantized = row_of(nn.Sequential(layer.to_quantized(bits=4)), "layers.0")
+    assert (quantized.parameters, quantized.dense_parameters) == (2048 + 64, 4096 + 64)
+    assert (quantized.macs, quantized.block_size, quantized.density) == (2048, 32, 0.5)
+    assert quantized.weight_bytes == 2048 // 2 + 2 * 4 * 64 + 4 * 64
+    assert quantized.index_bytes == row_of(layer, "").index_bytes
+    rows = summary(nn.Sequential(layer.to_lora(r=4))).rows
+    assert [(row.path, row.parameters, row.optimizer_bytes) for row in rows] == [
+        ("layers.0.linear", 2112, 0),  # frozen under the adapters
+        ("layers.0", 512, 2 * 4 * 512),
+    ]
+
+
 def test_the_table():
     layer = BlockSparseLinear(1024, 2048, block_size=64, density=0.25, bias=False)
     model = nn.Sequential(nn.Linear(4, 1024, bias=False), layer)
