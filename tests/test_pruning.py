@@ -1,6 +1,8 @@
 """set_pattern, schedules and prune: against dense weights that are trained under masks."""
 
 import copy
+import re
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -456,3 +458,23 @@ class TestOptimizerState:
             if i % 4 == 0:
                 prune(model, schedule(i), optimizer=optimizer)
         return [loss.item() for loss in losses], model
+
+
+def test_the_page_on_pruning(capsys):
+    """Its code runs, and prints what its comments say."""
+    page = (Path(__file__).parents[1] / "docs" / "sparsify.md").read_text(encoding="utf-8")
+    section = page[page.index("## Pruning while training") :]
+    blocks, names = re.findall(r"```python\n(.*?)```", section, re.DOTALL), {}
+    for block in blocks:
+        exec(block, names)
+    printed = capsys.readouterr().out
+    assert len(blocks) == 2
+    for said in (
+        "blocks stored, density 0.75 in all\n  layers.0  32 -> 24\n  layers.2  32 -> 24\n",
+        "layers.0 2 of 8 blocks dropped, and as many grown\n",
+    ):
+        assert said in printed
+        for line in said.splitlines():
+            assert line in section
+    for picture in re.findall(r"\]\((\w+\.png)\)", section):
+        assert (Path(__file__).parents[1] / "docs" / picture).is_file()
