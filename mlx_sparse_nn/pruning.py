@@ -60,10 +60,10 @@ def cubic_density(
         [1.0, 0.2125, 0.1]
     """
     owner = "cubic_density"
-    for name, value in (("init", init), ("end", end)):
-        check_density(f"{owner}, {name}", value)
-    if end > init:
-        raise ValueError(f"[{owner}] end must be at most init = {init}, got {end}")
+    check_fraction(owner, "init", init)
+    check_fraction(owner, "end", end)
+    if not 0 < end <= init:
+        raise ValueError(f"[{owner}] end must be in (0, init = {init}], got {end}")
     check_size(owner, "steps", steps, minimum=1)
     check_size(owner, "start", start)
 
@@ -151,7 +151,7 @@ def prune(
         block_places("prune", layer.pattern)  # none comes twice
     moments = {path: moments_of("prune", optimizer, model, layer) for path, layer in layers.items()}
     scores = {
-        path: block_scores(layer.weight, score, owner=f"prune, {path or 'weight'}")
+        path: block_scores(layer.weight, score, owner=f"prune {path}".rstrip())
         for path, layer in layers.items()
     }
     before = {path: layer.pattern.n_blocks for path, layer in layers.items()}
@@ -221,8 +221,8 @@ def moments_of(
         )
     for state in found:
         for name, value in state.items():
-            shape = value.shape if isinstance(value, mx.array) else type(value).__name__
-            if shape != () and (isinstance(shape, str) or shape[0] != layer.pattern.n_blocks):
+            shape = getattr(value, "shape", None)
+            if shape is None or (shape and shape[0] != layer.pattern.n_blocks):
                 raise ValueError(
                     f"[{owner}] optimizer.state of {weights[0]} holds {name} of shape {shape}, "
                     f"whose first axis does not run over the {layer.pattern.n_blocks} blocks: "

@@ -163,17 +163,17 @@ class TestCubicDensity:
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
         [
-            ((0, 0.1, 10), ValueError, r"init\] density must be in \(0, 1\], got 0"),
-            ((1, 0, 10), ValueError, r"end\] density must be in \(0, 1\], got 0"),
-            ((0.1, 0.2, 10), ValueError, r"end must be at most init = 0.1, got 0.2"),
+            ((2, 0.1, 10), ValueError, r"init must be in \[0, 1\], got 2"),
+            ((1, 0, 10), ValueError, r"end must be in \(0, init = 1\], got 0"),
+            ((0.1, 0.2, 10), ValueError, r"end must be in \(0, init = 0.1\], got 0.2"),
             ((1, 0.1, 0), ValueError, "steps must be in"),
             ((1, 0.1, 1.5), TypeError, "steps must be an integer, got 1.5"),
             ((1, 0.1, 10, -1), ValueError, "start must be in"),
-            (("1", 0.1, 10), TypeError, "density must be a number"),
+            (("1", 0.1, 10), TypeError, "init must be a number, got '1'"),
         ],
     )
     def test_bad_arguments(self, arguments, error, message):
-        with pytest.raises(error, match=r"\[cubic_density.*" + message):
+        with pytest.raises(error, match=r"\[cubic_density\] " + message):
             cubic_density(*arguments)
 
 
@@ -283,7 +283,7 @@ class TestPrune:
         model = dense_layers()
         model.layers[2].weight = model.layers[2].weight * float("nan")
         before = model.layers[0].pattern
-        with pytest.raises(ValueError, match=r"\[prune, layers.2\] weights must be finite"):
+        with pytest.raises(ValueError, match=r"\[prune layers.2\] weights must be finite"):
             prune(model, 0.5)
         repeated = layer_of(CSRPattern([0, 2, 2, 2, 2], [1, 1], (16, 16), 4))
         with pytest.raises(ValueError, match=r"\[prune\] .* block \(0, 1\) more than once"):
