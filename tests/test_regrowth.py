@@ -82,6 +82,15 @@ def test_blocks_grow_where_the_dense_gradient_is_largest(
     assert repr(done) == f"{count} of {len(held)} blocks dropped, and as many grown"
 
 
+def test_among_equals_the_first_place_wins_across_tiles(monkeypatch):
+    """The second row's gradient is larger; the rest is taken from the first row, from its start."""
+    monkeypatch.setattr(regrowth, "TILE", 1)
+    layer = layer_of(CSRPattern([0, 2, 4, 6], [0, 3] * 3, (3, 6), 1))
+    cotangent = mx.array([[1.0, 2.0, 1.0]])
+    done = regrow(layer, 1.0, x=mx.ones((1, 6)), cotangent=cotangent)
+    assert as_set(done.grown) == {(1, 1), (1, 2), (1, 4), (1, 5), (0, 1), (0, 2)}
+
+
 def test_16_bit_gradients_are_summed_in_float32():
     """Of 2048 and 2049 the second is larger; float16 rounds it to 2048, and the first would win."""
     layer = BlockSparseLinear(3, 1, CSRPattern([0, 1], [0], (1, 3), 1))
