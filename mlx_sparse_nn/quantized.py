@@ -42,6 +42,7 @@ class QuantizedBlockSparseLinear(PatternModule):
         bias: ``(output_dims,)``, if there is one.
 
     Raises:
+        TypeError: ``pattern`` is not a CSRPattern.
         ValueError: ``group_size`` or ``bits`` is not one of these, or ``group_size`` does not
             divide the block size.
     """
@@ -54,6 +55,11 @@ class QuantizedBlockSparseLinear(PatternModule):
         group_size: int | None = None,
         bits: int | None = None,
     ):
+        if not isinstance(pattern, CSRPattern):
+            raise TypeError(
+                "[QuantizedBlockSparseLinear] pattern must be a CSRPattern, "
+                f"got {type(pattern).__name__}"
+            )
         super().__init__(pattern, pinned=("weight", "scales", "biases"))
         n_blocks, block = pattern.n_blocks, pattern.block_size
         self.group_size = _group_size(block, group_size)

@@ -251,3 +251,8 @@ BAD = [
 def test_bad_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=r"\[QuantizedBlockSparseLinear\] " + message):
         call()
+
+
+def test_a_pattern_of_another_type_is_refused():
+    with pytest.raises(TypeError, match=r"\] pattern must be a CSRPattern, got BlockSparseLinear"):
+        QuantizedBlockSparseLinear(make_layer())
