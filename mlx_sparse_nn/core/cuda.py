@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
 import mlx.core as mx
 
 from mlx_sparse_nn.core import reference
@@ -18,9 +21,10 @@ from mlx_sparse_nn.core.layout import Half, Layout
 
 _FEW = 16  # rows of x up to which a product is bound by reading the stored values
 _SHORT = 64  # values in a row up to which one thread adds them up
+_FILLING = 128  # thread blocks that keep a large GPU busy
 
-# Tiles of spmm_tiles by block size: ROWS, WARPS_N, WARPS_O, DEPTH, STAGES; for many rows and for up
-# to 64.
+# Tiles of spmm_tiles by block size: ROWS, WARPS_N, WARPS_O, DEPTH, STAGES; for many rows, where a
+# thread block may have 160 KB of shared memory, and for up to 64 rows or 48 KB.
 _MANY_TILES = {
     8: (256, 8, 1, 64, 3),
     16: (256, 8, 1, 64, 3),
@@ -29,12 +33,13 @@ _MANY_TILES = {
     128: (128, 2, 4, 64, 3),
 }
 _SOME_TILES = {
-    8: (64, 4, 1, 32, 4),
+    8: (128, 4, 1, 32, 4),
     16: (64, 4, 1, 32, 4),
     32: (64, 4, 1, 32, 4),
     64: (64, 2, 2, 32, 4),
     128: (64, 2, 4, 32, 4),
 }
+_LARGE_SHARED_MEMORY = ("sm_80", "sm_87", "sm_90", "sm_100", "sm_103")
 # Tiles of sddmm_tiles: GROUP, WARPS_I, WARPS_K, DEPTH, STAGES.
 _GRAD_TILES = {
     16: (8, 1, 4, 32, 4),
@@ -42,6 +47,8 @@ _GRAD_TILES = {
     64: (2, 2, 2, 64, 3),
     128: (1, 2, 4, 32, 4),
 }
+_WGMMA = ("sm_90", (64, 128))  # the architecture and the block sizes of Hopper's own kernels
+_WGMMA_STAGES = {64: 5, 128: 4}
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
@@ -60,29 +67,21 @@ def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``reference.sddmm``."""
-    (n_batch, n, _), block, half = x.shape, layout.block_size, layout.rows
+    n, n_batch = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
+    block, half = layout.block_size, layout.rows
     if block in _GRAD_TILES and x.dtype != mx.float32:
-        group, warps_i, warps_k, depth, stages = _GRAD_TILES[block]
+        name, group, threads, shared_memory, template = _grad_tiles(block)
         width = (half["indptr"].size - 1) * -(-longest_row(half) // group)
-        threads = 32 * warps_i * warps_k
         return launch(
-            "sddmm_tiles",
+            name,
             "sddmm",
             [y, x, half["indptr"], half["indices"], half["indptr"]],
-            {
-                "T": x.dtype,
-                "B": block,
-                "GROUP": group,
-                "WARPS_I": warps_i,
-                "WARPS_K": warps_k,
-                "DEPTH": depth,
-                "STAGES": stages,
-            },
-            (n_batch, *layout.data_shape),
+            {"T": x.dtype, **template},
+            (*x.shape[:-2], *layout.data_shape),
             x.dtype,
             (width * threads, 1, n_batch),
             threads,
-            2 * block * max(stages * depth * (1 + group), block * group + 8),
+            shared_memory,
         )
     if block >= 8 and n > _FEW:
         return reference.sddmm(layout, y, x)
@@ -96,36 +95,88 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
 def _by_mlx(data: mx.array, x: mx.array) -> bool:
     """Whether plain MLX computes a product: float32 blocks and many rows, so that its own setting
     decides on TF32."""
-    return x.dtype == mx.float32 and data.ndim == 4 and data.shape[-1] >= 8 and x.shape[1] > _FEW
+    return x.dtype == mx.float32 and data.ndim > 2 and data.shape[-1] >= 8 and x.shape[-2] > _FEW
+
+
+class _Tiling(NamedTuple):
+    """A kernel of ``spmm`` and how it is launched."""
+
+    name: str
+    template: dict[str, Any]
+    grid: tuple[int, int, int]
+    threads: int
+    shared_memory: int = 0
 
 
 def _product(
     data: mx.array, half: Half, x: mx.array, n_out: int, bias: mx.array | None, transposed: bool
 ) -> mx.array:
-    (n_batch, n, _), block = x.shape, 1 if data.ndim == 2 else data.shape[-1]
-    flags = {"TRANSPOSED": int(transposed), "BIAS": int(bias is not None)}
-    template = {"T": x.dtype, "B": block}
-    shared_memory = 0
+    n, n_batch = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
+    block = data.shape[-1] if data.ndim > 2 else 1
     if block in TILED and x.dtype != mx.float32:
-        if n <= _FEW and block >= 32 and not transposed:
-            # Enough thread blocks to fill the GPU: strips of 16 outputs, and 8 warps along k.
-            name, rows, threads, groups = "spmm_few", 16, 256, n_out // 16
-            template |= {"STRIP": 16, "WARPS": 8, "BIAS": flags["BIAS"]}
-        else:
-            tiles = _MANY_TILES if n > 64 else _SOME_TILES
-            rows, warps_n, warps_o, depth, stages = tiles[block]
-            name, threads, groups = "spmm_tiles", 32 * warps_n * warps_o, n_out // block
-            shared_memory = 2 * max(stages * (rows + block) * depth, rows * (block + 8))
-            template |= {"ROWS": rows, "WARPS_N": warps_n, "WARPS_O": warps_o}
-            template |= {"DEPTH": depth, "STAGES": stages, **flags}
+        tiling = _tiling(n, n_batch, block, n_out, transposed)
     elif block == 1 and n == 1 and not transposed and longest_row(half) <= _SHORT:
-        name, rows, threads, groups = "spmm_stream", 1, 128, -(-n_out // 128)
-        template = {"T": x.dtype, "BIAS": flags["BIAS"]}
+        grid = (-(-n_out // 64) * 64, 1, n_batch)
+        tiling = _Tiling("spmm_stream", {"ROWS": 64, "HELD": 1664}, grid, 64)
     else:
         rows, lanes = 1 if n == 1 else 4, lanes_per_row(half, block)
-        name, threads, groups = "spmm_csr", GROUP, -(-n_out * lanes // GROUP)
-        template |= {"ROWS": rows, "LANES": lanes, **flags}
-    grid = (groups * threads, -(-n // rows), n_batch)
+        grid = (-(-n_out * lanes // GROUP) * GROUP, -(-n // rows), n_batch)
+        template = {"B": block, "ROWS": rows, "LANES": lanes, "TRANSPOSED": int(transposed)}
+        tiling = _Tiling("spmm_csr", template, grid, GROUP)
+    template = {"T": x.dtype, **tiling.template, "BIAS": int(bias is not None)}
+    name, _, grid, threads, shared_memory = tiling
     return launch_spmm(
         name, template, data, half, x, n_out, bias, transposed, grid, threads, shared_memory
     )
+
+
+@lru_cache(4096)
+def _tiling(n: int, n_batch: int, block: int, n_out: int, transposed: bool) -> _Tiling:
+    """Return the kernel of 16-bit blocks: few rows, many on Hopper, or many."""
+    n_block_rows = n_out // block
+    if n <= _FEW and not transposed:
+        # Enough thread blocks to fill the GPU: strips of 16 outputs, and 8 warps along k.
+        strip = min(16, block)
+        grid = (n_out // strip * 256, -(-n // 16), n_batch)
+        return _Tiling("spmm_few", {"B": block, "STRIP": strip, "WARPS": 8}, grid, 256)
+    architecture, block_sizes = _WGMMA
+    if n > 64 and block in block_sizes and _architecture() == architecture:
+        rows = 256 if n_block_rows * -(-n // 256) * n_batch >= _FILLING else 128
+        stages, threads = _WGMMA_STAGES[block], 2 * rows
+        name, template = "spmm_wgmma", {"WARPGROUPS": rows // 64}
+        blocks = -(-(stages - 2) * 64 // block) + 2
+        shared_memory = 2 * (stages * rows * 64 + blocks * block * block) + 1024
+    else:
+        many = n > 64 and _architecture() in _LARGE_SHARED_MEMORY
+        rows, warps_n, warps_o, depth, stages = (_MANY_TILES if many else _SOME_TILES)[block]
+        threads = 32 * warps_n * warps_o
+        name, template = "spmm_tiles", {"WARPS_N": warps_n, "WARPS_O": warps_o, "DEPTH": depth}
+        shared_memory = 2 * stages * (rows + block) * depth
+    # A thread block takes up to 4 tiles of rows, fewer where that would leave the GPU idle.
+    tiles = -(-n // rows)
+    shares = min(tiles, max(-(-tiles // 4), -(-_FILLING // (n_block_rows * n_batch))))
+    template |= {"B": block, "ROWS": rows, "STAGES": stages, "TRANSPOSED": int(transposed)}
+    return _Tiling(
+        name, template, (n_block_rows * threads, shares, n_batch), threads, shared_memory
+    )
+
+
+@cache
+def _grad_tiles(block: int) -> tuple[str, int, int, int, dict[str, int]]:
+    """Return a kernel of ``sddmm``: its name, GROUP, threads, shared memory and template."""
+    architecture, block_sizes = _WGMMA
+    if block in block_sizes and _architecture() == architecture:
+        group, stages = 256 // block, 4
+        template = {"B": block, "WARPGROUPS": 2, "GROUP": group, "STAGES": stages}
+        return "sddmm_wgmma", group, 256, stages * (1 + group) * block * 128 + 1024, template
+    group, warps_i, warps_k, depth, stages = _GRAD_TILES[block]
+    template = {"B": block, "GROUP": group, "WARPS_I": warps_i, "WARPS_K": warps_k}
+    template |= {"DEPTH": depth, "STAGES": stages}
+    shared_memory = 2 * block * stages * depth * (1 + group)
+    return "sddmm_tiles", group, 32 * warps_i * warps_k, shared_memory, template
+
+
+@cache
+def _architecture() -> str:
+    """Return the GPU's architecture, such as ``sm_90``."""
+    return str(mx.device_info(mx.Device(mx.gpu, 0))["architecture"])

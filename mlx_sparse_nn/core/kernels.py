@@ -18,6 +18,7 @@ import mlx.core as mx
 from mlx_sparse_nn.core.layout import Half, Layout, buckets
 
 _PACKAGE = Path(__file__).parents[1]
+_INCLUDE = re.compile(r'#include "(.+)"\n')  # a body names the headers that it needs
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 TILED = (8, 16, 32, 64, 128)  # block sizes with kernels of their own; the others go by scalars
 GROUP = 256  # threads of a group, where the kernel leaves it open
@@ -111,7 +112,7 @@ def launch_spmm(
     """Launch a kernel of ``spmm`` or ``spmm_t``; inputs that it does not read are stand-ins."""
     perm = half["perm"] if transposed else half["indices"]
     arrays = [data, half["indptr"], half["indices"], perm, x, x if bias is None else bias]
-    shape = (*x.shape[:2], n_out)
+    shape = (*x.shape[:-1], n_out)
     return launch(name, "spmm", arrays, template, shape, x.dtype, grid, threads, shared_memory)
 
 
@@ -126,10 +127,11 @@ def launch_sddmm(
     splits: int,
 ) -> mx.array:
     """Launch a kernel of ``sddmm`` over about ``splits`` parts of the rows, summed in order."""
-    (n_batch, n, _), half = x.shape, layout.rows
+    n, n_batch = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
+    half = layout.rows
     step = -(-n // splits)
     splits = -(-n // step)
-    shape = (n_batch, *layout.data_shape)
+    shape = (*x.shape[:-2], *layout.data_shape)
     dtype = x.dtype if splits == 1 else mx.float32
     arrays = [y, x, half["indptr"], half["indices"], mx.array([step], dtype=mx.int32)]
     template = {"T": x.dtype, "OUT": dtype, **template}
@@ -146,22 +148,25 @@ def launch_sddmm(
 def _kernel(backend: str, name: str, inputs: str, shared_memory: int) -> Any:
     """Return the kernel of ``<backend>/<name>``, built when it is first launched."""
     folder = _PACKAGE / backend
+    suffix = "metal" if backend == "metal" else "cu"
+    source = (folder / f"{name}.{suffix}").read_text(encoding="utf-8")
+    headers = [(folder / file).read_text(encoding="utf-8") for file in _INCLUDE.findall(source)]
     options: dict[str, Any] = {
         "name": f"mlx_sparse_nn_{name}",
         "input_names": list(INPUTS[inputs]),
         "output_names": ["y" if inputs == "spmm" else "out"],
-        "header": _read(folder / "common.h"),
+        "header": _short("".join(headers)),
+        "source": _short(_INCLUDE.sub("", source)),
     }
     if backend == "metal":
-        return mx.fast.metal_kernel(source=_read(folder / f"{name}.metal"), **options)
-    source = _read(folder / f"{name}.cu")
-    return mx.fast.cuda_kernel(source=source, shared_memory=shared_memory, **options)
+        return mx.fast.metal_kernel(**options)
+    return mx.fast.cuda_kernel(shared_memory=shared_memory, **options)
 
 
-def _read(path: Path) -> str:
+def _short(code: str) -> str:
     """Return code without comments and indentation: MLX copies and hashes it at every launch."""
-    code = re.sub(r"//.*", "", path.read_text(encoding="utf-8"))
-    return "".join(f"{line.strip()}\n" for line in code.splitlines() if line.strip())
+    lines = (line.strip() for line in re.sub(r"//.*", "", code).splitlines())
+    return "".join(f"{line}\n" for line in lines if line)
 
 
 class _Tracing(threading.local):

@@ -30,7 +30,8 @@ def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``reference.sddmm``."""
-    (n_batch, n, _), block, half = x.shape, layout.block_size, layout.rows
+    n, n_batch = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
+    block, half = layout.block_size, layout.rows
     if block in TILED:
         side = min(block, 64)
         width = half["indices"].size * (block // side) ** 2
@@ -49,7 +50,8 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
 def _product(
     data: mx.array, half: Half, x: mx.array, n_out: int, bias: mx.array | None, transposed: bool
 ) -> mx.array:
-    (n_batch, n, _), block = x.shape, 1 if data.ndim == 2 else data.shape[-1]
+    n, n_batch = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
+    block = data.shape[-1] if data.ndim > 2 else 1
     template = {
         "T": x.dtype,
         "B": block,

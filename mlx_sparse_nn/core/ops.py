@@ -43,11 +43,11 @@ def spmm(
         _check_shape("spmm", "bias", bias, layout.shape[:1])
     data, x = _promote("spmm", layout, data=data, x=x)
     if bias is not None and bias.dtype == x.dtype:
-        y = _affine(layout, data[None], _merge(x), bias)
+        y = _affine(layout, data, _merge(x), bias)
     else:
-        y = _spmm(layout, data[None], _merge(x))
+        y = _spmm(layout, data, _merge(x))
         y = y if bias is None else y + bias
-    return y.reshape(*x.shape[:-1], layout.shape[0])
+    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], layout.shape[0])
 
 
 def spmm_t(data: mx.array, pattern: CSRPattern | Layout, y: mx.array) -> mx.array:
@@ -68,7 +68,7 @@ def spmm_t(data: mx.array, pattern: CSRPattern | Layout, y: mx.array) -> mx.arra
     _check_shape("spmm_t", "data", data, layout.data_shape)
     _check_features("spmm_t", "y", y, "n_rows", layout.shape[0])
     data, y = _promote("spmm_t", layout, data=data, y=y)
-    return _spmm_t(layout, data[None], _merge(y)).reshape(*y.shape[:-1], layout.shape[1])
+    return _spmm_t(layout, data, _merge(y)).reshape(*y.shape[:-1], layout.shape[1])
 
 
 def sddmm(pattern: CSRPattern | Layout, y: mx.array, x: mx.array) -> mx.array:
@@ -93,7 +93,7 @@ def sddmm(pattern: CSRPattern | Layout, y: mx.array, x: mx.array) -> mx.array:
     if y.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"[sddmm] leading axes differ: y {y.shape[:-1]}, x {x.shape[:-1]}")
     y, x = _promote("sddmm", layout, y=y, x=x)
-    return _sddmm(layout, _merge(y), _merge(x)).reshape(layout.data_shape)
+    return _sddmm(layout, _merge(y), _merge(x))
 
 
 def todense(data: mx.array, pattern: CSRPattern | Layout) -> mx.array:
@@ -111,9 +111,9 @@ def todense(data: mx.array, pattern: CSRPattern | Layout) -> mx.array:
     return _todense(layout, data[None]).reshape(layout.shape)
 
 
-# The products proper. Operands have a leading axis V of matrices that share the pattern: data
-# (V, n_blocks, ...), x (V, N, n_cols), y (V, N, n_rows). The layout is captured, not an operand:
-# nothing is differentiated by it, and its transpose is made only when a gradient asks for it.
+# The products proper: data (n_blocks, ...), x (N, n_cols), y (N, n_rows); or with a leading axis V
+# of matrices that share the pattern. The layout is captured, not an operand: nothing is
+# differentiated by it, and its transpose is made only when a gradient asks for it.
 
 
 def _product(compute: Callable[..., mx.array]) -> Callable[[Callable], Callable[..., mx.array]]:
@@ -163,7 +163,7 @@ def _affine(product, layout):
     def vjp(primals, cotangent, output):
         data, x, _ = primals
         grads = _sddmm(layout, cotangent, _conj(x)), _spmm_t(layout, _conj(data), cotangent)
-        return *grads, cotangent.sum(axis=(0, 1))
+        return *grads, cotangent.sum(axis=tuple(range(cotangent.ndim - 1)))
 
     @product.jvp
     def jvp(primals, tangents):
@@ -186,7 +186,7 @@ def _affine(product, layout):
         if bias_axis is None:
             return y + bias, axis
         bias = mx.moveaxis(bias, bias_axis, 0)  # (M, n_rows)
-        return y + mx.expand_dims(bias, (1, 2) if axis == 0 else (1,)), axis
+        return y + mx.expand_dims(bias, tuple(range(1, y.ndim - 1 - axis))), axis
 
 
 @_product(lambda layout, data, y: _backend(layout, y).spmm_t(data, layout, y))
@@ -218,10 +218,8 @@ def _sddmm(product, layout):
 
     @product.vmap
     def vmap(operands, axes):
-        size = _mapped_size(operands, axes)
-        y, x = (_split_matrices(a, axis, size) for a, axis in zip(operands, axes, strict=True))
-        out = _sddmm(layout, y, x)
-        return out.reshape(size, -1, *out.shape[1:]), 0
+        multiply = lambda y, x: _sddmm(layout, y, x)  # noqa: E731
+        return _map_matrices(multiply, operands, axes), 0
 
 
 @_product(lambda layout, data: reference.todense(data, layout))
@@ -247,9 +245,9 @@ def _add_linear_rules(product, layout, itself, transpose):
 
     @product.vmap
     def vmap(operand, axis):
-        size = operand.shape[axis]
-        out = itself(layout, _split_matrices(operand, axis, size))
-        return (out.reshape(size, -1, *out.shape[1:]),), (0,)
+        operand = mx.moveaxis(operand, axis, 0)  # (M, V, ...)
+        out = itself(layout, mx.flatten(operand, 0, 1))
+        return (mx.unflatten(out, 0, operand.shape[:2]),), (0,)
 
 
 def _bilinear_jvp(product, primals, tangents):
@@ -264,24 +262,25 @@ def _bilinear_jvp(product, primals, tangents):
 def _map_matrix(product, operands, axes):
     """Map a product ``(data, x)`` over an axis of either or both: one call, whatever is mapped."""
     (data, x), (data_axis, x_axis) = operands, axes
-    size = _mapped_size(operands, axes)
-    if data_axis is None:
-        # One matrix for all: the mapped axis is more rows of x.
-        x = mx.moveaxis(x, x_axis, 1)  # (V, M, N, n)
-        out = product(data, x.reshape(x.shape[0], -1, x.shape[-1]))
-        return out.reshape(*x.shape[:-1], out.shape[-1]), 1
-    out = product(_split_matrices(data, data_axis, size), _split_matrices(x, x_axis, size))
-    return out.reshape(size, -1, *out.shape[1:]), 0
+    if data_axis is not None:
+        return _map_matrices(product, operands, axes), 0
+    # One matrix for all: the mapped axis is more rows of x.
+    at = x.ndim - 3
+    x = mx.moveaxis(x, x_axis, at)  # (M, N, n) or (V, M, N, n)
+    out = product(data, mx.flatten(x, at, at + 1))
+    return mx.unflatten(out, at, x.shape[at:-1]), at
 
 
-def _mapped_size(operands, axes) -> int:
-    return next(a.shape[axis] for a, axis in zip(operands, axes, strict=True) if axis is not None)
-
-
-def _split_matrices(a: mx.array, axis: int | None, size: int) -> mx.array:
-    """Return ``a (V, ...)``, mapped over ``axis`` or repeated, as ``(size * V, ...)``."""
-    a = mx.broadcast_to(a, (size, *a.shape)) if axis is None else mx.moveaxis(a, axis, 0)
-    return a.reshape(size * a.shape[1], *a.shape[2:])
+def _map_matrices(product, operands, axes):
+    """Map a product over operands of as many matrices more; a mapped axis comes first."""
+    sizes = [a.shape[axis] for a, axis in zip(operands, axes, strict=True) if axis is not None]
+    stacked = [
+        mx.broadcast_to(a, (sizes[0], *a.shape)) if axis is None else mx.moveaxis(a, axis, 0)
+        for a, axis in zip(operands, axes, strict=True)
+    ]
+    if stacked[1].ndim == 3:  # x, with no axis of matrices so far
+        return product(*stacked)
+    return mx.unflatten(product(*(mx.flatten(a, 0, 1) for a in stacked)), 0, (sizes[0], -1))
 
 
 def _conj(a: mx.array) -> mx.array:
@@ -290,8 +289,8 @@ def _conj(a: mx.array) -> mx.array:
 
 
 def _merge(a: mx.array) -> mx.array:
-    """Return ``(..., n)`` as ``(1, N, n)``."""
-    return a.reshape(1, math.prod(a.shape[:-1]), a.shape[-1])
+    """Return ``(..., n)`` as ``(N, n)``."""
+    return a if a.ndim == 2 else a.reshape(math.prod(a.shape[:-1]), a.shape[-1])
 
 
 def _backend(layout: Layout, x: mx.array) -> ModuleType:

@@ -17,9 +17,9 @@ const int row = position / LANES;
 const int lane = position % LANES;
 const int split = blockIdx.y;
 const int v = blockIdx.z;
-const int N = x_shape[1];
-const int C = x_shape[2];
-const int R = y_shape[2];
+const int N = x_shape[x_ndim - 2];
+const int C = x_shape[x_ndim - 1];
+const int R = y_shape[y_ndim - 1];
 
 if (row < R) {
   const int i = row % B;
@@ -27,7 +27,7 @@ if (row < R) {
   const int values = (indptr[row / B + 1] - begin) * B;
   const int first = split * step[0];
   const int last = min(N, first + step[0]);
-  const size_t base = ((size_t)split * x_shape[0] + v) * indices_shape[0];
+  const size_t base = ((size_t)split * gridDim.z + v) * indices_shape[0];
   const T* y_col = y + (size_t)v * N * R + row;
   for (int e = lane; e < values; e += LANES) {
     const int j = begin + e / B;

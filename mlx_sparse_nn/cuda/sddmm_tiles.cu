@@ -1,20 +1,24 @@
 // out[v, j, i, k] = sum of y[v, n, row(j) B + i] x[v, n, indices[j] B + k] over the rows n.
 //
 // Inputs
-//   y        (V, N, R B) T
-//   x        (V, N, C) T
+//   y        ([V,] N, R B) T
+//   x        ([V,] N, C) T
 //   indptr   (R + 1) int32, indices (n_blocks) int32
 // Output
-//   out      (V, n_blocks, B, B) T
+//   out      ([V,] n_blocks, B, B) T
 // Launch
 //   (R L THREADS, 1, V) threads in blocks of THREADS = 32 WARPS_I WARPS_K, where GROUP L is at least
 //   the length of every block-row. One thread block owns up to GROUP neighbouring blocks of one
 //   block-row, which share the panel of y, and walks the rows n.
-//   Shared memory: STAGES DEPTH B (1 + GROUP) elements, or B (B GROUP + 8) if that is more.
+//   Shared memory: STAGES DEPTH B (1 + GROUP) elements.
 // Template
 //   T half or bfloat16; B 16, 32, 64 or 128; GROUP blocks; WARPS_I and WARPS_K warps over the rows
 //   of a block and over the columns of the group; DEPTH of n in a stage; STAGES.
 // Sums in float32, n ascending by 16.
+
+#include "copies.h"
+#include "mma.h"
+#include "stores.h"
 
 constexpr int THREADS = 32 * WARPS_I * WARPS_K;
 constexpr int WIDTH = B * GROUP;
@@ -37,9 +41,9 @@ const int lane = thread % 32;
 const int warp = thread / 32;
 const int warp_i = warp / WARPS_K * TILES_I * 16;
 const int warp_k = warp % WARPS_K * TILES_K * 8;
-const int N = x_shape[1];
-const int C = x_shape[2];
-const int R = y_shape[2];
+const int N = x_shape[x_ndim - 2];
+const int C = x_shape[x_ndim - 1];
+const int R = y_shape[y_ndim - 1];
 const T* y_cols = y + (size_t)v * N * R + row * B;
 const T* x_rows = x + (size_t)v * N * C;
 const bool y_aligned = (size_t)y % 16 == 0;
@@ -130,25 +134,13 @@ for (int s = 0; s < n_stages; s++) {
   }
 }
 
-constexpr int LD = WIDTH + 8;
-wait_copies<0>();
-__syncthreads();
+// Columns that lie in one block are stored together.
+constexpr int TOGETHER = TILES_K < B / 8 ? TILES_K : B / 8;
+T* blocks = out + ((size_t)v * indices_shape[0] + j0) * (B * B) + warp_i * B;
 #pragma unroll
-for (int i = 0; i < TILES_I; i++) {
-#pragma unroll
-  for (int k = 0; k < TILES_K; k++) {
-    T* tile = tiles + (warp_i + 16 * i + lane / 4) * LD + warp_k + 8 * k + lane % 4 * 2;
-    store2(tile, acc[i][k][0], acc[i][k][1]);
-    store2(tile + 8 * LD, acc[i][k][2], acc[i][k][3]);
-  }
-}
-__syncthreads();
-T* blocks = out + ((size_t)v * indices_shape[0] + j0) * (B * B);
-for (int i = thread; i < count * B * (B / 8); i += THREADS) {
-  const int g = i / (B * (B / 8));
-  const int rest = i % (B * (B / 8));
-  const int col = rest % (B / 8) * 8;
-  const int place = rest / (B / 8);
-  *reinterpret_cast<uint4*>(blocks + (size_t)g * (B * B) + place * B + col) =
-      *reinterpret_cast<const uint4*>(tiles + place * LD + g * B + col);
+for (int k = 0; k < TILES_K; k += TOGETHER) {
+  const int col = warp_k + 8 * k;
+  store_tiles<T, 2 * TILES_I, TOGETHER>(
+      blocks + (size_t)(col / B) * (B * B) + col % B, B, B, col / B < count ? B : 0,
+      [&](int half, int t, int e) { return acc[half / 2][k + t][half % 2 * 2 + e]; });
 }

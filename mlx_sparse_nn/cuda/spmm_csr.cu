@@ -10,6 +10,8 @@
 // Sums in float32: each lane its values in stored order, then over lanes, then over warps, then the
 // bias.
 
+#include "sums.h"
+
 constexpr int WARP_LANES = LANES < 32 ? LANES : 32;
 __shared__ float partial[8 * ROWS];
 
@@ -19,13 +21,13 @@ const int row = position / LANES;
 const int lane = position % LANES;
 const int n0 = blockIdx.y * ROWS;
 const int v = blockIdx.z;
-const int N = x_shape[1];
-const int C = x_shape[2];
+const int N = x_shape[x_ndim - 2];
+const int C = x_shape[x_ndim - 1];
 const int out = (indptr_shape[0] - 1) * B;
 const int rows = min(ROWS, N - n0);
 
 const T* x_rows = x + ((size_t)v * N + n0) * C;
-const T* blocks = data + (size_t)v * data_shape[1] * (B * B);
+const T* blocks = data + (size_t)v * indices_shape[0] * (B * B);
 float acc[ROWS];
 #pragma unroll
 for (int n = 0; n < ROWS; n++) {

@@ -6,8 +6,10 @@
 //   (R B / STRIP 32 WARPS, ceil(N / 16), V) threads in blocks of 32 WARPS. One thread block owns
 //   STRIP outputs of a block-row and 16 rows of x; its warps share the k of the row in turn.
 // Template
-//   T half or bfloat16; B 32, 64 or 128; STRIP outputs, 16 or 32; WARPS; BIAS 0 or 1.
+//   T half or bfloat16; B 8 to 128; STRIP outputs, 8, 16 or 32, at most B; WARPS; BIAS 0 or 1.
 // Sums in float32: each warp its own parts of the row in order, then over warps, then the bias.
+
+#include "mma.h"
 
 constexpr int STRIPS = B / STRIP;
 constexpr int TILES = STRIP / 8;
@@ -19,17 +21,17 @@ const int n0 = blockIdx.y * 16;
 const int v = blockIdx.z;
 const int lane = threadIdx.x % 32;
 const int warp = threadIdx.x / 32;
-const int N = x_shape[1];
-const int C = x_shape[2];
+const int N = x_shape[x_ndim - 2];
+const int C = x_shape[x_ndim - 1];
 const int out = (indptr_shape[0] - 1) * B;
 const int g = lane / 4;      // row of x, and output, of this lane
 const int t = lane % 4 * 8;  // its 8 of every 32 k: slots of a product in any order, on both sides
 
 const int begin = indptr[r];
-const int parts = (indptr[r + 1] - begin) * (B / 32);
-const T* x_low = x + ((size_t)v * N + n0 + g) * C + t;
+const int width = (indptr[r + 1] - begin) * B;
+const T* x_low = x + ((size_t)v * N + n0 + g) * C;
 const T* x_high = x_low + (size_t)8 * C;
-const T* w_rows = data + ((size_t)v * data_shape[1] + begin) * (B * B) + (o0 + g) * B + t;
+const T* w_rows = data + ((size_t)v * indices_shape[0] + begin) * (B * B) + (o0 + g) * B;
 const bool low = n0 + g < N;
 const bool high = n0 + g + 8 < N;
 const bool aligned = ((size_t)x | (size_t)data) % 16 == 0;
@@ -53,16 +55,17 @@ for (int o = 0; o < TILES; o++) {
   acc[o][0] = acc[o][1] = acc[o][2] = acc[o][3] = 0.0f;
 }
 #pragma unroll 2
-for (int p = warp; p < parts; p += WARPS) {
-  const int j = p / (B / 32);
-  const int k0 = p % (B / 32) * 32;
-  const int col = indices[begin + j] * B + k0;
-  const uint4 a = load8(x_low + col, low);
-  const uint4 b = load8(x_high + col, high);
+for (int first = warp * 32; first < width; first += WARPS * 32) {
+  const int k = first + t;
+  const bool stored = k < width;  // the last 32 may not be full where blocks are smaller
+  const int j = stored ? k / B : 0;
+  const int col = indices[begin + j] * B + k % B;
+  const uint4 a = load8(x_low + col, low && stored);
+  const uint4 b = load8(x_high + col, high && stored);
   uint4 w[TILES];
 #pragma unroll
   for (int o = 0; o < TILES; o++) {
-    w[o] = load8(w_rows + (size_t)j * (B * B) + o * 8 * B + k0, true);
+    w[o] = load8(w_rows + (size_t)j * (B * B) + o * 8 * B + k % B, stored);
   }
 #pragma unroll
   for (int o = 0; o < TILES; o++) {

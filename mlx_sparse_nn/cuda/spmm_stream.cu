@@ -5,41 +5,48 @@
 //
 // Inputs, output: as there with B = 1 and N = 1; no TRANSPOSED.
 // Launch
-//   (ceil(R / 128) 128, 1, V) threads in blocks of 128. One thread block owns 128 rows.
+//   (ceil(R / ROWS) ROWS, 1, V) threads in blocks of ROWS. One thread block owns ROWS rows.
 // Template
-//   T float, half or bfloat16; BIAS 0 or 1.
+//   T float, half or bfloat16; ROWS; HELD values at a time, a multiple of 8; BIAS 0 or 1.
 // Sums in float32: each row its values in stored order, then the bias.
 
-constexpr int ROWS = 128;
-constexpr int HELD = 3072;  // values held at a time
-__shared__ int columns[HELD];
-__shared__ float values[HELD];
+#include "copies.h"
+
+__shared__ __align__(16) int columns[HELD];
+__shared__ __align__(16) T values[HELD];
 
 const int R = indptr_shape[0] - 1;
 const int r0 = blockIdx.x * ROWS;
 const int v = blockIdx.z;
 const int thread = threadIdx.x;
 const int r = min(r0 + thread, R - 1);
-const int begin = indptr[r0];
-const int end = indptr[min(r0 + ROWS, R)];
 const int row_begin = indptr[r];
 const int row_end = indptr[r + 1];
-const T* stored = data + (size_t)v * data_shape[1];
-const T* xv = x + (size_t)v * x_shape[2];
+const int begin = indptr[r0];
+const int end = indptr[min(r0 + ROWS, R)];
+const T* stored = data + (size_t)v * indices_shape[0];
+const T* xv = x + (size_t)v * x_shape[x_ndim - 1];
+const bool values_aligned = (size_t)stored % 16 == 0;
+const bool columns_aligned = (size_t)indices % 16 == 0;
 
 float acc = 0.0f;
-for (int first = begin; first < end; first += HELD) {
+for (int first = begin / 8 * 8; first < end; first += HELD) {
   const int count = min(HELD, end - first);
-#pragma unroll 8
-  for (int i = thread; i < count; i += ROWS) {
-    columns[i] = __ldcs(indices + first + i);
-    values[i] = float(__ldcs(stored + first + i));
+#pragma unroll
+  for (int i = 0; i < HELD; i += 4 * ROWS) {
+    copy_some(columns, indices + first, i + 4 * thread, count, columns_aligned);
   }
+#pragma unroll
+  for (int i = 0; i < HELD; i += 16 / sizeof(T) * ROWS) {
+    copy_some(values, stored + first, i + 16 / (int)sizeof(T) * thread, count, values_aligned);
+  }
+  commit_copies();
+  wait_copies<0>();
   __syncthreads();
   const int stop = min(row_end, first + count) - first;
-#pragma unroll 4
+#pragma unroll 8
   for (int i = max(row_begin, first) - first; i < stop; i++) {
-    acc = fmaf(values[i], float(xv[columns[i]]), acc);
+    acc = fmaf(float(values[i]), float(xv[columns[i]]), acc);
   }
   __syncthreads();
 }

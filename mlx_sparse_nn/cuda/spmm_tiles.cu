@@ -2,21 +2,25 @@
 // block-row r and k < B, where W_j is data[v, j], or the transpose of data[v, perm[j]].
 //
 // Inputs
-//   data     (V, n_blocks, B, B) T
+//   data     ([V,] n_blocks, B, B) T
 //   indptr   (R + 1) int32, indices (n_blocks) int32
 //   perm     (n_blocks) int32; not read unless TRANSPOSED
-//   x        (V, N, C) T
+//   x        ([V,] N, C) T
 //   bias     (R B) T; not read unless BIAS
 // Output
-//   y        (V, N, R B) T
+//   y        ([V,] N, R B) T
 // Launch
-//   (R THREADS, ceil(N / ROWS), V) threads in blocks of THREADS = 32 WARPS_N WARPS_O. One thread
-//   block owns ROWS rows of x and one block-row: x panels are shared by neighbours, in L2.
-//   Shared memory: STAGES (ROWS + B) DEPTH elements, or ROWS (B + 8) if that is more.
+//   (R THREADS, Y, V) threads in blocks of THREADS = 32 WARPS_N WARPS_O. One thread block owns one
+//   block-row and an equal share of the tiles of ROWS rows of x, which it takes one after the other:
+//   x panels are shared by neighbours, in L2. Shared memory: STAGES (ROWS + B) DEPTH elements.
 // Template
 //   T half or bfloat16; B 8, 16, 32, 64 or 128; ROWS of x in a tile; WARPS_N and WARPS_O warps over
 //   rows and outputs; DEPTH of k in a stage; STAGES; TRANSPOSED and BIAS 0 or 1.
-// Sums in float32: blocks in stored order, k ascending by 16, then the bias.
+// Sums in float32: the bias, then blocks in stored order, k ascending by 16.
+
+#include "copies.h"
+#include "mma.h"
+#include "stores.h"
 
 constexpr int THREADS = 32 * WARPS_N * WARPS_O;
 constexpr int TILES_N = ROWS / (16 * WARPS_N);  // 16 x 8 tiles of a warp over the rows of x,
@@ -29,164 +33,154 @@ extern __shared__ __align__(128) char shared[];
 T* tiles = reinterpret_cast<T*>(shared);
 
 const int r = blockIdx.x;
-const int n0 = blockIdx.y * ROWS;
 const int v = blockIdx.z;
 const int thread = threadIdx.x;
 const int lane = thread % 32;
 const int warp = thread / 32;
 const int warp_n = warp / WARPS_O * TILES_N * 16;
 const int warp_o = warp % WARPS_O * TILES_O * 8;
-const int N = x_shape[1];
-const int C = x_shape[2];
+const int N = x_shape[x_ndim - 2];
+const int C = x_shape[x_ndim - 1];
 const int out = (indptr_shape[0] - 1) * B;
-const T* x_panel = x + ((size_t)v * N + n0) * C;
-const T* blocks = data + (size_t)v * data_shape[1] * (B * B);
+const int all_tiles = (N + ROWS - 1) / ROWS;
+const int first_tile = (size_t)all_tiles * blockIdx.y / gridDim.y;
+const int n_tiles = (size_t)all_tiles * (blockIdx.y + 1) / gridDim.y - first_tile;
+int n0 = first_tile * ROWS;
+const T* blocks = data + (size_t)v * indices_shape[0] * (B * B);
 const bool x_aligned = (size_t)x % 16 == 0;
 const bool w_aligned = (size_t)data % 16 == 0;
-
 const int begin = indptr[r];
 const int end = indptr[r + 1];
 const int n_stages = ((end - begin) * B + DEPTH - 1) / DEPTH;
 
-// A thread copies the same chunk of k in every row that it copies, so that one block index a stage is
-// enough; it is read a stage ahead. A stage spans several blocks, or lies in one.
+// Copies run ahead, through all tiles. A thread copies the same chunk of k in every row that it copies, so
+// that one block index a stage is enough; it is read a stage ahead. A stage spans several blocks, or lies
+// in one.
 static_assert(THREADS % CHUNKS == 0, "a thread keeps to one chunk");
 static_assert(!TRANSPOSED || B >= DEPTH || W_ROWS * W_CHUNKS <= THREADS, "and to one block");
 const int x_row = thread / CHUNKS;
 const int x_k = thread % CHUNKS * 8;
 const int w_k = TRANSPOSED ? thread / W_CHUNKS % DEPTH : x_k;
-const T* x_mine = x_panel + (size_t)x_row * C;
+const T* x_mine = x + ((size_t)v * N + n0 + x_row) * C;
 const T* w_mine = blocks + (TRANSPOSED ? thread % W_CHUNKS * 8 : thread / CHUNKS * B);
-int next_col;
+int next_tile = 0;   // of the stage to copy next: its tile, its place in the tile, its buffer,
+int next_stage = 0;
+int next_buffer = 0;
+int next_col;        // and where its blocks lie
 int next_stored;
-auto read_indices = [&](int s) {
-  const int j = begin + (s * DEPTH + x_k) / B;
-  next_col = j < end ? indices[j] * B + (s * DEPTH + x_k) % B : -1;
-  const int w_j = begin + (s * DEPTH + w_k) / B;
+auto read_indices = [&]() {
+  const int k = next_stage * DEPTH;
+  const int j = begin + (k + x_k) / B;
+  next_col = j < end ? indices[j] * B + (k + x_k) % B : -1;
+  const int w_j = begin + (k + w_k) / B;
   next_stored = w_j >= end ? -1 : TRANSPOSED ? perm[w_j] : w_j;
 };
-auto copy_stage = [&](int s) {
-  T* x_tile = tiles + s % STAGES * STAGE;
-  T* w_tile = x_tile + ROWS * DEPTH;
-  const T* x_src = x_mine + next_col;
+auto copy_stage = [&]() {
+  if (next_tile < n_tiles && n_stages > 0) {
+    T* x_tile = tiles + next_buffer * STAGE;
+    T* w_tile = x_tile + ROWS * DEPTH;
+    const T* x_src = x_mine + (size_t)next_tile * ROWS * C + next_col;
+    const int rows = next_col < 0 ? 0 : N - (first_tile + next_tile) * ROWS - x_row;
 #pragma unroll
-  for (int i = 0; i < ROWS * CHUNKS / THREADS; i++) {
-    const int row = x_row + i * (THREADS / CHUNKS);
-    const bool valid = next_col >= 0 && n0 + row < N;
-    const T* src = valid ? x_src + (size_t)i * (THREADS / CHUNKS) * C : x;
-    copy16(x_tile + swizzle<CHUNKS>(row, thread % CHUNKS) * 8, src, x_aligned, valid);
-  }
-  const bool valid = next_stored >= 0;
-  const T* w_src = w_mine + (size_t)(valid ? next_stored : 0) * (B * B);
+    for (int i = 0; i < ROWS; i += THREADS / CHUNKS) {
+      const T* src = i < rows ? x_src + (size_t)i * C : x;
+      copy16(x_tile + swizzle<CHUNKS>(x_row + i, thread % CHUNKS) * 8, src, x_aligned, i < rows);
+    }
+    const bool valid = next_stored >= 0;
+    const T* w_src = w_mine + (size_t)(valid ? next_stored : 0) * (B * B);
+    const int k = next_stage * DEPTH;
 #pragma unroll
-  for (int i = thread; i < W_ROWS * W_CHUNKS; i += THREADS) {
-    const int row = i / W_CHUNKS;
-    const int k = s * DEPTH % B;
-    const int skipped = (i - thread) / W_CHUNKS;
-    const T* src = TRANSPOSED ? w_src + (B < DEPTH ? row % B : k + row) * B
-                              : w_src + skipped * B + (s * DEPTH + x_k) % B;
-    copy16(w_tile + swizzle<W_CHUNKS>(row, i % W_CHUNKS) * 8, src, w_aligned, valid);
+    for (int i = thread; i < W_ROWS * W_CHUNKS; i += THREADS) {
+      const int row = i / W_CHUNKS;
+      const int skipped = (i - thread) / W_CHUNKS;
+      const T* src = TRANSPOSED ? w_src + (B < DEPTH ? row % B : k % B + row) * B
+                                : w_src + skipped * B + (k + x_k) % B;
+      copy16(w_tile + swizzle<W_CHUNKS>(row, i % W_CHUNKS) * 8, src, w_aligned, valid);
+    }
+    next_buffer = next_buffer + 1 == STAGES ? 0 : next_buffer + 1;
+    if (++next_stage == n_stages) {
+      next_stage = 0;
+      next_tile++;
+    }
+    read_indices();
   }
+  commit_copies();
 };
 
-float acc[TILES_N][TILES_O][4];
-#pragma unroll
-for (int i = 0; i < TILES_N; i++) {
-#pragma unroll
-  for (int o = 0; o < TILES_O; o++) {
-    acc[i][o][0] = acc[i][o][1] = acc[i][o][2] = acc[i][o][3] = 0.0f;
-  }
-}
-
+read_indices();
 #pragma unroll
 for (int s = 0; s < STAGES - 1; s++) {
-  if (s < n_stages) {
-    read_indices(s);
-    copy_stage(s);
-  }
-  commit_copies();
+  copy_stage();
 }
-read_indices(STAGES - 1);
-for (int s = 0; s < n_stages; s++) {
-  wait_copies<STAGES - 2>();
-  __syncthreads();
-  if (s + STAGES - 1 < n_stages) {
-    copy_stage(s + STAGES - 1);
-    read_indices(s + STAGES);
-  }
-  commit_copies();
-  const T* x_tile = tiles + s % STAGES * STAGE;
-  const T* w_tile = x_tile + ROWS * DEPTH;
-#pragma unroll
-  for (int k = 0; k < DEPTH; k += 16) {
-    unsigned xs[TILES_N][4];
-    unsigned ws[TILES_O][2];
-#pragma unroll
-    for (int i = 0; i < TILES_N; i++) {
-      const int row = warp_n + 16 * i + lane % 16;
-      load_matrix4<false>(xs[i], x_tile + swizzle<CHUNKS>(row, k / 8 + lane / 16) * 8);
-    }
-    if constexpr (TILES_O % 2 == 0) {
-#pragma unroll
-      for (int o = 0; o < TILES_O; o += 2) {
-        unsigned pair[4];
-        const int first = warp_o + 8 * o;
-        if (TRANSPOSED) {
-          const int place = swizzle<W_CHUNKS>(k + lane % 16, first / 8 + lane / 16);
-          load_matrix4<true>(pair, w_tile + place * 8);
-        } else {
-          const int row = first + lane / 16 * 8 + lane % 8;
-          load_matrix4<false>(pair, w_tile + swizzle<W_CHUNKS>(row, k / 8 + lane / 8 % 2) * 8);
-        }
-        ws[o][0] = pair[0];
-        ws[o][1] = pair[1];
-        ws[o + 1][0] = pair[2];
-        ws[o + 1][1] = pair[3];
-      }
-    } else {
-#pragma unroll
-      for (int o = 0; o < TILES_O; o++) {
-        const int first = warp_o + 8 * o;
-        if (TRANSPOSED) {
-          load_matrix2<true>(ws[o], w_tile + swizzle<W_CHUNKS>(k + lane % 16, first / 8) * 8);
-        } else {
-          const int row = first + lane % 8;
-          load_matrix2<false>(ws[o], w_tile + swizzle<W_CHUNKS>(row, k / 8 + lane / 8 % 2) * 8);
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < TILES_N; i++) {
-#pragma unroll
-      for (int o = 0; o < TILES_O; o++) {
-        multiply<T>(acc[i][o], xs[i][0], xs[i][1], xs[i][2], xs[i][3], ws[o][0], ws[o][1]);
-      }
-    }
-  }
-}
-
-// Through shared memory, so that rows leave as 16-byte stores.
-constexpr int LD = B + 8;
-wait_copies<0>();
-__syncthreads();
-#pragma unroll
-for (int o = 0; o < TILES_O; o++) {
-  const int col = warp_o + 8 * o + lane % 4 * 2;
-  const float bias_a = BIAS ? float(bias[r * B + col]) : 0.0f;
-  const float bias_b = BIAS ? float(bias[r * B + col + 1]) : 0.0f;
+int used = 0;
+float acc[TILES_N][TILES_O][4];
+for (int tile = 0; tile < n_tiles; tile++, n0 += ROWS) {
 #pragma unroll
   for (int i = 0; i < TILES_N; i++) {
-    T* tile = tiles + (warp_n + 16 * i + lane / 4) * LD + col;
-    store2(tile, acc[i][o][0] + bias_a, acc[i][o][1] + bias_b);
-    store2(tile + 8 * LD, acc[i][o][2] + bias_a, acc[i][o][3] + bias_b);
+#pragma unroll
+    for (int o = 0; o < TILES_O; o++) {
+      const int col = r * B + warp_o + 8 * o + lane % 4 * 2;
+      acc[i][o][0] = acc[i][o][2] = BIAS ? float(__ldg(bias + col)) : 0.0f;
+      acc[i][o][1] = acc[i][o][3] = BIAS ? float(__ldg(bias + col + 1)) : 0.0f;
+    }
   }
-}
-__syncthreads();
-for (int i = thread; i < ROWS * (B / 8); i += THREADS) {
-  const int row = i / (B / 8);
-  const int col = i % (B / 8) * 8;
-  if (n0 + row < N) {
-    T* dst = y + ((size_t)v * N + n0 + row) * out + r * B + col;
-    *reinterpret_cast<uint4*>(dst) = *reinterpret_cast<const uint4*>(tiles + row * LD + col);
+  for (int s = 0; s < n_stages; s++) {
+    wait_copies<STAGES - 2>();
+    __syncthreads();
+    copy_stage();
+    const T* x_tile = tiles + used * STAGE;
+    const T* w_tile = x_tile + ROWS * DEPTH;
+    used = used + 1 == STAGES ? 0 : used + 1;
+#pragma unroll
+    for (int k = 0; k < DEPTH; k += 16) {
+      unsigned xs[TILES_N][4];
+      unsigned ws[TILES_O][2];
+#pragma unroll
+      for (int i = 0; i < TILES_N; i++) {
+        const int row = warp_n + 16 * i + lane % 16;
+        load_matrix4<false>(xs[i], x_tile + swizzle<CHUNKS>(row, k / 8 + lane / 16) * 8);
+      }
+      if constexpr (TILES_O % 2 == 0) {
+#pragma unroll
+        for (int o = 0; o < TILES_O; o += 2) {
+          unsigned pair[4];
+          const int first = warp_o + 8 * o;
+          if (TRANSPOSED) {
+            const int place = swizzle<W_CHUNKS>(k + lane % 16, first / 8 + lane / 16);
+            load_matrix4<true>(pair, w_tile + place * 8);
+          } else {
+            const int row = first + lane / 16 * 8 + lane % 8;
+            load_matrix4<false>(pair, w_tile + swizzle<W_CHUNKS>(row, k / 8 + lane / 8 % 2) * 8);
+          }
+          ws[o][0] = pair[0];
+          ws[o][1] = pair[1];
+          ws[o + 1][0] = pair[2];
+          ws[o + 1][1] = pair[3];
+        }
+      } else {
+#pragma unroll
+        for (int o = 0; o < TILES_O; o++) {
+          const int first = warp_o + 8 * o;
+          if (TRANSPOSED) {
+            load_matrix2<true>(ws[o], w_tile + swizzle<W_CHUNKS>(k + lane % 16, first / 8) * 8);
+          } else {
+            const int row = first + lane % 8;
+            load_matrix2<false>(ws[o], w_tile + swizzle<W_CHUNKS>(row, k / 8 + lane / 8 % 2) * 8);
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < TILES_N; i++) {
+#pragma unroll
+        for (int o = 0; o < TILES_O; o++) {
+          multiply<T>(acc[i][o], xs[i][0], xs[i][1], xs[i][2], xs[i][3], ws[o][0], ws[o][1]);
+        }
+      }
+    }
   }
+  const int row = n0 + warp_n;
+  const int col = r * B + warp_o;
+  store_tiles<T, 2 * TILES_N, TILES_O>(
+      y + ((size_t)v * N + row) * out + col, out, N - row, 8 * TILES_O,
+      [&](int half, int o, int e) { return acc[half / 2][o][half % 2 * 2 + e]; });
 }

@@ -13,9 +13,9 @@ const int row = position / LANES;
 const int lane = position % LANES;
 const int split = threadgroup_position_in_grid.y;
 const int v = threadgroup_position_in_grid.z;
-const int N = x_shape[1];
-const int C = x_shape[2];
-const int R = y_shape[2];
+const int N = x_shape[x_ndim - 2];
+const int C = x_shape[x_ndim - 1];
+const int R = y_shape[y_ndim - 1];
 
 if (row < R) {
   const int i = row % B;
@@ -24,7 +24,7 @@ if (row < R) {
   const int first = split * step[0];
   const int last = min(N, first + step[0]);
   const size_t n_blocks = indices_shape[0];
-  const size_t base = ((size_t)split * x_shape[0] + v) * n_blocks;
+  const size_t base = ((size_t)split * threadgroups_per_grid.z + v) * n_blocks;
   auto y_col = y + (size_t)v * N * R + row;
   for (int e = lane; e < values; e += LANES) {
     const int j = begin + e / B;

@@ -15,6 +15,8 @@
 //   T float, half or bfloat; OUT, T or float; B 8, 16, 32, 64 or 128; SIDE min(B, 64).
 // Sums in float32, n ascending.
 
+#include "common.h"
+
 constexpr int ACROSS = SIDE < 16 ? 1 : 2;  // simdgroups over i, and as many over k
 constexpr int THREADS = 32 * ACROSS * ACROSS;
 constexpr int TILES = SIDE / (8 * ACROSS);
@@ -36,9 +38,9 @@ const int lane = thread_index_in_simdgroup;
 const int group = simdgroup_index_in_threadgroup;
 const int tile_i = group / ACROSS * TILES * 8;
 const int tile_k = group % ACROSS * TILES * 8;
-const int N = x_shape[1];
-const int C = x_shape[2];
-const int R = y_shape[2];
+const int N = x_shape[x_ndim - 2];
+const int C = x_shape[x_ndim - 1];
+const int R = y_shape[y_ndim - 1];
 
 simdgroup_float8x8 acc[TILES][TILES];
 #pragma unroll
@@ -79,7 +81,7 @@ for (int n = first; n < last; n += DEPTH) {
 }
 
 const size_t n_blocks = indices_shape[0];
-const size_t block = (((size_t)split * x_shape[0] + v) * n_blocks + j) * (B * B);
+const size_t block = (((size_t)split * threadgroups_per_grid.z + v) * n_blocks + j) * (B * B);
 threadgroup float* tile = scratch + group * 64;
 for (int a = 0; a < TILES; a++) {
   for (int b = 0; b < TILES; b++) {

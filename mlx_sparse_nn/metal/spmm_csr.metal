@@ -10,6 +10,8 @@
 // Sums in float32: each lane its values in stored order, then over lanes, then over simdgroups, then
 // the bias.
 
+#include "common.h"
+
 constexpr int SIMD_LANES = LANES < 32 ? LANES : 32;
 threadgroup float partial[8 * ROWS];
 
@@ -19,13 +21,13 @@ const int row = position / LANES;
 const int lane = position % LANES;
 const int n0 = threadgroup_position_in_grid.y * ROWS;
 const int v = threadgroup_position_in_grid.z;
-const int N = x_shape[1];
-const int C = x_shape[2];
+const int N = x_shape[x_ndim - 2];
+const int C = x_shape[x_ndim - 1];
 const int out = (indptr_shape[0] - 1) * B;
 const int rows = min(ROWS, N - n0);
 
 auto x_rows = x + ((size_t)v * N + n0) * C;
-auto blocks = data + (size_t)v * (data_shape[1] * B * B);
+auto blocks = data + (size_t)v * (indices_shape[0] * B * B);
 float acc[ROWS];
 #pragma unroll
 for (int n = 0; n < ROWS; n++) {

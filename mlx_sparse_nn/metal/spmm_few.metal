@@ -11,6 +11,8 @@
 // Sums in float32: each lane its blocks in stored order and k ascending, then over lanes, then over
 // simdgroups, then the bias.
 
+#include "common.h"
+
 constexpr int STRIP = B < 16 ? B : 16;
 constexpr int STRIPS = B / STRIP;
 threadgroup float partial[GROUPS * ROWS * STRIP];
@@ -22,13 +24,13 @@ const int v = threadgroup_position_in_grid.z;
 const int thread_index = thread_index_in_threadgroup;
 const int lane = thread_index_in_simdgroup;
 const int group = simdgroup_index_in_threadgroup;
-const int N = x_shape[1];
-const int C = x_shape[2];
+const int N = x_shape[x_ndim - 2];
+const int C = x_shape[x_ndim - 1];
 const int out = (indptr_shape[0] - 1) * B;
 const int rows = min(ROWS, N - n0);
 
 const device T* x_rows = x + ((size_t)v * N + n0) * C;
-const device T* blocks = data + (size_t)v * data_shape[1] * (B * B);
+const device T* blocks = data + (size_t)v * indices_shape[0] * (B * B);
 threadgroup float* mine = partial + group * (ROWS * STRIP);
 const int begin = indptr[r];
 const int end = indptr[r + 1];

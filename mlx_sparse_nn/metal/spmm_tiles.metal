@@ -17,6 +17,8 @@
 //   TRANSPOSED and BIAS 0 or 1.
 // Sums in float32: blocks in stored order, k ascending, then the bias.
 
+#include "common.h"
+
 constexpr int ACROSS = B < 16 ? 1 : 2;  // simdgroups side by side over the B outputs; 2 over rows
 constexpr int THREADS = 64 * ACROSS;
 constexpr int TILES_N = ROWS / 16;           // 8 x 8 tiles of a simdgroup over the rows of x,
@@ -37,8 +39,8 @@ const int lane = thread_index_in_simdgroup;
 const int group = simdgroup_index_in_threadgroup;
 const int tile_n = group / ACROSS * TILES_N * 8;
 const int tile_o = group % ACROSS * TILES_O * 8;
-const int N = x_shape[1];
-const int C = x_shape[2];
+const int N = x_shape[x_ndim - 2];
+const int C = x_shape[x_ndim - 1];
 const int out = (indptr_shape[0] - 1) * B;
 
 simdgroup_float8x8 acc[TILES_N][TILES_O];
@@ -54,7 +56,7 @@ const device T* x_panel = x + ((size_t)v * N + n0) * C;
 const int end = indptr[r + 1];
 for (int j = indptr[r]; j < end; j++) {
   const int stored = TRANSPOSED ? perm[j] : j;
-  const device T* block = data + ((size_t)v * data_shape[1] + stored) * (B * B);
+  const device T* block = data + ((size_t)v * indices_shape[0] + stored) * (B * B);
   const device T* x_block = x_panel + indices[j] * B;
   for (int k0 = 0; k0 < B; k0 += DEPTH) {
     threadgroup_barrier(mem_flags::mem_threadgroup);

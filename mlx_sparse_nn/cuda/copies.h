@@ -1,0 +1,61 @@
+// Copies into shared memory, 16 bytes at a time, asynchronous where they can be.
+
+// Copy 16 bytes from device to shared memory: asynchronously where the source is aligned, which a
+// slice of another array need not be. Zeros where it is not `valid`.
+template <typename T>
+__device__ __forceinline__ void copy16(T* dst, const T* src, bool aligned, bool valid) {
+  if (aligned) {
+    const unsigned address = (unsigned)__cvta_generic_to_shared(dst);
+    const int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(src), "r"(bytes));
+  } else {
+    for (int i = 0; i < 16 / (int)sizeof(T); i++) {
+      dst[i] = valid ? src[i] : T(0.0f);
+    }
+  }
+}
+
+// Copy the 16 bytes from place `i` on of `count` elements that are read once, as copy16 does; nothing from
+// `count` on is read.
+template <typename T>
+__device__ __forceinline__ void copy_some(T* dst, const T* src, int i, int count, bool aligned) {
+  const int n = min(16 / (int)sizeof(T), count - i);
+  if (n <= 0) {
+    return;
+  }
+  if (aligned) {
+    const unsigned address = (unsigned)__cvta_generic_to_shared(dst + i);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(src + i),
+                 "r"(n * (int)sizeof(T)));
+  } else {
+    for (int k = i; k < i + n; k++) {
+      dst[k] = src[k];
+    }
+  }
+}
+
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;");
+}
+
+// Wait until at most N of the last committed groups of copies are under way.
+template <int N>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N));
+}
+
+// The place of 16-byte chunk `chunk` of row `row` in a tile whose rows have CHUNKS of them, permuted so
+// that the 8 rows that ldmatrix reads together lie in different banks.
+template <int CHUNKS>
+__device__ __forceinline__ int swizzle(int row, int chunk) {
+  if (CHUNKS >= 8) {
+    return row * CHUNKS + (chunk ^ (row & 7));
+  }
+  if (CHUNKS == 4) {
+    return row * 4 + (chunk ^ ((row >> 1) & 3));
+  }
+  if (CHUNKS == 2) {
+    return row * 2 + (chunk ^ ((row >> 2) & 1));
+  }
+  return row;
+}

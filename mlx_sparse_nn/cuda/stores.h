@@ -1,0 +1,53 @@
+// Stores of tensor-core products.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+// Two neighbouring elements; the first argument only says of what type.
+__device__ __forceinline__ unsigned pack2(__nv_bfloat16, float a, float b) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  return *reinterpret_cast<const unsigned*>(&pair);
+}
+__device__ __forceinline__ unsigned pack2(__half, float a, float b) {
+  const __half2 pair = __floats2half2_rn(a, b);
+  return *reinterpret_cast<const unsigned*>(&pair);
+}
+
+// Four lanes side by side hold a row of four 8-column tiles, two columns of each tile a lane: lane q has
+// pairs[t], columns 2 q and 2 q + 1 of tile t. Return the 8 columns of tile q to lane q.
+__device__ __forceinline__ uint4 gather_tile(const unsigned (&pairs)[4]) {
+  const bool odd = threadIdx.x & 1;
+  const bool high = threadIdx.x & 2;
+  const unsigned low = __shfl_xor_sync(0xffffffffu, odd ? pairs[0] : pairs[1], 1);
+  const unsigned up = __shfl_xor_sync(0xffffffffu, odd ? pairs[2] : pairs[3], 1);
+  const uint2 a = odd ? make_uint2(low, pairs[1]) : make_uint2(pairs[0], low);
+  const uint2 b = odd ? make_uint2(up, pairs[3]) : make_uint2(pairs[2], up);
+  const unsigned first = __shfl_xor_sync(0xffffffffu, high ? a.x : b.x, 2);
+  const unsigned second = __shfl_xor_sync(0xffffffffu, high ? a.y : b.y, 2);
+  return high ? make_uint4(first, second, b.x, b.y) : make_uint4(a.x, a.y, first, second);
+}
+
+// Store a warp's 16 x 8 tiles of products, 16 bytes a lane, as rows of T from `y` on, `width` elements apart,
+// of which `rows` rows and `cols` columns are there. The rows come in HALVES of 8 and the columns in TILES of
+// 8; sum(h, t, e) is element e of the two that this lane holds of both.
+template <typename T, int HALVES, int TILES, typename Sum>
+__device__ __forceinline__ void store_tiles(T* y, size_t width, int rows, int cols, Sum sum) {
+  static_assert(HALVES * TILES % 4 == 0, "four lanes share four tiles");
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int f = 0; f < HALVES * TILES; f += 4) {
+    unsigned pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int h = (f + i) / TILES;
+      const int t = (f + i) % TILES;
+      pairs[i] = pack2(T(), sum(h, t, 0), sum(h, t, 1));
+    }
+    const uint4 columns = gather_tile(pairs);
+    const int row = (f + lane % 4) / TILES * 8 + lane / 4;
+    const int col = (f + lane % 4) % TILES * 8;
+    if (row < rows && col < cols) {
+      *reinterpret_cast<uint4*>(y + row * width + col) = columns;
+    }
+  }
+}
