@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_sparse_nn.core import draw, ops
-from mlx_sparse_nn.core.layout import Layout
-from mlx_sparse_nn.core.pattern import (
-    CSRPattern,
-    check_indices,
-    check_indptr,
-    check_range,
-    check_size,
-)
+from mlx_sparse_nn.core.pattern import CSRPattern, check_size
+from mlx_sparse_nn.pattern_module import PatternModule
 from mlx_sparse_nn.patterns import covering
 from mlx_sparse_nn.scores import (
     Balance,
@@ -40,7 +33,7 @@ if TYPE_CHECKING:
 _Layer = TypeVar("_Layer", bound=nn.Module)
 
 
-class BlockSparseLinear(nn.Module):
+class BlockSparseLinear(PatternModule):
     r"""Applies a linear transformation whose weight stores only some square blocks.
 
     .. math:: y = x A^\top + b
@@ -90,7 +83,6 @@ class BlockSparseLinear(nn.Module):
         density: float = 0.1,
         bias: bool = True,
     ):
-        super().__init__()
         if pattern is None:
             pattern = _default_pattern(input_dims, output_dims, block_size, density)
         check_pattern("BlockSparseLinear", (output_dims, input_dims), pattern)
@@ -105,51 +97,14 @@ class BlockSparseLinear(nn.Module):
         self._hold(pattern, blocks.reshape(pattern.data_shape), biases)
 
     def _hold(self, pattern: CSRPattern, weight: mx.array, bias: mx.array | None) -> None:
+        super().__init__(pattern)
         self.weight = weight
         if bias is not None:
             self.bias = bias
-        self.indptr = mx.array(pattern.indptr)
-        self.indices = mx.array(pattern.indices)
-        self._no_grad = _FrozenKeys(_INDICES)
-        # The arrays that the products read sit in the module's state, so that a compiled step takes
-        # them as inputs and follows a pattern that load_weights brings. A plain attribute is a
-        # constant of the compiled graph: of the pattern, only the sizes that never change are used.
-        self._pattern = pattern
-        self._layout = pattern.layout.state()
-
-    @property
-    def pattern(self) -> CSRPattern:
-        """The pattern of the weight."""
-        return self._pattern
-
-    @property
-    def input_dims(self) -> int:
-        """Number of input features."""
-        return self._pattern.shape[1]
-
-    @property
-    def output_dims(self) -> int:
-        """Number of output features."""
-        return self._pattern.shape[0]
-
-    @property
-    def block_size(self) -> int:
-        """Side of the stored blocks."""
-        return self._pattern.block_size
-
-    @property
-    def density(self) -> float:
-        """Stored fraction of the weight."""
-        return self._pattern.density
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return ``x Aᵀ + b``: ``(..., input_dims)`` -> ``(..., output_dims)``."""
-        if x.ndim == 0 or x.shape[-1] != self.input_dims:
-            raise ValueError(
-                f"[BlockSparseLinear] x has shape {x.shape}, "
-                f"its last axis must be input_dims = {self.input_dims}"
-            )
-        self.__dict__.pop("_replaced", None)
+        x = self._checked_input(x)
         return ops.spmm(self["weight"], self._bound_layout(), x, self.get("bias"))
 
     def todense(self) -> mx.array:
@@ -171,13 +126,6 @@ class BlockSparseLinear(nn.Module):
         """
         labels = ("inputs", "outputs")
         return draw.plot(self._pattern, ax, cmap=cmap, values=self.weight, labels=labels)
-
-    def spy(self, width: int = 64) -> str:
-        """Return the pattern drawn in characters; see :meth:`CSRPattern.spy`."""
-        return self._pattern.spy(width)
-
-    def _repr_svg_(self) -> str:
-        return draw.svg(self._pattern)
 
     @classmethod
     def from_linear(
@@ -232,7 +180,6 @@ class BlockSparseLinear(nn.Module):
         places = mx.array(pattern.row_indices), mx.array(pattern.indices)
         weight = split_blocks(linear.weight, pattern.block_size)[places]
         layer = cls.__new__(cls)  # cls() would draw random numbers
-        nn.Module.__init__(layer)
         layer._hold(pattern, weight.reshape(pattern.data_shape), linear.get("bias"))
         return _carry_mode(linear, layer)
 
@@ -292,82 +239,12 @@ class BlockSparseLinear(nn.Module):
         weight = move_blocks(self.weight, source)
         self.__dict__.pop("_replaced", None)
         self._pattern = pattern
-        # Not through this class's __setitem__, which holds every array to its present shape.
-        super().__setitem__("weight", weight)
-        super().__setitem__("indptr", mx.array(pattern.indptr))
-        super().__setitem__("indices", mx.array(pattern.indices))
+        # Not through PatternModule's __setitem__, which holds every array to its present shape.
+        dict.__setitem__(self, "weight", weight)
+        dict.__setitem__(self, "indptr", mx.array(pattern.indptr))
+        dict.__setitem__(self, "indices", mx.array(pattern.indices))
         self["_layout"] = pattern.layout.state()
         return source
-
-    def _bound_layout(self) -> Layout:
-        return Layout(self._pattern, self["_layout"])
-
-    def _extra_repr(self) -> str:
-        pattern = self._pattern
-        return (
-            f"input_dims={self.input_dims}, output_dims={self.output_dims}, "
-            f"block_size={pattern.block_size}, density={pattern.density:.3g}, "
-            f"blocks={pattern.n_blocks}, bias={'bias' in self}"
-        )
-
-    # load_weights, update and apply write into a module item by item, through __setitem__, in any
-    # order. Each item is checked by itself, since any valid indptr goes with any valid indices;
-    # when one is refused, those that came just before it are put back.
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        if "_layout" not in self or key not in self or key not in _CHECKED:
-            super().__setitem__(key, value)
-            return
-        current, replaced = self[key], self.__dict__.setdefault("_replaced", {})
-        if key in replaced:
-            replaced.clear()
-        try:
-            value = self._checked(key, current, value)
-        except (TypeError, ValueError):
-            for name, reference_to in replaced.items():
-                if (previous := reference_to()) is not None:
-                    super().__setitem__(name, previous)
-            self._follow_indices()
-            raise
-        # Weak: load_weights holds what it replaces until it is done, and nobody else need.
-        replaced[key] = weakref.ref(current)
-        super().__setitem__(key, value)
-        if key in _INDICES:
-            self._follow_indices()
-
-    def _checked(self, key: str, current: mx.array, value: Any) -> mx.array:
-        """Return the array to store as ``key``, or raise."""
-        if not isinstance(value, mx.array) or value.shape != current.shape:
-            shape = value.shape if isinstance(value, mx.array) else type(value).__name__
-            raise ValueError(
-                f"[BlockSparseLinear] {key} must be an array of shape {current.shape}, got {shape}"
-            )
-        if key not in _INDICES or value is current:
-            return value
-        if mx.issubdtype(value.dtype, mx.floating):
-            # apply() went over all parameters: a cast or an initialiser leaves the pattern alone.
-            # Checked on the host, once, as everything that is written into the module is.
-            numbers = np.array(value.astype(mx.float32))
-            if mx.array_equal(value, current.astype(value.dtype)).item() or np.any(numbers % 1):
-                return current
-            raise TypeError(f"[BlockSparseLinear] {key} must be integers, got {value.dtype}")
-        host = check_indices("BlockSparseLinear", key, value)
-        if key == "indptr":
-            check_indptr("BlockSparseLinear", host, self._pattern.n_blocks)
-        else:
-            check_range("BlockSparseLinear", key, host, self.input_dims // self.block_size)
-        return value if value.dtype == mx.int32 else mx.array(host)
-
-    def _follow_indices(self) -> None:
-        """Make the pattern and its layout those of ``indptr`` and ``indices``."""
-        shape, block_size = self._pattern.shape, self._pattern.block_size
-        pattern = CSRPattern(self["indptr"], self["indices"], shape, block_size)
-        if pattern != self._pattern:
-            self._pattern = pattern
-            self["_layout"] = pattern.layout.state()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_replaced"}
 
 
 def check_pattern(owner: str, shape: Sequence[int], pattern: CSRPattern) -> None:
@@ -451,25 +328,6 @@ def move_blocks(blocks: mx.array, source: np.ndarray) -> mx.array:
     zero = mx.zeros((1, *blocks.shape[1:]), blocks.dtype)
     place = np.where(source < 0, blocks.shape[0], source).astype(np.int32)
     return mx.concatenate([blocks, zero])[mx.array(place)]
-
-
-_INDICES = ("indptr", "indices")
-_CHECKED = ("weight", "bias", *_INDICES)
-
-
-class _FrozenKeys(set):
-    """A module's set of frozen keys in which those of the pattern stay.
-
-    ``unfreeze`` of any ancestor empties this set itself, not through a method of the layer.
-    """
-
-    def clear(self) -> None:
-        super().clear()
-        self.update(_INDICES)
-
-    def difference_update(self, *others) -> None:
-        super().difference_update(*others)
-        self.update(_INDICES)
 
 
 def _default_pattern(

@@ -62,6 +62,13 @@ class PatternModule(nn.Module):
         """Stored fraction of the weight."""
         return self._pattern.density
 
+    def spy(self, width: int = 64) -> str:
+        """Return the pattern drawn in characters; see :meth:`CSRPattern.spy`."""
+        return self._pattern.spy(width)
+
+    def _repr_svg_(self) -> str:
+        return self._pattern._repr_svg_()
+
     def _checked_input(self, x: mx.array) -> mx.array:
         """Return ``x``, or raise unless it is ``(..., input_dims)``. Every call begins here."""
         if x.ndim == 0 or x.shape[-1] != self.input_dims:
