@@ -21,7 +21,7 @@ import mlx.core as mx
 
 from mlx_sparse_nn.core.layout import Half, Layout, buckets
 
-_STEP = 1 << 16  # gathered values in a step of a product of blocks, on the CPU
+_STEP = 1 << 15  # gathered values in a step of a product of blocks, on the CPU
 _LARGEST_STEP = 1 << 18  # the same where operands are large
 _SCALAR_STEP = 1 << 18  # the same of scalars, which take less time each
 _GPU_STEP = 1 << 24  # the same on a GPU, to bound the memory
@@ -64,28 +64,28 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     Returns:
         ``(n_blocks,)`` or ``(n_blocks, B, B)``, or ``(V, ...)``, of the same dtype.
     """
-    if x.ndim == 2:
-        return sddmm(layout, y[None], x[None])[0]
-    (n_batch, n, _), block, half = x.shape, layout.block_size, layout.rows
-    shape = (n_batch, *layout.data_shape)
+    n, block, half = x.shape[-2], layout.block_size, layout.rows
+    n_batch, shape = math.prod(x.shape[:-2]), (*x.shape[:-2], *layout.data_shape)
     if 0 in (*shape, n):
         return mx.zeros(shape, x.dtype)
-    x_blocks, y_blocks = (_row_blocks(a, block) for a in (x, y))  # (V, C, N, B), (V, R, N, B)
+    x_blocks, y_blocks = (_row_blocks(a, block) for a in (x, y))  # (V * C, N, B), (V * R, N, B)
     # Rows of equal length are taken whole, others block by block.
     n_units, width = half["row"].size or half["indptr"].size - 1, 1
     if not half["row"].size:
         width = half["indices"].size // n_units
-    cols, parts = half["indices"].view(mx.uint32), []
-    size = x.size + y.size + math.prod(shape)
+    cols, out = half["indices"].view(mx.uint32), _Rows(half["indices"].size, n_batch)
+    size = x.nbytes + y.nbytes + math.prod(shape) * x.itemsize
+    size = size if x.dtype == _wide_dtype(x.dtype) else size // 2  # widened copies come on top
     for place, start, stop in _cut(n_units, n_batch * width * block * n, block, size):
         with place:
             rows = half["row"][start:stop] if half["row"].size else slice(start, stop)
-            y_part = mx.expand_dims(_take(y_blocks, rows), 2)  # (V, m, 1, N, B)
-            x_part = _take(x_blocks, cols[start * width : stop * width])
-            x_part = x_part.reshape(n_batch, stop - start, width, n, block)
-            part = (x_part * y_part).sum(axis=3) if block == 1 else y_part.swapaxes(3, 4) @ x_part
-            parts.append(part.reshape(n_batch, -1, *shape[2:]).astype(x.dtype))
-    return _join(parts)
+            y_part = _widen(_take(y_blocks, rows, n_batch)).reshape(-1, 1, n, block)
+            x_part = _take(x_blocks, cols[start * width : stop * width], n_batch)
+            x_part = _widen(x_part).reshape(-1, width, n, block)
+            part = (x_part * y_part).sum(axis=2) if block == 1 else y_part.swapaxes(2, 3) @ x_part
+            part = part.reshape(-1, *layout.data_shape[1:]).astype(x.dtype)
+        out.put(part, start * width)
+    return out.array.reshape(shape)
 
 
 def todense(data: mx.array, layout: Layout) -> mx.array:
@@ -114,72 +114,63 @@ def _product(
     data: mx.array, half: Half, x: mx.array, n_out: int, bias: mx.array | None, transposed: bool
 ) -> mx.array:
     """Return the product over the block-rows of ``half``, with blocks transposed or not."""
-    shape = (*x.shape[:-1], n_out)
+    n, block = x.shape[-2], data.shape[-1] if data.ndim > x.ndim else 1
+    n_batch, shape = math.prod(x.shape[:-2]), (*x.shape[:-1], n_out)
     if 0 in (*shape, data.size):
         y = mx.zeros(shape, x.dtype)
         return y if bias is None else y + bias
-    if x.shape[-2] == 1 and data.ndim < 3:
-        data = data.reshape(-1, data.shape[-1])
-        y = _vector_product(_widen(data), half, _widen(x).reshape(-1, x.shape[-1]))
-        y = y if bias is None else y + _widen(bias)
-        return y.astype(x.dtype).reshape(shape)
-    if x.ndim == 2:
-        return _product(data[None], half, x[None], n_out, bias, transposed)[0]
-    (n_batch, n, _), block = x.shape, 1 if data.ndim == 2 else data.shape[-1]
-    few = block > 1 and n < _FEW
-    values, padded = _widen(data), any(padded for _, _, padded in buckets(half))
-    if block > 1 and not transposed:
-        values = values.swapaxes(2, 3)  # blocks as x multiplies them: (V, n_blocks, in, out)
-        values = values if few else mx.contiguous(values)
-    x_blocks = _row_blocks(x, block) if few else _column_blocks(x, block)
-    if padded:
-        values, x_blocks = _append_zero(values), _append_zero(x_blocks)
+    vector, few = block * n == 1, block > 1 and n < _FEW
+    values = data.reshape(-1, *((block, block) if block > 1 else ()))  # (V * n_blocks, ...)
+    if vector:
+        x_blocks = x.reshape(-1)
+    else:
+        x_blocks = _row_blocks(x, block) if few else _column_blocks(x, block)
+    if any(padded for _, _, padded in buckets(half)):
+        values, x_blocks = _append_zero(values, n_batch), _append_zero(x_blocks, n_batch)
+    if block > 1 and not (few or transposed):
+        values = mx.contiguous(values.swapaxes(1, 2))  # as x multiplies them: (in, out)
     if bias is not None:
-        bias = _widen(bias).reshape(1, -1, *((1, block) if few else (block, 1)))
-    parts = []
-    size = data.size + x.size + n_batch * n * n_out
+        axes = () if vector else (1, block) if few else (block, 1)
+        bias = mx.concatenate([_widen(bias).reshape(-1, *axes)] * n_batch)  # as the parts below
+    out = _Rows(n_out // block, n_batch)
+    size = data.nbytes + x.nbytes + math.prod(shape) * x.itemsize
+    size = size if x.dtype == _wide_dtype(x.dtype) else size // 2  # widened copies come on top
     for step in _steps(half, n_batch * block * n, block, size):
         with step.place:
-            m, width = step.shape
+            (m, width), weights = step.shape, _widen(_take(values, step.stored, n_batch))
+            gathered = _widen(_take(x_blocks, step.cols, n_batch))
             if not width:
-                part = mx.zeros((n_batch, m, *x_blocks.shape[2:]), values.dtype)
-            elif block == 1:
-                part = _take(values, step.stored).reshape(n_batch, m * width, 1, 1)
-                part = (part * _take(x_blocks, step.cols)).reshape(n_batch, m, width, 1, n)
-                part = part.sum(axis=2)
+                part = mx.zeros((n_batch * m, *x_blocks.shape[1:]), weights.dtype)
             elif few:
-                part = _take(x_blocks, step.cols) @ _take(values, step.stored)
-                part = part.reshape(n_batch, m, width, n, block).sum(axis=2)
+                part = gathered @ (weights if transposed else weights.swapaxes(1, 2))
+                part = part.reshape(-1, width, n, block).sum(axis=1)  # (V * m, N, B)
+            elif block > 1:
+                weights = weights.reshape(-1, width * block, block).swapaxes(1, 2)
+                part = weights @ gathered.reshape(-1, width * block, n)  # (V * m, B, N)
+            elif vector:
+                part = (weights * gathered).reshape(-1, width).sum(axis=1)  # (V * m,)
             else:
-                weights = _take(values, step.stored).reshape(n_batch, m, width * block, block)
-                gathered = _take(x_blocks, step.cols).reshape(n_batch, m, width * block, n)
-                part = weights.swapaxes(2, 3) @ gathered
+                part = weights.reshape(-1, 1, 1) * gathered
+                part = part.reshape(-1, width, 1, n).sum(axis=1)
             if bias is not None:
-                part = part + _take(bias, step.rows)
-            parts.append(part.astype(x.dtype))  # (V, m, B, N), or (V, m, N, B) for few rows
-    y = _join(parts)
+                part = part + _take(bias, step.rows, n_batch)
+            part = part.astype(x.dtype)
+        out.put(part, step.start)
+    y = out.array
     if half["order"].size:
-        y = mx.take(y, half["order"], axis=1)
-    return (y.transpose(0, 2, 1, 3) if few else y.transpose(0, 3, 1, 2)).reshape(shape)
-
-
-def _vector_product(data: mx.array, half: Half, x: mx.array) -> mx.array:
-    """Return A_v x[v]: ``(V, n_rows)``, of ``data (V, nnz)`` and ``x (V, n_cols)``."""
-    if any(padded for _, _, padded in buckets(half)):
-        data, x = _append_zero(data), _append_zero(x)
-    parts = []
-    for step in _steps(half, x.shape[0], 1, data.size):
-        with step.place:
-            part = _take(data, step.stored) * _take(x, step.cols)
-            parts.append(part.reshape(-1, *step.shape).sum(axis=2))  # (V, m)
-    y = _join(parts)
-    return _take(y, half["order"]) if half["order"].size else y
+        y = _take(y, half["order"], n_batch)
+    if vector:
+        return y.reshape(shape)
+    if few:
+        return y.reshape(*shape[:-2], -1, n, block).swapaxes(-3, -2).reshape(shape)
+    return y.reshape(*shape[:-2], n_out, n).swapaxes(-1, -2)
 
 
 class _Step(NamedTuple):
     """What a step of a product takes: ``m`` block-rows of ``K`` blocks each."""
 
     place: AbstractContextManager  # the stream to compute it on
+    start: int  # place of its first row among all, bucket by bucket
     shape: tuple[int, int]  # (m, K)
     rows: Index  # (m,) block-rows
     stored: Index  # (m * K,) places of their blocks in data
@@ -201,7 +192,7 @@ def _steps(half: Half, gathered: int, block: int, size: int) -> Iterator[_Step]:
                 rows = half["rows"][rows]
             if places.size:
                 stored = places[stored]
-            yield _Step(place, (stop - start, width), rows, stored, cols)
+            yield _Step(place, first_row + start, (stop - start, width), rows, stored, cols)
         first_row += n_rows
         first_slot += n_rows * width
 
@@ -211,12 +202,12 @@ def _cut(
 ) -> Iterator[tuple[AbstractContextManager, int, int]]:
     """Yield the place, start and stop of each step over ``count`` units that gather ``values``.
 
-    ``size`` is that of the operands and the result: a product may take some multiple of it. The
+    ``size`` is bytes of the operands and the result: a product may take some multiple of it. The
     first step stays on the stream in use.
     """
     streams, step = [None], _GPU_STEP
     if mx.default_device().type == mx.cpu:
-        step = _SCALAR_STEP if block == 1 else min(_LARGEST_STEP, max(_STEP, size // 16))
+        step = _SCALAR_STEP if block == 1 else min(_LARGEST_STEP, max(_STEP, size // 32))
         if count * values * block >= _SPLIT:
             streams += _more_streams()
     n_steps = max(1, -(-count * values // step))
@@ -235,48 +226,67 @@ def _more_streams() -> list:
 
 
 def _row_blocks(x: mx.array, block: int) -> mx.array:
-    """Return ``(V, N, C * B)`` as ``(V, C, N, B)``, widened."""
-    n_batch, n, width = x.shape
-    if n == 1:
-        return _widen(x).reshape(n_batch, width // block, 1, block)
-    x = x.reshape(n_batch, n, width // block, block).swapaxes(1, 2)
-    return _widen(mx.contiguous(x))
+    """Return ``(V, N, C * B)`` as ``(V * C, N, B)``."""
+    n, width = x.shape[-2:]
+    if n > 1:
+        x = mx.contiguous(x.reshape(-1, n, width // block, block).swapaxes(1, 2))
+    return x.reshape(-1, n, block)
 
 
 def _column_blocks(x: mx.array, block: int) -> mx.array:
-    """Return ``(V, N, C * B)`` as ``(V, C, B, N)``, widened."""
-    n_batch, n, width = x.shape
-    if n == 1:
-        return _widen(x).reshape(n_batch, width // block, block, 1)
+    """Return ``(V, N, C * B)`` as ``(V * C, B, N)``."""
+    n = x.shape[-2]
     if x.size > _CACHED and block > 1:
         # Strides of whole rows of x would miss the cache: first by blocks, then within each.
-        return mx.contiguous(_row_blocks(x, block).swapaxes(2, 3))
-    x = x.swapaxes(1, 2).reshape(n_batch, width // block, block, n)
-    return _widen(mx.contiguous(x))
+        return mx.contiguous(_row_blocks(x, block).swapaxes(1, 2))
+    return mx.contiguous(x.swapaxes(-1, -2)).reshape(-1, block, n)
 
 
-def _take(values: mx.array, index: Index) -> mx.array:
-    """Return ``values[:, index]`` of an index with one axis."""
+def _take(values: mx.array, index: Index, n_batch: int) -> mx.array:
+    """Return ``(V * m, ...)``: what ``index (m,)`` names of each of V parts of ``(V * n, ...)``."""
+    if n_batch > 1:
+        n = values.shape[0] // n_batch
+        if isinstance(index, slice):
+            index = mx.arange(index.start, index.stop)
+        index = (index + n * mx.arange(n_batch, dtype=index.dtype)[:, None]).reshape(-1)
     if isinstance(index, slice):
-        return values[:, index]
-    if math.prod(values.shape[2:]) > 1:
-        return mx.take(values, index, axis=1)
+        return values[index]
+    if values.size > values.shape[0]:
+        return mx.take(values, index, axis=0)
     # Single elements: take_along_axis is some forty times faster on the CPU than take.
-    index = mx.broadcast_to(index[None], (values.shape[0], index.size))
-    flat = values.reshape(values.shape[:2])
-    out = mx.take_along_axis(flat, index, axis=1)
-    return out if values.ndim == 2 else out.reshape(*index.shape, *values.shape[2:])
+    out = mx.take_along_axis(values.reshape(-1), index, axis=0)
+    return out if values.ndim == 1 else out.reshape(-1, *values.shape[1:])
 
 
-def _append_zero(values: mx.array) -> mx.array:
-    """Return ``values (V, n, ...)`` and one zero past the end, for the padding to take."""
-    zero = mx.zeros((values.shape[0], 1, *values.shape[2:]), values.dtype)
-    return mx.concatenate([values, zero], axis=1)
+def _append_zero(values: mx.array, n_batch: int) -> mx.array:
+    """Return ``(V * n, ...)`` with a zero past the end of each of V parts, for padding to take."""
+    values = values.reshape(n_batch, -1, *values.shape[1:])
+    zero = mx.zeros((n_batch, 1, *values.shape[2:]), values.dtype)
+    return mx.concatenate([values, zero], axis=1).reshape(-1, *values.shape[2:])
 
 
-def _join(parts: list[mx.array]) -> mx.array:
-    """Join the ``(V, m, ...)`` of all steps."""
-    return mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+class _Rows:
+    """The results of all steps, ``(V * n, ...)``, each put into its place when it is there.
+
+    MLX evaluates a graph level by level and would hold what the steps gather all at once, were it
+    not for the order that this gives them.
+    """
+
+    def __init__(self, n: int, n_batch: int):
+        self.n = n
+        self.n_batch = n_batch
+        self.array = mx.zeros(0)
+
+    def put(self, part: mx.array, start: int) -> None:
+        """Put ``part (V * m, ...)`` at ``start``; in place, since nothing else holds the array."""
+        m = part.shape[0] // self.n_batch
+        if m == self.n:
+            self.array = part
+            return
+        shape = (self.n_batch, self.n, *part.shape[1:])
+        rows = self.array.reshape(shape) if self.array.size else mx.zeros(shape, part.dtype)
+        rows[:, start : start + m] = part.reshape(self.n_batch, m, *part.shape[1:])
+        self.array = rows.reshape(-1, *part.shape[1:])
 
 
 def _places(half: Half) -> tuple:
