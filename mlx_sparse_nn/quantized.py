@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mlx_sparse_nn.lora import LoRABlockSparseLinear
 
 GROUP_SIZES = (64, 32, 128)  # the first that divides the block size is the default
-BITS = (1, 2, 3, 4, 5, 6, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 
 
 class QuantizedBlockSparseLinear(PatternModule):
@@ -34,7 +34,7 @@ class QuantizedBlockSparseLinear(PatternModule):
         bias: Whether there is a bias.
         group_size: 32, 64 or 128 values that share a scale. By default 64, or 32 where 64 does not
             divide the block size.
-        bits: Bits of a value: 1 to 6 or 8. By default 4.
+        bits: Bits of a value: 2 to 6 or 8. By default 4.
 
     Attributes:
         weight: ``(n_blocks, block_size, block_size * bits / 32)`` uint32, packed.

@@ -42,7 +42,7 @@ _SOME_TILES = {
 _LARGE_SHARED_MEMORY = ("sm_80", "sm_87", "sm_90", "sm_100", "sm_103")
 # Tiles of sddmm_tiles: GROUP, WARPS_I, WARPS_K, DEPTH, STAGES.
 _GRAD_TILES = {
-    16: (8, 1, 4, 32, 4),
+    16: (8, 1, 4, 64, 3),
     32: (4, 1, 4, 32, 4),
     64: (2, 2, 2, 64, 3),
     128: (1, 2, 4, 32, 4),
@@ -114,7 +114,7 @@ def _product(
     n, n_batch = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
     block = data.shape[-1] if data.ndim > 2 else 1
     if block in TILED and x.dtype != mx.float32:
-        tiling = _tiling(n, n_batch, block, n_out, transposed)
+        tiling = _tiling(n, n_batch, block, n_out, transposed, n > _FEW and _is_even(half))
     elif block == 1 and n == 1 and not transposed and longest_row(half) <= _SHORT:
         grid = (-(-n_out // 64) * 64, 1, n_batch)
         tiling = _Tiling("spmm_stream", {"ROWS": 64, "HELD": 1664}, grid, 64)
@@ -130,8 +130,13 @@ def _product(
     )
 
 
+def _is_even(half: Half) -> bool:
+    """Return whether no block-row is more than twice as long as the mean."""
+    return longest_row(half) * (half["indptr"].size - 1) <= 2 * half["indices"].size
+
+
 @lru_cache(4096)
-def _tiling(n: int, n_batch: int, block: int, n_out: int, transposed: bool) -> _Tiling:
+def _tiling(n: int, n_batch: int, block: int, n_out: int, transposed: bool, even: bool) -> _Tiling:
     """Return the kernel of 16-bit blocks: few rows, many on Hopper, or many."""
     n_block_rows = n_out // block
     if n <= _FEW and not transposed:
@@ -144,17 +149,18 @@ def _tiling(n: int, n_batch: int, block: int, n_out: int, transposed: bool) -> _
         rows = 256 if n_block_rows * -(-n // 256) * n_batch >= _FILLING else 128
         stages, threads = _WGMMA_STAGES[block], 2 * rows
         name, template = "spmm_wgmma", {"WARPGROUPS": rows // 64}
-        blocks = -(-(stages - 2) * 64 // block) + 2
-        shared_memory = 2 * (stages * rows * 64 + blocks * block * block) + 1024
+        shared_memory = stages * (rows + block) * 128 + 1024
     else:
         many = n > 64 and _architecture() in _LARGE_SHARED_MEMORY
         rows, warps_n, warps_o, depth, stages = (_MANY_TILES if many else _SOME_TILES)[block]
         threads = 32 * warps_n * warps_o
         name, template = "spmm_tiles", {"WARPS_N": warps_n, "WARPS_O": warps_o, "DEPTH": depth}
         shared_memory = 2 * stages * (rows + block) * depth
-    # A thread block takes up to 4 tiles of rows, fewer where that would leave the GPU idle.
+    # A thread block takes up to 8 tiles of rows, fewer where that would leave the GPU idle, and one
+    # where some block-row would keep it busy much longer than others.
     tiles = -(-n // rows)
-    shares = min(tiles, max(-(-tiles // 4), -(-_FILLING // (n_block_rows * n_batch))))
+    shares = max(-(-tiles // 8), -(-_FILLING // (n_block_rows * n_batch))) if even else tiles
+    shares = min(tiles, shares)
     template |= {"B": block, "ROWS": rows, "STAGES": stages, "TRANSPOSED": int(transposed)}
     return _Tiling(
         name, template, (n_block_rows * threads, shares, n_batch), threads, shared_memory

@@ -1,18 +1,36 @@
 // Copies into shared memory, 16 bytes at a time, asynchronous where they can be.
 
-// Copy 16 bytes from device to shared memory: asynchronously where the source is aligned, which a
-// slice of another array need not be. Zeros where it is not `valid`.
-template <typename T>
-__device__ __forceinline__ void copy16(T* dst, const T* src, bool aligned, bool valid) {
-  if (aligned) {
+// Copy 16 bytes from device to shared memory: asynchronously where the source is ALIGNED, which a slice
+// of another array need not be. Zeros where it is not `valid`.
+template <bool ALIGNED, typename T>
+__device__ __forceinline__ void copy16(T* dst, const T* src, bool valid) {
+  if constexpr (ALIGNED) {
     const unsigned address = (unsigned)__cvta_generic_to_shared(dst);
     const int bytes = valid ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(src), "r"(bytes));
   } else {
+#pragma unroll 1
     for (int i = 0; i < 16 / (int)sizeof(T); i++) {
       dst[i] = valid ? src[i] : T(0.0f);
     }
   }
+}
+
+// Whether sources are aligned, as a type: loops of copies are written once, and the two paths of copy16
+// stay out of one another's way.
+struct Aligned {
+  static constexpr bool value = true;
+};
+struct Unaligned {
+  static constexpr bool value = false;
+};
+
+// Return `value`, to be held in a register: left alone, the compiler may read the sizes of an array again
+// in every round of a loop.
+__device__ __forceinline__ int held(int value) {
+  int copy;
+  asm volatile("mov.b32 %0, %1;" : "=r"(copy) : "r"(value));
+  return copy;
 }
 
 // Copy the 16 bytes from place `i` on of `count` elements that are read once, as copy16 does; nothing from

@@ -41,13 +41,12 @@ const int lane = thread % 32;
 const int warp = thread / 32;
 const int warp_i = warp / WARPS_K * TILES_I * 16;
 const int warp_k = warp % WARPS_K * TILES_K * 8;
-const int N = x_shape[x_ndim - 2];
-const int C = x_shape[x_ndim - 1];
-const int R = y_shape[y_ndim - 1];
+const int N = held(x_shape[x_ndim - 2]);
+const int C = held(x_shape[x_ndim - 1]);
+const int R = held(y_shape[y_ndim - 1]);
 const T* y_cols = y + (size_t)v * N * R + row * B;
 const T* x_rows = x + (size_t)v * N * C;
-const bool y_aligned = (size_t)y % 16 == 0;
-const bool x_aligned = (size_t)x % 16 == 0;
+const bool aligned = ((size_t)y | (size_t)x) % 16 == 0;
 const int n_stages = (N + DEPTH - 1) / DEPTH;
 
 // A thread copies the same columns of y and of x at every stage; only the rows move on.
@@ -59,23 +58,32 @@ const bool in_group = x_chunk / Y_CHUNKS < count;
 const int col = in_group ? indices[j0 + x_chunk / Y_CHUNKS] * B + x_chunk % Y_CHUNKS * 8 : 0;
 const T* y_mine = y_cols + (size_t)(thread / Y_CHUNKS) * R + thread % Y_CHUNKS * 8;
 const T* x_mine = x_rows + (size_t)(thread / X_CHUNKS) * C + col;
-auto copy_stage = [&](int s) {
+auto copy_stage_as = [&](int s, auto alignment) {
+  constexpr bool ALIGNED = alignment.value;
+  constexpr int UNROLL = ALIGNED ? 32 : 1;
   T* y_tile = tiles + s % STAGES * STAGE;
   T* x_tile = y_tile + DEPTH * B;
   const int n = s * DEPTH;
-#pragma unroll
+#pragma unroll UNROLL
   for (int i = thread; i < DEPTH * Y_CHUNKS; i += THREADS) {
     const int m = i / Y_CHUNKS;
     const bool valid = n + m < N;
     const T* src = valid ? y_mine + (size_t)(n + (i - thread) / Y_CHUNKS) * R : y;
-    copy16(y_tile + swizzle<Y_CHUNKS>(m, i % Y_CHUNKS) * 8, src, y_aligned, valid);
+    copy16<ALIGNED>(y_tile + swizzle<Y_CHUNKS>(m, i % Y_CHUNKS) * 8, src, valid);
   }
-#pragma unroll
+#pragma unroll UNROLL
   for (int i = thread; i < DEPTH * X_CHUNKS; i += THREADS) {
     const int m = i / X_CHUNKS;
     const bool valid = in_group && n + m < N;
     const T* src = valid ? x_mine + (size_t)(n + (i - thread) / X_CHUNKS) * C : x;
-    copy16(x_tile + swizzle<X_CHUNKS>(m, x_chunk) * 8, src, x_aligned, valid);
+    copy16<ALIGNED>(x_tile + swizzle<X_CHUNKS>(m, x_chunk) * 8, src, valid);
+  }
+};
+auto copy_stage = [&](int s) {
+  if (aligned) {
+    copy_stage_as(s, Aligned());
+  } else {
+    copy_stage_as(s, Unaligned());
   }
 };
 
@@ -87,7 +95,7 @@ for (int i = 0; i < TILES_I; i++) {
     acc[i][k][0] = acc[i][k][1] = acc[i][k][2] = acc[i][k][3] = 0.0f;
   }
 }
-#pragma unroll
+#pragma unroll 1
 for (int s = 0; s < STAGES - 1; s++) {
   if (s < n_stages) {
     copy_stage(s);

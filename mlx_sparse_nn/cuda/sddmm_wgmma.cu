@@ -36,11 +36,10 @@ if (count <= 0) {
 const int v = blockIdx.z;
 const int thread = threadIdx.x;
 const int group = thread / 128;
-const int N = x_shape[x_ndim - 2];
-const int C = x_shape[x_ndim - 1];
-const int R = y_shape[y_ndim - 1];
-const bool y_aligned = (size_t)y % 16 == 0;
-const bool x_aligned = (size_t)x % 16 == 0;
+const int N = held(x_shape[x_ndim - 2]);
+const int C = held(x_shape[x_ndim - 1]);
+const int R = held(y_shape[y_ndim - 1]);
+const bool aligned = ((size_t)y | (size_t)x) % 16 == 0;
 const int n_stages = (N + DEPTH - 1) / DEPTH;
 
 // Eight threads copy a row of a slab, of the same columns at every stage.
@@ -52,24 +51,33 @@ int cols[WIDTH / 64];
 for (int q = 0; q < WIDTH / 64; q++) {
   cols[q] = q * 64 / B < count ? indices[j0 + q * 64 / B] * B + q * 64 % B : -1;
 }
-auto copy_stage = [&](int s) {
+auto copy_stage_as = [&](int s, auto alignment) {
+  constexpr bool ALIGNED = alignment.value;
+  constexpr int UNROLL = ALIGNED ? 32 : 1;
   T* y_tile = tiles + s % STAGES * STAGE;
   T* x_tile = y_tile + TILES * SLAB;
-#pragma unroll
+#pragma unroll UNROLL
   for (int i = 0; i < DEPTH; i += THREADS / 8) {
     const int n = s * DEPTH + i;
     const bool valid = n + copy_row < N;
     const int at = swizzle<8>(copy_row + i, thread % 8) * 8;
 #pragma unroll
     for (int q = 0; q < TILES; q++) {
-      copy16(y_tile + q * SLAB + at, valid ? y_mine + (size_t)n * R + q * 64 : y, y_aligned, valid);
+      copy16<ALIGNED>(y_tile + q * SLAB + at, valid ? y_mine + (size_t)n * R + q * 64 : y, valid);
     }
 #pragma unroll
     for (int q = 0; q < WIDTH / 64; q++) {
       if (cols[q] >= 0) {
-        copy16(x_tile + q * SLAB + at, valid ? x_mine + (size_t)n * C + cols[q] : x, x_aligned, valid);
+        copy16<ALIGNED>(x_tile + q * SLAB + at, valid ? x_mine + (size_t)n * C + cols[q] : x, valid);
       }
     }
+  }
+};
+auto copy_stage = [&](int s) {
+  if (aligned) {
+    copy_stage_as(s, Aligned());
+  } else {
+    copy_stage_as(s, Unaligned());
   }
 };
 
@@ -81,7 +89,7 @@ for (int i = 0; i < TILES; i++) {
     acc[i][j] = 0.0f;
   }
 }
-#pragma unroll
+#pragma unroll 1
 for (int s = 0; s < AHEAD; s++) {
   if (s < n_stages) {
     copy_stage(s);

@@ -39,16 +39,15 @@ const int lane = thread % 32;
 const int warp = thread / 32;
 const int warp_n = warp / WARPS_O * TILES_N * 16;
 const int warp_o = warp % WARPS_O * TILES_O * 8;
-const int N = x_shape[x_ndim - 2];
-const int C = x_shape[x_ndim - 1];
+const int N = held(x_shape[x_ndim - 2]);
+const int C = held(x_shape[x_ndim - 1]);
 const int out = (indptr_shape[0] - 1) * B;
 const int all_tiles = (N + ROWS - 1) / ROWS;
 const int first_tile = (size_t)all_tiles * blockIdx.y / gridDim.y;
 const int n_tiles = (size_t)all_tiles * (blockIdx.y + 1) / gridDim.y - first_tile;
 int n0 = first_tile * ROWS;
 const T* blocks = data + (size_t)v * indices_shape[0] * (B * B);
-const bool x_aligned = (size_t)x % 16 == 0;
-const bool w_aligned = (size_t)data % 16 == 0;
+const bool aligned = ((size_t)x | (size_t)data) % 16 == 0;
 const int begin = indptr[r];
 const int end = indptr[r + 1];
 const int n_stages = ((end - begin) * B + DEPTH - 1) / DEPTH;
@@ -75,27 +74,29 @@ auto read_indices = [&]() {
   const int w_j = begin + (k + w_k) / B;
   next_stored = w_j >= end ? -1 : TRANSPOSED ? perm[w_j] : w_j;
 };
-auto copy_stage = [&]() {
+auto copy_stage_as = [&](auto alignment) {
+  constexpr bool ALIGNED = alignment.value;
+  constexpr int UNROLL = ALIGNED ? 32 : 1;
   if (next_tile < n_tiles && n_stages > 0) {
     T* x_tile = tiles + next_buffer * STAGE;
     T* w_tile = x_tile + ROWS * DEPTH;
     const T* x_src = x_mine + (size_t)next_tile * ROWS * C + next_col;
     const int rows = next_col < 0 ? 0 : N - (first_tile + next_tile) * ROWS - x_row;
-#pragma unroll
+#pragma unroll UNROLL
     for (int i = 0; i < ROWS; i += THREADS / CHUNKS) {
       const T* src = i < rows ? x_src + (size_t)i * C : x;
-      copy16(x_tile + swizzle<CHUNKS>(x_row + i, thread % CHUNKS) * 8, src, x_aligned, i < rows);
+      copy16<ALIGNED>(x_tile + swizzle<CHUNKS>(x_row + i, thread % CHUNKS) * 8, src, i < rows);
     }
     const bool valid = next_stored >= 0;
     const T* w_src = w_mine + (size_t)(valid ? next_stored : 0) * (B * B);
     const int k = next_stage * DEPTH;
-#pragma unroll
+#pragma unroll UNROLL
     for (int i = thread; i < W_ROWS * W_CHUNKS; i += THREADS) {
       const int row = i / W_CHUNKS;
       const int skipped = (i - thread) / W_CHUNKS;
       const T* src = TRANSPOSED ? w_src + (B < DEPTH ? row % B : k % B + row) * B
                                 : w_src + skipped * B + (k + x_k) % B;
-      copy16(w_tile + swizzle<W_CHUNKS>(row, i % W_CHUNKS) * 8, src, w_aligned, valid);
+      copy16<ALIGNED>(w_tile + swizzle<W_CHUNKS>(row, i % W_CHUNKS) * 8, src, valid);
     }
     next_buffer = next_buffer + 1 == STAGES ? 0 : next_buffer + 1;
     if (++next_stage == n_stages) {
@@ -106,9 +107,16 @@ auto copy_stage = [&]() {
   }
   commit_copies();
 };
+auto copy_stage = [&]() {
+  if (aligned) {
+    copy_stage_as(Aligned());
+  } else {
+    copy_stage_as(Unaligned());
+  }
+};
 
 read_indices();
-#pragma unroll
+#pragma unroll 1
 for (int s = 0; s < STAGES - 1; s++) {
   copy_stage();
 }

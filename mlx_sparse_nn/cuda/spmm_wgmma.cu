@@ -3,8 +3,7 @@
 // Inputs, output: as there.
 // Launch
 //   (R THREADS, Y, V) threads in blocks of THREADS = 128 WARPGROUPS, which own what they do there.
-//   Shared memory: 1024 bytes, and STAGES ROWS 64 + BLOCKS B B elements, where BLOCKS is 2 more than
-//   STAGES - 2 stages may span.
+//   Shared memory: STAGES (ROWS + B) 128 + 1024 bytes.
 // Template
 //   T half or bfloat16; B 64 or 128; WARPGROUPS; ROWS of x in a tile, a multiple of 64 WARPGROUPS;
 //   STAGES; TRANSPOSED and BIAS 0 or 1.
@@ -19,41 +18,36 @@ constexpr int TILES = ROWS / (64 * WARPGROUPS);  // 64 x B tiles of a warpgroup
 constexpr int DEPTH = 64;                        // k in a stage: rows of 128 bytes
 constexpr int PARTS = B / DEPTH;                 // stages of a block
 constexpr int AHEAD = STAGES - 2;  // stages under way: of the others, one is read and one drains
-constexpr int BLOCKS = (AHEAD + PARTS - 1) / PARTS + 2;
-constexpr int X_TILE = ROWS * DEPTH;
-constexpr int SLAB = B * 64;  // 64 columns of a block, in rows of 128 bytes
+constexpr int STAGE = (ROWS + B) * DEPTH;
 extern __shared__ char shared[];
 __shared__ T biases[B];
-T* x_tiles = reinterpret_cast<T*>(shared + (1024 - (unsigned)__cvta_generic_to_shared(shared) % 1024) % 1024);
-T* w_tiles = x_tiles + STAGES * X_TILE;
+T* tiles = reinterpret_cast<T*>(shared + (1024 - (unsigned)__cvta_generic_to_shared(shared) % 1024) % 1024);
 
 const int r = blockIdx.x;
 const int v = blockIdx.z;
 const int thread = threadIdx.x;
 const int lane = thread % 32;
 const int first_row = thread / 128 * TILES * 64;
-const int N = x_shape[x_ndim - 2];
-const int C = x_shape[x_ndim - 1];
+const int N = held(x_shape[x_ndim - 2]);
+const int C = held(x_shape[x_ndim - 1]);
 const int out = (indptr_shape[0] - 1) * B;
 const int all_tiles = (N + ROWS - 1) / ROWS;
 const int first_tile = (size_t)all_tiles * blockIdx.y / gridDim.y;
 const int n_tiles = (size_t)all_tiles * (blockIdx.y + 1) / gridDim.y - first_tile;
 int n0 = first_tile * ROWS;
-const bool x_aligned = (size_t)x % 16 == 0;
-const bool w_aligned = (size_t)data % 16 == 0;
+const bool aligned = ((size_t)x | (size_t)data) % 16 == 0;
 const int begin = indptr[r];
 const int end = indptr[r + 1];
 const int n_stages = (end - begin) * PARTS;
 
-// Copies run ahead, through all tiles. Eight threads copy a row of 64 elements of x; a block comes whole,
-// with the first of its stages, since lines of L2 that lie side by side travel faster than every other one.
+// Copies run ahead, through all tiles. Eight threads copy a row of 64 elements; a block that is transposed
+// lies in slabs of 64 outputs.
 const int copy_row = thread / 8;
 const T* x_mine = x + ((size_t)v * N + n0 + copy_row) * C + thread % 8 * 8;
 const T* blocks = data + (size_t)v * indices_shape[0] * (B * B);
-int next_tile = 0;   // of the stage to copy next: its tile, its place in the tile, its buffers,
+int next_tile = 0;   // of the stage to copy next: its tile, its place in the tile, its buffer,
 int next_stage = 0;
-int next_x = 0;
-int next_w = 0;
+int next_buffer = 0;
 int next_col;        // and where its block lies
 int next_stored;
 auto read_indices = [&]() {
@@ -61,28 +55,28 @@ auto read_indices = [&]() {
   next_col = j < end ? indices[j] * B : 0;
   next_stored = !TRANSPOSED ? j : j < end ? perm[j] : 0;
 };
-auto copy_stage = [&]() {
+auto copy_stage_as = [&](auto alignment) {
+  constexpr bool ALIGNED = alignment.value;
+  constexpr int UNROLL = ALIGNED ? 32 : 1;
   if (next_tile < n_tiles && n_stages > 0) {
-    T* x_tile = x_tiles + next_x * X_TILE;
-    const T* x_src = x_mine + (size_t)next_tile * ROWS * C + next_col + next_stage % PARTS * DEPTH;
+    T* x_tile = tiles + next_buffer * STAGE;
+    T* w_tile = x_tile + ROWS * DEPTH;
+    const int k = next_stage % PARTS * DEPTH;
+    const T* x_src = x_mine + (size_t)next_tile * ROWS * C + next_col + k;
     const int rows = N - (first_tile + next_tile) * ROWS - copy_row;
-#pragma unroll
+#pragma unroll UNROLL
     for (int i = 0; i < ROWS; i += THREADS / 8) {
       const T* src = i < rows ? x_src + (size_t)i * C : x;
-      copy16(x_tile + swizzle<8>(copy_row + i, thread % 8) * 8, src, x_aligned, i < rows);
+      copy16<ALIGNED>(x_tile + swizzle<8>(copy_row + i, thread % 8) * 8, src, i < rows);
     }
-    if (next_stage % PARTS == 0) {
-      T* w_tile = w_tiles + next_w * (B * B);
-      const T* w_src = blocks + (size_t)next_stored * (B * B);
-#pragma unroll
-      for (int i = thread; i < B * B / 8; i += THREADS) {
-        const int chunk = i % (B / 8);
-        T* dst = w_tile + chunk / 8 * SLAB + swizzle<8>(i / (B / 8), chunk % 8) * 8;
-        copy16(dst, w_src + i * 8, w_aligned, true);
-      }
-      next_w = next_w + 1 == BLOCKS ? 0 : next_w + 1;
+    const T* w_src = blocks + (size_t)next_stored * (B * B) + thread % 8 * 8;
+#pragma unroll UNROLL
+    for (int i = 0; i < B; i += THREADS / 8) {
+      const int row = copy_row + i;  // an output, or in slab row / DEPTH a k
+      const T* src = TRANSPOSED ? w_src + (k + row % DEPTH) * B + row / DEPTH * 64 : w_src + row * B + k;
+      copy16<ALIGNED>(w_tile + swizzle<8>(row, thread % 8) * 8, src, true);
     }
-    next_x = next_x + 1 == STAGES ? 0 : next_x + 1;
+    next_buffer = next_buffer + 1 == STAGES ? 0 : next_buffer + 1;
     if (++next_stage == n_stages) {
       next_stage = 0;
       next_tile++;
@@ -91,9 +85,16 @@ auto copy_stage = [&]() {
   }
   commit_copies();
 };
+auto copy_stage = [&]() {
+  if (aligned) {
+    copy_stage_as(Aligned());
+  } else {
+    copy_stage_as(Unaligned());
+  }
+};
 
 read_indices();
-#pragma unroll
+#pragma unroll 1
 for (int s = 0; s < AHEAD; s++) {
   copy_stage();
 }
@@ -103,8 +104,7 @@ if (BIAS) {
   }
   __syncthreads();
 }
-int used_x = 0;
-int used_w = 0;
+int used = 0;
 float acc[TILES][B / 2];
 for (int tile = 0; tile < n_tiles; tile++, n0 += ROWS) {
 #pragma unroll
@@ -119,16 +119,13 @@ for (int tile = 0; tile < n_tiles; tile++, n0 += ROWS) {
     wait_copies<AHEAD - 1>();
     show_copies();
     __syncthreads();  // this stage is there, and all warpgroups have done with the last but one
-    const T* x_tile = x_tiles + used_x * X_TILE + first_row * DEPTH;
-    const T* w_tile = w_tiles + used_w * (B * B) + s % PARTS * (TRANSPOSED ? DEPTH * 64 : SLAB);
-    used_x = used_x + 1 == STAGES ? 0 : used_x + 1;
-    if (s % PARTS == PARTS - 1) {
-      used_w = used_w + 1 == BLOCKS ? 0 : used_w + 1;
-    }
+    const T* x_tile = tiles + used * STAGE + first_row * DEPTH;
+    const T* w_tile = tiles + used * STAGE + ROWS * DEPTH;
+    used = used + 1 == STAGES ? 0 : used + 1;
     begin_products();
 #pragma unroll
     for (int k = 0; k < DEPTH; k += 16) {
-      const unsigned long long w = describe(w_tile + (TRANSPOSED ? k * 64 : k), SLAB * 2);
+      const unsigned long long w = describe(w_tile + (TRANSPOSED ? k * 64 : k), DEPTH * 128);
 #pragma unroll
       for (int i = 0; i < TILES; i++) {
         const unsigned long long a = describe(x_tile + i * 64 * DEPTH + k, 16);
