@@ -1,4 +1,4 @@
-"""Count what the Metal kernels move, on the emulator, and put the table in the README.
+"""Count what the Metal kernels move, on the emulator, and put the table in benchmarks/README.md.
 
 For ``BlockSparseLinear``'s forward product with a 512 x 512 weight in float32: bytes read from
 device memory over the bytes that must be read once (stored values, indices, x, bias), what the
@@ -65,7 +65,7 @@ def measure(density: float, block_size: int, n: int) -> dict[str, Any]:
 
 
 def table(results: list[dict]) -> str:
-    """Return the README's table."""
+    """Return the table of benchmarks/README.md."""
     lines = [
         "| B | density | rows of x | tile (rows x outputs) | read / once | the tile's own | "
         "measured / expected | MACs issued / needed |",
@@ -87,7 +87,7 @@ def main() -> None:
     if not parser.parse_args().readme:
         results = [measure(d, b, n) for b in BLOCK_SIZES for d in DENSITIES for n in ROWS]
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    write_table("metal_traffic", table(json.loads(RESULTS.read_text())))
+    write_table("metal_traffic", table(json.loads(RESULTS.read_text())), "benchmarks/README.md")
 
 
 if __name__ == "__main__":

@@ -33,10 +33,14 @@ import numpy as np
 from _common import Parser, add_common_arguments, check_plot, start
 from tqdm import tqdm
 
-from mlx_sparse_nn import BlockSparseLinear
-from mlx_sparse_nn.pruning import cubic_density, prune
-from mlx_sparse_nn.regrowth import activations, regrow
-from mlx_sparse_nn.sparsify import sparsify
+from mlx_sparse_nn import (
+    BlockSparseLinear,
+    activations,
+    cubic_density,
+    prune,
+    regrow,
+    sparsify,
+)
 
 CONTEXT, EMBEDDING = 16, 16
 METHODS = ("fine-tuned", "pruned", "sparse", "regrown")

@@ -1,6 +1,8 @@
 """Block-sparse layers, sparse arrays and sparse Hamiltonians for MLX."""
 
 from mlx_sparse_nn import patterns, physics
+from mlx_sparse_nn.advise import Advice, advise
+from mlx_sparse_nn.checkpoint import restore, restore_patterns
 from mlx_sparse_nn.core import (
     COOArray,
     CSRArray,
@@ -19,28 +21,57 @@ from mlx_sparse_nn.core import (
     use_device,
     use_gpu,
 )
+from mlx_sparse_nn.distributed import check_same_pattern, shard_block_sparse, shard_boundaries
 from mlx_sparse_nn.layers import BlockSparseLinear
+from mlx_sparse_nn.lora import LoRABlockSparseLinear
+from mlx_sparse_nn.pruning import cubic_density, prune
+from mlx_sparse_nn.quantized import QuantizedBlockSparseLinear
+from mlx_sparse_nn.regrowth import activations, regrow
+from mlx_sparse_nn.sparsify import Sparsified, densify, sparsify
+from mlx_sparse_nn.summary import Summary, summary
+from mlx_sparse_nn.verify import MismatchError, VerifyReport, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Advice",
     "BlockSparseLinear",
     "COOArray",
     "CSRArray",
     "CSRPattern",
+    "LoRABlockSparseLinear",
+    "MismatchError",
+    "QuantizedBlockSparseLinear",
+    "Sparsified",
+    "Summary",
+    "VerifyReport",
+    "activations",
+    "advise",
     "bsr_array",
+    "check_same_pattern",
     "coo_array",
     "csr_array",
     "csr_matmul",
+    "cubic_density",
+    "densify",
     "from_dense",
     "from_scipy",
     "patterns",
     "physics",
+    "prune",
+    "regrow",
+    "restore",
+    "restore_patterns",
     "sddmm",
+    "shard_block_sparse",
+    "shard_boundaries",
+    "sparsify",
     "spmm",
     "spmm_t",
+    "summary",
     "to_scipy",
     "use_cpu",
     "use_device",
     "use_gpu",
+    "verify",
 ]

@@ -32,7 +32,7 @@ def test_it_times_three_methods_at_two_tasks(bias):
     layer = BlockSparseLinear(64, 96, density=0.5, bias=bias)
     before = dict(layer)
     began = time.perf_counter()
-    found = advise(layer, (3, 1), seconds=0.5)
+    found = advise(layer, (3, 1), seconds=60)  # a GPU compiles its kernels in that time
     took = time.perf_counter() - began
     assert [(t.task, t.rows, t.method) for t in found.timings] == [
         (task, rows, method)
