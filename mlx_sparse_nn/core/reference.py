@@ -29,6 +29,7 @@ _FEW = 8  # rows of x below which each row multiplies the blocks
 _SPLIT = 1 << 18  # multiplications from which a product goes to several streams
 _CACHED = 1 << 18  # values up to which a transposition stays in the cache
 _STREAMS = 4  # at most, and no more than there are cores
+_AHEAD = 4  # steps that may gather before the first of them is done
 
 Index: TypeAlias = "mx.array | slice"
 
@@ -73,19 +74,21 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     n_units, width = half["row"].size or half["indptr"].size - 1, 1
     if not half["row"].size:
         width = half["indices"].size // n_units
-    cols, out = half["indices"].view(mx.uint32), _Rows(half["indices"].size, n_batch)
+    indices, parts, out = half["indices"].view(mx.uint32), [], None
     size = x.nbytes + y.nbytes + math.prod(shape) * x.itemsize
     size = size if x.dtype == _wide_dtype(x.dtype) else size // 2  # widened copies come on top
     for place, start, stop in _cut(n_units, n_batch * width * block * n, block, size):
         with place:
             rows = half["row"][start:stop] if half["row"].size else slice(start, stop)
             y_part = _widen(_take(y_blocks, rows, n_batch)).reshape(-1, 1, n, block)
-            x_part = _take(x_blocks, cols[start * width : stop * width], n_batch)
+            cols = _in_turn(indices[start * width : stop * width], parts)
+            x_part = _take(x_blocks, cols, n_batch)
             x_part = _widen(x_part).reshape(-1, width, n, block)
             part = (x_part * y_part).sum(axis=2) if block == 1 else y_part.swapaxes(2, 3) @ x_part
-            part = part.reshape(-1, *layout.data_shape[1:]).astype(x.dtype)
-        out.put(part, start * width)
-    return out.array.reshape(shape)
+            parts.append(part.reshape(-1, *layout.data_shape[1:]).astype(x.dtype))
+        out = _put(out, parts[-1], start * width, half["indices"].size, n_batch)
+    assert out is not None
+    return out.reshape(shape)
 
 
 def todense(data: mx.array, layout: Layout) -> mx.array:
@@ -119,6 +122,7 @@ def _product(
     if 0 in (*shape, data.size):
         y = mx.zeros(shape, x.dtype)
         return y if bias is None else y + bias
+    # One product of vectors, few rows of x times blocks, or blocks times many rows.
     vector, few = block * n == 1, block > 1 and n < _FEW
     values = data.reshape(-1, *((block, block) if block > 1 else ()))  # (V * n_blocks, ...)
     if vector:
@@ -132,13 +136,14 @@ def _product(
     if bias is not None:
         axes = () if vector else (1, block) if few else (block, 1)
         bias = mx.concatenate([_widen(bias).reshape(-1, *axes)] * n_batch)  # as the parts below
-    out = _Rows(n_out // block, n_batch)
+    parts, y = [], None
     size = data.nbytes + x.nbytes + math.prod(shape) * x.itemsize
     size = size if x.dtype == _wide_dtype(x.dtype) else size // 2  # widened copies come on top
     for step in _steps(half, n_batch * block * n, block, size):
         with step.place:
             (m, width), weights = step.shape, _widen(_take(values, step.stored, n_batch))
-            gathered = _widen(_take(x_blocks, step.cols, n_batch))
+            cols = step.cols if vector else _in_turn(step.cols, parts)
+            gathered = _widen(_take(x_blocks, cols, n_batch))
             if not width:
                 part = mx.zeros((n_batch * m, *x_blocks.shape[1:]), weights.dtype)
             elif few:
@@ -154,9 +159,9 @@ def _product(
                 part = part.reshape(-1, width, 1, n).sum(axis=1)
             if bias is not None:
                 part = part + _take(bias, step.rows, n_batch)
-            part = part.astype(x.dtype)
-        out.put(part, step.start)
-    y = out.array
+            parts.append(part.astype(x.dtype))
+        y = _put(y, parts[-1], step.start, n_out // block, n_batch)
+    assert y is not None
     if half["order"].size:
         y = _take(y, half["order"], n_batch)
     if vector:
@@ -265,28 +270,33 @@ def _append_zero(values: mx.array, n_batch: int) -> mx.array:
     return mx.concatenate([values, zero], axis=1).reshape(-1, *values.shape[2:])
 
 
-class _Rows:
-    """The results of all steps, ``(V * n, ...)``, each put into its place when it is there.
+def _in_turn(index: mx.array, parts: list[mx.array]) -> mx.array:
+    """Return ``index``, to be there once the part ``_AHEAD`` steps before is.
 
-    MLX evaluates a graph level by level and would hold what the steps gather all at once, were it
-    not for the order that this gives them.
+    MLX evaluates a graph level by level and would hold what all steps gather at once.
+    ``mx.depends`` says the same as the selection here, but cannot be mapped.
     """
+    if len(parts) < _AHEAD:
+        return index
+    return mx.where(parts[-_AHEAD].reshape(-1)[:1] == 0, index, index)
 
-    def __init__(self, n: int, n_batch: int):
-        self.n = n
-        self.n_batch = n_batch
-        self.array = mx.zeros(0)
 
-    def put(self, part: mx.array, start: int) -> None:
-        """Put ``part (V * m, ...)`` at ``start``; in place, since nothing else holds the array."""
-        m = part.shape[0] // self.n_batch
-        if m == self.n:
-            self.array = part
-            return
-        shape = (self.n_batch, self.n, *part.shape[1:])
-        rows = self.array.reshape(shape) if self.array.size else mx.zeros(shape, part.dtype)
-        rows[:, start : start + m] = part.reshape(self.n_batch, m, *part.shape[1:])
-        self.array = rows.reshape(-1, *part.shape[1:])
+def _put(rows: mx.array | None, part: mx.array, start: int, n: int, n_batch: int) -> mx.array:
+    """Return ``rows (V * n, ...)`` with ``part (V * m, ...)`` at ``start`` of each of V parts.
+
+    In place, since nothing else holds ``rows``.
+    """
+    m, shape = part.shape[0] // n_batch, part.shape[1:]
+    if m == n:
+        return part
+    if rows is None:
+        rows = mx.zeros((n_batch * n, *shape), part.dtype)
+    if n_batch == 1:
+        rows[start : start + m] = part
+        return rows
+    rows = rows.reshape(n_batch, n, *shape)
+    rows[:, start : start + m] = part.reshape(n_batch, m, *shape)
+    return rows.reshape(-1, *shape)
 
 
 def _places(half: Half) -> tuple:
