@@ -1,6 +1,8 @@
 """Observables against dense matrices, and their derivatives against differences in float64."""
 
+import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import numpy as np
@@ -53,6 +55,17 @@ def psi(request):
 
 def rtol(psi):
     return 1e-12 if psi.dtype == mx.float64 else 1e-5
+
+
+H = transverse_field_ising(3, 0.7)
+OBSERVABLES = {
+    "expectation": lambda psi: expectation(H, psi),
+    "variance": lambda psi: variance(H, psi),
+    "magnetization": magnetization,
+    "correlation": lambda psi: correlation(psi, 0, 2),
+    "entanglement_entropy": lambda psi: entanglement_entropy(psi, 1),
+    "fidelity": lambda psi: fidelity(psi, mx.ones(8)),
+}
 
 
 class TestValues:
@@ -335,3 +348,31 @@ class TestBadInput:
     def test_arguments(self, function, error, message):
         with pytest.raises(error, match=re.escape(message)):
             function()
+
+    @pytest.mark.parametrize("observable", OBSERVABLES, ids=str)
+    @pytest.mark.parametrize(
+        ("value", "message"),
+        [
+            (0.0, "must not be zero"),
+            (math.nan, "must be finite, its largest magnitude is nan"),
+            (math.inf, "must be finite, its largest magnitude is inf"),
+        ],
+    )
+    def test_states_without_a_norm(self, observable, value, message):
+        function = OBSERVABLES[observable]
+        psi = mx.zeros(8)
+        psi[3] = value
+        with pytest.raises(ValueError, match=rf"\[{observable}\] (psi|a) {message}"):
+            function(psi)
+        with pytest.raises(ValueError, match=rf"\[{observable}\] (psi|a) {message}"):
+            function(psi.astype(mx.complex64))
+        # Nothing is evaluated under a transform: what is traced has no numbers yet.
+        assert mx.isnan(mx.compile(function)(psi)).any().item()
+        assert mx.isnan(mx.vmap(function)(psi[None])).any().item()
+        value, _ = mx.value_and_grad(lambda a: function(a).sum())(psi)
+        assert mx.isnan(value).item()
+
+    def test_states_in_a_new_thread(self):
+        """Where MLX traces a compiled function for the first time."""
+        with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="must not be zero"):
+            pool.submit(lambda: magnetization(mx.zeros(8))).result()

@@ -181,12 +181,16 @@ def transforming() -> bool:
     """Return whether a transform of MLX is running in this thread: mx.grad, mx.compile, or alike.
 
     MLX does not say so. But it calls the Python of a compiled function again only for tracers, and
-    an array kept from a trace is one as long as any transform is running. (So is every argument the
-    first time in a thread or on a device, and where compilation is disabled: True is always safe.)
+    an array kept from a trace is one as long as any transform is running. The first time in a
+    thread or on a device it calls it anyway: hence twice. Where compilation is disabled the answer
+    is always True.
     """
-    _tracing.found = False
-    _probe(_tracer)
-    return _tracing.found
+    for _ in range(2):
+        _tracing.found = False
+        _probe(_tracer)
+        if not _tracing.found:
+            return False
+    return True
 
 
 @mx.compile

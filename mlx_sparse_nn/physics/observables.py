@@ -1,11 +1,18 @@
-"""What is measured in a state: energies, magnetisation, correlation, entanglement, fidelity."""
+"""What is measured in a state: energies, magnetisation, correlation, entanglement, fidelity.
+
+A state that is zero or not finite raises. Under a transform, such as mx.grad or mx.compile, there
+is no number to look at yet: everything stays lazy then, and the result of such a state is nan.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+
+from mlx_sparse_nn.core.kernels import transforming
 
 _TINY = 1e-300  # of an eigenvalue: its logarithm is finite, and 0 times that
 
@@ -25,7 +32,8 @@ def expectation(H: Any, psi: mx.array) -> mx.array:
 
     Raises:
         TypeError: ``H`` is not such an object or ``psi`` not an array.
-        ValueError: ``H`` is not square or ``psi`` has another shape than ``(n,)``.
+        ValueError: ``H`` is not square; or ``psi`` has another shape than ``(n,)``, is zero or is
+            not finite.
     """
     psi = check_state("expectation", "psi", psi, check_hamiltonian("expectation", H))
     bra = _conj(psi)
@@ -70,7 +78,8 @@ def magnetization(psi: mx.array, axis: str = "z") -> mx.array:
 
     Raises:
         TypeError: ``psi`` is not an array.
-        ValueError: ``psi`` does not have shape ``(2**n,)``, or ``axis`` is neither.
+        ValueError: ``psi`` does not have shape ``(2**n,)``, is zero or is not finite; or
+            ``axis`` is neither.
     """
     psi, n = _check_sites("magnetization", psi)
     if axis not in ("z", "x"):
@@ -104,7 +113,8 @@ def correlation(psi: mx.array, i: int, j: int) -> mx.array:
 
     Raises:
         TypeError: ``psi`` is not an array, or a site is not an integer.
-        ValueError: ``psi`` does not have shape ``(2**n,)``, or a site is out of range.
+        ValueError: ``psi`` does not have shape ``(2**n,)``, is zero or is not finite; or
+            a site is out of range.
     """
     psi, n = _check_sites("correlation", psi)
     low, high = sorted(
@@ -137,7 +147,8 @@ def entanglement_entropy(psi: mx.array, cut: int) -> mx.array:
 
     Raises:
         TypeError: ``psi`` is not an array, or ``cut`` not an integer.
-        ValueError: ``psi`` does not have shape ``(2**n,)``, or ``cut`` is out of range.
+        ValueError: ``psi`` does not have shape ``(2**n,)``, is zero or is not finite; or
+            ``cut`` is out of range.
     """
     psi, n = _check_sites("entanglement_entropy", psi)
     if isinstance(cut, bool) or not isinstance(cut, int | np.integer):
@@ -178,7 +189,7 @@ def fidelity(a: mx.array, b: mx.array) -> mx.array:
 
     Raises:
         TypeError: A state is not an array.
-        ValueError: A state is not one-dimensional, or their lengths differ.
+        ValueError: A state is not one-dimensional, zero or not finite, or their lengths differ.
     """
     a = check_state("fidelity", "a", a)
     b = check_state("fidelity", "b", b)
@@ -217,13 +228,16 @@ def check_hamiltonian(owner: str, H: Any) -> int:
 
 
 def check_state(owner: str, name: str, psi: mx.array, size: int | None = None) -> mx.array:
-    """Return a state as float32, float64 or complex64, or raise unless its shape is ``(size,)``."""
+    """Return a state as float32, float64 or complex64, or raise unless its shape is ``(size,)``.
+
+    16-bit sums are in float32. The numbers are checked too, where they are there to look at.
+    """
     if not isinstance(psi, mx.array):
         raise TypeError(f"[{owner}] {name} must be an mx.array, got {type(psi).__name__}")
     if psi.ndim != 1 or psi.size != (psi.size if size is None else size):
         needs = "expected one axis" if size is None else f"H needs ({size},)"
         raise ValueError(f"[{owner}] {name} has shape {psi.shape}, {needs}")
-    return psi.astype(mx.result_type(psi, mx.float32))  # 16-bit sums in float32
+    return _check_numbers(owner, name, psi.astype(mx.result_type(psi, mx.float32)))
 
 
 def _check_sites(owner: str, psi: mx.array) -> tuple[mx.array, int]:
@@ -233,7 +247,18 @@ def _check_sites(owner: str, psi: mx.array) -> tuple[mx.array, int]:
     n = psi.size.bit_length() - 1
     if psi.ndim != 1 or n < 1 or psi.size != 1 << n:
         raise ValueError(f"[{owner}] psi has shape {psi.shape}, expected (2**n,) with n >= 1")
-    return psi.astype(mx.result_type(psi, mx.float32)), n
+    return _check_numbers(owner, "psi", psi.astype(mx.result_type(psi, mx.float32))), n
+
+
+def _check_numbers(owner: str, name: str, psi: mx.array) -> mx.array:
+    """Return a state, or raise if it is zero or not finite and no transform is running."""
+    if psi.size and not transforming():
+        largest = float(mx.abs(psi).max())
+        if not math.isfinite(largest):
+            raise ValueError(f"[{owner}] {name} must be finite, its largest magnitude is {largest}")
+        if largest == 0:
+            raise ValueError(f"[{owner}] {name} must not be zero")
+    return psi
 
 
 def _check_site(owner: str, name: str, site: int, n: int) -> int:
