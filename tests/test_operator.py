@@ -239,7 +239,11 @@ class TestCost:
         x = states(2**20)
         H, C = (make(20, 0.7) for make in (IsingOperator, transverse_field_ising))
         np.testing.assert_allclose(H @ x, C @ x, rtol=1e-4, atol=1e-4)
-        assert fastest(lambda: H @ x) < fastest(lambda: C @ x)
+        # In turns, and the fastest of several: other work on the machine slows both.
+        by_operator, by_matrix = zip(
+            *((seconds(H, x), seconds(C, x)) for _ in range(10)), strict=True
+        )
+        assert min(by_operator) < min(by_matrix)
 
     def test_24_sites_take_less_than_4_gb(self):
         script = """
@@ -257,13 +261,10 @@ print(energy.item(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
         assert n_bytes < 4e9
 
 
-def fastest(function, repeats=5):
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        mx.eval(function())
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
+def seconds(H, x):
+    began = time.perf_counter()
+    mx.eval(H @ x)
+    return time.perf_counter() - began
 
 
 class TestBadInput:
