@@ -22,6 +22,7 @@ from mlx_sparse_nn.scores import (
     check_balance,
     check_density,
     check_score,
+    share_by_score,
     strongest,
 )
 
@@ -265,14 +266,11 @@ def _global_counts(
             f"[prune] scope 'global' compares blocks of one size, got {sorted(sizes)}; "
             "prune the layers one by one"
         )
-    stored = [layer_scores.copy() for layer_scores in scores.values()]
-    for layer_scores in stored:
-        layer_scores[np.argsort(-layer_scores, kind="stable")[:1]] = np.inf  # its best comes first
-    owner = np.repeat(np.arange(len(stored)), [layer_scores.size for layer_scores in stored])
+    n_stored = sum(layer_scores.size for layer_scores in scores.values())
     places = sum(n_places(layer.pattern) for layer in layers.values())
-    budget = min(owner.size, max(len(stored), blocks_for(density, places)))
-    kept = strongest(np.concatenate(stored), owner, budget, "global")
-    return dict(zip(layers, np.bincount(owner[kept], minlength=len(stored)).tolist(), strict=True))
+    budget = min(n_stored, max(len(layers), blocks_for(density, places)))
+    counts = share_by_score(list(scores.values()), budget)
+    return dict(zip(layers, counts.tolist(), strict=True))
 
 
 def _subpattern(

@@ -151,6 +151,23 @@ def strongest_pattern(
     return from_coordinates(*np.divmod(kept, n_block_cols), shape, block_size)
 
 
+def share_by_score(scores: Sequence[np.ndarray], budget: int) -> np.ndarray:
+    """Return how many of the ``budget`` strongest blocks of all layers lie in each: at least 1
+    where there are any.
+
+    Args:
+        scores: Of each layer's candidates, in any shape.
+        budget: Blocks in all, at least one a layer and at most all.
+    """
+    flat = [layer_scores.flatten() for layer_scores in scores]
+    for layer_scores in flat:
+        if layer_scores.size:
+            layer_scores[layer_scores.argmax()] = np.inf  # each layer's best block comes first
+    layers = np.repeat(np.arange(len(flat)), [layer_scores.size for layer_scores in flat])
+    kept = strongest(np.concatenate(flat), layers, budget, "global")
+    return np.bincount(layers[kept], minlength=len(flat))
+
+
 def blocks_for(density: float, places: int) -> int:
     """Return how many of ``places`` blocks a density in (0, 1] keeps: rounded, and at least 1."""
     return max(1, round(density * places))

@@ -22,7 +22,7 @@ from mlx_sparse_nn.scores import (
     check_name,
     grid_scores,
     misfit,
-    strongest,
+    share_by_score,
     strongest_pattern,
 )
 
@@ -267,7 +267,7 @@ def _count_blocks(targets: list[_Target], scope: Scope, density: float) -> None:
     if not shared:
         return
     budget = max(len(shared), round(density * sum(target.scores.size for target in shared)))
-    share_out = _share_by_score if scope == "global" else _share_by_erdos_renyi
+    share_out = share_by_score if scope == "global" else _share_by_erdos_renyi
     counts = share_out([target.scores for target in shared], budget)
     for target, count in zip(shared, counts.tolist(), strict=True):
         target.n_blocks = count
@@ -284,16 +284,6 @@ def _check_comparable(shared: list[_Target], names: tuple[str, ...]) -> None:
                     f"{shared[0].paths[0]}, with which it shares a budget; give it a density of "
                     "its own"
                 )
-
-
-def _share_by_score(scores: list[np.ndarray], budget: int) -> np.ndarray:
-    """Return how many of the ``budget`` strongest blocks lie in each layer, at least 1 each."""
-    flat = [grid.flatten() for grid in scores]
-    for layer_scores in flat:
-        layer_scores[layer_scores.argmax()] = np.inf  # each layer's best block comes first
-    layers = np.repeat(np.arange(len(flat)), [layer_scores.size for layer_scores in flat])
-    kept = strongest(np.concatenate(flat), layers, budget, "global")
-    return np.bincount(layers[kept], minlength=len(flat))
 
 
 def _share_by_erdos_renyi(scores: list[np.ndarray], budget: int) -> np.ndarray:

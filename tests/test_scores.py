@@ -12,6 +12,7 @@ from mlx_sparse_nn.scores import (
     blocks_for,
     check_density,
     grid_scores,
+    share_by_score,
     split_blocks,
     strongest,
     strongest_pattern,
@@ -178,3 +179,11 @@ def test_bad_arguments_are_refused(call, error, message):
 def test_errors_speak_for_the_caller():
     with pytest.raises(ValueError, match=r"^\[sparsify layers.0\] score"):
         block_scores(BLOCKS, "l3", owner="sparsify layers.0")
+
+
+def test_layers_share_a_budget_by_score():
+    weak, strong, empty = np.array([1.0, 2.0]), np.array([9.0, 8.0, 7.0]), np.zeros(0)
+    assert share_by_score([weak, strong], 2).tolist() == [1, 1]  # one each, however weak
+    assert share_by_score([weak, strong], 3).tolist() == [1, 2]
+    assert share_by_score([weak, empty, strong], 5).tolist() == [2, 0, 3]
+    assert weak.tolist() == [1, 2]
