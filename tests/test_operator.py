@@ -240,9 +240,8 @@ class TestCost:
         H, C = (make(20, 0.7) for make in (IsingOperator, transverse_field_ising))
         np.testing.assert_allclose(H @ x, C @ x, rtol=1e-4, atol=1e-4)
         # In turns, and the fastest of several: other work on the machine slows both.
-        by_operator, by_matrix = zip(
-            *((seconds(H, x), seconds(C, x)) for _ in range(10)), strict=True
-        )
+        times = [(seconds(H, x), seconds(C, x)) for _ in range(10)]
+        by_operator, by_matrix = zip(*times, strict=True)
         assert min(by_operator) < min(by_matrix)
 
     def test_24_sites_take_less_than_4_gb(self):
