@@ -18,6 +18,7 @@ from support import (
 
 from mlx_sparse_nn import CSRPattern, sddmm, spmm, spmm_t
 from mlx_sparse_nn.core import reference
+from mlx_sparse_nn.core.ops import todense
 
 leading = st.lists(st.integers(0, 3), max_size=3).map(tuple)
 REAL = (mx.float32, mx.float16, mx.bfloat16, mx.float64)
@@ -78,6 +79,34 @@ def check_rounding(block_size, dtype):
     assert_close(spmm_t(data, pattern, y), y64 @ dense, length, abs(y64) @ abs(dense))
     expected, magnitude = (sample(pattern, f(y64).T @ f(x64)) for f in (np.array, np.abs))
     assert_close(sddmm(pattern, y, x), expected, 3, magnitude)
+
+
+@pytest.mark.parametrize("n", [1, 16, 40, 300])
+@pytest.mark.parametrize("block_size", [1, 4, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_16_bit_products_err_no_more_than_dense_ones(dtype, block_size, n):
+    """Against float64, on whichever device runs the tests: the same rounding, once, at the end."""
+    blocks = max(3, 128 // block_size)
+    pattern = random_pattern(blocks, blocks, block_size, density=0.8)
+    size = blocks * block_size
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: mx.array(rng.normal(size=shape).astype(np.float32)).astype(dtype)
+    data, x, y = draw(*pattern.data_shape), draw(n, size), draw(n, size)
+    dense = todense(data, pattern)
+    stored = pattern.tomask()
+    results = {
+        "spmm": (spmm(data, pattern, x), x @ dense.T, x, dense.T),
+        "spmm_t": (spmm_t(data, pattern, y), y @ dense, y, dense),
+        "sddmm": (todense(sddmm(pattern, y, x), pattern), mx.where(stored, y.T @ x, 0), y.T, x),
+    }
+    for name, (actual, by_mlx, a, b) in results.items():
+        expected = to_numpy(a) @ to_numpy(b)
+        if name == "sddmm":
+            expected = np.where(np.array(stored), expected, 0)
+        error, error_of_dense = (
+            np.sqrt(np.mean((to_numpy(result) - expected) ** 2)) for result in (actual, by_mlx)
+        )
+        assert error <= 1.01 * error_of_dense, name
 
 
 @given(patterns(block_sizes=(1,)), leading)
