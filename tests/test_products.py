@@ -81,6 +81,28 @@ def check_rounding(block_size, dtype):
     assert_close(sddmm(pattern, y, x), expected, 3, magnitude)
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("n", [3, 70, 600])
+@pytest.mark.parametrize("block_size", [1, 8, 16, 32, 64, 128])
+def test_many_rows_and_slices_that_begin_anywhere(block_size, n, offset):
+    """Kernels copy 16 bytes at a time, and go by stages and tiles of rows."""
+    blocks = max(4, 96 // block_size)
+    pattern = random_pattern(blocks, blocks + 1, block_size, density=0.7)
+
+    def draw(*shape):
+        flat = integers((int(np.prod(shape)) + offset,), len(shape), mx.bfloat16)
+        return flat[offset:].reshape(shape)
+
+    data, x, y = (
+        draw(*shape) for shape in (pattern.data_shape, (n, pattern.shape[1]), (n, pattern.shape[0]))
+    )
+    dense = to_numpy(dense_of(pattern, data.astype(mx.float32)))
+    x64, y64 = to_numpy(x), to_numpy(y)
+    assert_equal(spmm(data, pattern, x), rounded(x64 @ dense.T, mx.bfloat16))
+    assert_equal(spmm_t(data, pattern, y), rounded(y64 @ dense, mx.bfloat16))
+    assert_equal(sddmm(pattern, y, x), rounded(sample(pattern, y64.T @ x64), mx.bfloat16))
+
+
 @pytest.mark.parametrize("n", [1, 16, 40, 300])
 @pytest.mark.parametrize("block_size", [1, 4, 8, 16, 32, 64, 128])
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
