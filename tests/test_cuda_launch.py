@@ -5,6 +5,8 @@ The kernels themselves run in ``make test-device``, on a machine with an NVIDIA 
 """
 
 import re
+import subprocess
+import sys
 import threading
 
 import mlx.core as mx
@@ -205,3 +207,21 @@ def test_transforming_is_of_this_thread_and_now():
     with pytest.raises(ZeroDivisionError):
         mx.grad(lambda x: x / 0 if kernels.transforming() is False else 1 / 0)(x)
     assert kernels.transforming() is False
+
+
+def test_a_thread_may_end_with_the_program():
+    """What MLX has compiled in a thread waits for Python when the thread ends, and aborts where the
+    interpreter is shutting down: a thread that called a layer must leave nothing behind."""
+    script = """
+import threading
+import mlx.core as mx
+from mlx_sparse_nn import BlockSparseLinear
+
+layer, x = BlockSparseLinear(64, 64), mx.ones((2, 64))
+mx.eval(layer(x), layer.parameters())
+thread = threading.Thread(target=lambda: mx.eval(layer(x)))
+thread.start()
+thread.join()
+"""
+    for _ in range(5):
+        subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, timeout=60)

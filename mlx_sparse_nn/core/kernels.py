@@ -170,8 +170,16 @@ def _short(code: str) -> str:
 
 
 class _Tracing(threading.local):
-    vmaps = 0  # calls of mx.vmap that are tracing their function in this thread
-    found = False  # whether the probe's Python ran
+    def __init__(self):
+        self.vmaps = 0  # calls of mx.vmap that are tracing their function in this thread
+        self.found = False  # whether the probe's Python ran
+        # A probe of each thread's own: what MLX has compiled in a thread has to go before the
+        # thread ends, since MLX would wait for Python where the interpreter may be shutting down.
+        self.probe = mx.compile(self._note)
+
+    def _note(self, tracer: mx.array) -> mx.array:
+        self.found = True
+        return tracer
 
 
 _tracing = _Tracing()
@@ -187,25 +195,18 @@ def transforming() -> bool:
     """
     for _ in range(2):
         _tracing.found = False
-        _probe(_tracer)
+        _tracing.probe(_tracer())
         if not _tracing.found:
             return False
     return True
 
 
-@mx.compile
-def _probe(tracer: mx.array) -> mx.array:
-    _tracing.found = True
-    return tracer
-
-
-def _keep_tracer() -> mx.array:
+@cache
+def _tracer() -> mx.array:
+    """Return an array kept from a trace."""
     kept = []
     mx.vjp(lambda a: kept.append(-a) or a, [mx.array(0.0)], [mx.array(0.0)])
     return kept[0]
-
-
-_tracer = _keep_tracer()
 
 
 def _note_vmaps() -> None:
