@@ -25,6 +25,7 @@ from mlx_sparse_nn.scores import (
     share_by_score,
     strongest,
 )
+from mlx_sparse_nn.watch import sparse_layers
 
 Scope: TypeAlias = Literal["layer", "global"]
 
@@ -171,25 +172,6 @@ def prune(
         if counts[path] < before[path]:
             change_pattern(layer, patterns[path], moments[path])
     return Pruned(before, counts, _density(layers))
-
-
-def sparse_layers(owner: str, model: nn.Module) -> dict[str, BlockSparseLinear]:
-    """Return the block-sparse layers of a model by path; one that is used at several paths, once.
-
-    Raises:
-        TypeError: ``model`` is not a module.
-        ValueError: There is none.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"[{owner}] model must be an nn.Module, got {type(model).__name__}")
-    layers, seen = {}, set()
-    for path, module in reversed(model.named_modules()):
-        if isinstance(module, BlockSparseLinear) and id(module) not in seen:
-            seen.add(id(module))
-            layers[path] = module
-    if not layers:
-        raise ValueError(f"[{owner}] the model has no BlockSparseLinear layer")
-    return layers
 
 
 def moments_of(

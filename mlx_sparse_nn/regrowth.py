@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -19,9 +18,9 @@ from mlx_sparse_nn.pruning import (
     check_fraction,
     moments_of,
     n_places,
-    sparse_layers,
 )
 from mlx_sparse_nn.scores import Score, block_scores, check_score, grid_scores, strongest
+from mlx_sparse_nn.watch import sparse_layers, watched
 
 Criterion: TypeAlias = Literal["gradient", "random"]
 
@@ -164,7 +163,7 @@ def activations(
     # parameters are there for gradient checkpointing, which knows no other inputs.
     parameters = model.trainable_parameters()
     try:
-        with _watched(layers, watch):
+        with watched(layers, watch):
             mx.value_and_grad(loss, argnums=(0, 1))(parameters, mx.zeros(()))
     finally:
         model.update(parameters)
@@ -183,30 +182,6 @@ def activations(
         )
     mx.eval(pairs)
     return pairs
-
-
-@contextmanager
-def _watched(layers: dict[str, BlockSparseLinear], watch: Callable) -> Iterator[None]:
-    """Send the output of each layer through ``watch(path, x, y)``.
-
-    Python looks ``__call__`` up in the class, so each layer gets a subclass of its own for a while:
-    it stays the same object, wherever the model refers to it.
-    """
-    classes = {path: type(layer) for path, layer in layers.items()}
-
-    def watched(path: str, kind: type[BlockSparseLinear]) -> type[BlockSparseLinear]:
-        def call(layer: BlockSparseLinear, x: mx.array) -> mx.array:
-            return watch(path, x, kind.__call__(layer, x))
-
-        return type(kind.__name__, (kind,), {"__call__": call})
-
-    try:
-        for path, layer in layers.items():
-            object.__setattr__(layer, "__class__", watched(path, classes[path]))
-        yield
-    finally:
-        for path, layer in layers.items():
-            object.__setattr__(layer, "__class__", classes[path])
 
 
 def _check(layer, fraction, criterion, x, cotangent, seed) -> None:

@@ -16,7 +16,7 @@ from mlx_sparse_nn.core import kernels
 from mlx_sparse_nn.core.rounding import EPS, to_numpy, tolerance
 from mlx_sparse_nn.core.table import text_table
 from mlx_sparse_nn.layers import BlockSparseLinear
-from mlx_sparse_nn.pruning import sparse_layers
+from mlx_sparse_nn.watch import sparse_layers, watched
 
 # The absolute error of a result that is too small for its dtype, or that a device flushes to zero.
 _UNDERFLOW = {mx.float16: 2.0**-24, mx.float64: 0.0}
@@ -165,19 +165,19 @@ def verify(model: nn.Module, *inputs: Any, seed: int = 0) -> VerifyReport:
         path or type(layer).__name__: layer
         for path, layer in sparse_layers("verify", model).items()
     }
-    recorded = _record(model, list(layers.values()), inputs)
+    recorded = _record(model, layers, inputs)
     if not recorded:
         raise ValueError(f"[verify] the model called none of {', '.join(layers)} with these inputs")
     # On CUDA some float32 products of blocks are MLX's own matmul.
     tf32 = kernels.backend() == "cuda" and matmul_uses_tf32()
     checks = []
     for path, layer in layers.items():
-        if id(layer) in recorded:
-            x = _concrete(path, recorded[id(layer)])
+        if path in recorded:
+            x = _concrete(path, recorded[path])
             checks += _check_layer(path, layer, x, seed, tf32)
     report = VerifyReport(
         checks=tuple(checks),
-        not_reached=tuple(path for path, layer in layers.items() if id(layer) not in recorded),
+        not_reached=tuple(path for path in layers if path not in recorded),
         device=str(mx.default_device()),
         backend=kernels.backend(),
         tf32=tf32,
@@ -324,34 +324,24 @@ def _check_layer(
 
 
 def _record(
-    model: nn.Module, layers: list[BlockSparseLinear], inputs: tuple
-) -> dict[int, mx.array]:
-    """Run ``model`` and return the first input of each layer that it calls, by the layer's id."""
-    recorded: dict[int, mx.array] = {}
-    types = [type(layer) for layer in layers]
+    model: nn.Module, layers: dict[str, BlockSparseLinear], inputs: tuple
+) -> dict[str, mx.array]:
+    """Run ``model`` and return the first input of each layer that it calls, by path."""
+    recorded: dict[str, mx.array] = {}
+
+    def keep(path: str, x: mx.array, y: mx.array) -> mx.array:
+        recorded.setdefault(path, x)
+        return y
+
     training = [(module, module.training) for _, module in model.named_modules()]
     try:
         model.eval()
-        for layer in layers:
-            layer.__class__ = _recorder(type(layer), recorded)
-        model(*inputs)
+        with watched(layers, keep):
+            model(*inputs)
     finally:
-        for layer, original in zip(layers, types, strict=True):
-            layer.__class__ = original
         for module, mode in training:  # parents come before their children
             module.train(mode)
     return recorded
-
-
-def _recorder(layer_type: type[BlockSparseLinear], recorded: dict[int, mx.array]) -> type:
-    """Return ``layer_type`` with a call that keeps its first input."""
-
-    class Recorder(layer_type):
-        def __call__(self, x: mx.array) -> mx.array:
-            recorded.setdefault(id(self), x)
-            return super().__call__(x)
-
-    return Recorder
 
 
 def _concrete(path: str, x: mx.array) -> mx.array:
