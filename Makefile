@@ -9,16 +9,17 @@ BACKEND := $(shell \
 	driver=$$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d . -f 1); \
 	if [ -z "$$driver" ]; then echo cpu,; elif [ "$$driver" -ge 580 ]; then echo cuda13,; else echo cuda12,; fi)
 
-.PHONY: help demo test test-metal test-device lint format clean
+.PHONY: help demo test test-metal test-device bench lint format clean
 
 help:
 	@echo "make demo         train a small sparse language model (two minutes on two CPU cores)"
 	@echo "make test         run the tests"
 	@echo "make test-metal   run the Metal kernels on their emulator, with 2000 drawn cases"
 	@echo "make test-device  run the tests and a benchmark on this machine's GPU"
+	@echo "make bench        measure products on this machine beside their peers (ten minutes)"
 	@echo "make lint         check style and types"
 	@echo "make format       put the code into shape"
-	@echo "make clean        remove .venv and what training wrote"
+	@echo "make clean        remove .venv, .bench and what training wrote"
 
 demo: $(VENV)/installed-examples
 	$(BIN)/python examples/train_char_lm.py
@@ -32,6 +33,9 @@ test-metal: $(VENV)/installed-dev
 test-device: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/device.py
 
+bench: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,7 +46,7 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .bench runs
 
 $(VENV)/installed-%: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m benchmarks --help`` measures products beside their peers."""

@@ -1,0 +1,27 @@
+"""``mx.block_masked_mm``: a dense weight and a mask of its blocks of 32 or 64."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from benchmarks.peers import Task, mlx_common
+from benchmarks.peers.mlx_common import active_memory, peak_memory, ready, reset_peak, start
+from benchmarks.workloads import Arrays, Layer, Workload
+
+PACKAGES = ("mlx", "mlx-cpu", "numpy")
+__all__ = ["PACKAGES", "active_memory", "peak_memory", "prepare", "ready", "reset_peak", "start"]
+
+
+def prepare(w: Workload, arrays: Arrays) -> Task | None:
+    """Return the task of a layer of its block sizes; on the CPU it takes float32 alone."""
+    if not isinstance(w, Layer) or w.block_size not in (32, 64):
+        return None
+    if w.dtype != "float32" and mx.default_device().type == mx.cpu:
+        return None
+    mask = mx.array(arrays["mask"].T.copy())
+
+    def apply(weight, x):
+        return mx.block_masked_mm(x, weight.T, w.block_size, mask_rhs=mask)
+
+    stored = lambda gradient: gradient[arrays["weight"] != 0]  # noqa: E731
+    return mlx_common.layer(w, arrays, apply, arrays["weight"], stored)

@@ -1,0 +1,90 @@
+"""What the peers that use MLX have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from benchmarks.peers import Task
+from benchmarks.workloads import Arrays, Layer
+
+
+def start(device: str) -> None:
+    """Make ``device`` the default."""
+    mx.set_default_device(mx.Device(getattr(mx, device)))
+
+
+def ready(results: list) -> None:
+    """Evaluate what is MLX's."""
+    mx.eval([a for a in results if isinstance(a, mx.array)])
+
+
+def numpy(a: Any) -> np.ndarray:
+    """Return a NumPy array; bfloat16, which NumPy has not, as float32."""
+    if isinstance(a, mx.array) and a.dtype == mx.bfloat16:
+        a = a.astype(mx.float32)
+    return np.array(a)
+
+
+def active_memory() -> int:
+    """Return the bytes that MLX holds."""
+    mx.synchronize()
+    return mx.get_active_memory()
+
+
+def reset_peak() -> None:
+    mx.synchronize()
+    mx.reset_peak_memory()
+
+
+def peak_memory() -> int:
+    mx.synchronize()
+    return mx.get_peak_memory()
+
+
+def layer(
+    w: Layer,
+    arrays: Arrays,
+    apply: Callable[[mx.array, mx.array], mx.array],
+    weight: np.ndarray,
+    stored: Callable[[np.ndarray], np.ndarray],
+) -> Task:
+    """Return the task of ``apply(weight, x)``; ``stored`` picks a gradient's stored values."""
+    dtype = getattr(mx, w.dtype)
+    values = mx.array(weight).astype(dtype)
+    x, target = (mx.array(arrays[name]).astype(dtype) for name in ("x", "target"))
+    mx.eval(values, x, target)
+    if w.step == "forward":
+        del target
+        return Task(lambda _: [apply(values, x)], lambda out: [numpy(out[0])])
+
+    def run(_):
+        y, gradients = mx.vjp(apply, [values, x], [target])
+        return [*y, *gradients]
+
+    def convert(out):
+        y, of_weight, of_x = map(numpy, out)
+        return [y, stored(of_weight), of_x]
+
+    return Task(run, convert)
+
+
+def csr_product(
+    arrays: Arrays, step: str, multiply: Callable[[mx.array, mx.array], mx.array]
+) -> Task:
+    """Return the task of ``multiply(data, x)``, or of it and both gradients."""
+    data, x = mx.array(arrays["data"]), mx.array(arrays["x"])
+    mx.eval(data, x)
+    if step == "forward":
+        return Task(lambda _: [multiply(data, x)], lambda out: [numpy(out[0])])
+    target = mx.array(arrays["target"])
+    mx.eval(target)
+
+    def run(_):
+        y, gradients = mx.vjp(multiply, [data, x], [target])
+        return [*y, *gradients]
+
+    return Task(run, lambda out: [numpy(a) for a in out])

@@ -1,0 +1,83 @@
+"""mlx-sparse: native CSR of scalars. Its products take features first; it gets them so."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx_sparse as ms
+import numpy as np
+
+from benchmarks.peers import Task, features_first, mlx_common, rows_first, stored_values
+from benchmarks.peers.mlx_common import active_memory, numpy, peak_memory, ready, reset_peak
+from benchmarks.workloads import Array, Arrays, Build, Ising, Layer, Workload
+
+PACKAGES = ("mlx-sparse", "mlx", "mlx-cpu", "numpy")
+__all__ = ["PACKAGES", "active_memory", "peak_memory", "prepare", "ready", "reset_peak", "start"]
+
+
+def start(device: str) -> None:
+    """Make ``device`` the default of MLX and of mlx-sparse."""
+    mlx_common.start(device)
+    {"cpu": ms.use_cpu, "gpu": ms.use_gpu}[device]()
+
+
+def prepare(w: Workload, arrays: Arrays) -> Task | None:
+    """Return the task, but of blocks."""
+    if isinstance(w, Layer):
+        return layer(w, arrays)
+    if isinstance(w, Array | Ising):
+        multiply = product(arrays["indptr"], arrays["indices"], arrays["indptr"].size - 1)
+        return mlx_common.csr_product(arrays, w.step, multiply)
+    return build(w, arrays)
+
+
+def product(indptr: np.ndarray, indices: np.ndarray, size: int):
+    """Return ``A @ x`` as a function of stored values and x."""
+    parts = mx.array(indices), mx.array(indptr)
+    mx.eval(parts)
+    return lambda data, x: ms.csr_array((data, *parts), (size, size), canonical=True) @ x
+
+
+def layer(w: Layer, arrays: Arrays) -> Task:
+    indptr, indices, values = stored_values(arrays)
+    first = {name: features_first(arrays[name]) for name in ("x", "target")}
+    task = mlx_common.layer(
+        w, first, product(indptr, indices, w.features), values, lambda gradient: gradient
+    )
+
+    def convert(out):
+        y, *gradients = task.convert(out)
+        return [rows_first(y), *gradients[:1], *(rows_first(a) for a in gradients[1:])]
+
+    return Task(task.run, convert)
+
+
+def build(w: Build, arrays: Arrays) -> Task | None:
+    shape = (w.size, w.size)
+
+    def parts(A):
+        return [A.indptr, A.indices, A.data]
+
+    def convert(out):
+        return [numpy(a) for a in out]
+
+    if w.what == "from coordinates":
+        data, row, col = (arrays[name] for name in ("data", "row", "col"))
+
+        def make_coo(_):
+            return parts(ms.coo_array((data, (row, col)), shape).tocsr(canonical=True))
+
+        return Task(make_coo, convert)
+    if w.what == "from dense":
+        if w.block_size > 1:
+            return None
+        weight = mx.array(arrays["weight"])
+        return Task(lambda _: parts(ms.from_dense(weight)), convert)
+
+    def make():
+        csr = tuple(arrays[name] for name in ("data", "indices", "indptr"))
+        return ms.csr_array(csr, shape, canonical=True)
+
+    if w.what == "transpose":
+        return Task(lambda A: parts(A.T), convert, make)
+    x = mx.array(arrays["x"])
+    return Task(lambda _: [make() @ x], convert)

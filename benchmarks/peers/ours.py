@@ -1,0 +1,70 @@
+"""mlx_sparse_nn."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from benchmarks.peers import Task, mlx_common, stored_blocks
+from benchmarks.peers.mlx_common import active_memory, numpy, peak_memory, ready, reset_peak, start
+from benchmarks.workloads import Array, Arrays, Build, Ising, Layer, Workload
+from mlx_sparse_nn import BlockSparseLinear, CSRArray, CSRPattern, coo_array, csr_array, from_dense
+
+PACKAGES = ("mlx-sparse-nn", "mlx", "mlx-cpu", "numpy")
+__all__ = ["PACKAGES", "active_memory", "peak_memory", "prepare", "ready", "reset_peak", "start"]
+
+
+def prepare(w: Workload, arrays: Arrays) -> Task:
+    """Return the task: every workload has one."""
+    if isinstance(w, Layer):
+        return layer(w, arrays)
+    if isinstance(w, Array | Ising):
+        shape = (arrays["indptr"].size - 1,) * 2
+        pattern = CSRPattern(arrays["indptr"], arrays["indices"], shape)
+        return mlx_common.csr_product(arrays, w.step, lambda data, x: CSRArray(data, pattern) @ x)
+    return build(w, arrays)
+
+
+def layer(w: Layer, arrays: Arrays) -> Task:
+    indptr, indices, blocks = stored_blocks(arrays)
+    size = (w.features, w.features)
+    pattern = CSRPattern(indptr, indices, size, w.block_size)
+    module = BlockSparseLinear(*size, pattern, bias=False)
+
+    def apply(weight, x):
+        module.weight = weight
+        return module(x)
+
+    def stored(gradient):
+        dense = np.zeros(size, np.float32)
+        n, block = w.features // w.block_size, w.block_size
+        view = dense.reshape(n, block, n, block).swapaxes(1, 2)
+        view[np.nonzero(arrays["mask"])] = gradient.reshape(-1, block, block)
+        return dense[arrays["weight"] != 0]
+
+    return mlx_common.layer(w, arrays, apply, blocks.reshape(pattern.data_shape), stored)
+
+
+def build(w: Build, arrays: Arrays) -> Task:
+    def parts(A):
+        return [A.pattern.indptr, A.pattern.indices, A.data]
+
+    def convert(out):
+        return [numpy(a).reshape(-1) for a in out]
+
+    if w.what == "from coordinates":
+        data, row, col = (arrays[name] for name in ("data", "row", "col"))
+        shape = (w.size, w.size)
+        return Task(lambda _: parts(coo_array((data, (row, col)), shape).tocsr()), convert)
+    if w.what == "from dense":
+        weight = mx.array(arrays["weight"])
+        return Task(lambda _: parts(from_dense(weight, w.block_size)), convert)
+
+    def make():
+        csr = tuple(arrays[name] for name in ("data", "indices", "indptr"))
+        return csr_array(csr, shape=(w.size, w.size))
+
+    if w.what == "transpose":
+        return Task(lambda A: parts(A.T), convert, make)
+    x = mx.array(arrays["x"])
+    return Task(lambda _: [make() @ x], convert)

@@ -1,0 +1,98 @@
+"""A peer's process: it answers one request a line, as JSON, on its standard output.
+
+    python -m benchmarks.server NAME DEVICE PACKAGE
+
+PACKAGE is the checkout of mlx_sparse_nn to measure. A workload stays ready until it is dropped.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers import Task
+from benchmarks.workloads import from_json
+
+
+class Server:
+    """What a peer answers, request by request."""
+
+    def __init__(self, name: str, device: str):
+        self.peer: Any = importlib.import_module(f"benchmarks.peers.{name}")
+        self.peer.start(device)
+        self.counts_memory = hasattr(self.peer, "peak_memory")
+        self.tasks: dict[int, Task] = {}
+        self.kept: dict[int, int] = {}  # bytes that a workload holds between calls
+
+    def versions(self) -> dict[str, str]:
+        """Return the version of each package that the peer is made of."""
+        installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
+        return {name: installed[name] for name in self.peer.PACKAGES if name in installed}
+
+    def prepare(self, key: int, workload: dict[str, Any], folder: str) -> float | None:
+        """Run a workload once, write its results into the folder, and return its seconds."""
+        before = self._active()
+        path, w = Path(folder), from_json(workload)
+        arrays = {file.stem: np.load(file) for file in path.glob("*.npy")}
+        task = self.peer.prepare(w, arrays)
+        if task is None:
+            return None
+        operands = task.setup()
+        began = time.perf_counter()
+        out = task.run(operands)
+        self.peer.ready(out)
+        seconds = time.perf_counter() - began
+        np.savez(path / "out.npz", *task.convert(out))
+        del out, operands
+        self.tasks[key], self.kept[key] = task, self._active() - before
+        return seconds
+
+    def time(self, key: int, calls: int) -> dict[str, Any]:
+        """Return seconds of each call, processor seconds of all, and the peak of memory."""
+        task, wall, busy = self.tasks[key], [], 0.0
+        before = self._active()
+        if self.counts_memory:
+            self.peer.reset_peak()
+        for _ in range(calls):
+            operands = task.setup()
+            began, spent = time.perf_counter(), time.process_time()
+            self.peer.ready(task.run(operands))
+            wall.append(time.perf_counter() - began)
+            busy += time.process_time() - spent
+        peak = None
+        if self.counts_memory:
+            peak = self.kept[key] + self.peer.peak_memory() - before
+        return {"wall": wall, "busy": busy, "peak": peak}
+
+    def drop(self) -> None:
+        """Forget all workloads."""
+        self.tasks.clear()
+        self.kept.clear()
+        gc.collect()
+
+    def _active(self) -> int:
+        return self.peer.active_memory() if self.counts_memory else 0
+
+
+def main(name: str, device: str, package: str) -> None:
+    sys.path.insert(0, package)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no answer
+    server = Server(name, device)
+    for line in sys.stdin:
+        request, arguments = json.loads(line)
+        answer = getattr(server, request)(**arguments)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
