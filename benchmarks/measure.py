@@ -191,6 +191,7 @@ def describe(processes: list[Process], device: str) -> dict[str, Any]:
     found_commit = subprocess.run(commit, cwd=ROOT, capture_output=True, text=True, check=False)
     return {
         "device": device,
+        "gpu": processes[0].ask("gpu"),
         "processor": found.group(1) if found else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "system": platform.platform(),

@@ -88,7 +88,7 @@ def machine(results: Result) -> str:
         if name in versions:
             parts.append(f"{label} {versions[name]}")
     return (
-        f"{m['processor']}, {m['cores']} cores, {m['system'].split('-with')[0]}, "
+        f"{m.get('gpu') or m['processor']}, {m['cores']} cores, {m['system'].split('-with')[0]}, "
         f"Python {m['python']}; {', '.join(parts)}."
     )
 
@@ -296,6 +296,7 @@ def plot_layers(results: Result, path: Path) -> None:
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.set(title=step, xlabel="density, %", xscale="log", yscale="log")
         axis.set_xticks([1, 5, 10, 25, 50], labels=["1", "5", "10", "25", "50"])
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("speed relative to nn.Linear")

@@ -28,8 +28,10 @@ class Server:
 
     def __init__(self, name: str, device: str):
         self.peer: Any = importlib.import_module(f"benchmarks.peers.{name}")
-        self.peer.start(device)
-        self.counts_memory = hasattr(self.peer, "peak_memory")
+        self.runtime: Any = self.peer.RUNTIME
+        self.runtime.start(device)
+        self.device = device
+        self.counts_memory = hasattr(self.runtime, "peak_memory")
         self.tasks: dict[int, Task] = {}
         self.kept: dict[int, int] = {}  # bytes that a workload holds between calls
 
@@ -37,6 +39,10 @@ class Server:
         """Return the version of each package that the peer is made of."""
         installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
         return {name: installed[name] for name in self.peer.PACKAGES if name in installed}
+
+    def gpu(self) -> str | None:
+        """Return the name of the GPU, where the peer uses one."""
+        return self.runtime.gpu() if self.device == "gpu" else None
 
     def prepare(self, key: int, workload: dict[str, Any], folder: str) -> float | None:
         """Run a workload once, write its results into the folder, and return its seconds."""
@@ -49,7 +55,7 @@ class Server:
         operands = task.setup()
         began = time.perf_counter()
         out = task.run(operands)
-        self.peer.ready(out)
+        self.runtime.ready(out)
         seconds = time.perf_counter() - began
         np.savez(path / "out.npz", *task.convert(out))
         del out, operands
@@ -61,16 +67,16 @@ class Server:
         task, wall, busy = self.tasks[key], [], 0.0
         before = self._active()
         if self.counts_memory:
-            self.peer.reset_peak()
+            self.runtime.reset_peak()
         for _ in range(calls):
             operands = task.setup()
             began, spent = time.perf_counter(), time.process_time()
-            self.peer.ready(task.run(operands))
+            self.runtime.ready(task.run(operands))
             wall.append(time.perf_counter() - began)
             busy += time.process_time() - spent
         peak = None
         if self.counts_memory:
-            peak = self.kept[key] + self.peer.peak_memory() - before
+            peak = self.kept[key] + self.runtime.peak_memory() - before
         return {"wall": wall, "busy": busy, "peak": peak}
 
     def drop(self) -> None:
@@ -80,7 +86,7 @@ class Server:
         gc.collect()
 
     def _active(self) -> int:
-        return self.peer.active_memory() if self.counts_memory else 0
+        return self.runtime.active_memory() if self.counts_memory else 0
 
 
 def main(name: str, device: str, package: str) -> None:

@@ -1,7 +1,8 @@
 """What each peer runs. A module of a peer is imported in that peer's own process and environment.
 
-Each has ``start(device)``, ``prepare(workload, arrays)``, which returns a :class:`Task` or None
-where the peer has no such operation, and ``ready(results)``, which waits for results.
+Each has ``prepare(workload, arrays)``, which returns a :class:`Task`, or None where the peer has no
+such operation; ``RUNTIME``, the module that starts a device and waits for results; and
+``PACKAGES``, whose versions are recorded.
 """
 
 from __future__ import annotations

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from benchmarks.peers import Task, mlx_common
-from benchmarks.peers.mlx_common import active_memory, peak_memory, ready, reset_peak, start
+from benchmarks.peers import Task, on_mlx
 from benchmarks.workloads import Arrays, Layer, Workload
 
-PACKAGES = ("mlx", "mlx-cpu", "numpy")
-__all__ = ["PACKAGES", "active_memory", "peak_memory", "prepare", "ready", "reset_peak", "start"]
+RUNTIME = on_mlx
+PACKAGES = on_mlx.PACKAGES
 
 
 def prepare(w: Workload, arrays: Arrays) -> Task | None:
@@ -24,4 +23,4 @@ def prepare(w: Workload, arrays: Arrays) -> Task | None:
         return mx.block_masked_mm(x, weight.T, w.block_size, mask_rhs=mask)
 
     stored = lambda gradient: gradient[arrays["weight"] != 0]  # noqa: E731
-    return mlx_common.layer(w, arrays, apply, arrays["weight"], stored)
+    return on_mlx.layer(w, arrays, apply, arrays["weight"], stored)

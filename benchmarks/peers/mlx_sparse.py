@@ -6,27 +6,21 @@ import mlx.core as mx
 import mlx_sparse as ms
 import numpy as np
 
-from benchmarks.peers import Task, features_first, mlx_common, rows_first, stored_values
-from benchmarks.peers.mlx_common import active_memory, numpy, peak_memory, ready, reset_peak
+from benchmarks.peers import Task, features_first, on_mlx, rows_first, stored_values
 from benchmarks.workloads import Array, Arrays, Build, Ising, Layer, Workload
 
-PACKAGES = ("mlx-sparse", "mlx", "mlx-cpu", "numpy")
-__all__ = ["PACKAGES", "active_memory", "peak_memory", "prepare", "ready", "reset_peak", "start"]
-
-
-def start(device: str) -> None:
-    """Make ``device`` the default of MLX and of mlx-sparse."""
-    mlx_common.start(device)
-    {"cpu": ms.use_cpu, "gpu": ms.use_gpu}[device]()
+RUNTIME = on_mlx
+PACKAGES = ("mlx-sparse", *on_mlx.PACKAGES)
 
 
 def prepare(w: Workload, arrays: Arrays) -> Task | None:
     """Return the task, but of blocks."""
+    (ms.use_cpu if mx.default_device().type == mx.cpu else ms.use_gpu)()
     if isinstance(w, Layer):
         return layer(w, arrays)
     if isinstance(w, Array | Ising):
         multiply = product(arrays["indptr"], arrays["indices"], arrays["indptr"].size - 1)
-        return mlx_common.csr_product(arrays, w.step, multiply)
+        return on_mlx.csr_product(arrays, w.step, multiply)
     return build(w, arrays)
 
 
@@ -40,7 +34,7 @@ def product(indptr: np.ndarray, indices: np.ndarray, size: int):
 def layer(w: Layer, arrays: Arrays) -> Task:
     indptr, indices, values = stored_values(arrays)
     first = {name: features_first(arrays[name]) for name in ("x", "target")}
-    task = mlx_common.layer(
+    task = on_mlx.layer(
         w, first, product(indptr, indices, w.features), values, lambda gradient: gradient
     )
 
@@ -58,7 +52,7 @@ def build(w: Build, arrays: Arrays) -> Task | None:
         return [A.indptr, A.indices, A.data]
 
     def convert(out):
-        return [numpy(a) for a in out]
+        return [on_mlx.numpy(a) for a in out]
 
     if w.what == "from coordinates":
         data, row, col = (arrays[name] for name in ("data", "row", "col"))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from benchmarks.peers import Task, mlx_common, stored_blocks
-from benchmarks.peers.mlx_common import active_memory, numpy, peak_memory, ready, reset_peak, start
+from benchmarks.peers import Task, on_mlx, stored_blocks
 from benchmarks.workloads import Array, Arrays, Build, Ising, Layer, Workload
 from mlx_sparse_nn import BlockSparseLinear, CSRArray, CSRPattern, coo_array, csr_array, from_dense
 
-PACKAGES = ("mlx-sparse-nn", "mlx", "mlx-cpu", "numpy")
-__all__ = ["PACKAGES", "active_memory", "peak_memory", "prepare", "ready", "reset_peak", "start"]
+RUNTIME = on_mlx
+PACKAGES = ("mlx-sparse-nn", *on_mlx.PACKAGES)
 
 
 def prepare(w: Workload, arrays: Arrays) -> Task:
@@ -21,7 +20,7 @@ def prepare(w: Workload, arrays: Arrays) -> Task:
     if isinstance(w, Array | Ising):
         shape = (arrays["indptr"].size - 1,) * 2
         pattern = CSRPattern(arrays["indptr"], arrays["indices"], shape)
-        return mlx_common.csr_product(arrays, w.step, lambda data, x: CSRArray(data, pattern) @ x)
+        return on_mlx.csr_product(arrays, w.step, lambda data, x: CSRArray(data, pattern) @ x)
     return build(w, arrays)
 
 
@@ -42,7 +41,7 @@ def layer(w: Layer, arrays: Arrays) -> Task:
         view[np.nonzero(arrays["mask"])] = gradient.reshape(-1, block, block)
         return dense[arrays["weight"] != 0]
 
-    return mlx_common.layer(w, arrays, apply, blocks.reshape(pattern.data_shape), stored)
+    return on_mlx.layer(w, arrays, apply, blocks.reshape(pattern.data_shape), stored)
 
 
 def build(w: Build, arrays: Arrays) -> Task:
@@ -50,7 +49,7 @@ def build(w: Build, arrays: Arrays) -> Task:
         return [A.pattern.indptr, A.pattern.indices, A.data]
 
     def convert(out):
-        return [numpy(a).reshape(-1) for a in out]
+        return [on_mlx.numpy(a).reshape(-1) for a in out]
 
     if w.what == "from coordinates":
         data, row, col = (arrays[name] for name in ("data", "row", "col"))

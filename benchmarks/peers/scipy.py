@@ -5,18 +5,11 @@ from __future__ import annotations
 import numpy as np
 from scipy import sparse
 
-from benchmarks.peers import Task, features_first, rows_first, stored_blocks
+from benchmarks.peers import Task, features_first, on_host, rows_first, stored_blocks
 from benchmarks.workloads import Arrays, Build, Layer, Workload
 
+RUNTIME = on_host
 PACKAGES = ("scipy", "numpy")
-
-
-def start(device: str) -> None:
-    """Have nothing to set: SciPy is on the CPU."""
-
-
-def ready(results: list) -> None:
-    """Have nothing to wait for."""
 
 
 def prepare(w: Workload, arrays: Arrays) -> Task | None:

@@ -12,20 +12,14 @@ import warnings
 import numpy as np
 import torch
 
-from benchmarks.peers import Task, features_first, rows_first, stored_blocks, stored_values
+from benchmarks.peers import Task, features_first, on_host, rows_first, stored_blocks, stored_values
 from benchmarks.workloads import Array, Arrays, Build, Ising, Workload, rows_of
 
+RUNTIME = on_host
 PACKAGES = ("torch", "numpy")
 
-
-def start(device: str) -> None:
-    """Silence the notice that sparse tensors are in beta, and keep their checks off."""
-    torch.sparse.check_sparse_tensor_invariants.disable()
-    warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta")
-
-
-def ready(results: list) -> None:
-    """Have nothing to wait for."""
+warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta")
+torch.sparse.check_sparse_tensor_invariants.disable()  # its default, which it warns about
 
 
 def prepare(w: Workload, arrays: Arrays) -> Task | None:

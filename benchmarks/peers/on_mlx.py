@@ -11,10 +11,17 @@ import numpy as np
 from benchmarks.peers import Task
 from benchmarks.workloads import Arrays, Layer
 
+PACKAGES = ("mlx", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-metal", "numpy")
+
 
 def start(device: str) -> None:
     """Make ``device`` the default."""
     mx.set_default_device(mx.Device(getattr(mx, device)))
+
+
+def gpu() -> str:
+    """Return the GPU's name."""
+    return str(mx.device_info().get("device_name"))
 
 
 def ready(results: list) -> None:
@@ -54,12 +61,12 @@ def layer(
 ) -> Task:
     """Return the task of ``apply(weight, x)``; ``stored`` picks a gradient's stored values."""
     dtype = getattr(mx, w.dtype)
-    values = mx.array(weight).astype(dtype)
-    x, target = (mx.array(arrays[name]).astype(dtype) for name in ("x", "target"))
-    mx.eval(values, x, target)
+    values, x = (mx.array(a).astype(dtype) for a in (weight, arrays["x"]))
+    mx.eval(values, x)
     if w.step == "forward":
-        del target
         return Task(lambda _: [apply(values, x)], lambda out: [numpy(out[0])])
+    target = mx.array(arrays["target"]).astype(dtype)
+    mx.eval(target)
 
     def run(_):
         y, gradients = mx.vjp(apply, [values, x], [target])
