@@ -80,6 +80,14 @@ def chosen(args: argparse.Namespace) -> list[workloads.Workload]:
     return [w for name in SETS if args.what in ("all", name) for w in sets[name]]
 
 
+def save(results: dict[str, Any], path: Path) -> None:
+    """Write the results so far, one a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = ",\n".join(json.dumps(result) for result in results["results"])
+    described = json.dumps(results["machine"], indent=1)
+    path.write_text(f'{{"machine": {described},\n"results": [\n{rows}\n]}}\n')
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.what == "report":
@@ -98,10 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         results: dict[str, Any] = {"machine": describe(processes, args.device), "results": []}
         for result in measure(chosen(args), processes, turns, args.seconds, args.limit):
             results["results"].append(result)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    rows = ",\n".join(json.dumps(result) for result in results["results"])
-    described = json.dumps(results["machine"], indent=1)
-    args.output.write_text(f'{{"machine": {described},\n"results": [\n{rows}\n]}}\n')
+            save(results, args.output)
     print(tables(results), machine(results), sep="\n\n")
     print(f"written to {args.output}")
 

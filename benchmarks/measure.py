@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.environments import PEERS, ROOT, python_of
+from benchmarks.environments import ROOT, python_of
 from benchmarks.workloads import Layer, Workload, to_json
 
 TURNS = 7
@@ -187,7 +187,7 @@ def describe(processes: list[Process], device: str) -> dict[str, Any]:
     """Return what the machine and its software are."""
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    commit = ["git", "rev-parse", "--short", "HEAD"]
+    commit = ["git", "describe", "--always", "--dirty"]
     found_commit = subprocess.run(commit, cwd=ROOT, capture_output=True, text=True, check=False)
     return {
         "device": device,
@@ -200,7 +200,6 @@ def describe(processes: list[Process], device: str) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "load": _round(os.getloadavg()[0]) if hasattr(os, "getloadavg") else None,
         "peers": {p.label: p.ask("versions") for p in processes},
-        "labels": {p.label: PEERS[p.name].label for p in processes if p.name in PEERS},
     }
 
 
