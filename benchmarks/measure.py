@@ -56,18 +56,17 @@ class Process(AbstractContextManager):
         """Return the answer to a request, a method of ``server.Server``."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        print(json.dumps([request, arguments]), file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline()
+        try:
+            print(json.dumps([request, arguments]), file=self._process.stdin, flush=True)
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
         if not answer:
             raise SystemExit(f"[benchmarks] {self.label} stopped at {request} {arguments}")
         return json.loads(answer)
 
     def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
+        self._process.communicate()
 
 
 def measure(

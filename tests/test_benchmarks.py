@@ -158,6 +158,13 @@ def test_a_peer_of_another_device_is_refused():
         __main__.main(["ising", "--device", "gpu", "--peers", "ours", "scipy"])
 
 
+def test_a_peer_that_stops_is_named(monkeypatch):
+    monkeypatch.setitem(environments.PEERS, "nobody", environments.Peer("Nobody"))
+    process = measure.Process("nobody", "nobody")
+    with process, pytest.raises(SystemExit, match="nobody stopped at versions"):
+        process.ask("versions")
+
+
 def test_a_peer_that_cannot_be_installed_is_an_error(monkeypatch, tmp_path):
     peer = environments.Peer("None", ("no-such-package-at-all @ file:///nowhere",))
     monkeypatch.setattr(environments, "PEERS", {"none": peer})

@@ -1,6 +1,6 @@
 """PyTorch on the CPU: BSR for forward products of blocks, CSR for the rest, 32-bit indices.
 
-Training is what a user can do by hand with a fixed pattern, which is faster than PyTorch's autograd:
+Training is what a user can do by hand with a fixed pattern, which is faster than its autograd:
 ``A @ x``, the product with a transpose whose places were sorted once, and ``sampled_addmm`` at the
 stored places. It has bfloat16 in none of these on the CPU.
 """
