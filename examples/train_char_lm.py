@@ -164,6 +164,17 @@ def save_checkpoint(path: Path, model: CharLM, optimizer: optim.Optimizer, progr
     os.replace(unfinished, path)  # atomic: there is the old file or the new one, never a part
 
 
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict]:
+    """Return the arrays and the ``progress`` that :func:`save_checkpoint` wrote."""
+    loaded: Any = mx.load(str(path), return_metadata=True)
+    return loaded[0], json.loads(loaded[1]["progress"])
+
+
+def saved_step(path: Path) -> int:
+    """Return the step from which a run that was stopped anywhere, within a save too, can go on."""
+    return read_checkpoint(path)[1]["step"] if path.is_file() else 0
+
+
 def load_checkpoint(path: Path, model: CharLM, optimizer: optim.Optimizer, settings: dict) -> dict:
     """Restore what :func:`save_checkpoint` wrote, and return its ``progress``.
 
@@ -173,8 +184,7 @@ def load_checkpoint(path: Path, model: CharLM, optimizer: optim.Optimizer, setti
     if not path.is_file():
         raise ValueError(f"there is no checkpoint to resume at {path}")
     try:
-        loaded: Any = mx.load(str(path), return_metadata=True)
-        arrays, progress = loaded[0], json.loads(loaded[1]["progress"])
+        arrays, progress = read_checkpoint(path)
     except (RuntimeError, KeyError) as error:
         raise ValueError(f"{path} is no checkpoint of this script: {error}") from None
     for name, value in settings.items():
@@ -341,7 +351,7 @@ def main() -> None:
     try:
         validation_loss = train(model, optimizer, data, evaluate, save, progress, args)
     except KeyboardInterrupt:
-        step = progress["step"]
+        step = saved_step(path) if progress["step"] else 0
         sys.exit(f"stopped; --resume goes on from step {step}" if step else "stopped")
     report(model, progress["seconds"], validation_loss)
     if args.sample:

@@ -89,7 +89,7 @@ def stop(arguments: list[str], folder: Path, signum: int, after: int) -> tuple[i
         for _ in range(20):
             process.send_signal(signum)
             try:
-                stdout, stderr = process.communicate(timeout=3)
+                stdout, stderr = process.communicate(timeout=5)
             except subprocess.TimeoutExpired:
                 continue  # mx.array(numpy_array) swallows an interrupt that arrives within it
             return process.returncode, stdout, stderr
@@ -256,6 +256,32 @@ def test_interrupt_leaves_a_whole_checkpoint(folder: Path):
     _, progress = load(folder)
     assert progress["step"] >= 12
     assert stderr.endswith(f"stopped; --resume goes on from step {progress['step']}\n")
+
+
+@pytest.mark.parametrize(("before", "step"), [(True, 4), (False, 8)])
+def test_interrupt_within_a_save(before: bool, step: int, folder: Path):
+    """The second save is interrupted right before, or right after, its file is in place."""
+    driver = f"""
+import os, runpy, sys
+replace, calls = os.replace, []
+def interrupted(source, target):
+    calls.append(target)
+    if len(calls) == 2 and {before}:
+        raise KeyboardInterrupt
+    replace(source, target)
+    if len(calls) == 2:
+        raise KeyboardInterrupt
+os.replace = interrupted
+sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    arguments = training(steps=20, interval=4)
+    i = next(i for i, argument in enumerate(arguments) if argument.endswith("train_char_lm.py"))
+    result = run([*arguments[:i], "-c", driver, *arguments[i:]], folder)
+    assert result.returncode == 1
+    assert result.stderr.endswith(f"stopped; --resume goes on from step {step}\n")
+    assert load(folder)[1]["step"] == step
 
 
 def test_finished_run_resumes_to_its_summary(folder: Path):
