@@ -3,7 +3,7 @@
 ``counts.json`` holds, for each workload: the operations in MLX's graph on the CPU, the peak of
 memory there in kilobytes, and the kernels launched on a GPU. After a change that is meant,
 ``python tests/test_counts.py`` writes it again, and its diff shows what the change does. A peak is
-written when it has changed by a quarter: it depends on when MLX's threads come to free memory.
+written when it has changed by more than half: it depends on when MLX's threads come to free memory.
 """
 
 import io
@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern, csr_array, physics
-from mlx_sparse_nn.core import cuda, kernels, reference
+from mlx_sparse_nn.core import cuda, kernels, steps
 
 RECORD = Path(__file__).with_name("counts.json")
-SLACK = 1.25  # of the peak
+SLACK = 1.6  # of the peak
 LEAST = 200  # kilobytes, up to which no peak is of interest
 
 
@@ -96,7 +96,9 @@ def count(workload):
     mx.set_default_device(mx.cpu)
     helper = [mx.new_thread_local_stream(mx.cpu)]
     try:
-        with mock.patch.object(reference, "_more_streams", return_value=helper):
+        with ExitStack() as stack:  # two streams, on any machine
+            stack.enter_context(mock.patch.object(steps, "_n_streams", return_value=2))
+            stack.enter_context(mock.patch.object(steps, "_more_streams", return_value=helper))
             run = workload()
             for _ in range(3):
                 mx.eval(run())  # a pattern is laid out when it is first used

@@ -17,7 +17,7 @@ from support import (
 )
 
 from mlx_sparse_nn import CSRPattern, sddmm, spmm, spmm_t
-from mlx_sparse_nn.core import reference
+from mlx_sparse_nn.core import reference, steps
 from mlx_sparse_nn.core.ops import todense
 
 leading = st.lists(st.integers(0, 3), max_size=3).map(tuple)
@@ -185,7 +185,7 @@ def test_steps_agree_with_one_step(n, monkeypatch):
         for p in (pattern, uniform):
             with mx.stream(mx.cpu):
                 whole = all_products(p, n)
-                monkeypatch.setattr(reference, "_STEP", 5000)
+                monkeypatch.setattr(steps, "_STEP", 5000)
                 for a, b in zip(all_products(p, n), whole, strict=True):
                     assert_equal(a, b)
                 monkeypatch.undo()

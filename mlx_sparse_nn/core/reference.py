@@ -4,34 +4,21 @@ Operands may have a leading axis V of independent matrices that share one patter
 Block-rows are gathered bucket by bucket (see ``Layout``) into batched dense operations. No scatter
 is used, so sums have one fixed order and results are the same bit for bit from run to run.
 
-Products are cut into steps whose intermediates stay in the cache. On the CPU, where a stream is a
-thread, steps take turns on several streams. Neither changes the order of any sum.
+Products are cut into steps (see ``steps``), and 16-bit values are not widened, or step by step.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-from typing import NamedTuple, TypeAlias
 
 import mlx.core as mx
 
 from mlx_sparse_nn.core.layout import Half, Layout, buckets
+from mlx_sparse_nn.core.steps import LEAST, Index, after, cut, in_turn, put, step_bytes, steps
 
-_STEP = 1 << 15  # gathered values in a step of a product of blocks, on the CPU
-_LARGEST_STEP = 1 << 18  # the same where operands are large
-_SCALAR_STEP = 1 << 18  # the same of scalars, which take less time each
-_GPU_STEP = 1 << 24  # the same on a GPU, to bound the memory
 _FEW = 8  # rows of x below which each row multiplies the blocks
-_SPLIT = 1 << 18  # multiplications from which a product goes to several streams
 _CACHED = 1 << 18  # values up to which a transposition stays in the cache
-_STREAMS = 4  # at most, and no more than there are cores
-_AHEAD = 4  # steps that may gather before the first of them is done
-
-Index: TypeAlias = "mx.array | slice"
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
@@ -69,24 +56,30 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     n_batch, shape = math.prod(x.shape[:-2]), (*x.shape[:-2], *layout.data_shape)
     if 0 in (*shape, n):
         return mx.zeros(shape, x.dtype)
-    x_blocks, y_blocks = (_row_blocks(a, block) for a in (x, y))  # (V * C, N, B), (V * R, N, B)
-    # Rows of equal length are taken whole, others block by block.
-    n_units, width = half["row"].size or half["indptr"].size - 1, 1
-    if not half["row"].size:
-        width = half["indices"].size // n_units
-    indices, parts, out = half["indices"].view(mx.uint32), [], None
-    size = x.nbytes + y.nbytes + math.prod(shape) * x.itemsize
-    size = size if x.dtype == _wide_dtype(x.dtype) else size // 2  # widened copies come on top
-    for place, start, stop in _cut(n_units, n_batch * width * block * n, block, size):
+    x_blocks, y_blocks = (_row_blocks(a, block) for a in (x, y))  # (V * C, N, B), ...
+    if block == 1:
+        x_blocks, y_blocks = _widen(x_blocks), _widen(y_blocks)
+    indices, row = half["indices"].view(mx.uint32), half["row"]
+    held = x.nbytes + y.nbytes + math.prod(shape) * x.itemsize
+    unit, work = n_batch * block * x_blocks.itemsize * n, n_batch * n * block**2
+    step = step_bytes(indices.size * unit, held)
+    # Rows of equal length are taken whole, or in equal pieces if too wide; others block by block.
+    width = 1 if row.size else indices.size // (half["indptr"].size - 1)
+    least = max(1, min(width, -(-width * unit // step)))
+    pieces = next(k for k in range(least, width + 1) if width % k == 0)
+    width //= pieces
+    parts, out = [], None
+    for place, start, stop in cut(indices.size // width, width * unit, width * work, step):
         with place:
-            rows = half["row"][start:stop] if half["row"].size else slice(start, stop)
-            y_part = _widen(_take(y_blocks, rows, n_batch)).reshape(-1, 1, n, block)
-            cols = _in_turn(indices[start * width : stop * width], parts)
-            x_part = _take(x_blocks, cols, n_batch)
-            x_part = _widen(x_part).reshape(-1, width, n, block)
+            rows = row[start:stop] if row.size else slice(start, stop)
+            if pieces > 1:
+                rows = mx.arange(start, stop) // pieces
+            cols = in_turn(indices[start * width : stop * width], parts)
+            y_part = _take(y_blocks, rows, n_batch).reshape(-1, 1, n, block)
+            x_part = _take(x_blocks, cols, n_batch).reshape(-1, width, n, block)
             part = (x_part * y_part).sum(axis=2) if block == 1 else y_part.swapaxes(2, 3) @ x_part
             parts.append(part.reshape(-1, *layout.data_shape[1:]).astype(x.dtype))
-        out = _put(out, parts[-1], start * width, half["indices"].size, n_batch)
+        out = put(out, parts[-1], start * width, indices.size, n_batch)
     assert out is not None
     return out.reshape(shape)
 
@@ -118,116 +111,138 @@ def _product(
 ) -> mx.array:
     """Return the product over the block-rows of ``half``, with blocks transposed or not."""
     n, block = x.shape[-2], data.shape[-1] if data.ndim > x.ndim else 1
-    n_batch, shape = math.prod(x.shape[:-2]), (*x.shape[:-1], n_out)
+    shape = (*x.shape[:-1], n_out)
     if 0 in (*shape, data.size):
         y = mx.zeros(shape, x.dtype)
         return y if bias is None else y + bias
-    # One product of vectors, few rows of x times blocks, or blocks times many rows.
-    vector, few = block * n == 1, block > 1 and n < _FEW
-    values = data.reshape(-1, *((block, block) if block > 1 else ()))  # (V * n_blocks, ...)
-    if vector:
-        x_blocks = x.reshape(-1)
-    else:
-        x_blocks = _row_blocks(x, block) if few else _column_blocks(x, block)
-    if any(padded for _, _, padded in buckets(half)):
-        values, x_blocks = _append_zero(values, n_batch), _append_zero(x_blocks, n_batch)
-    if block > 1 and not (few or transposed):
-        values = mx.contiguous(values.swapaxes(1, 2))  # as x multiplies them: (in, out)
+    if block * n == 1:
+        return _vector_product(data, half, x, bias).reshape(shape)
+    # 16-bit blocks are widened for few rows of x, which takes as long as rearranging them.
+    few = block > 1 and n < (_FEW if x.dtype == _wide_dtype(x.dtype) else 2)
+    product = _few_product if few else _many_product
+    return product(data.reshape(-1, block, block), half, x, bias, transposed).reshape(shape)
+
+
+def _many_product(
+    data: mx.array, half: Half, x: mx.array, bias: mx.array | None, transposed: bool
+) -> mx.array:
+    """Return :func:`_product` of blocks and many rows of x, as ``(V, N, n_rows * B)``.
+
+    The blocks of a row, side by side, are one operand of a matrix product. MLX's own accumulates in
+    float32 and rounds once, so that 16-bit types need not be widened. One of few values is slow
+    however, and for scalars they are.
+    """
+    n, block = x.shape[-2], data.shape[-1]
+    n_batch, n_rows = math.prod(x.shape[:-2]), half["indptr"].size - 1
+    dtype = _wide_dtype(x.dtype) if block == 1 else x.dtype
+    unit, work = n_batch * n * block * dtype.size, n_batch * n * block**2
+    held = data.nbytes + x.nbytes + n_batch * n * n_rows * block * x.itemsize
+    size = step_bytes(_n_slots(half) * unit, held)
+    # Block-rows that are too wide for a step multiply some rows of x after the other.
+    widest = unit * max(width for _, width, _ in buckets(half))
+    n_pieces = min(-(-widest // size), max(1, n // max(block, _FEW)))
+    bounds = [n * i // n_pieces for i in range(n_pieces + 1)]
+    pieces = [x[..., a:b, :] for a, b in itertools.pairwise(bounds)] if n_pieces > 1 else [x]
+    pieces = [_column_blocks(a, block).astype(dtype) for a in pieces]
+    data, *pieces = _with_zeros(half, n_batch, data, *pieces)
     if bias is not None:
-        axes = () if vector else (1, block) if few else (block, 1)
-        bias = mx.concatenate([_widen(bias).reshape(-1, *axes)] * n_batch)  # as the parts below
-    parts, y = [], None
-    size = data.nbytes + x.nbytes + math.prod(shape) * x.itemsize
-    size = size if x.dtype == _wide_dtype(x.dtype) else size // 2  # widened copies come on top
-    for step in _steps(half, n_batch * block * n, block, size):
+        # MLX (0.32.4) cannot map addmm where its first argument alone is mapped.
+        index = "slots" if half["slots"].size else "indices"
+        half = half | {index: after(half[index], bias)}
+        bias = mx.concatenate([bias.astype(dtype).reshape(-1, block, 1)] * n_batch)
+    parts: list[mx.array] = []
+    ys: dict[int, mx.array] = {}
+    for step in steps(half, unit, work, size):
+        m, width = step.shape
         with step.place:
-            (m, width), weights = step.shape, _widen(_take(values, step.stored, n_batch))
-            cols = step.cols if vector else _in_turn(step.cols, parts)
-            gathered = _widen(_take(x_blocks, cols, n_batch))
-            if not width:
-                part = mx.zeros((n_batch * m, *x_blocks.shape[1:]), weights.dtype)
-            elif few:
+            weights = _take(data, step.stored, n_batch).astype(dtype)
+            if block > 1 and not transposed:
+                weights = mx.contiguous(weights.swapaxes(1, 2))  # as x multiplies them: (in, out)
+            weights = weights.reshape(n_batch * m, width * block, block).swapaxes(1, 2)
+            added = mx.zeros(1, dtype) if bias is None else _take(bias, step.rows, n_batch)
+        for i, piece in enumerate(pieces):
+            with step.place:
+                gathered = _take(piece, in_turn(step.cols, parts, n_pieces), n_batch)
+                gathered = gathered.reshape(n_batch * m, width * block, piece.shape[-1])
+                if not width:
+                    part = mx.broadcast_to(added, (n_batch * m, *piece.shape[1:]))
+                elif bias is None:
+                    part = weights @ gathered
+                else:
+                    part = mx.addmm(added, weights, gathered)
+                parts.append(part.astype(x.dtype))  # (V * m, B, N)
+            ys[i] = put(ys.get(i), parts[-1], step.start, n_rows, n_batch)
+    results = [_in_order(y, half, n_batch) for y in ys.values()]
+    y = results[0] if n_pieces == 1 else mx.concatenate(results, axis=-1)
+    return y.reshape(n_batch, n_rows * block, n).swapaxes(1, 2)
+
+
+def _few_product(
+    data: mx.array, half: Half, x: mx.array, bias: mx.array | None, transposed: bool
+) -> mx.array:
+    """Return :func:`_product` of blocks and few rows of x, as ``(V, N, n_rows, B)``.
+
+    Each row of x multiplies the blocks one by one, so that these need not be rearranged.
+    """
+    n, block = x.shape[-2], data.shape[-1]
+    n_batch, n_rows = math.prod(x.shape[:-2]), half["indptr"].size - 1
+    unit, work = n_batch * block * _bytes(x.dtype, n, block), n_batch * n * block**2
+    held = data.nbytes + x.nbytes + n_batch * n * n_rows * block * x.itemsize
+    size = step_bytes(_n_slots(half) * unit, max(2 * LEAST, held * 5 // 3))
+    data, x_blocks = _with_zeros(half, n_batch, data, _row_blocks(x, block))
+    if bias is not None:
+        bias = mx.concatenate([_widen(bias).reshape(-1, 1, block)] * n_batch)
+    parts, y = [], None
+    for step in steps(half, unit, work, size):
+        m, width = step.shape
+        with step.place:
+            weights = _widen(_take(data, step.stored, n_batch))
+            gathered = _widen(_take(x_blocks, in_turn(step.cols, parts), n_batch))
+            if width:
                 part = gathered @ (weights if transposed else weights.swapaxes(1, 2))
-                part = part.reshape(-1, width, n, block).sum(axis=1)  # (V * m, N, B)
-            elif block > 1:
-                weights = weights.reshape(-1, width * block, block).swapaxes(1, 2)
-                part = weights @ gathered.reshape(-1, width * block, n)  # (V * m, B, N)
-            elif vector:
-                part = (weights * gathered).reshape(-1, width).sum(axis=1)  # (V * m,)
+                part = part.reshape(n_batch * m, width, n, block).sum(axis=1)
             else:
-                part = weights.reshape(-1, 1, 1) * gathered
-                part = part.reshape(-1, width, 1, n).sum(axis=1)
+                part = mx.zeros((n_batch * m, n, block), weights.dtype)
             if bias is not None:
                 part = part + _take(bias, step.rows, n_batch)
-            parts.append(part.astype(x.dtype))
-        y = _put(y, parts[-1], step.start, n_out // block, n_batch)
+            parts.append(part.astype(x.dtype))  # (V * m, N, B)
+        y = put(y, parts[-1], step.start, n_rows, n_batch)
     assert y is not None
-    if half["order"].size:
-        y = _take(y, half["order"], n_batch)
-    if vector:
-        return y.reshape(shape)
-    if few:
-        return y.reshape(*shape[:-2], -1, n, block).swapaxes(-3, -2).reshape(shape)
-    return y.reshape(*shape[:-2], n_out, n).swapaxes(-1, -2)
+    return _in_order(y, half, n_batch).reshape(n_batch, n_rows, n, block).swapaxes(1, 2)
 
 
-class _Step(NamedTuple):
-    """What a step of a product takes: ``m`` block-rows of ``K`` blocks each."""
-
-    place: AbstractContextManager  # the stream to compute it on
-    start: int  # place of its first row among all, bucket by bucket
-    shape: tuple[int, int]  # (m, K)
-    rows: Index  # (m,) block-rows
-    stored: Index  # (m * K,) places of their blocks in data
-    cols: mx.array  # (m * K,) columns of their blocks
-
-
-def _steps(half: Half, gathered: int, block: int, size: int) -> Iterator[_Step]:
-    """Yield the steps of a product; each block gathers ``gathered`` values."""
-    uniform = not half["slots"].size
-    slots = half["indices" if uniform else "slots"].view(mx.uint32)
-    places = half["perm" if uniform else "stored"].view(mx.uint32)
-    first_row = first_slot = 0
-    for n_rows, width, _ in buckets(half):
-        for place, start, stop in _cut(n_rows, width * gathered, block, size):
-            rows: Index = slice(first_row + start, first_row + stop)
-            stored: Index = slice(first_slot + start * width, first_slot + stop * width)
-            cols = slots[stored]
-            if not uniform:
-                rows = half["rows"][rows]
-            if places.size:
-                stored = places[stored]
-            yield _Step(place, first_row + start, (stop - start, width), rows, stored, cols)
-        first_row += n_rows
-        first_slot += n_rows * width
+def _vector_product(data: mx.array, half: Half, x: mx.array, bias: mx.array | None) -> mx.array:
+    """Return :func:`_product` of scalars and one row of x, as ``(V * n_rows,)``."""
+    n_batch, n_rows = math.prod(x.shape[:-2]), half["indptr"].size - 1
+    held = x.nbytes + data.nbytes + n_batch * n_rows * x.itemsize
+    # Where data is read as it lies, no more is gathered than it holds: there is room for all.
+    direct = x.dtype == _wide_dtype(x.dtype) and not (half["stored"].size or half["perm"].size)
+    unit = n_batch * _bytes(x.dtype, 1 if direct else 2)
+    size = step_bytes(0 if direct else _n_slots(half) * unit, held)
+    data, x = _with_zeros(half, n_batch, data.reshape(-1), x.reshape(-1))
+    if bias is not None:
+        bias = _widen(mx.concatenate([bias] * n_batch))
+    parts, y = [], None
+    for step in steps(half, unit, n_batch, size):
+        with step.place:
+            m, width = step.shape
+            cols = step.cols if direct else in_turn(step.cols, parts)
+            part = _widen(_take(data, step.stored, n_batch)) * _widen(_take(x, cols, n_batch))
+            part = part.reshape(n_batch * m, width)
+            part = part.sum(axis=1) if width else mx.zeros(n_batch * m, part.dtype)
+            if bias is not None:
+                part = part + _take(bias, step.rows, n_batch)
+            parts.append(part.astype(x.dtype))  # (V * m,)
+        y = put(y, parts[-1], step.start, n_rows, n_batch)
+    assert y is not None
+    return _in_order(y, half, n_batch)
 
 
-def _cut(
-    count: int, values: int, block: int, size: int
-) -> Iterator[tuple[AbstractContextManager, int, int]]:
-    """Yield the place, start and stop of each step over ``count`` units that gather ``values``.
-
-    ``size`` is bytes of the operands and the result: a product may take some multiple of it. The
-    first step stays on the stream in use.
-    """
-    streams, step = [None], _GPU_STEP
-    if mx.default_device().type == mx.cpu:
-        step = _SCALAR_STEP if block == 1 else min(_LARGEST_STEP, max(_STEP, size // 32))
-        if count * values * block >= _SPLIT:
-            streams += _more_streams()
-    n_steps = max(1, -(-count * values // step))
-    n_steps = min(count, -(-n_steps // len(streams)) * len(streams))
-    for i in range(n_steps):
-        stream = streams[i % len(streams)]
-        place = nullcontext() if stream is None else mx.stream(stream)
-        yield place, count * i // n_steps, count * (i + 1) // n_steps
-
-
-@cache
-def _more_streams() -> list:
-    """Return the streams that help the one in use; MLX gives each Python thread its own of them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return [mx.new_thread_local_stream(mx.cpu) for _ in range(min(_STREAMS, cores or 1) - 1)]
+def _bytes(dtype: mx.Dtype, gathered: int, copied: int = 0) -> int:
+    """Return bytes of values that a step gathers, and of those that it copies only to widen."""
+    if dtype == _wide_dtype(dtype):
+        return dtype.size * gathered
+    return 5 * gathered + 4 * copied  # widened they have 4, and have 2 more until then
 
 
 def _row_blocks(x: mx.array, block: int) -> mx.array:
@@ -259,44 +274,27 @@ def _take(values: mx.array, index: Index, n_batch: int) -> mx.array:
     if values.size > values.shape[0]:
         return mx.take(values, index, axis=0)
     # Single elements: take_along_axis is some forty times faster on the CPU than take.
-    out = mx.take_along_axis(values.reshape(-1), index, axis=0)
-    return out if values.ndim == 1 else out.reshape(-1, *values.shape[1:])
+    if values.ndim == 1:
+        return mx.take_along_axis(values, index, axis=0)
+    return mx.take_along_axis(values.reshape(-1), index, axis=0).reshape(-1, *values.shape[1:])
 
 
-def _append_zero(values: mx.array, n_batch: int) -> mx.array:
-    """Return ``(V * n, ...)`` with a zero past the end of each of V parts, for padding to take."""
-    values = values.reshape(n_batch, -1, *values.shape[1:])
-    zero = mx.zeros((n_batch, 1, *values.shape[2:]), values.dtype)
-    return mx.concatenate([values, zero], axis=1).reshape(-1, *values.shape[2:])
+def _n_slots(half: Half) -> int:
+    return half["slots"].size or half["indices"].size
 
 
-def _in_turn(index: mx.array, parts: list[mx.array]) -> mx.array:
-    """Return ``index``, to be there once the part ``_AHEAD`` steps before is.
-
-    MLX evaluates a graph level by level and would hold what all steps gather at once.
-    ``mx.depends`` says the same as the selection here, but cannot be mapped.
-    """
-    if len(parts) < _AHEAD:
-        return index
-    return mx.where(parts[-_AHEAD].reshape(-1)[:1] == 0, index, index)
+def _in_order(y: mx.array, half: Half, n_batch: int) -> mx.array:
+    """Return the block-rows ``y (V * n, ...)`` of the buckets in the order of the matrix."""
+    return _take(y, half["order"], n_batch) if half["order"].size else y
 
 
-def _put(rows: mx.array | None, part: mx.array, start: int, n: int, n_batch: int) -> mx.array:
-    """Return ``rows (V * n, ...)`` with ``part (V * m, ...)`` at ``start`` of each of V parts.
-
-    In place, since nothing else holds ``rows``.
-    """
-    m, shape = part.shape[0] // n_batch, part.shape[1:]
-    if m == n:
-        return part
-    if rows is None:
-        rows = mx.zeros((n_batch * n, *shape), part.dtype)
-    if n_batch == 1:
-        rows[start : start + m] = part
-        return rows
-    rows = rows.reshape(n_batch, n, *shape)
-    rows[:, start : start + m] = part.reshape(n_batch, m, *shape)
-    return rows.reshape(-1, *shape)
+def _with_zeros(half: Half, n_batch: int, *arrays: mx.array) -> list[mx.array]:
+    """Return each ``(V * n, ...)`` with a zero after each of V parts, if padding takes it."""
+    if not any(padded for _, _, padded in buckets(half)):
+        return list(arrays)
+    parts = [a.reshape(n_batch, -1, *a.shape[1:]) for a in arrays]
+    parts = [mx.concatenate([a, mx.zeros_like(a[:, :1])], axis=1) for a in parts]
+    return [a.reshape(-1, *a.shape[2:]) for a in parts]
 
 
 def _places(half: Half) -> tuple:
