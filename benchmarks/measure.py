@@ -76,11 +76,12 @@ def measure(
     seconds: float = 0.05,
     limit: float = 10.0,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the result of each workload: ``workload``, ``held`` bytes, and ``peers``.
+    """Yield the result of each workload: ``workload``, ``held`` and ``made`` bytes, and ``peers``.
 
     Of each peer: ``turns``, the median seconds of a call in each turn; ``calls`` in all;
-    ``processor``, the mean seconds of a call over all threads; ``peak``, bytes of operands, results
-    and what lies between, where the peer can say.
+    ``processor``, the mean seconds of a call over all threads; where the peer can say, ``kept``,
+    bytes of operands and what was made of the pattern, and ``peak``, bytes of these, results and
+    what lies between.
 
     Args:
         workloads: What to measure. Layers that one dense layer stands for are measured together.
@@ -125,7 +126,8 @@ class _Entry:
         self.result["turns"].append(_round(median))
         self.result["calls"] = self.calls
         self.result["processor"] = _round(self.busy / self.calls)
-        if answer["peak"] is not None:
+        if "peak" in answer:
+            self.result["kept"] = answer["kept"]
             self.result["peak"] = max(answer["peak"], self.result.get("peak", 0))
 
 
@@ -156,7 +158,8 @@ def _prepare(
                 peers[process.label] = entry.result
                 if process.name == "linear":
                     dense = entry
-        results.append({"workload": to_json(w), "held": w.held(arrays), "peers": peers})
+        sizes = {"held": w.held(arrays), "made": w.made(arrays)}
+        results.append({"workload": to_json(w), **sizes, "peers": peers})
     return results, entries
 
 

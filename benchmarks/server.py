@@ -63,7 +63,11 @@ class Server:
         return seconds
 
     def time(self, key: int, calls: int) -> dict[str, Any]:
-        """Return seconds of each call, processor seconds of all, and the peak of memory."""
+        """Return seconds of each call, processor seconds of all, and bytes.
+
+        ``kept`` is what lies there between calls, operands and what was made of the pattern;
+        ``peak`` is the peak of memory with that.
+        """
         task, wall, busy = self.tasks[key], [], 0.0
         before = self._active()
         if self.counts_memory:
@@ -74,10 +78,11 @@ class Server:
             self.runtime.ready(task.run(operands))
             wall.append(time.perf_counter() - began)
             busy += time.process_time() - spent
-        peak = None
+        answer = {"wall": wall, "busy": busy}
         if self.counts_memory:
-            peak = self.kept[key] + self.runtime.peak_memory() - before
-        return {"wall": wall, "busy": busy, "peak": peak}
+            kept = self.kept[key]
+            answer |= {"kept": kept, "peak": kept + self.runtime.peak_memory() - before}
+        return answer
 
     def drop(self) -> None:
         """Forget all workloads."""

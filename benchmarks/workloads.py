@@ -73,14 +73,22 @@ class Layer:
         return [y, (target.T @ x)[weight != 0], target @ weight]
 
     def held(self, arrays: Arrays) -> int:
-        """Return the bytes of stored values, indices, x, results and gradients."""
-        item = 2 if self.dtype == "bfloat16" else 4
-        stored = int(arrays["mask"].sum())
-        n_bytes = stored * self.block_size**2 * item + (stored + arrays["mask"].shape[0] + 1) * 4
-        n_bytes += 2 * self.rows * self.features * item  # x and y
-        if self.step == "training":  # target, and the gradients
-            n_bytes += (2 * self.rows * self.features + stored * self.block_size**2) * item
-        return n_bytes
+        """Return the bytes of stored values, CSR indices, x, results and gradients."""
+        n_rows, of_x = arrays["mask"].shape[0], self.rows * self.features * self._item
+        n_bytes = self._values(arrays) + (int(arrays["mask"].sum()) + n_rows + 1) * 4 + of_x
+        return n_bytes + self.made(arrays) + of_x * (self.step == "training")  # the target
+
+    def made(self, arrays: Arrays) -> int:
+        """Return the bytes of results and gradients."""
+        of_x, training = self.rows * self.features * self._item, self.step == "training"
+        return of_x + (of_x + self._values(arrays)) * training
+
+    def _values(self, arrays: Arrays) -> int:
+        return int(arrays["mask"].sum()) * self.block_size**2 * self._item
+
+    @property
+    def _item(self) -> int:
+        return 2 if self.dtype == "bfloat16" else 4
 
 
 @dataclass(frozen=True)
@@ -141,12 +149,14 @@ class Array:
         return [y, gradient, sum_at(col, data, target, row)]
 
     def held(self, arrays: Arrays) -> int:
-        """Return the bytes of stored values, indices, x, results and gradients."""
+        """Return the bytes of stored values, CSR indices, x, results and gradients."""
         n_bytes = sum(arrays[name].nbytes for name in ("indptr", "indices", "data", "x"))
-        n_bytes += arrays["x"].nbytes
-        if self.step == "training":
-            n_bytes += 2 * arrays["x"].nbytes + arrays["data"].nbytes
-        return n_bytes
+        return n_bytes + self.made(arrays) + arrays["x"].nbytes * (self.step == "training")
+
+    def made(self, arrays: Arrays) -> int:
+        """Return the bytes of results and gradients."""
+        of_x = arrays["x"].nbytes
+        return of_x + (of_x + arrays["data"].nbytes) * (self.step == "training")
 
 
 @dataclass(frozen=True)
@@ -202,7 +212,11 @@ class Ising:
 
     def held(self, arrays: Arrays) -> int:
         """Return the bytes of stored values, indices, x and the result."""
-        return sum(array.nbytes for array in arrays.values()) + arrays["x"].nbytes
+        return sum(array.nbytes for array in arrays.values()) + self.made(arrays)
+
+    def made(self, arrays: Arrays) -> int:
+        """Return the bytes of the result."""
+        return arrays["x"].nbytes
 
 
 @dataclass(frozen=True)
@@ -267,6 +281,9 @@ class Build:
 
     def held(self, arrays: Arrays) -> None:
         """Return nothing: much of the work is on the host, where MLX counts no memory."""
+
+    def made(self, arrays: Arrays) -> None:
+        """Return nothing, likewise."""
 
 
 Workload: TypeAlias = "Layer | Array | Ising | Build"

@@ -122,10 +122,14 @@ def even_pattern(size, block_size, density):
     return CSRPattern(indptr, np.concatenate(columns), (size, size), block_size)
 
 
-def memory(run, *inputs):
-    """Bytes that inputs and results hold, and the peak of memory of what is counted with them."""
+def memory(run, pattern, *inputs):
+    """Bytes that pattern, inputs and results hold, and the peak of memory with them."""
     mx.eval(inputs, run())  # a pattern is laid out when it is first used
-    peaks, held = [], sum(a.nbytes for a in inputs)
+    halves = pattern.layout.state().values()
+    peaks, held = (
+        [],
+        sum(a.nbytes for a in (*inputs, *(a for half in halves for a in half.values()))),
+    )
     for _ in range(3):
         mx.synchronize()
         before = mx.get_active_memory()
@@ -170,14 +174,14 @@ def test_memory_of_layers(size, block_size, density, rows, dtype):
     weight = mx.zeros(pattern.data_shape, dtype)
     x, target = (mx.zeros((rows, size), dtype) for _ in range(2))
     layer.weight = weight
-    assert_memory(*memory(lambda: [layer(x)], weight, x))
+    assert_memory(*memory(lambda: [layer(x)], pattern, weight, x))
 
     def loss(weight, x):
         layer.weight = weight
         return (layer(x) * target).sum()
 
     step = mx.grad(loss, argnums=(0, 1))
-    held, peak = memory(lambda: step(weight, x), weight, x, target)
+    held, peak = memory(lambda: step(weight, x), pattern, weight, x, target)
     assert_memory(held + x.nbytes, peak)  # the output, which is as large as x, is not returned
 
 
@@ -188,7 +192,7 @@ def test_memory_of_several_products_at_once(n_products, dtype):
     data = [mx.zeros(pattern.data_shape, dtype) for _ in range(n_products)]
     x = [mx.zeros((1024, 512), dtype) for _ in range(n_products)]
     run = lambda: [spmm(data, pattern, x) for data, x in zip(data, x, strict=True)]
-    assert_memory(*memory(run, *data, *x))
+    assert_memory(*memory(run, pattern, *data, *x))
 
 
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=8), st.integers(1, 12))

@@ -15,7 +15,7 @@ import math
 import mlx.core as mx
 
 from mlx_sparse_nn.core.layout import Half, Layout, buckets
-from mlx_sparse_nn.core.steps import LEAST, Index, after, cut, in_turn, put, step_bytes, steps
+from mlx_sparse_nn.core.steps import Index, after, cut, in_turn, put, step_bytes, steps
 
 _FEW = 8  # rows of x below which each row multiplies the blocks
 _CACHED = 1 << 18  # values up to which a transposition stays in the cache
@@ -62,7 +62,7 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     indices, row = half["indices"].view(mx.uint32), half["row"]
     held = x.nbytes + y.nbytes + math.prod(shape) * x.itemsize
     unit, work = n_batch * block * x_blocks.itemsize * n, n_batch * n * block**2
-    step = step_bytes(indices.size * unit, held)
+    step = step_bytes(half, indices.size * unit, held, x_blocks.nbytes + y_blocks.nbytes)
     # Rows of equal length are taken whole, or in equal pieces if too wide; others block by block.
     width = 1 if row.size else indices.size // (half["indptr"].size - 1)
     least = max(1, min(width, -(-width * unit // step)))
@@ -135,9 +135,11 @@ def _many_product(
     n, block = x.shape[-2], data.shape[-1]
     n_batch, n_rows = math.prod(x.shape[:-2]), half["indptr"].size - 1
     dtype = _wide_dtype(x.dtype) if block == 1 else x.dtype
-    unit, work = n_batch * n * block * dtype.size, n_batch * n * block**2
-    held = data.nbytes + x.nbytes + n_batch * n * n_rows * block * x.itemsize
-    size = step_bytes(_n_slots(half) * unit, held)
+    gathered = n + block if block > 1 else n  # blocks are rearranged, too
+    unit, work = n_batch * gathered * block * dtype.size, n_batch * n * block**2
+    y_bytes = n_batch * n * n_rows * block * x.itemsize
+    copied = x.size * dtype.size + y_bytes * bool(half["order"].size) + data.nbytes * _padded(half)
+    size = step_bytes(half, _n_slots(half) * unit, data.nbytes + x.nbytes + y_bytes, copied)
     # Block-rows that are too wide for a step multiply some rows of x after the other.
     widest = unit * max(width for _, width, _ in buckets(half))
     n_pieces = min(-(-widest // size), max(1, n // max(block, _FEW)))
@@ -162,14 +164,14 @@ def _many_product(
             added = mx.zeros(1, dtype) if bias is None else _take(bias, step.rows, n_batch)
         for i, piece in enumerate(pieces):
             with step.place:
-                gathered = _take(piece, in_turn(step.cols, parts, n_pieces), n_batch)
-                gathered = gathered.reshape(n_batch * m, width * block, piece.shape[-1])
+                xs = _take(piece, in_turn(step.cols, parts, n_pieces), n_batch)
+                xs = xs.reshape(n_batch * m, width * block, piece.shape[-1])
                 if not width:
                     part = mx.broadcast_to(added, (n_batch * m, *piece.shape[1:]))
                 elif bias is None:
-                    part = weights @ gathered
+                    part = weights @ xs
                 else:
-                    part = mx.addmm(added, weights, gathered)
+                    part = mx.addmm(added, weights, xs)
                 parts.append(part.astype(x.dtype))  # (V * m, B, N)
             ys[i] = put(ys.get(i), parts[-1], step.start, n_rows, n_batch)
     results = [_in_order(y, half, n_batch) for y in ys.values()]
@@ -187,8 +189,9 @@ def _few_product(
     n, block = x.shape[-2], data.shape[-1]
     n_batch, n_rows = math.prod(x.shape[:-2]), half["indptr"].size - 1
     unit, work = n_batch * block * _bytes(x.dtype, n, block), n_batch * n * block**2
-    held = data.nbytes + x.nbytes + n_batch * n * n_rows * block * x.itemsize
-    size = step_bytes(_n_slots(half) * unit, max(2 * LEAST, held * 5 // 3))
+    y_bytes = n_batch * n * n_rows * block * x.itemsize
+    copied = y_bytes * bool(half["order"].size) + data.nbytes * _padded(half)
+    size = step_bytes(half, _n_slots(half) * unit, data.nbytes + x.nbytes + y_bytes, copied)
     data, x_blocks = _with_zeros(half, n_batch, data, _row_blocks(x, block))
     if bias is not None:
         bias = mx.concatenate([_widen(bias).reshape(-1, 1, block)] * n_batch)
@@ -217,8 +220,10 @@ def _vector_product(data: mx.array, half: Half, x: mx.array, bias: mx.array | No
     held = x.nbytes + data.nbytes + n_batch * n_rows * x.itemsize
     # Where data is read as it lies, no more is gathered than it holds: there is room for all.
     direct = x.dtype == _wide_dtype(x.dtype) and not (half["stored"].size or half["perm"].size)
-    unit = n_batch * _bytes(x.dtype, 1 if direct else 2)
-    size = step_bytes(0 if direct else _n_slots(half) * unit, held)
+    unit = n_batch * _bytes(x.dtype, 1 if direct else 2) + (0 if direct else 4)  # and an index
+    size = step_bytes(
+        half, 0 if direct else _n_slots(half) * unit, held, data.nbytes * _padded(half)
+    )
     data, x = _with_zeros(half, n_batch, data.reshape(-1), x.reshape(-1))
     if bias is not None:
         bias = _widen(mx.concatenate([bias] * n_batch))
@@ -283,6 +288,10 @@ def _n_slots(half: Half) -> int:
     return half["slots"].size or half["indices"].size
 
 
+def _padded(half: Half) -> bool:
+    return any(padded for _, _, padded in buckets(half))
+
+
 def _in_order(y: mx.array, half: Half, n_batch: int) -> mx.array:
     """Return the block-rows ``y (V * n, ...)`` of the buckets in the order of the matrix."""
     return _take(y, half["order"], n_batch) if half["order"].size else y
@@ -290,7 +299,7 @@ def _in_order(y: mx.array, half: Half, n_batch: int) -> mx.array:
 
 def _with_zeros(half: Half, n_batch: int, *arrays: mx.array) -> list[mx.array]:
     """Return each ``(V * n, ...)`` with a zero after each of V parts, if padding takes it."""
-    if not any(padded for _, _, padded in buckets(half)):
+    if not _padded(half):
         return list(arrays)
     parts = [a.reshape(n_batch, -1, *a.shape[1:]) for a in arrays]
     parts = [mx.concatenate([a, mx.zeros_like(a[:, :1])], axis=1) for a in parts]

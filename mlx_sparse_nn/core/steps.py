@@ -3,9 +3,9 @@
 Products are cut into steps whose intermediates stay in the cache. On the CPU, where a stream is a
 thread, steps take turns on several streams. Neither changes the order of any sum.
 
-With its operands and result, a product on the CPU takes at most four times the memory that these
-hold, or 4 MB where they hold less than 1 MB: a step takes a part of that (see ``step_bytes``), and
-steps gather in turn (see ``in_turn``).
+With its operands, the layout among them, and its result, a product on the CPU takes at most four
+times the memory that these hold, or 4 MB where they hold less than 1 MB: a step takes a part of
+that (see ``step_bytes``), and steps gather in turn (see ``in_turn``).
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from mlx_sparse_nn.core.layout import Half, buckets
 
 _STEP = 1 << 21  # bytes that a step takes at most on the CPU, to stay in the cache
 _GPU_STEP = 1 << 26  # the same on a GPU, to bound the memory
-_HELD = 2  # steps that MLX may hold at once, beyond one for each stream
+_LEAST = 1 << 20  # bytes that operands and result count as at least: steps take time of their own
+_HELD = 6  # steps that MLX may hold at once, beyond one for each stream
 _SPLIT = 1 << 18  # multiplications from which a product goes to several streams
 _STREAMS = 4  # at most, and no more than there are cores
-
-LEAST = 3 << 18  # bytes that operands and result count as at least: steps take time of their own
 
 Index: TypeAlias = "mx.array | slice"
 
@@ -82,17 +81,20 @@ def cut(
         yield place, count * i // n_steps, count * (i + 1) // n_steps
 
 
-def step_bytes(total: int, held: int) -> int:
+def step_bytes(half: Half, total: int, held: int, copied: int) -> int:
     """Return bytes of a step of a product that takes ``total`` in all its steps.
 
-    ``held`` is bytes of the operands and the result. Their copies may take as much again, and the
-    steps that MLX holds at once about as much.
+    ``held`` is bytes of the operands and the result, ``copied`` of copies of them that are there
+    throughout. These, and the steps that MLX holds at once, shall be at most four times what is
+    held, the layout included.
     """
     if mx.default_device().type != mx.cpu:
         return _GPU_STEP
-    if total <= max(LEAST, held // 2):
+    held += sum(a.nbytes for a in half.values())
+    room = 4 * max(held, _LEAST) - held - copied
+    if total <= room // 2:
         return _STEP
-    return min(_STEP, max(LEAST, held) // (_n_streams() + _HELD))
+    return max(_STEP // 64, min(_STEP, room // (_n_streams() + _HELD)))
 
 
 @cache
