@@ -23,7 +23,7 @@ from mlx_sparse_nn.core.layout import Half, buckets
 _STEP = 1 << 21  # bytes that a step takes at most on the CPU, to stay in the cache
 _GPU_STEP = 1 << 26  # the same on a GPU, to bound the memory
 _LEAST = 1 << 20  # bytes that operands and result count as at least: steps take time of their own
-_HELD = 6  # steps that MLX may hold at once, beyond one for each stream
+_HELD = 8  # steps that MLX may hold at once, beyond one for each stream
 _SPLIT = 1 << 18  # multiplications from which a product goes to several streams
 _STREAMS = 4  # at most, and no more than there are cores
 
