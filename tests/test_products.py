@@ -114,10 +114,12 @@ def test_16_bit_products_err_no_more_than_dense_ones(dtype, block_size, n):
     rng = np.random.default_rng(0)
     draw = lambda *shape: mx.array(rng.normal(size=shape).astype(np.float32)).astype(dtype)
     data, x, y = draw(*pattern.data_shape), draw(n, size), draw(n, size)
+    bias = 10 * draw(size)  # about as large as what it is added to
     dense = todense(data, pattern)
     stored = pattern.tomask()
     results = {
         "spmm": (spmm(data, pattern, x), x @ dense.T, x, dense.T),
+        "affine": (spmm(data, pattern, x, bias), mx.addmm(bias, x, dense.T), x, dense.T),
         "spmm_t": (spmm_t(data, pattern, y), y @ dense, y, dense),
         "sddmm": (todense(sddmm(pattern, y, x), pattern), mx.where(stored, y.T @ x, 0), y.T, x),
     }
@@ -125,6 +127,8 @@ def test_16_bit_products_err_no_more_than_dense_ones(dtype, block_size, n):
         expected = to_numpy(a) @ to_numpy(b)
         if name == "sddmm":
             expected = np.where(np.array(stored), expected, 0)
+        if name == "affine":
+            expected = expected + to_numpy(bias)
         error, error_of_dense = (
             np.sqrt(np.mean((to_numpy(result) - expected) ** 2)) for result in (actual, by_mlx)
         )

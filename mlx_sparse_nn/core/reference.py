@@ -128,9 +128,9 @@ def _many_product(
 ) -> mx.array:
     """Return :func:`_product` of blocks and many rows of x, as ``(V, N, n_rows * B)``.
 
-    The blocks of a row, side by side, are one operand of a matrix product. MLX's own accumulates in
-    float32 and rounds once, so that 16-bit types need not be widened. One of few values is slow
-    however, and for scalars they are.
+    The blocks of a row, side by side, are one operand of a matrix product. That of 16-bit types
+    accumulates in float32 and rounds once, so that blocks of them need not be widened. Scalars are,
+    since it is made for tiles.
     """
     n, block = x.shape[-2], data.shape[-1]
     n_batch, n_rows = math.prod(x.shape[:-2]), half["indptr"].size - 1
@@ -147,10 +147,11 @@ def _many_product(
     pieces = [x[..., a:b, :] for a, b in itertools.pairwise(bounds)] if n_pieces > 1 else [x]
     pieces = [_column_blocks(a, block).astype(dtype) for a in pieces]
     data, *pieces = _with_zeros(half, n_batch, data, *pieces)
+    narrow = dtype != _wide_dtype(dtype)  # then the bias has to be added before the one rounding
     if bias is not None:
-        # MLX (0.32.4) cannot map addmm where its first argument alone is mapped.
-        index = "slots" if half["slots"].size else "indices"
-        half = half | {index: after(half[index], bias)}
+        if narrow:  # MLX (0.32.4) cannot map addmm where its first argument alone is mapped
+            index = "slots" if half["slots"].size else "indices"
+            half = half | {index: after(half[index], bias)}
         bias = mx.concatenate([bias.astype(dtype).reshape(-1, block, 1)] * n_batch)
     parts: list[mx.array] = []
     ys: dict[int, mx.array] = {}
@@ -168,10 +169,10 @@ def _many_product(
                 xs = xs.reshape(n_batch * m, width * block, piece.shape[-1])
                 if not width:
                     part = mx.broadcast_to(added, (n_batch * m, *piece.shape[1:]))
-                elif bias is None:
-                    part = weights @ xs
-                else:
+                elif narrow and bias is not None:
                     part = mx.addmm(added, weights, xs)
+                else:
+                    part = weights @ xs if bias is None else weights @ xs + added
                 parts.append(part.astype(x.dtype))  # (V * m, B, N)
             ys[i] = put(ys.get(i), parts[-1], step.start, n_rows, n_batch)
     results = [_in_order(y, half, n_batch) for y in ys.values()]
