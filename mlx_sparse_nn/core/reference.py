@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx_sparse_nn.core.layout import Half, Layout, buckets
 from mlx_sparse_nn.core.steps import Index, after, cut, in_turn, put, step_bytes, steps
 
-_FEW = 8  # rows of x below which each row multiplies the blocks
+_FEW = 8  # rows of x below which blocks are multiplied one by one
 _CACHED = 1 << 18  # values up to which a transposition stays in the cache
 
 
@@ -33,12 +33,12 @@ def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = No
     Returns:
         ``(N, n_rows)`` or ``(V, N, n_rows)`` of the same dtype, accumulated in float32 at least.
     """
-    return _product(data, layout.rows, x, layout.shape[0], bias, transposed=False)
+    return _product(data, layout, x, bias, transposed=False)
 
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; shapes as in :func:`spmm`, swapped."""
-    return _product(data, layout.cols, y, layout.shape[1], None, transposed=True)
+    return _product(data, layout, y, None, transposed=True)
 
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
@@ -107,20 +107,21 @@ def sample(layout: Layout, dense: mx.array) -> mx.array:
 
 
 def _product(
-    data: mx.array, half: Half, x: mx.array, n_out: int, bias: mx.array | None, transposed: bool
+    data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None, transposed: bool
 ) -> mx.array:
-    """Return the product over the block-rows of ``half``, with blocks transposed or not."""
-    n, block = x.shape[-2], data.shape[-1] if data.ndim > x.ndim else 1
+    """Return the product with the matrix, or with its transpose."""
+    n, block, n_out = x.shape[-2], layout.block_size, layout.shape[1 if transposed else 0]
     shape = (*x.shape[:-1], n_out)
     if 0 in (*shape, data.size):
         y = mx.zeros(shape, x.dtype)
         return y if bias is None else y + bias
+    half = layout.cols if transposed else layout.rows
     if block * n == 1:
         return _vector_product(data, half, x, bias).reshape(shape)
-    # 16-bit blocks are widened for few rows of x, which takes as long as rearranging them.
-    few = block > 1 and n < (_FEW if x.dtype == _wide_dtype(x.dtype) else 2)
-    product = _few_product if few else _many_product
-    return product(data.reshape(-1, block, block), half, x, bias, transposed).reshape(shape)
+    data = data.reshape(-1, block, block)
+    if n < _FEW and 2 * n <= block:
+        return _few_product(data, layout, x, bias, transposed).reshape(shape)
+    return _many_product(data, half, x, bias, transposed).reshape(shape)
 
 
 def _many_product(
@@ -181,36 +182,44 @@ def _many_product(
 
 
 def _few_product(
-    data: mx.array, half: Half, x: mx.array, bias: mx.array | None, transposed: bool
+    data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None, transposed: bool
 ) -> mx.array:
     """Return :func:`_product` of blocks and few rows of x, as ``(V, N, n_rows, B)``.
 
-    Each row of x multiplies the blocks one by one, so that these need not be rearranged.
+    Every block multiplies its part of each row of x, in stored order, so that blocks are not moved;
+    then the few values that this gives are added up by block-rows.
     """
-    n, block = x.shape[-2], data.shape[-1]
+    half = layout.cols if transposed else layout.rows
+    n, block, n_blocks = x.shape[-2], data.shape[-1], half["indices"].size
     n_batch, n_rows = math.prod(x.shape[:-2]), half["indptr"].size - 1
-    unit, work = n_batch * block * _bytes(x.dtype, n, block), n_batch * n * block**2
-    y_bytes = n_batch * n * n_rows * block * x.itemsize
-    copied = y_bytes * bool(half["order"].size) + data.nbytes * _padded(half)
-    size = step_bytes(half, _n_slots(half) * unit, data.nbytes + x.nbytes + y_bytes, copied)
-    data, x_blocks = _with_zeros(half, n_batch, data, _row_blocks(x, block))
+    held = data.nbytes + x.nbytes + n_batch * n * n_rows * block * x.itemsize
+    x_blocks, work = _widen(_row_blocks(x, block)), n_batch * n * block**2  # x_blocks (V * C, N, B)
+    of_block = n_batch * n * block * x_blocks.itemsize  # bytes of its product, and of what it takes
+    unit = 2 * of_block + (x.dtype != x_blocks.dtype) * n_batch * block**2 * x_blocks.itemsize
+    size = step_bytes(half, n_blocks * unit, held, 2 * n_blocks * of_block)
+    index = _row_of_each(layout.rows) if transposed else layout.rows["indices"]
+    index = index.view(mx.uint32)  # block of x that each stored block takes
+    parts, products, y = [], None, None
+    for place, start, stop in cut(n_blocks, unit, work, size):
+        with place:
+            weights = _widen(_take(data, slice(start, stop), n_batch))
+            xs = _take(x_blocks, in_turn(index[start:stop], parts), n_batch)
+            parts.append(xs @ (weights if transposed else weights.swapaxes(1, 2)))
+        products = put(products, parts[-1], start, n_blocks, n_batch)  # (V * n_blocks, N, B)
+    assert products is not None
+    (products,) = _with_zeros(half, n_batch, products)
     if bias is not None:
         bias = mx.concatenate([_widen(bias).reshape(-1, 1, block)] * n_batch)
-    parts, y = [], None
-    for step in steps(half, unit, work, size):
+    for step in steps(half, of_block, 0, size):
         m, width = step.shape
-        with step.place:
-            weights = _widen(_take(data, step.stored, n_batch))
-            gathered = _widen(_take(x_blocks, in_turn(step.cols, parts), n_batch))
-            if width:
-                part = gathered @ (weights if transposed else weights.swapaxes(1, 2))
-                part = part.reshape(n_batch * m, width, n, block).sum(axis=1)
-            else:
-                part = mx.zeros((n_batch * m, n, block), weights.dtype)
-            if bias is not None:
-                part = part + _take(bias, step.rows, n_batch)
-            parts.append(part.astype(x.dtype))  # (V * m, N, B)
-        y = put(y, parts[-1], step.start, n_rows, n_batch)
+        if width:
+            part = _take(products, step.stored, n_batch)
+            part = part.reshape(n_batch * m, width, n, block).sum(axis=1)
+        else:
+            part = mx.zeros((n_batch * m, n, block), x_blocks.dtype)
+        if bias is not None:
+            part = part + _take(bias, step.rows, n_batch)
+        y = put(y, part.astype(x.dtype), step.start, n_rows, n_batch)  # (V * n_rows, N, B)
     assert y is not None
     return _in_order(y, half, n_batch).reshape(n_batch, n_rows, n, block).swapaxes(1, 2)
 
@@ -220,11 +229,12 @@ def _vector_product(data: mx.array, half: Half, x: mx.array, bias: mx.array | No
     n_batch, n_rows = math.prod(x.shape[:-2]), half["indptr"].size - 1
     held = x.nbytes + data.nbytes + n_batch * n_rows * x.itemsize
     # Where data is read as it lies, no more is gathered than it holds: there is room for all.
-    direct = x.dtype == _wide_dtype(x.dtype) and not (half["stored"].size or half["perm"].size)
-    unit = n_batch * _bytes(x.dtype, 1 if direct else 2) + (0 if direct else 4)  # and an index
-    size = step_bytes(
-        half, 0 if direct else _n_slots(half) * unit, held, data.nbytes * _padded(half)
-    )
+    is_wide = x.dtype == _wide_dtype(x.dtype)
+    direct = is_wide and not (half["stored"].size or half["perm"].size)
+    unit = n_batch * (x.itemsize if is_wide else 5)  # widened they take 4, and 2 more until then
+    unit = unit if direct else 2 * unit + 4  # values of both, and an index
+    total = 0 if direct else _n_slots(half) * unit
+    size = step_bytes(half, total, held, data.nbytes * _padded(half))
     data, x = _with_zeros(half, n_batch, data.reshape(-1), x.reshape(-1))
     if bias is not None:
         bias = _widen(mx.concatenate([bias] * n_batch))
@@ -242,13 +252,6 @@ def _vector_product(data: mx.array, half: Half, x: mx.array, bias: mx.array | No
         y = put(y, parts[-1], step.start, n_rows, n_batch)
     assert y is not None
     return _in_order(y, half, n_batch)
-
-
-def _bytes(dtype: mx.Dtype, gathered: int, copied: int = 0) -> int:
-    """Return bytes of values that a step gathers, and of those that it copies only to widen."""
-    if dtype == _wide_dtype(dtype):
-        return dtype.size * gathered
-    return 5 * gathered + 4 * copied  # widened they have 4, and have 2 more until then
 
 
 def _row_blocks(x: mx.array, block: int) -> mx.array:
@@ -309,11 +312,15 @@ def _with_zeros(half: Half, n_batch: int, *arrays: mx.array) -> list[mx.array]:
 
 def _places(half: Half) -> tuple:
     """Return the index of the stored blocks in ``(V, R, C, ...)``."""
+    return slice(None), _row_of_each(half), half["indices"]
+
+
+def _row_of_each(half: Half) -> mx.array:
+    """Return the block-row of each stored block, ``(n_blocks,)``."""
     n_rows, n_blocks = half["indptr"].size - 1, half["indices"].size
-    row = half["row"]
-    if not row.size:
-        row = mx.broadcast_to(mx.arange(n_rows)[:, None], (n_rows, n_blocks // n_rows)).flatten()
-    return slice(None), row, half["indices"]
+    if half["row"].size:
+        return half["row"]
+    return mx.broadcast_to(mx.arange(n_rows)[:, None], (n_rows, n_blocks // n_rows)).flatten()
 
 
 def _wide_dtype(dtype: mx.Dtype) -> mx.Dtype:
