@@ -16,7 +16,7 @@ help:
 	@echo "make test         run the tests"
 	@echo "make test-metal   run the Metal kernels on their emulator, with 2000 drawn cases"
 	@echo "make test-device  run the tests and a benchmark on this machine's GPU"
-	@echo "make bench        measure products on this machine beside their peers (ten minutes)"
+	@echo "make bench        measure products on this machine beside their peers (15 minutes)"
 	@echo "make lint         check style and types"
 	@echo "make format       put the code into shape"
 	@echo "make clean        remove .venv, .bench and what training wrote"

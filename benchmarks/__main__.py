@@ -1,6 +1,6 @@
 """Measure products on this machine beside dense layers and native peers.
 
-    python -m benchmarks                              the default set, some ten minutes on two cores
+    python -m benchmarks                              the default set, 15 minutes on two cores
     python -m benchmarks --quick                      a minute
     python -m benchmarks layers --features 1024 --rows 256 --dtype float32
     python -m benchmarks ising --qubits 16 20 --peers ours mlx_sparse

@@ -332,7 +332,7 @@ def layers(**chosen: Sequence[Any] | None) -> list[Workload]:
 
 
 def default_layers() -> list[Workload]:
-    """Return lines through the grid: what some ten minutes on two cores allow."""
+    """Return lines through the grid: what a quarter of an hour on two cores allows."""
     base: dict[str, Sequence[Any]] = {
         "features": [1024],
         "block_size": [32],
@@ -346,7 +346,8 @@ def default_layers() -> list[Workload]:
         {"block_size": [16, 32], "rows": [1, 4, 16, 64, 1024]},
         {"features": [4096], "block_size": [16, 32, 64], "rows": [1, 16]},
         {"features": [4096]},
-        {"dtype": ["bfloat16"], "block_size": [8, 32], "density": [0.1, 0.5]},
+        {"block_size": [8, 16, 32, 64], "density": [0.5], "rows": [1, 16]},
+        {"dtype": ["bfloat16"], "block_size": [8, 32], "density": [0.1, 0.5], "rows": [1, 16, 256]},
     )
     return [workload for grid in grids for workload in layers(**{**base, **grid})]
 

@@ -142,7 +142,7 @@ def memory(run, pattern, *inputs):
 
 def assert_memory(held, peak):
     """The bound that ``core/steps.py`` states."""
-    most = 4 * max(held, 2**20)
+    most = 4 * max(held, 2**19)
     assert peak < most, f"{peak / 2**20:.1f} MB where {held / 2**20:.2f} MB are held"
 
 

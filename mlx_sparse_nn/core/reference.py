@@ -61,7 +61,8 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
         x_blocks, y_blocks = _widen(x_blocks), _widen(y_blocks)
     indices, row = half["indices"].view(mx.uint32), half["row"]
     held = x.nbytes + y.nbytes + math.prod(shape) * x.itemsize
-    unit, work = n_batch * block * x_blocks.itemsize * n, n_batch * n * block**2
+    unit = n_batch * block * x_blocks.itemsize * n
+    work = n_batch * n * block**2 if n > 1 else 0  # one row takes less than to put steps together
     step = step_bytes(half, indices.size * unit, held, x_blocks.nbytes + y_blocks.nbytes)
     # Rows of equal length are taken whole, or in equal pieces if too wide; others block by block.
     width = 1 if row.size else indices.size // (half["indptr"].size - 1)
@@ -77,7 +78,11 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
             cols = in_turn(indices[start * width : stop * width], parts)
             y_part = _take(y_blocks, rows, n_batch).reshape(-1, 1, n, block)
             x_part = _take(x_blocks, cols, n_batch).reshape(-1, width, n, block)
-            part = (x_part * y_part).sum(axis=2) if block == 1 else y_part.swapaxes(2, 3) @ x_part
+            if block == 1:
+                part = (x_part * y_part).sum(axis=2)
+            else:
+                y_part = y_part.swapaxes(2, 3)
+                part = y_part * x_part if n == 1 else y_part @ x_part
             parts.append(part.reshape(-1, *layout.data_shape[1:]).astype(x.dtype))
         out = put(out, parts[-1], start * width, indices.size, n_batch)
     assert out is not None
@@ -195,8 +200,13 @@ def _few_product(
     held = data.nbytes + x.nbytes + n_batch * n * n_rows * block * x.itemsize
     x_blocks, work = _widen(_row_blocks(x, block)), n_batch * n * block**2  # x_blocks (V * C, N, B)
     of_block = n_batch * n * block * x_blocks.itemsize  # bytes of its product, and of what it takes
-    unit = 2 * of_block + (x.dtype != x_blocks.dtype) * n_batch * block**2 * x_blocks.itemsize
-    size = step_bytes(half, n_blocks * unit, held, 2 * n_blocks * of_block)
+    unit = 2 * of_block
+    if (
+        n == 1 and block < 8
+    ) or x.dtype != x_blocks.dtype:  # then there is something as large as the blocks
+        unit += n_batch * block**2 * x_blocks.itemsize
+    total = n_blocks * unit * 2 // 3  # other products of so few rows take little at the same time
+    size = step_bytes(half, total, held, 2 * n_blocks * of_block)
     index = _row_of_each(layout.rows) if transposed else layout.rows["indices"]
     index = index.view(mx.uint32)  # block of x that each stored block takes
     parts, products, y = [], None, None
@@ -204,7 +214,12 @@ def _few_product(
         with place:
             weights = _widen(_take(data, slice(start, stop), n_batch))
             xs = _take(x_blocks, in_turn(index[start:stop], parts), n_batch)
-            parts.append(xs @ (weights if transposed else weights.swapaxes(1, 2)))
+            if n == 1 and block < 8:
+                xs = xs.swapaxes(1, 2) if transposed else xs
+                part = (xs * weights).sum(axis=1 if transposed else 2).reshape(-1, 1, block)
+            else:
+                part = xs @ (weights if transposed else weights.swapaxes(1, 2))
+            parts.append(part)
         products = put(products, parts[-1], start, n_blocks, n_batch)  # (V * n_blocks, N, B)
     assert products is not None
     (products,) = _with_zeros(half, n_batch, products)

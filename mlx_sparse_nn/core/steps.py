@@ -4,8 +4,8 @@ Products are cut into steps whose intermediates stay in the cache. On the CPU, w
 thread, steps take turns on several streams. Neither changes the order of any sum.
 
 With its operands, the layout among them, and its result, a product on the CPU takes at most four
-times the memory that these hold, or 4 MB where they hold less than 1 MB: a step takes a part of
-that (see ``step_bytes``), and steps gather in turn (see ``in_turn``).
+times the memory that these hold, or 2 MB where that is less: a step takes a part of that
+(see ``step_bytes``), and steps gather in turn (see ``in_turn``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mlx_sparse_nn.core.layout import Half, buckets
 
 _STEP = 1 << 21  # bytes that a step takes at most on the CPU, to stay in the cache
 _GPU_STEP = 1 << 26  # the same on a GPU, to bound the memory
-_LEAST = 1 << 20  # bytes that operands and result count as at least: steps take time of their own
+_LEAST = 1 << 17  # bytes that operands and result count as at least: steps take time of their own
 _HELD = 8  # steps that MLX may hold at once, beyond one for each stream
 _SPLIT = 1 << 18  # multiplications from which a product goes to several streams
 _STREAMS = 4  # at most, and no more than there are cores
