@@ -163,10 +163,11 @@ def aims(results: Result) -> str:
     ising = select(results, "ising")
     rows.append(["Ising: at least as fast as mlx-sparse", count(ising, "mlx_sparse")])
     counted = [r for r in results["results"] if memory(r) is not None]
-    for name, of in (
-        ("operands, layout of the pattern, results and gradients", memory),
-        ("the same without the layout, but for its CSR indices", memory_of_csr),
-    ):
+    measures = {
+        "operands, layout of the pattern, results and gradients": memory,
+        "the same without the layout, but for its CSR indices": memory_of_csr,
+    }
+    for name, of in measures.items() if counted else ():
         peaks = [(of(r), from_json(r["workload"]).name) for r in counted]
         most, workload = max(peaks)
         kept = f"{sum(peak <= 4 for peak, _ in peaks)} of {len(peaks)}"

@@ -342,5 +342,6 @@ def _default_pattern(
             )
     if not 0 < density <= 1:
         raise ValueError(f"[{owner}] density must be in (0, 1], got {density}")
+    # On the host: a pattern is drawn there, once, when a layer is made.
     seed = int(mx.random.randint(0, 2**31 - 1).item())  # type: ignore[arg-type]
     return covering(output_dims, input_dims, density, block_size, seed)

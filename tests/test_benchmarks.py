@@ -192,6 +192,12 @@ def test_ratios_are_taken_turn_by_turn():
     assert report.memory(result, "linear") is None
 
 
+def test_aims_without_counts_of_memory():
+    build = {"kind": "build", "what": "transpose", "size": 8, "per_row": 2}
+    result = {"workload": build, "held": None, "made": None, "peers": {"ours": {"turns": [1.0]}}}
+    assert "memory" not in report.aims({"results": [result]})
+
+
 @pytest.mark.parametrize(("page", "mark"), [m for m in report.MARKS if m[0] == report.PAGE])
 def test_tables_are_made_from_the_results(page, mark):
     results = json.loads(report.RESULTS.read_text())

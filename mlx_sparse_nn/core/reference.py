@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx_sparse_nn.core.layout import Half, Layout, buckets
 from mlx_sparse_nn.core.steps import Index, after, cut, in_turn, put, step_bytes, steps
 
-_FEW = 8  # rows of x below which blocks are multiplied one by one
+_FEW = 8  # rows of x below which blocks are multiplied one by one, where they are of twice the side
 _CACHED = 1 << 18  # values up to which a transposition stays in the cache
 
 
@@ -63,14 +63,14 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     held = x.nbytes + y.nbytes + math.prod(shape) * x.itemsize
     unit = n_batch * block * x_blocks.itemsize * n
     work = n_batch * n * block**2 if n > 1 else 0  # one row takes less than to put steps together
-    step = step_bytes(half, indices.size * unit, held, x_blocks.nbytes + y_blocks.nbytes)
+    size = step_bytes(half, indices.size * unit, held, x_blocks.nbytes + y_blocks.nbytes)
     # Rows of equal length are taken whole, or in equal pieces if too wide; others block by block.
     width = 1 if row.size else indices.size // (half["indptr"].size - 1)
-    least = max(1, min(width, -(-width * unit // step)))
+    least = max(1, min(width, -(-width * unit // size)))
     pieces = next(k for k in range(least, width + 1) if width % k == 0)
     width //= pieces
     parts, out = [], None
-    for place, start, stop in cut(indices.size // width, width * unit, width * work, step):
+    for place, start, stop in cut(indices.size // width, width * unit, width * work, size):
         with place:
             rows = row[start:stop] if row.size else slice(start, stop)
             if pieces > 1:
@@ -168,17 +168,18 @@ def _many_product(
             if block > 1 and not transposed:
                 weights = mx.contiguous(weights.swapaxes(1, 2))  # as x multiplies them: (in, out)
             weights = weights.reshape(n_batch * m, width * block, block).swapaxes(1, 2)
-            added = mx.zeros(1, dtype) if bias is None else _take(bias, step.rows, n_batch)
+            added = None if bias is None else _take(bias, step.rows, n_batch)
         for i, piece in enumerate(pieces):
             with step.place:
                 xs = _take(piece, in_turn(step.cols, parts, n_pieces), n_batch)
                 xs = xs.reshape(n_batch * m, width * block, piece.shape[-1])
-                if not width:
-                    part = mx.broadcast_to(added, (n_batch * m, *piece.shape[1:]))
-                elif narrow and bias is not None:
+                if added is not None and narrow and width:
                     part = mx.addmm(added, weights, xs)
                 else:
-                    part = weights @ xs if bias is None else weights @ xs + added
+                    part = (
+                        weights @ xs if width else mx.zeros((n_batch * m, *piece.shape[1:]), dtype)
+                    )
+                    part = part if added is None else part + added
                 parts.append(part.astype(x.dtype))  # (V * m, B, N)
             ys[i] = put(ys.get(i), parts[-1], step.start, n_rows, n_batch)
     results = [_in_order(y, half, n_batch) for y in ys.values()]
