@@ -148,10 +148,10 @@ def no_gpu(backend):
         stack.enter_context(mock.patch.object(kernels, "backend", return_value=backend))
         stack.enter_context(mock.patch.object(kernels, "_kernel", kernel))
         stack.enter_context(mock.patch.object(cuda, "_architecture", return_value="sm_90"))
-        cuda._tiling.cache_clear()
+        cuda._prepared.cache_clear()
         cuda._grad_tiles.cache_clear()
         yield names
-    cuda._tiling.cache_clear()
+    cuda._prepared.cache_clear()
     cuda._grad_tiles.cache_clear()
 
 

@@ -43,7 +43,7 @@ def launches(monkeypatch, architecture):
     monkeypatch.setattr(kernels, "backend", lambda: "cuda")
     monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel)
     monkeypatch.setattr(cuda, "_architecture", lambda: architecture)
-    caches = (kernels._kernel, cuda._tiling, cuda._grad_tiles)
+    caches = (kernels._kernel, cuda._prepared, cuda._grad_tiles)
     for cached in caches:
         cached.cache_clear()
     yield recorded
@@ -95,6 +95,27 @@ def test_a_layer_call_is_few_operations(launches, tmp_path, n):
     mx.export_to_dot(str(graph), layer(x))
     assert graph.read_text().count("shape=rectangle") == 1
     assert len(launches) == 2
+
+
+def test_a_launch_is_that_of_its_own_call(launches):
+    """Launches are kept for each shape and dtype: no call may be given that of another."""
+    calls = [
+        (n, dtype, bias)
+        for n in (1, 16, 17, 40, 300)
+        for dtype in (mx.float16, mx.bfloat16)
+        for bias in (None, mx.ones(64, dtype))
+    ]
+    pattern = CSRPattern([0, 1, 2], [0, 1], (64, 64), 32)
+    for n, dtype, bias in calls * 2:
+        y = spmm(mx.ones(pattern.data_shape, dtype), pattern, mx.ones((n, 64), dtype), bias)
+        assert y.shape == (n, 64)
+        assert y.dtype == dtype
+        name, template, grid, *_ = launches[-1]
+        assert (template["T"], template["BIAS"]) == (dtype, bias is not None)
+        assert (name == "mlx_sparse_nn_spmm_few") is (n <= 16)
+        rows = template.get("ROWS", 16)
+        assert (grid[1] - 1) * rows < n
+    assert launches[: len(calls)] == launches[len(calls) :]
 
 
 @pytest.fixture

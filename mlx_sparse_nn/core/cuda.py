@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -11,11 +12,13 @@ from mlx_sparse_nn.core import reference
 from mlx_sparse_nn.core.kernels import (
     GROUP,
     TILED,
+    Launch,
     lanes_per_row,
     launch,
     launch_sddmm,
     launch_spmm,
     longest_row,
+    prepare,
 )
 from mlx_sparse_nn.core.layout import Half, Layout
 
@@ -95,7 +98,7 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
 def _by_mlx(data: mx.array, x: mx.array) -> bool:
     """Whether plain MLX computes a product: float32 blocks and many rows, so that its own setting
     decides on TF32."""
-    return x.dtype == mx.float32 and data.ndim > 2 and data.shape[-1] >= 8 and x.shape[-2] > _FEW
+    return x.shape[-2] > _FEW and x.dtype == mx.float32 and data.ndim > 2 and data.shape[-1] >= 8
 
 
 class _Tiling(NamedTuple):
@@ -111,23 +114,42 @@ class _Tiling(NamedTuple):
 def _product(
     data: mx.array, half: Half, x: mx.array, n_out: int, bias: mx.array | None, transposed: bool
 ) -> mx.array:
-    n, n_batch = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
+    shape, dtype = x.shape, x.dtype
+    n, n_batch = shape[-2], shape[0] if len(shape) == 3 else 1
     block = data.shape[-1] if data.ndim > 2 else 1
-    if block in TILED and x.dtype != mx.float32:
-        tiling = _tiling(n, n_batch, block, n_out, transposed, n > _FEW and _is_even(half))
+    if block in TILED and dtype != mx.float32:
+        even = n > _FEW and _is_even(half)
+        choice = _tiling, n, n_batch, block, n_out, transposed, even
     elif block == 1 and n == 1 and not transposed and longest_row(half) <= _SHORT:
-        grid = (-(-n_out // 64) * 64, 1, n_batch)
-        tiling = _Tiling("spmm_stream", {"ROWS": 64, "HELD": 1664}, grid, 64)
+        choice = _streaming, n_batch, n_out
     else:
-        rows, lanes = 1 if n == 1 else 4, lanes_per_row(half, block)
-        grid = (-(-n_out * lanes // GROUP) * GROUP, -(-n // rows), n_batch)
-        template = {"B": block, "ROWS": rows, "LANES": lanes, "TRANSPOSED": int(transposed)}
-        tiling = _Tiling("spmm_csr", template, grid, GROUP)
-    template = {"T": x.dtype, **tiling.template, "BIAS": int(bias is not None)}
-    name, _, grid, threads, shared_memory = tiling
-    return launch_spmm(
-        name, template, data, half, x, n_out, bias, transposed, grid, threads, shared_memory
-    )
+        choice = _by_scalars, n, n_batch, block, n_out, transposed, lanes_per_row(half, block)
+    launch = _prepared(dtype, bias is not None, *choice)
+    return launch_spmm(launch, data, half, x, n_out, bias, transposed)
+
+
+@lru_cache(4096)
+def _prepared(dtype: mx.Dtype, has_bias: bool, choose: Callable[..., _Tiling], *sizes) -> Launch:
+    """Return what ``choose`` says of these sizes, kept: to choose takes longer than to launch."""
+    name, template, grid, threads, shared_memory = choose(*sizes)
+    template = {"T": dtype, **template, "BIAS": int(has_bias)}
+    return prepare(name, "spmm", template, dtype, grid, threads, shared_memory)
+
+
+def _streaming(n_batch: int, n_out: int) -> _Tiling:
+    """Return the kernel of one row of x and short rows of scalars."""
+    grid = (-(-n_out // 64) * 64, 1, n_batch)
+    return _Tiling("spmm_stream", {"ROWS": 64, "HELD": 1664}, grid, 64)
+
+
+def _by_scalars(
+    n: int, n_batch: int, block: int, n_out: int, transposed: bool, lanes: int
+) -> _Tiling:
+    """Return the kernel of all else, which reads blocks by scalars."""
+    rows = 1 if n == 1 else 4
+    grid = (-(-n_out * lanes // GROUP) * GROUP, -(-n // rows), n_batch)
+    template = {"B": block, "ROWS": rows, "LANES": lanes, "TRANSPOSED": int(transposed)}
+    return _Tiling("spmm_csr", template, grid, GROUP)
 
 
 def _is_even(half: Half) -> bool:
@@ -135,7 +157,6 @@ def _is_even(half: Half) -> bool:
     return longest_row(half) * (half["indptr"].size - 1) <= 2 * half["indices"].size
 
 
-@lru_cache(4096)
 def _tiling(n: int, n_batch: int, block: int, n_out: int, transposed: bool, even: bool) -> _Tiling:
     """Return the kernel of 16-bit blocks: few rows, many on Hopper, or many."""
     n_block_rows = n_out // block

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -73,6 +73,28 @@ def power_of_two(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
 
 
+class Launch(NamedTuple):
+    """A kernel and all that it is launched with, as ``mx.fast`` takes it, but the arrays."""
+
+    kernel: Callable[..., list[mx.array]]
+    template: list[tuple[str, Any]]
+    dtypes: list[mx.Dtype]
+    grid: tuple[int, int, int]
+    group: tuple[int, int, int]
+
+    def __call__(self, arrays: list[mx.array], shape: tuple[int, ...]) -> mx.array:
+        kernel, template, dtypes, grid, group = self
+        (out,) = kernel(
+            inputs=arrays,
+            template=template,
+            output_shapes=[shape],
+            output_dtypes=dtypes,
+            grid=grid,
+            threadgroup=group,
+        )
+        return out
+
+
 def launch(
     name: str,
     inputs: str,
@@ -85,35 +107,37 @@ def launch(
     shared_memory: int = 0,
 ) -> mx.array:
     """Launch the kernel ``name`` of the backend in use; ``grid`` counts threads."""
-    (out,) = _kernel(backend(), name, inputs, shared_memory)(
-        inputs=arrays,
-        template=list(template.items()),
-        output_shapes=[shape],
-        output_dtypes=[dtype],
-        grid=grid,
-        threadgroup=(threads, 1, 1),
-    )
-    return out
+    return prepare(name, inputs, template, dtype, grid, threads, shared_memory)(arrays, shape)
+
+
+def prepare(
+    name: str,
+    inputs: str,
+    template: dict[str, Any],
+    dtype: mx.Dtype,
+    grid: tuple[int, int, int],
+    threads: int,
+    shared_memory: int = 0,
+) -> Launch:
+    """Return :func:`launch` without its arrays, to be kept where it takes long to choose."""
+    kernel = _kernel(backend(), name, inputs, shared_memory)
+    return Launch(kernel, list(template.items()), [dtype], grid, (threads, 1, 1))
 
 
 def launch_spmm(
-    name: str,
-    template: dict[str, Any],
+    prepared: Launch,
     data: mx.array,
     half: Half,
     x: mx.array,
     n_out: int,
     bias: mx.array | None,
     transposed: bool,
-    grid: tuple[int, int, int],
-    threads: int,
-    shared_memory: int = 0,
 ) -> mx.array:
     """Launch a kernel of ``spmm`` or ``spmm_t``; inputs that it does not read are stand-ins."""
-    perm = half["perm"] if transposed else half["indices"]
-    arrays = [data, half["indptr"], half["indices"], perm, x, x if bias is None else bias]
-    shape = (*x.shape[:-1], n_out)
-    return launch(name, "spmm", arrays, template, shape, x.dtype, grid, threads, shared_memory)
+    indices = half["indices"]
+    perm = half["perm"] if transposed else indices
+    arrays = [data, half["indptr"], indices, perm, x, x if bias is None else bias]
+    return prepared(arrays, (*x.shape[:-1], n_out))
 
 
 def launch_sddmm(

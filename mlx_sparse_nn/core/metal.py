@@ -12,6 +12,7 @@ from mlx_sparse_nn.core.kernels import (
     launch_spmm,
     longest_row,
     power_of_two,
+    prepare,
 )
 from mlx_sparse_nn.core.layout import Half, Layout
 
@@ -76,7 +77,8 @@ def _product(
         template |= {"ROWS": rows}
         groups = n_out // block
     grid = (groups * threads, -(-n // rows), n_batch)
-    return launch_spmm(name, template, data, half, x, n_out, bias, transposed, grid, threads)
+    prepared = prepare(name, "spmm", template, x.dtype, grid, threads)
+    return launch_spmm(prepared, data, half, x, n_out, bias, transposed)
 
 
 def _simdgroups(half: Half) -> int:
