@@ -71,7 +71,7 @@ class PatternModule(nn.Module):
 
     def _checked_input(self, x: mx.array) -> mx.array:
         """Return ``x``, or raise unless it is ``(..., input_dims)``. Every call begins here."""
-        if x.ndim == 0 or x.shape[-1] != self.input_dims:
+        if x.shape[-1:] != self._pattern.shape[1:]:
             raise ValueError(
                 f"[{type(self).__name__}] x has shape {x.shape}, "
                 f"its last axis must be input_dims = {self.input_dims}"
@@ -80,7 +80,12 @@ class PatternModule(nn.Module):
         return x
 
     def _bound_layout(self) -> Layout:
-        return Layout(self._pattern, self["_layout"])
+        """Return the layout of the dicts in the module's state, made anew when these are others."""
+        # MLX puts other arrays into these dicts, as it compiles: a layout that holds them follows.
+        halves, bound = self["_layout"], self.__dict__.get("_bound")
+        if bound is None or bound.rows is not halves["rows"]:
+            bound = self.__dict__["_bound"] = Layout(self._pattern, halves)
+        return bound
 
     def _extra_repr(self) -> str:
         pattern = self._pattern
@@ -149,7 +154,8 @@ class PatternModule(nn.Module):
             self["_layout"] = pattern.layout.state()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_replaced"}
+        derived = ("_replaced", "_bound")
+        return {key: value for key, value in self.__dict__.items() if key not in derived}
 
 
 class PinnedKeys(set):

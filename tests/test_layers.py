@@ -231,6 +231,51 @@ class TestCompiledTraining:
         assert model_b.layers[0].indices.tolist() == model_b.layers[0].pattern.indices.tolist()
 
 
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_layer_that_was_called_follows_its_own_pattern(kind):
+    layer = make_layer(kind)
+    x = integers((3, layer.input_dims), 1)
+
+    def follows(layer, pattern):
+        assert layer.pattern == pattern
+        layer.weight = integers(pattern.data_shape, 2)
+        layer.bias = integers((layer.output_dims,), 3)
+        assert_equal(layer(x), x @ mx.array(dense_of(pattern, layer.weight)).T + layer.bias)
+
+    old, new = layer.pattern, make_layer(kind).pattern
+    follows(layer, old)
+    twins = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
+    state = [layer.state]
+    step = mx.compile(lambda x: layer(x), inputs=state, outputs=state)
+    assert_equal(step(x), layer(x))
+    for pattern in (new, old, new):
+        layer.set_pattern(pattern)
+        assert_equal(step(x), layer(x))
+        follows(layer, pattern)
+        assert_equal(step(x), layer(x))
+    layer.load_weights(list(twins[0].parameters().items()))
+    follows(layer, old)
+    for twin in twins:
+        follows(twin, old)
+
+
+@pytest.mark.parametrize("weight", [mx.float32, mx.float16, mx.bfloat16, mx.int32], ids=str)
+@pytest.mark.parametrize("x", [mx.float32, mx.float16, mx.bfloat16, mx.int32, mx.bool_], ids=str)
+@pytest.mark.parametrize("bias", [None, mx.float32, mx.bfloat16], ids=str)
+def test_dtypes_promote_as_in_a_dense_layer(weight, x, bias):
+    layer = make_layer(bias=bias is not None)
+    layer.weight = integers(layer.weight.shape, 1, weight)
+    if bias is not None:
+        layer.bias = integers((layer.output_dims,), 2, bias)
+    rows = integers((3, layer.input_dims), 3).astype(x)
+    if mx.issubdtype(mx.result_type(weight, x), mx.integer):
+        with pytest.raises(TypeError, match=r"\[spmm\] data .*int32 and x .* cast one to a float"):
+            layer(rows)
+        return
+    y = layer(rows)
+    assert y.dtype == mx.result_type(weight, x, *([] if bias is None else [bias]))
+
+
 def test_repr_and_properties():
     layer = BlockSparseLinear(64, 128, block_size=32, density=0.5)
     assert repr(layer) == (

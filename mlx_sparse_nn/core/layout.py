@@ -44,8 +44,9 @@ class Layout:
     """What ``spmm``, ``spmm_t`` and ``sddmm`` read of a pattern: two halves of int32 arrays.
 
     ``rows`` walks the matrix by block-rows, ``cols`` by block-columns; ``cols`` is made when first
-    asked for, so that a forward product alone never pays for the transpose. Each half is a dict of
-    arrays that a layer can hold in its module's state, where they are inputs of compiled graphs:
+    asked for, so that a forward product alone never pays for the transpose. ``data_shape`` is the
+    shape of the values, ``(nnz,)`` or ``(n_blocks, B, B)``. Each half is a dict of arrays that a
+    layer can hold in its module's state, where they are inputs of compiled graphs:
 
     - ``indptr``, ``indices``: CSR of the pattern (``rows``) or of its transpose (``cols``).
     - ``perm``: where the blocks of the transpose lie in ``data``; empty in ``rows``.
@@ -69,12 +70,13 @@ class Layout:
         """Lay out ``pattern``, or take over ``halves`` that :meth:`state` gave for one alike."""
         self.shape = pattern.shape
         self.block_size = pattern.block_size
+        self.data_shape = pattern.data_shape
         if halves is None:
             # Not the pattern, which owns this layout: in a cycle, the arrays of a dropped pattern
             # would wait for Python's next collection.
             self._host = pattern.host
         else:
-            self.__dict__.update(halves)
+            self.rows, self.cols = halves["rows"], halves["cols"]
 
     @cached_property
     def rows(self) -> Half:
@@ -86,13 +88,6 @@ class Layout:
         indptr, indices, perm = self._host.transpose
         n_rows = self._host.indptr.size - 1
         return _half(indptr, indices, n_rows, self.block_size, perm=perm)
-
-    @property
-    def data_shape(self) -> tuple[int, ...]:
-        """Shape of the values: ``(nnz,)`` or ``(n_blocks, B, B)``."""
-        n_blocks = self.rows["indices"].size
-        block = self.block_size
-        return (n_blocks,) if block == 1 else (n_blocks, block, block)
 
     def state(self) -> dict[str, Half]:
         """Return both halves, for a module to hold."""

@@ -107,7 +107,7 @@ class CSRPattern:
         """Stored fraction of the matrix, in [0, 1] unless entries repeat; 0 for an empty matrix."""
         return self.nnz / max(1, self.shape[0] * self.shape[1])
 
-    @property
+    @cached_property
     def data_shape(self) -> tuple[int, ...]:
         """Shape of the values that fill this pattern: ``(nnz,)`` or ``(n_blocks, B, B)``."""
         block = self.block_size
