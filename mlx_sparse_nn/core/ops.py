@@ -17,6 +17,8 @@ from mlx_sparse_nn.core import cuda, kernels, metal, reference
 from mlx_sparse_nn.core.layout import Layout
 from mlx_sparse_nn.core.pattern import CSRPattern
 
+_BACKENDS = {"metal": metal, "cuda": cuda, "reference": reference}
+
 
 def spmm(
     data: mx.array, pattern: CSRPattern | Layout, x: mx.array, bias: mx.array | None = None
@@ -37,17 +39,20 @@ def spmm(
         ValueError: A shape does not fit the pattern.
     """
     layout = _layout("spmm", pattern)
+    n_rows, n_cols = layout.shape
     _check_shape("spmm", "data", data, layout.data_shape)
-    _check_features("spmm", "x", x, "n_cols", layout.shape[1])
+    _check_features("spmm", "x", x, "n_cols", n_cols)
     if bias is not None:
-        _check_shape("spmm", "bias", bias, layout.shape[:1])
-    data, x = _promote("spmm", layout, data=data, x=x)
-    if bias is not None and bias.dtype == x.dtype:
-        y = _affine(layout, data, _merge(x), bias)
+        _check_shape("spmm", "bias", bias, (n_rows,))
+    data, x = _promote("spmm", layout, ("data", "x"), data, x)
+    rows = _merge(x)
+    if bias is None:
+        y = _spmm(layout, data, rows)
+    elif bias.dtype == x.dtype:
+        y = _affine(layout, data, rows, bias)
     else:
-        y = _spmm(layout, data, _merge(x))
-        y = y if bias is None else y + bias
-    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], layout.shape[0])
+        y = _spmm(layout, data, rows) + bias
+    return y if rows is x else y.reshape(*x.shape[:-1], n_rows)
 
 
 def spmm_t(data: mx.array, pattern: CSRPattern | Layout, y: mx.array) -> mx.array:
@@ -67,7 +72,7 @@ def spmm_t(data: mx.array, pattern: CSRPattern | Layout, y: mx.array) -> mx.arra
     layout = _layout("spmm_t", pattern)
     _check_shape("spmm_t", "data", data, layout.data_shape)
     _check_features("spmm_t", "y", y, "n_rows", layout.shape[0])
-    data, y = _promote("spmm_t", layout, data=data, y=y)
+    data, y = _promote("spmm_t", layout, ("data", "y"), data, y)
     return _spmm_t(layout, data, _merge(y)).reshape(*y.shape[:-1], layout.shape[1])
 
 
@@ -92,7 +97,7 @@ def sddmm(pattern: CSRPattern | Layout, y: mx.array, x: mx.array) -> mx.array:
     _check_features("sddmm", "x", x, "n_cols", layout.shape[1])
     if y.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"[sddmm] leading axes differ: y {y.shape[:-1]}, x {x.shape[:-1]}")
-    y, x = _promote("sddmm", layout, y=y, x=x)
+    y, x = _promote("sddmm", layout, ("y", "x"), y, x)
     return _sddmm(layout, _merge(y), _merge(x))
 
 
@@ -295,15 +300,14 @@ def _merge(a: mx.array) -> mx.array:
 
 def _backend(layout: Layout, x: mx.array) -> ModuleType:
     """Return the module that computes a product with rows ``x`` on MLX's default device."""
-    name = kernels.backend() if kernels.takes(layout, x) else "reference"
-    return {"metal": metal, "cuda": cuda, "reference": reference}[name]
+    return _BACKENDS[kernels.backend()] if kernels.takes(layout, x) else reference
 
 
 def _layout(op: str, pattern: CSRPattern | Layout) -> Layout:
-    if isinstance(pattern, CSRPattern):
-        return pattern.layout
     if isinstance(pattern, Layout):
         return pattern
+    if isinstance(pattern, CSRPattern):
+        return pattern.layout
     raise TypeError(f"[{op}] pattern must be a CSRPattern, got {type(pattern).__name__}")
 
 
@@ -313,26 +317,29 @@ def _check_array(op: str, name: str, a: mx.array) -> None:
 
 
 def _check_shape(op: str, name: str, a: mx.array, shape: tuple[int, ...]) -> None:
+    if isinstance(a, mx.array) and a.shape == shape:
+        return
     _check_array(op, name, a)
-    if a.shape != shape:
-        raise ValueError(f"[{op}] {name} has shape {a.shape}, the pattern needs {shape}")
+    raise ValueError(f"[{op}] {name} has shape {a.shape}, the pattern needs {shape}")
 
 
 def _check_features(op: str, name: str, a: mx.array, label: str, size: int) -> None:
+    if isinstance(a, mx.array) and a.shape[-1:] == (size,):
+        return
     _check_array(op, name, a)
-    if a.ndim == 0 or a.shape[-1] != size:
-        raise ValueError(
-            f"[{op}] {name} has shape {a.shape}, its last axis must be {label} = {size}"
-        )
+    raise ValueError(f"[{op}] {name} has shape {a.shape}, its last axis must be {label} = {size}")
 
 
-def _promote(op: str, layout: Layout, **operands: mx.array) -> tuple[mx.array, mx.array]:
+def _promote(
+    op: str, layout: Layout, names: tuple[str, str], a: mx.array, b: mx.array
+) -> tuple[mx.array, mx.array]:
     """Cast both operands to the dtype that MLX promotes them to, if it has a product."""
-    a, b = operands.values()
+    if a.dtype == b.dtype and b.dtype in kernels.DTYPES:  # as it is in nearly every call
+        return a, b
     dtype = mx.result_type(a, b)
     if not mx.issubdtype(dtype, mx.inexact):
-        names = " and ".join(f"{name} {value.dtype}" for name, value in operands.items())
-        raise TypeError(f"[{op}] {names} give {dtype}; cast one to a floating type with astype")
+        operands = f"{names[0]} {a.dtype} and {names[1]} {b.dtype}"
+        raise TypeError(f"[{op}] {operands} give {dtype}; cast one to a floating type with astype")
     if dtype == mx.complex64 and layout.block_size > 1:
         raise TypeError(f"[{op}] complex64 is for block_size 1, got block_size {layout.block_size}")
     return a.astype(dtype), b.astype(dtype)
