@@ -31,7 +31,7 @@ INPUTS = {
 
 def backend() -> str:
     """Return what computes products on MLX's default device: "metal", "cuda" or "reference"."""
-    if mx.default_device().type != mx.gpu:
+    if mx.default_device().type is not mx.gpu:  # "!=" of these enums takes longer
         return "reference"
     if mx.metal.is_available():
         return "metal"
@@ -46,8 +46,7 @@ def takes(layout: Layout, x: mx.array) -> bool:
     ``mx.vmap`` computes while it is traced, since MLX cannot map a kernel. The products' own rule
     for ``vmap`` then computes the mapped ones, by kernels.
     """
-    stored = layout.rows["indices"].size
-    return not _tracing.vmaps and stored > 0 and x.size > 0 and x.dtype in DTYPES
+    return not _tracing.vmaps and layout.data_shape[0] > 0 and x.size > 0 and x.dtype in DTYPES
 
 
 def longest_row(half: Half) -> int:
@@ -196,14 +195,10 @@ def _short(code: str) -> str:
 class _Tracing(threading.local):
     def __init__(self):
         self.vmaps = 0  # calls of mx.vmap that are tracing their function in this thread
-        self.found = False  # whether the probe's Python ran
         # A probe of each thread's own: what MLX has compiled in a thread has to go before the
         # thread ends, since MLX would wait for Python where the interpreter may be shutting down.
-        self.probe = mx.compile(self._note)
-
-    def _note(self, tracer: mx.array) -> mx.array:
-        self.found = True
-        return tracer
+        seen: list[mx.array] = []  # what the probe's Python was called with
+        self.probe = mx.compile(seen.append), seen
 
 
 _tracing = _Tracing()
@@ -217,10 +212,11 @@ def transforming() -> bool:
     thread or on a device it calls it anyway: hence twice. Where compilation is disabled the answer
     is always True.
     """
+    probe, seen = _tracing.probe
     for _ in range(2):
-        _tracing.found = False
-        _tracing.probe(_tracer())
-        if not _tracing.found:
+        seen.clear()
+        probe(_tracer())
+        if not seen:
             return False
     return True
 
