@@ -334,7 +334,8 @@ def _promote(
     op: str, layout: Layout, names: tuple[str, str], a: mx.array, b: mx.array
 ) -> tuple[mx.array, mx.array]:
     """Cast both operands to the dtype that MLX promotes them to, if it has a product."""
-    if a.dtype == b.dtype and b.dtype in kernels.DTYPES:  # as it is in nearly every call
+    dtype = a.dtype
+    if dtype == b.dtype and dtype in kernels.DTYPES:  # as it is in nearly every call
         return a, b
     dtype = mx.result_type(a, b)
     if not mx.issubdtype(dtype, mx.inexact):
