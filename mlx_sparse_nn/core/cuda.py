@@ -20,7 +20,7 @@ from mlx_sparse_nn.core.kernels import (
     longest_row,
     prepare,
 )
-from mlx_sparse_nn.core.layout import Half, Layout
+from mlx_sparse_nn.core.layout import Half, Layout, buckets
 
 _FEW = 16  # rows of x up to which a product is bound by reading the stored values
 _SHORT = 64  # values in a row up to which one thread adds them up
@@ -50,8 +50,13 @@ _GRAD_TILES = {
     64: (2, 2, 2, 64, 3),
     128: (1, 2, 4, 32, 4),
 }
-_WGMMA = ("sm_90", (64, 128))  # the architecture and the block sizes of Hopper's own kernels
-_WGMMA_STAGES = {64: 5, 128: 4}
+_HOPPER = "sm_90"  # the architecture of the kernels below
+_WGMMA_STAGES = {64: {256: 5, 128: 8}, 128: {256: 4, 128: 6}}  # by block size and rows of a tile
+_PANEL_DENSITY = {16: 0.03, 32: 0.35}  # from which spmm_panels is the faster one
+_PANEL_COLUMNS = 2**20
+_GRAD_PANELS = {16: 32, 32: 8}  # block-rows of a panel of sddmm_panels
+_GRAD_SHARED = 204_800
+_GRAD_ROWS = 256  # rows of x for which it pays to find the blocks of a panel
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
@@ -73,6 +78,8 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     n, n_batch = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
     block, half = layout.block_size, layout.rows
     if block in _GRAD_TILES and x.dtype != mx.float32:
+        if _takes_grad_panels(layout, n):
+            return _grad_panels(layout, y, x, n, n_batch)
         name, group, threads, shared_memory, template = _grad_tiles(block)
         width = (half["indptr"].size - 1) * -(-longest_row(half) // group)
         return launch(
@@ -119,7 +126,8 @@ def _product(
     block = data.shape[-1] if data.ndim > 2 else 1
     if block in TILED and dtype != mx.float32:
         even = n > _FEW and _is_even(half)
-        choice = _tiling, n, n_batch, block, n_out, transposed, even
+        panels = n > _FEW and _takes_panels(half, block, n_out, shape[-1])
+        choice = _tiling, n, n_batch, block, n_out, transposed, even, panels
     elif block == 1 and n == 1 and not transposed and longest_row(half) <= _SHORT:
         choice = _streaming, n_batch, n_out
     else:
@@ -157,7 +165,15 @@ def _is_even(half: Half) -> bool:
     return longest_row(half) * (half["indptr"].size - 1) <= 2 * half["indices"].size
 
 
-def _tiling(n: int, n_batch: int, block: int, n_out: int, transposed: bool, even: bool) -> _Tiling:
+def _takes_panels(half: Half, block: int, n_out: int, n_in: int) -> bool:
+    """Return whether so much of the matrix is stored that x is read by panels of outputs."""
+    density = half["indices"].size * block**2 / (n_out * n_in)
+    return density >= _PANEL_DENSITY.get(block, 2) and n_in <= _PANEL_COLUMNS
+
+
+def _tiling(
+    n: int, n_batch: int, block: int, n_out: int, transposed: bool, even: bool, panels: bool
+) -> _Tiling:
     """Return the kernel of 16-bit blocks: few rows, many on Hopper, or many."""
     n_block_rows = n_out // block
     if n <= _FEW and not transposed:
@@ -165,37 +181,68 @@ def _tiling(n: int, n_batch: int, block: int, n_out: int, transposed: bool, even
         strip = min(16, block)
         grid = (n_out // strip * 256, -(-n // 16), n_batch)
         return _Tiling("spmm_few", {"B": block, "STRIP": strip, "WARPS": 8}, grid, 256)
-    architecture, block_sizes = _WGMMA
-    if n > 64 and block in block_sizes and _architecture() == architecture:
+    hopper, width = _architecture() == _HOPPER, n_block_rows
+    if hopper and panels and -(-n_out // 256) * -(-n // 128) * n_batch >= _FILLING:
+        rows, stages, threads, width = 128, 4, 640, -(-n_out // 256)
+        name, template = "spmm_panels", {}
+        shared_memory = stages * 32_768 + 65_536 + 1024
+    elif hopper and n > 64 and block in _WGMMA_STAGES:
         rows = 256 if n_block_rows * -(-n // 256) * n_batch >= _FILLING else 128
-        stages, threads = _WGMMA_STAGES[block], 2 * rows
-        name, template = "spmm_wgmma", {"WARPGROUPS": rows // 64}
+        stages, threads = _WGMMA_STAGES[block][rows], 384
+        name, template = "spmm_wgmma", {"ROWS": rows}
         shared_memory = stages * (rows + block) * 128 + 1024
     else:
         many = n > 64 and _architecture() in _LARGE_SHARED_MEMORY
         rows, warps_n, warps_o, depth, stages = (_MANY_TILES if many else _SOME_TILES)[block]
         threads = 32 * warps_n * warps_o
         name, template = "spmm_tiles", {"WARPS_N": warps_n, "WARPS_O": warps_o, "DEPTH": depth}
+        template["ROWS"] = rows
         shared_memory = 2 * stages * (rows + block) * depth
     # A thread block takes up to 8 tiles of rows, fewer where that would leave the GPU idle, and one
     # where some block-row would keep it busy much longer than others.
     tiles = -(-n // rows)
-    shares = max(-(-tiles // 8), -(-_FILLING // (n_block_rows * n_batch))) if even else tiles
+    shares = max(-(-tiles // 8), -(-_FILLING // (width * n_batch))) if even else tiles
     shares = min(tiles, shares)
-    template |= {"B": block, "ROWS": rows, "STAGES": stages, "TRANSPOSED": int(transposed)}
-    return _Tiling(
-        name, template, (n_block_rows * threads, shares, n_batch), threads, shared_memory
-    )
+    template |= {"B": block, "STAGES": stages, "TRANSPOSED": int(transposed)}
+    return _Tiling(name, template, (width * threads, shares, n_batch), threads, shared_memory)
+
+
+def _takes_grad_panels(layout: Layout, n: int) -> bool:
+    """Return whether blocks are small, so that their gradients share the columns of y and of x."""
+    columns = layout.shape[1] // layout.block_size
+    small = layout.block_size in _GRAD_PANELS and 8 * columns <= _GRAD_SHARED
+    return small and n >= _GRAD_ROWS and _architecture() == _HOPPER
+
+
+def _grad_panels(layout: Layout, y: mx.array, x: mx.array, n: int, n_batch: int) -> mx.array:
+    """Launch ``sddmm_panels`` in about as many thread blocks as keep a large GPU busy."""
+    block, half = layout.block_size, layout.rows
+    panel = _GRAD_PANELS[block]
+    panels = -(-(half["indptr"].size - 1) // panel)
+    shares = -(-_most_blocks(half, panel) // (32_768 // block**2))
+    splits = max(1, min(_FILLING // (panels * shares * n_batch), n // _GRAD_ROWS))
+    shares = max(shares, _FILLING // (panels * splits * n_batch))
+    template = {"B": block, "PANEL": panel, "SHARED": _GRAD_SHARED}
+    width = panels * shares * 640
+    return launch_sddmm("sddmm_panels", template, y, x, layout, width, 640, splits, _GRAD_SHARED)
+
+
+def _most_blocks(half: Half, n_rows: int) -> int:
+    """Return how many blocks ``n_rows`` block-rows have together at most."""
+    total = 0
+    for rows, width, _ in reversed(list(buckets(half))):
+        taken = min(rows, n_rows)
+        total, n_rows = total + taken * width, n_rows - taken
+    return total
 
 
 @cache
 def _grad_tiles(block: int) -> tuple[str, int, int, int, dict[str, int]]:
     """Return a kernel of ``sddmm``: its name, GROUP, threads, shared memory and template."""
-    architecture, block_sizes = _WGMMA
-    if block in block_sizes and _architecture() == architecture:
-        group, stages = 256 // block, 4
-        template = {"B": block, "WARPGROUPS": 2, "GROUP": group, "STAGES": stages}
-        return "sddmm_wgmma", group, 256, stages * (1 + group) * block * 128 + 1024, template
+    if block in _WGMMA_STAGES and _architecture() == _HOPPER:
+        group, stages = 256 // block, _WGMMA_STAGES[block][256]
+        template = {"B": block, "GROUP": group, "STAGES": stages}
+        return "sddmm_wgmma", group, 384, stages * (1 + group) * block * 128 + 1024, template
     group, warps_i, warps_k, depth, stages = _GRAD_TILES[block]
     template = {"B": block, "GROUP": group, "WARPS_I": warps_i, "WARPS_K": warps_k}
     template |= {"DEPTH": depth, "STAGES": stages}

@@ -21,6 +21,11 @@ _PACKAGE = Path(__file__).parents[1]
 _INCLUDE = re.compile(r'#include "(.+)"\n')  # a body names the headers that it needs
 DTYPES = (mx.bfloat16, mx.float32, mx.float16)  # what comes first is found first
 TILED = (8, 16, 32, 64, 128)  # block sizes with kernels of their own; the others go by scalars
+# MLX writes a kernel's signature: the word that it begins with brings the number of threads, by
+# which the compiler shares out registers.
+_BOUND = """#undef __global__
+#define __global__ __attribute__((global)) __launch_bounds__({threads})
+"""
 GROUP = 256  # threads of a group, where the kernel leaves it open
 INPUTS = {
     "spmm": ("data", "indptr", "indices", "perm", "x", "bias"),
@@ -119,7 +124,7 @@ def prepare(
     shared_memory: int = 0,
 ) -> Launch:
     """Return :func:`launch` without its arrays, to be kept where it takes long to choose."""
-    kernel = _kernel(backend(), name, inputs, shared_memory)
+    kernel = _kernel(backend(), name, inputs, threads, shared_memory)
     return Launch(kernel, list(template.items()), [dtype], grid, (threads, 1, 1))
 
 
@@ -148,6 +153,7 @@ def launch_sddmm(
     n_threads: int,
     threads: int,
     splits: int,
+    shared_memory: int = 0,
 ) -> mx.array:
     """Launch a kernel of ``sddmm`` over about ``splits`` parts of the rows, summed in order."""
     n, n_batch = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
@@ -159,7 +165,9 @@ def launch_sddmm(
     arrays = [y, x, half["indptr"], half["indices"], mx.array([step], dtype=mx.int32)]
     template = {"T": x.dtype, "OUT": dtype, **template}
     grid = (n_threads, splits, n_batch)
-    out = launch(name, "sddmm", arrays, template, (splits, *shape), dtype, grid, threads)
+    out = launch(
+        name, "sddmm", arrays, template, (splits, *shape), dtype, grid, threads, shared_memory
+    )
     if splits == 1:
         return out.reshape(shape)
     partial = out.reshape(splits, -1)
@@ -168,7 +176,7 @@ def launch_sddmm(
 
 
 @cache
-def _kernel(backend: str, name: str, inputs: str, shared_memory: int) -> Any:
+def _kernel(backend: str, name: str, inputs: str, threads: int, shared_memory: int) -> Any:
     """Return the kernel of ``<backend>/<name>``, built when it is first launched."""
     folder = _PACKAGE / backend
     suffix = "metal" if backend == "metal" else "cu"
@@ -183,6 +191,7 @@ def _kernel(backend: str, name: str, inputs: str, shared_memory: int) -> Any:
     }
     if backend == "metal":
         return mx.fast.metal_kernel(**options)
+    options["header"] += _BOUND.format(threads=threads)
     return mx.fast.cuda_kernel(shared_memory=shared_memory, **options)
 
 

@@ -16,6 +16,24 @@ __device__ __forceinline__ void copy16(T* dst, const T* src, bool valid) {
   }
 }
 
+// Copy COUNT times 16 bytes: from `src` on, `stride` elements apart, to `dst` on, STEP elements apart. From
+// number `valid` on they are zeros, and nothing is read.
+template <bool ALIGNED, int COUNT, int STEP, typename T>
+__device__ __forceinline__ void copy_rows(T* dst, const T* src, size_t stride, int valid) {
+  if (ALIGNED && valid >= COUNT) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+      copy16<ALIGNED>(dst + i * STEP, src, true);
+      src += stride;
+    }
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < COUNT; i++) {
+      copy16<ALIGNED>(dst + i * STEP, i < valid ? src + i * stride : src, i < valid);
+    }
+  }
+}
+
 // Whether sources are aligned, as a type: loops of copies are written once, and the two paths of copy16
 // stay out of one another's way.
 struct Aligned {

@@ -2,29 +2,31 @@
 //
 // Inputs, output: as there.
 // Launch
-//   (R L 128 WARPGROUPS, 1, V) threads in blocks of 128 WARPGROUPS, where GROUP L is at least the length
-//   of every block-row. One thread block owns up to GROUP neighbouring blocks of one block-row, which
-//   share the panel of y, and walks the rows n.
+//   (R L 384, 1, V) threads in blocks of 384, where GROUP L is at least the length of every block-row. One
+//   thread block owns up to GROUP neighbouring blocks of one block-row, which share the panel of y, and walks
+//   the rows n. The last of its 3 warpgroups copies, the others multiply 128 columns each.
 //   Shared memory: STAGES (1 + GROUP) B 128 + 1024 bytes.
 // Template
-//   T half or bfloat16; B 64 or 128; WARPGROUPS, of 128 columns each; GROUP blocks, 128 WARPGROUPS / B;
-//   STAGES.
+//   T half or bfloat16; B 64 or 128; GROUP blocks, 256 / B; STAGES.
 // Sums in float32, n ascending by 16.
 
+#include "barriers.h"
 #include "copies.h"
-#include "stores.h"
 #include "wgmma.h"
+#include "copiers.h"
+#include "stores.h"
 
-constexpr int THREADS = 128 * WARPGROUPS;
-constexpr int WIDTH = B * GROUP;
-constexpr int TILES = B / 64;       // 64 x 128 tiles of a warpgroup
-constexpr int DEPTH = 64;           // n in a stage
-constexpr int SLAB = 64 * DEPTH;    // 64 columns, side by side in rows of 128 bytes
-constexpr int STAGE = (TILES + WIDTH / 64) * SLAB;
-constexpr int AHEAD = STAGES - 2;  // stages under way: of the others, one is read and one drains
-static_assert(WIDTH == 128 * WARPGROUPS, "a warpgroup has 128 columns");
+constexpr int WARPGROUPS = 2;     // that multiply
+constexpr int SLABS = 256 / 64;   // of x: 64 columns, side by side in rows of 128 bytes
+constexpr int TILES = B / 64;     // 64 x 128 tiles of a warpgroup, and slabs of y
+constexpr int DEPTH = 64;         // n in a stage
+constexpr int SLAB = 64 * DEPTH;
+constexpr int STAGE = (TILES + SLABS) * SLAB;
+static_assert(GROUP * B == 256, "a warpgroup has 128 columns");
 extern __shared__ char shared[];
-T* tiles = reinterpret_cast<T*>(shared + (1024 - (unsigned)__cvta_generic_to_shared(shared) % 1024) % 1024);
+__shared__ unsigned long long full[STAGES];
+__shared__ unsigned long long empty[STAGES];
+T* tiles = reinterpret_cast<T*>(shared + (1024 - shared_address(shared) % 1024) % 1024);
 
 const int n_block_rows = indptr_shape[0] - 1;
 const int row = blockIdx.x % n_block_rows;
@@ -39,47 +41,55 @@ const int group = thread / 128;
 const int N = held(x_shape[x_ndim - 2]);
 const int C = held(x_shape[x_ndim - 1]);
 const int R = held(y_shape[y_ndim - 1]);
-const bool aligned = ((size_t)y | (size_t)x) % 16 == 0;
-const int n_stages = (N + DEPTH - 1) / DEPTH;
 
-// Eight threads copy a row of a slab, of the same columns at every stage.
-const int copy_row = thread / 8;
-const T* y_mine = y + ((size_t)v * N + copy_row) * R + row * B + thread % 8 * 8;
-const T* x_mine = x + ((size_t)v * N + copy_row) * C + thread % 8 * 8;
-int cols[WIDTH / 64];
-#pragma unroll
-for (int q = 0; q < WIDTH / 64; q++) {
-  cols[q] = q * 64 / B < count ? indices[j0 + q * 64 / B] * B + q * 64 % B : -1;
+if (thread < STAGES) {
+  init_barrier(full + thread, 128);
+  init_barrier(empty + thread, 4 * WARPGROUPS);
 }
-auto copy_stage_as = [&](int s, auto alignment) {
-  constexpr bool ALIGNED = alignment.value;
-  constexpr int UNROLL = ALIGNED ? 32 : 1;
-  T* y_tile = tiles + s % STAGES * STAGE;
-  T* x_tile = y_tile + TILES * SLAB;
-#pragma unroll UNROLL
-  for (int i = 0; i < DEPTH; i += THREADS / 8) {
-    const int n = s * DEPTH + i;
-    const bool valid = n + copy_row < N;
-    const int at = swizzle<8>(copy_row + i, thread % 8) * 8;
+__syncthreads();
+
+if (group == WARPGROUPS) {
+  // Eight threads copy a row of a slab, of the same columns at every stage.
+  const int copy_row = thread % 128 / 8;
+  const int chunk = thread % 8;
+  const int place = swizzle<8>(copy_row, chunk) * 8;
+  const T* y_mine = y + ((size_t)v * N + copy_row) * R + row * B + chunk * 8;
+  const T* x_mine = x + ((size_t)v * N + copy_row) * C + chunk * 8;
+  int cols[SLABS];
 #pragma unroll
-    for (int q = 0; q < TILES; q++) {
-      copy16<ALIGNED>(y_tile + q * SLAB + at, valid ? y_mine + (size_t)n * R + q * 64 : y, valid);
-    }
+  for (int q = 0; q < SLABS; q++) {
+    cols[q] = q * 64 / B < count ? indices[j0 + q * 64 / B] * B + q * 64 % B : -1;
+  }
+  auto copy_as = [&](auto alignment) {
+    constexpr bool ALIGNED = alignment.value;
+    Copier<STAGES, STAGES - 2> copier{full, empty};
+    for (int n0 = 0; n0 < N; n0 += DEPTH) {
+      T* y_tile = tiles + copier.begin() * STAGE + place;
+      T* x_tile = y_tile + TILES * SLAB;
+      const T* y_src = y_mine + (size_t)n0 * R;
+      const T* x_src = x_mine + (size_t)n0 * C;
+      const int valid = (N - n0 - copy_row + 15) / 16;
 #pragma unroll
-    for (int q = 0; q < WIDTH / 64; q++) {
-      if (cols[q] >= 0) {
-        copy16<ALIGNED>(x_tile + q * SLAB + at, valid ? x_mine + (size_t)n * C + cols[q] : x, valid);
+      for (int q = 0; q < TILES; q++) {
+        copy_rows<ALIGNED, DEPTH / 16, 16 * 64>(y_tile + q * SLAB, y_src + q * 64, 16 * (size_t)R, valid);
       }
+#pragma unroll
+      for (int q = 0; q < SLABS; q++) {
+        if (cols[q] >= 0) {
+          copy_rows<ALIGNED, DEPTH / 16, 16 * 64>(x_tile + q * SLAB, x_src + cols[q], 16 * (size_t)C, valid);
+        }
+      }
+      copier.end();
     }
-  }
-};
-auto copy_stage = [&](int s) {
-  if (aligned) {
-    copy_stage_as(s, Aligned());
+    copier.finish();
+  };
+  if (((size_t)y | (size_t)x) % 16 == 0) {
+    copy_as(Aligned());
   } else {
-    copy_stage_as(s, Unaligned());
+    copy_as(Unaligned());
   }
-};
+  return;
+}
 
 float acc[TILES][64];
 #pragma unroll
@@ -88,20 +98,14 @@ for (int i = 0; i < TILES; i++) {
   for (int j = 0; j < 64; j++) {
     acc[i][j] = 0.0f;
   }
+  hold_sums(acc[i]);
 }
-#pragma unroll 1
-for (int s = 0; s < AHEAD; s++) {
-  if (s < n_stages) {
-    copy_stage(s);
-  }
-  commit_copies();
-}
-for (int s = 0; s < n_stages; s++) {
-  wait_copies<AHEAD - 1>();
-  show_copies();
-  __syncthreads();  // stage s is there, and all warpgroups have done with stage s - 2
-  const T* y_tile = tiles + s % STAGES * STAGE;
+Ring<STAGES> ring;
+int last = 0;  // buffer of the last stage
+for (int n0 = 0; n0 < N; n0 += DEPTH) {
+  const T* y_tile = tiles + ring.buffer * STAGE;
   const T* x_tile = y_tile + (TILES + group * 2) * SLAB;
+  wait_barrier(full + ring.buffer, ring.parity);
   begin_products();
 #pragma unroll
   for (int n = 0; n < DEPTH; n += 16) {
@@ -112,11 +116,12 @@ for (int s = 0; s < n_stages; s++) {
     }
   }
   commit_products();
-  if (s + AHEAD < n_stages) {
-    copy_stage(s + AHEAD);
-  }
-  commit_copies();
   wait_products<1>();
+  if (n0 > 0 && thread % 32 == 0) {
+    arrive(empty + last);
+  }
+  last = ring.buffer;
+  ring.advance();
 }
 wait_products<0>();
 

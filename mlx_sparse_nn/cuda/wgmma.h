@@ -62,6 +62,16 @@ WARPGROUP_64(__half, "f16");
 WARPGROUP_128(__nv_bfloat16, "bf16");
 WARPGROUP_128(__half, "f16");
 
+// Have sums in their registers from here on: where the compiler moves their first values into the loop of the
+// products that follow, it has these wait for one another.
+template <int N>
+__device__ __forceinline__ void hold_sums(float (&sums)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    asm volatile("" : "+f"(sums[i])::"memory");
+  }
+}
+
 // Order what this warpgroup wrote to registers before the products that follow.
 __device__ __forceinline__ void begin_products() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
