@@ -52,9 +52,9 @@ _GRAD_TILES = {
 }
 _HOPPER = "sm_90"  # the architecture of the kernels below
 _WGMMA_STAGES = {64: {256: 5, 128: 8}, 128: {256: 4, 128: 6}}  # by block size and rows of a tile
-_PANEL_DENSITY = {16: 0.03, 32: 0.35}  # from which spmm_panels is the faster one
+_PANEL_DENSITY = {16: 0.025, 32: 0.15}  # from which spmm_panels is the faster one
 _PANEL_COLUMNS = 2**20
-_GRAD_PANELS = {16: 32, 32: 8}  # block-rows of a panel of sddmm_panels
+_GRAD_PANELS = (16, 32)  # block sizes of sddmm_panels
 _GRAD_SHARED = 204_800
 _GRAD_ROWS = 256  # rows of x for which it pays to find the blocks of a panel
 
@@ -217,12 +217,12 @@ def _takes_grad_panels(layout: Layout, n: int) -> bool:
 def _grad_panels(layout: Layout, y: mx.array, x: mx.array, n: int, n_batch: int) -> mx.array:
     """Launch ``sddmm_panels`` in about as many thread blocks as keep a large GPU busy."""
     block, half = layout.block_size, layout.rows
-    panel = _GRAD_PANELS[block]
+    panel = 256 // block
     panels = -(-(half["indptr"].size - 1) // panel)
     shares = -(-_most_blocks(half, panel) // (32_768 // block**2))
     splits = max(1, min(_FILLING // (panels * shares * n_batch), n // _GRAD_ROWS))
     shares = max(shares, _FILLING // (panels * splits * n_batch))
-    template = {"B": block, "PANEL": panel, "SHARED": _GRAD_SHARED}
+    template = {"B": block, "SHARED": _GRAD_SHARED}
     width = panels * shares * 640
     return launch_sddmm("sddmm_panels", template, y, x, layout, width, 640, splits, _GRAD_SHARED)
 

@@ -24,7 +24,7 @@ TILED = (8, 16, 32, 64, 128)  # block sizes with kernels of their own; the other
 # MLX writes a kernel's signature: the word that it begins with brings the number of threads, by
 # which the compiler shares out registers.
 _BOUND = """#undef __global__
-#define __global__ __attribute__((global)) __launch_bounds__({threads})
+#define __global__ __attribute__((global)) __launch_bounds__({threads}, 1)
 """
 GROUP = 256  # threads of a group, where the kernel leaves it open
 INPUTS = {

@@ -34,14 +34,14 @@ __device__ __forceinline__ void copy_rows(T* dst, const T* src, size_t stride, i
   }
 }
 
-// Whether sources are aligned, as a type: loops of copies are written once, and the two paths of copy16
-// stay out of one another's way.
-struct Aligned {
-  static constexpr bool value = true;
+// A constant as a type, such as whether sources are aligned: loops of copies are written once, and the paths
+// of copy16 stay out of one another's way.
+template <bool VALUE>
+struct Constant {
+  static constexpr bool value = VALUE;
 };
-struct Unaligned {
-  static constexpr bool value = false;
-};
+using Aligned = Constant<true>;
+using Unaligned = Constant<false>;
 
 // Return `value`, to be held in a register: left alone, the compiler may read the sizes of an array again
 // in every round of a loop.

@@ -5,13 +5,13 @@
 // Output
 //   out      (S, [V,] n_blocks, B, B) OUT; out[s] sums the rows n of split s
 // Launch
-//   (P Q 640, S, V) threads in blocks of 640. P = ceil(block-rows / PANEL) panels of neighbouring
-//   block-rows, none of which has more than Q 32768 / (B B) blocks. The blocks of a panel, by column and then
+//   (P Q 640, S, V) threads in blocks of 640. P = ceil(block-rows / PANEL) panels of PANEL = 256 / B
+//   neighbouring block-rows, none of which has more than Q 32768 / (B B) blocks. The blocks of a panel, by column and then
 //   by row, are dealt to Q thread blocks in equal shares, and those of a thread block to its first 16 warps.
 //   The last 4 warps copy the panel of y and the distinct columns of x of these blocks, some rows n a stage.
-//   Shared memory: SHARED bytes, at least 8 per block-column, and 64 PANEL B + 2097152 / B.
+//   Shared memory: SHARED bytes, at least 8 per block-column, and 16384 + 2097152 / B.
 // Template
-//   T half or bfloat16; OUT, T or float; B 16 or 32; PANEL 8, 16 or 32 block-rows; SHARED.
+//   T half or bfloat16; OUT, T or float; B 16 or 32; SHARED.
 // Sums in float32, n ascending by 16.
 
 #include "barriers.h"
@@ -22,6 +22,7 @@
 constexpr int WARPS = 16;               // that multiply
 constexpr int COPY_WARPS = 4;
 constexpr int THREADS = 32 * (WARPS + COPY_WARPS);
+constexpr int PANEL = 256 / B;          // block-rows
 constexpr int SLOTS = 2048 / (B * B);   // blocks of a warp: 64 sums a thread
 constexpr int CAP = WARPS * SLOTS;      // blocks of a thread block
 constexpr int MAX_STAGES = 8;
@@ -29,7 +30,6 @@ constexpr int CHUNKS = B / 8;           // 16-byte chunks of a row of a block
 constexpr int TILES = B / 16;           // 16 x 16 tiles along a side of a block
 constexpr int Y_PITCH = PANEL * B * 2;  // bytes of a row of y in a stage
 static_assert(B == 16 || B == 32, "a warp holds 8 or 2 blocks");
-static_assert(PANEL == 8 || PANEL == 16 || PANEL == 32, "one bit of a mask per block-row");
 static_assert(CAP <= THREADS && sizeof(T) == 2, "a thread finds the place of a block");
 extern __shared__ __align__(128) char shared[];
 __shared__ unsigned long long full[MAX_STAGES];
@@ -149,7 +149,7 @@ __syncthreads();
 const int x_chunks = (place_of[count - 1] + 1) * CHUNKS;
 const int x_pitch = (x_chunks + 7) / 8 * 128;
 const int row_bytes = Y_PITCH + x_pitch;
-const int depth = SHARED >= 4 * 64 * row_bytes ? 64 : SHARED >= 4 * 32 * row_bytes ? 32 : 16;
+const int depth = SHARED >= 3 * 64 * row_bytes ? 64 : SHARED >= 3 * 32 * row_bytes ? 32 : 16;
 const int n_ring = min(MAX_STAGES, SHARED / (depth * row_bytes));
 int buffer = 0;
 int parity = 0;
@@ -162,61 +162,69 @@ auto advance = [&]() {
 
 if (warp >= WARPS) {
   give_registers<64>();
-  // Each warp copies every fourth row; a lane keeps to its chunks of a row.
+  // Each warp copies every fourth row, 32 chunks a round. Where a row has fewer left, the last one is copied
+  // more than once: that costs less than a branch.
   constexpr int Y_ROUNDS = (PANEL * CHUNKS + 31) / 32;
   constexpr int X_ROUNDS = CAP * CHUNKS / 32;
   const int m0 = warp - WARPS;
-  const int y_chunks = n_rows * CHUNKS;
-  int x_cols[X_ROUNDS];
+  int y_chunk[Y_ROUNDS];
+  int x_chunk[X_ROUNDS];
+  int x_col[X_ROUNDS];
+#pragma unroll
+  for (int q = 0; q < Y_ROUNDS; q++) {
+    y_chunk[q] = min(32 * q + lane, n_rows * CHUNKS - 1);
+  }
 #pragma unroll
   for (int q = 0; q < X_ROUNDS; q++) {
-    const int chunk = 32 * q + lane;
-    x_cols[q] = chunk < x_chunks ? cols[chunk / CHUNKS] * B + chunk % CHUNKS * 8 : -1;
+    x_chunk[q] = min(32 * q + lane, x_chunks - 1);
+    x_col[q] = cols[x_chunk[q] / CHUNKS] * B + x_chunk[q] % CHUNKS * 8;
   }
-  const T* y_mine = y + ((size_t)v * N + m0) * R + row0 * B + lane * 8;
+  const T* y_mine = y + ((size_t)v * N + m0) * R + row0 * B;
   const T* x_mine = x + ((size_t)v * N + m0) * C;
-  auto copy_as = [&](auto alignment) {
+  auto copy_rows_as = [&](int n0, auto alignment, auto all) {
     constexpr bool ALIGNED = alignment.value;
-    for (int n0 = first; n0 < last; n0 += depth) {
-      const T* y_src = y_mine + (size_t)n0 * R;
-      const T* x_src = x_mine + (size_t)n0 * C;
-      char* stage = shared + buffer * depth * row_bytes;
-      wait_barrier(empty + buffer, parity ^ 1);
-#pragma unroll 2
-      for (int m = m0; m < depth; m += COPY_WARPS) {
-        const bool valid = n0 + m < last;
-        const T* y_row = valid ? y_src : y;
-        const T* x_row = valid ? x_src : x;
-        // Chunk 32 q + lane of a row lies at 32 q + (lane ^ (m & 7)).
-        char* y_dst = stage + m * Y_PITCH + (lane ^ (m & 7)) * 16;
-        char* x_dst = stage + depth * Y_PITCH + m * x_pitch + (lane ^ (m & 7)) * 16;
+    constexpr bool ALL = all.value;  // rows of the stage are there
+    const T* y_src = y_mine + (size_t)n0 * R;
+    const T* x_src = x_mine + (size_t)n0 * C;
+    char* y_dst = shared + buffer * depth * row_bytes + m0 * Y_PITCH;
+    char* x_dst = shared + buffer * depth * row_bytes + depth * Y_PITCH + m0 * x_pitch;
+#pragma unroll 1
+    for (int m = m0; m < depth; m += COPY_WARPS) {
+      const bool valid = ALL || n0 + m < last;
 #pragma unroll
-        for (int q = 0; q < Y_ROUNDS; q++) {
-          if (32 * q + lane < y_chunks) {
-            copy16<ALIGNED>(reinterpret_cast<T*>(y_dst + 512 * q), y_row + 256 * q, valid);
-          }
-        }
+      for (int q = 0; q < Y_ROUNDS; q++) {
+        T* dst = reinterpret_cast<T*>(y_dst + (y_chunk[q] ^ (m & 7)) * 16);
+        copy16<ALIGNED>(dst, valid ? y_src + y_chunk[q] * 8 : y, valid);
+      }
 #pragma unroll
-        for (int q = 0; q < X_ROUNDS; q++) {
-          if (x_cols[q] >= 0) {
-            copy16<ALIGNED>(reinterpret_cast<T*>(x_dst + 512 * q), x_row + x_cols[q], valid);
-          }
+      for (int q = 0; q < X_ROUNDS; q++) {
+        if (32 * q < x_chunks) {
+          T* dst = reinterpret_cast<T*>(x_dst + (x_chunk[q] ^ (m & 7)) * 16);
+          copy16<ALIGNED>(dst, valid ? x_src + x_col[q] : x, valid);
         }
-        y_src += (size_t)COPY_WARPS * R;
-        x_src += (size_t)COPY_WARPS * C;
       }
-      if (ALIGNED) {
-        arrive_copied(full + buffer);
-      } else {
-        arrive(full + buffer);
-      }
-      advance();
+      y_src += (size_t)COPY_WARPS * R;
+      x_src += (size_t)COPY_WARPS * C;
+      y_dst += COPY_WARPS * Y_PITCH;
+      x_dst += COPY_WARPS * x_pitch;
     }
   };
-  if (((size_t)y | (size_t)x) % 16 == 0) {
-    copy_as(Aligned());
-  } else {
-    copy_as(Unaligned());
+  const bool aligned = ((size_t)y | (size_t)x) % 16 == 0;
+  for (int n0 = first; n0 < last; n0 += depth) {
+    wait_barrier(empty + buffer, parity ^ 1);
+    if (aligned && n0 + depth <= last) {
+      copy_rows_as(n0, Aligned(), Constant<true>());
+    } else if (aligned) {
+      copy_rows_as(n0, Aligned(), Constant<false>());
+    } else {
+      copy_rows_as(n0, Unaligned(), Constant<false>());
+    }
+    if (aligned) {
+      arrive_copied(full + buffer);
+    } else {
+      arrive(full + buffer);
+    }
+    advance();
   }
   commit_copies();
   wait_copies<0>();

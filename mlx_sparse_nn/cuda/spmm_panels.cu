@@ -119,25 +119,21 @@ const int r = first_out / B;
 const int o0 = first_out % B;
 const int begin = indptr[min(R, r)];
 const int end = indptr[min(R, r + 1)];
-const int length = end - begin;
-const int n_parts = (end_n - begin_n) / ROWS * length;
 const bool aligned = (size_t)data % 16 == 0;
 const T* blocks = data + (size_t)v * indices_shape[0] * (B * B) + (TRANSPOSED ? o0 : o0 * B);
 T* parts = tiles + STAGES * STAGE + warp * (HELD * PART);
 int copied = 0;
+int next = begin;  // block to copy,
+int rounds = begin < end ? (end_n - begin_n) / ROWS : 0;  // and how often it, and those after it, are still to come
 Reader places(TRANSPOSED ? perm : indices, begin, end);
 auto copy_part = [&]() {
-  if (copied < n_parts) {
-    const int i = copied % length;
-    if (TRANSPOSED && i == 0) {
-      places = Reader(perm, begin, end);
-    }
-    const T* block = blocks + (size_t)(TRANSPOSED ? places.at(begin + i) : begin + i) * (B * B);
+  if (rounds > 0) {
+    const T* block = blocks + (size_t)(TRANSPOSED ? places.at(next) : next) * (B * B);
     T* part = parts + copied % HELD * PART;
 #pragma unroll
-    for (int chunk = lane; chunk < PART / 8; chunk += 32) {
-      const int row = chunk / W_CHUNKS;
-      const int col = chunk % W_CHUNKS;
+    for (int i = 0; i < PART / 8; i += 32) {
+      const int row = (i + lane) / W_CHUNKS;
+      const int col = (i + lane) % W_CHUNKS;
       T* dst = part + swizzle<W_CHUNKS>(row, col) * 8;
       if (aligned) {
         copy16<true>(dst, block + row * B + col * 8, true);
@@ -145,8 +141,15 @@ auto copy_part = [&]() {
         copy16<false>(dst, block + row * B + col * 8, true);
       }
     }
+    copied++;
+    if (++next == end) {
+      next = begin;
+      rounds--;
+      if (TRANSPOSED) {
+        places = Reader(perm, begin, end);
+      }
+    }
   }
-  copied++;
   commit_copies();
 };
 
@@ -180,39 +183,28 @@ for (int n0 = begin_n; n0 < end_n; n0 += ROWS) {
       __syncwarp();
       const T* part = parts + read % HELD * PART;
       read++;
-      unsigned w[B / 16][4];
-#pragma unroll
-      for (int k = 0; k < B / 16; k++) {
-        if (TRANSPOSED) {
-          load_matrix4<true>(w[k], part + swizzle<W_CHUNKS>(16 * k + lane % 16, lane / 16) * 8);
-        } else {
-          const int row = lane / 16 * 8 + lane % 8;
-          load_matrix4<false>(w[k], part + swizzle<W_CHUNKS>(row, 2 * k + lane / 8 % 2) * 8);
-        }
-      }
       const int chunk = col % DEPTH / 8 + lane / 16;
       col = ++j < end ? cols.at(j) * B : 1 << 30;
-      __syncwarp();
-      copy_part();
 #pragma unroll
       for (int k = 0; k < B / 16; k++) {
+        unsigned w[4];
+        if (TRANSPOSED) {
+          load_matrix4<true>(w, part + swizzle<W_CHUNKS>(16 * k + lane % 16, lane / 16) * 8);
+        } else {
+          const int row = lane / 16 * 8 + lane % 8;
+          load_matrix4<false>(w, part + swizzle<W_CHUNKS>(row, 2 * k + lane / 8 % 2) * 8);
+        }
         const T* src = x_tile + swizzle<CHUNKS>(lane % 16, chunk + 2 * k) * 8;
 #pragma unroll
-        for (int i = 0; i < TILES; i += 4) {
-          unsigned xs[4][4];
-#pragma unroll
-          for (int h = 0; h < 4; h++) {
-            load_matrix4<false>(xs[h], src + (i + h) * 16 * DEPTH);
-          }
-#pragma unroll
-          for (int h = 0; h < 4; h++) {
-#pragma unroll
-            for (int o = 0; o < 2; o++) {
-              multiply<T>(acc[i + h][o], xs[h][0], xs[h][1], xs[h][2], xs[h][3], w[k][2 * o], w[k][2 * o + 1]);
-            }
-          }
+        for (int i = 0; i < TILES; i++) {
+          unsigned xs[4];
+          load_matrix4<false>(xs, src + i * 16 * DEPTH);
+          multiply<T>(acc[i][0], xs[0], xs[1], xs[2], xs[3], w[0], w[1]);
+          multiply<T>(acc[i][1], xs[0], xs[1], xs[2], xs[3], w[2], w[3]);
         }
       }
+      __syncwarp();
+      copy_part();
     }
     __syncwarp();
     if (lane == 0) {
