@@ -10,6 +10,7 @@ import sys
 import threading
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from support import assert_equal, dense_weight, integers, random_pattern
 
@@ -116,6 +117,40 @@ def test_a_launch_is_that_of_its_own_call(launches):
         rows = template.get("ROWS", 16)
         assert (grid[1] - 1) * rows < n
     assert launches[: len(calls)] == launches[len(calls) :]
+
+
+def blocks_of_16(lists):
+    """Return the pattern of 16 x 16 blocks in these columns, of 16, row by row."""
+    indptr = np.cumsum([0, *map(len, lists)])
+    return CSRPattern(indptr, np.concatenate(lists), (16 * len(lists), 256), 16)
+
+
+@pytest.mark.parametrize(
+    ("row", "ordered"),
+    [([1, 5, 9], True), ([1, 9, 5], False), ([1, 5, 5], False)],
+    ids=["in order", "not in order", "repeated"],
+)
+def test_panels_are_for_blocks_in_order(launches, architecture, row, ordered):
+    """Their kernels walk the columns once, and give each block of a column a place of its own."""
+    pattern = blocks_of_16([row] * 128)
+    data, x = mx.ones(pattern.data_shape, mx.bfloat16), mx.ones((2048, 256), mx.bfloat16)
+    spmm(data, pattern, x)
+    sddmm(pattern, mx.ones((2048, 2048), mx.bfloat16), x)
+    panels = ordered and architecture == "sm_90"
+    assert ["panels" in launch[0] for launch in launches][:2] == [panels, panels]
+
+
+@pytest.mark.parametrize("full", [0, 1, 16, 64])
+@pytest.mark.parametrize("architecture", ["sm_90"], indirect=True)
+def test_a_panel_has_room_for_its_blocks(launches, full):
+    """A thread block holds 128 blocks of 16 x 16: what is beyond them would be written anywhere."""
+    lists = [[3]] * (64 - full) + [list(range(16))] * full
+    pattern = blocks_of_16(lists)
+    sddmm(pattern, mx.ones((512, 1024), mx.bfloat16), mx.ones((512, 256), mx.bfloat16))
+    name, _, grid, group, *_ = launches[0]
+    assert name == "mlx_sparse_nn_sddmm_panels"
+    shares = grid[0] // group[0] // 4  # thread blocks of each of the 4 panels
+    assert shares * 128 >= max(sum(map(len, lists[i : i + 16])) for i in range(0, 64, 16))
 
 
 @pytest.fixture

@@ -103,6 +103,40 @@ def test_many_rows_and_slices_that_begin_anywhere(block_size, n, offset):
     assert_equal(sddmm(pattern, y, x), rounded(sample(pattern, y64.T @ x64), mx.bfloat16))
 
 
+@pytest.mark.parametrize("kind", ["even", "uneven", "shuffled", "repeated", "sliced"])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_enough_work_for_panels(block_size, kind):
+    """Kernels that share x among many block-rows walk the columns in order: a pattern need not."""
+    rng = np.random.default_rng(0)
+    mask = rng.random((2000 // block_size, 1056 // block_size)) < 0.2
+    if kind == "uneven":
+        mask[7] = True
+        mask[256 // block_size : 600 // block_size] = False
+        mask[:, -1] = False
+    lists = [np.flatnonzero(row) for row in mask]
+    if kind == "shuffled":
+        lists = [rng.permutation(row) for row in lists]
+    if kind == "repeated":
+        lists = [np.sort(np.concatenate([row, row[:2]])) for row in lists]
+    indptr = np.cumsum([0, *(row.size for row in lists)])
+    shape = (mask.shape[0] * block_size, mask.shape[1] * block_size)
+    pattern = CSRPattern(indptr, np.concatenate(lists), shape, block_size)
+    n, offset = 3400, int(kind == "sliced")
+
+    def draw(*shape):
+        flat = integers((int(np.prod(shape)) + offset,), len(shape), mx.bfloat16)
+        return flat[offset:].reshape(shape)
+
+    data, x, y = draw(*pattern.data_shape), draw(n, shape[1]), draw(n, shape[0])
+    bias = draw(shape[0])
+    dense = to_numpy(dense_of(pattern, data.astype(mx.float32)))
+    x64, y64 = to_numpy(x), to_numpy(y)
+    affine = x64 @ dense.T + to_numpy(bias)
+    assert_equal(spmm(data, pattern, x, bias), rounded(affine, mx.bfloat16))
+    assert_equal(spmm_t(data, pattern, y), rounded(y64 @ dense, mx.bfloat16))
+    assert_equal(sddmm(pattern, y, x), rounded(sample(pattern, y64.T @ x64), mx.bfloat16))
+
+
 @pytest.mark.parametrize("n", [1, 16, 40, 300])
 @pytest.mark.parametrize("block_size", [1, 4, 8, 16, 32, 64, 128])
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])

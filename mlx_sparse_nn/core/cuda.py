@@ -20,7 +20,7 @@ from mlx_sparse_nn.core.kernels import (
     longest_row,
     prepare,
 )
-from mlx_sparse_nn.core.layout import Half, Layout, buckets
+from mlx_sparse_nn.core.layout import Half, Layout, buckets, in_order
 
 _FEW = 16  # rows of x up to which a product is bound by reading the stored values
 _SHORT = 64  # values in a row up to which one thread adds them up
@@ -166,9 +166,13 @@ def _is_even(half: Half) -> bool:
 
 
 def _takes_panels(half: Half, block: int, n_out: int, n_in: int) -> bool:
-    """Return whether so much of the matrix is stored that x is read by panels of outputs."""
-    density = half["indices"].size * block**2 / (n_out * n_in)
-    return density >= _PANEL_DENSITY.get(block, 2) and n_in <= _PANEL_COLUMNS
+    """Return whether so much of the matrix is stored that x is read by panels of outputs.
+
+    They walk the columns in order, and so must the blocks.
+    """
+    if block not in _PANEL_DENSITY or n_in > _PANEL_COLUMNS or not in_order(half):
+        return False
+    return half["indices"].size * block**2 >= _PANEL_DENSITY[block] * n_out * n_in
 
 
 def _tiling(
@@ -208,10 +212,14 @@ def _tiling(
 
 
 def _takes_grad_panels(layout: Layout, n: int) -> bool:
-    """Return whether blocks are small, so that their gradients share the columns of y and of x."""
+    """Return whether blocks are small, so that their gradients share the columns of y and of x.
+
+    No block may be stored twice.
+    """
+    if layout.block_size not in _GRAD_PANELS or n < _GRAD_ROWS or not in_order(layout.rows):
+        return False
     columns = layout.shape[1] // layout.block_size
-    small = layout.block_size in _GRAD_PANELS and 8 * columns <= _GRAD_SHARED
-    return small and n >= _GRAD_ROWS and _architecture() == _HOPPER
+    return 8 * columns <= _GRAD_SHARED and _architecture() == _HOPPER
 
 
 def _grad_panels(layout: Layout, y: mx.array, x: mx.array, n: int, n_batch: int) -> mx.array:

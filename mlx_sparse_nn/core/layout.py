@@ -59,8 +59,9 @@ class Layout:
     - ``stored``: its place in ``data``; one past the last block where padded.
     - ``row``: the block-row of each stored block; empty in ``cols``.
     - ``plan``: an empty array whose shape says how many rows, of what width, each bucket has (see
-      :func:`buckets`). Compiled graphs are keyed by the shapes of their inputs, so sizes that
-      travel as a shape can never meet the arrays of another pattern.
+      :func:`buckets`), and whether blocks are in order (see :func:`in_order`). Compiled graphs are
+      keyed by the shapes of their inputs, so sizes that travel as a shape can never meet the arrays
+      of another pattern.
 
     Where all rows are equally long they are one bucket in stored order, and ``rows``, ``order``,
     ``slots``, ``stored`` and ``row`` are empty: ``indices`` and ``perm`` serve as they are.
@@ -96,9 +97,22 @@ class Layout:
 
 def buckets(half: Half) -> Iterator[tuple[int, int, bool]]:
     """Yield ``(rows, width, padded)`` of each bucket; ``padded`` if some row is shorter."""
-    sizes = half["plan"].shape[1:]
+    sizes = half["plan"].shape[2:]
     for rows, width, padded in zip(sizes[::3], sizes[1::3], sizes[2::3], strict=True):
         yield rows, width, bool(padded)
+
+
+def in_order(half: Half) -> bool:
+    """Return whether the columns of every block-row ascend, and none repeats; False of scalars."""
+    return half["plan"].shape[1] == 1
+
+
+def ascend(indptr: np.ndarray, indices: np.ndarray) -> bool:
+    """Return whether the indices of every row ascend, and none repeats."""
+    rises = indices[1:] > indices[:-1]
+    starts = indptr[(indptr > 0) & (indptr < indices.size)]
+    rises[starts - 1] = True
+    return bool(rises.all())
 
 
 def _half(
@@ -126,9 +140,11 @@ def _half(
         if row is not None:
             half["row"] = row
     half |= {"indptr": indptr, "indices": indices, "perm": none if perm is None else perm}
+    ordered = block_size > 1 and ascend(indptr, indices)
+    sizes = int(ordered), *(int(size) for bucket in plan for size in bucket)
     return {
         **{name: mx.array(array.astype(np.int32)) for name, array in half.items()},
-        "plan": mx.zeros((0, *(int(size) for bucket in plan for size in bucket)), mx.int32),
+        "plan": mx.zeros((0, *sizes), mx.int32),
     }
 
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.core import draw
-from mlx_sparse_nn.core.layout import HostIndex, Layout
+from mlx_sparse_nn.core.layout import HostIndex, Layout, ascend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,9 +126,7 @@ class CSRPattern:
     @cached_property
     def is_canonical(self) -> bool:
         """Whether the columns of every row are sorted and none repeats."""
-        rising = np.diff(self.indices.astype(np.int64)) > 0
-        row_ends = np.diff(self.row_indices) > 0
-        return bool(np.all(rising | row_ends))
+        return ascend(self.indptr, self.indices)
 
     @property
     def transpose_perm(self) -> np.ndarray:
