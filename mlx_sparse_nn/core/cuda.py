@@ -184,7 +184,7 @@ def _tiling(
         # Enough thread blocks to fill the GPU: strips of 16 outputs, and 8 warps along k.
         strip = min(16, block)
         grid = (n_out // strip * 256, -(-n // 16), n_batch)
-        return _Tiling("spmm_few", {"B": block, "STRIP": strip, "WARPS": 8}, grid, 256)
+        return _Tiling("spmm_few", {"B": block}, grid, 256)
     hopper, width = _architecture() == _HOPPER, n_block_rows
     if hopper and panels and -(-n_out // 256) * -(-n // 128) * n_batch >= _FILLING:
         rows, stages, threads, width = 128, 4, 640, -(-n_out // 256)

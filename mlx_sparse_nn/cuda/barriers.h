@@ -6,7 +6,8 @@ __device__ __forceinline__ unsigned shared_address(const void* p) {
 }
 
 __device__ __forceinline__ void init_barrier(unsigned long long* barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count)
+               : "memory");
 }
 
 __device__ __forceinline__ void arrive(unsigned long long* barrier) {
@@ -17,10 +18,12 @@ __device__ __forceinline__ void arrive(unsigned long long* barrier) {
 
 // Arrive when all that this thread has copied asynchronously is there.
 __device__ __forceinline__ void arrive_copied(unsigned long long* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
+               : "memory");
 }
 
-// Wait for the end of the last phase whose number is `parity` modulo 2; of phase -1 there is none to wait for.
+// Wait for the end of the last phase whose number is `parity` modulo 2; of phase -1 there is none to wait
+// for.
 __device__ __forceinline__ void wait_barrier(unsigned long long* barrier, int parity) {
   asm volatile(
       "{\n.reg .pred done;\nwaiting:\n"

@@ -6,10 +6,10 @@
 //   out      (S, [V,] n_blocks, B, B) OUT; out[s] sums the rows n of split s
 // Launch
 //   (P Q 640, S, V) threads in blocks of 640. P = ceil(block-rows / PANEL) panels of PANEL = 256 / B
-//   neighbouring block-rows, none of which has more than Q 32768 / (B B) blocks. The blocks of a panel, by column and then
-//   by row, are dealt to Q thread blocks in equal shares, and those of a thread block to its first 16 warps.
-//   The last 4 warps copy the panel of y and the distinct columns of x of these blocks, some rows n a stage.
-//   Shared memory: SHARED bytes, at least 8 per block-column, and 16384 + 2097152 / B.
+//   neighbouring block-rows, none of which has more than Q 32768 / (B B) blocks. The blocks of a panel, by
+//   column and then by row, are dealt to Q thread blocks in equal shares, and those of a thread block to its
+//   first 16 warps. The last 4 warps copy the panel of y and the distinct columns of x of these blocks, some
+//   rows n a stage. Shared memory: SHARED bytes, at least 8 per block-column, and 16384 + 2097152 / B.
 // Template
 //   T half or bfloat16; OUT, T or float; B 16 or 32; SHARED.
 // Sums in float32, n ascending by 16.
@@ -19,12 +19,12 @@
 #include "mma.h"
 #include "stores.h"
 
-constexpr int WARPS = 16;               // that multiply
+constexpr int WARPS = 16;  // that multiply
 constexpr int COPY_WARPS = 4;
 constexpr int THREADS = 32 * (WARPS + COPY_WARPS);
-constexpr int PANEL = 256 / B;          // block-rows
-constexpr int SLOTS = 2048 / (B * B);   // blocks of a warp: 64 sums a thread
-constexpr int CAP = WARPS * SLOTS;      // blocks of a thread block
+constexpr int PANEL = 256 / B;         // block-rows
+constexpr int SLOTS = 2048 / (B * B);  // blocks of a warp: 64 sums a thread
+constexpr int CAP = WARPS * SLOTS;     // blocks of a thread block
 constexpr int MAX_STAGES = 8;
 constexpr int CHUNKS = B / 8;           // 16-byte chunks of a row of a block
 constexpr int TILES = B / 16;           // 16 x 16 tiles along a side of a block
@@ -245,8 +245,7 @@ for (int s = 0; s < SLOTS; s++) {
   const int x_chunk = place_of[slot] * CHUNKS + lane / 16;
   at[s] = (y_chunk ^ (y_row & 7)) * 16 | (x_chunk ^ (x_row & 7)) * 16 << 16;
 }
-const bool changes =
-    lane < mine && (lane == 0 || place_of[slot0 + lane] != place_of[slot0 + lane - 1]);
+const bool changes = lane < mine && (lane == 0 || place_of[slot0 + lane] != place_of[slot0 + lane - 1]);
 const unsigned fresh = __ballot_sync(0xffffffffu, changes);
 
 constexpr int UNIT = 2;  // blocks whose fragments of y are loaded together
@@ -277,7 +276,8 @@ for (int n0 = first; n0 < last; n0 += depth) {
         for (int b = 0; b < UNIT; b++) {
 #pragma unroll
           for (int i = 0; i < TILES; i++) {
-            load_matrix4<true>(ys[b][i], reinterpret_cast<const T*>(y_tile + ((at[u + b] & 0xffff) ^ 32 * i)));
+            load_matrix4<true>(ys[b][i],
+                               reinterpret_cast<const T*>(y_tile + ((at[u + b] & 0xffff) ^ 32 * i)));
           }
         }
         __syncwarp();  // keeps the compiler from loading y only when it is needed
@@ -291,7 +291,7 @@ for (int n0 = first; n0 < last; n0 += depth) {
           }
 #pragma unroll
           for (int i = 0; i < TILES; i++) {
-            const unsigned(&a)[4] = ys[b][i];
+            const unsigned (&a)[4] = ys[b][i];
 #pragma unroll
             for (int k = 0; k < TILES; k++) {
               multiply<T>(acc[u + b][i][2 * k], a[0], a[1], a[2], a[3], xs[k][0], xs[k][1]);

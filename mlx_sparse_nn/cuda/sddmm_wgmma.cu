@@ -16,10 +16,10 @@
 #include "copiers.h"
 #include "stores.h"
 
-constexpr int WARPGROUPS = 2;     // that multiply
-constexpr int SLABS = 256 / 64;   // of x: 64 columns, side by side in rows of 128 bytes
-constexpr int TILES = B / 64;     // 64 x 128 tiles of a warpgroup, and slabs of y
-constexpr int DEPTH = 64;         // n in a stage
+constexpr int WARPGROUPS = 2;    // that multiply
+constexpr int SLABS = 256 / 64;  // of x: 64 columns, side by side in rows of 128 bytes
+constexpr int TILES = B / 64;    // 64 x 128 tiles of a warpgroup, and slabs of y
+constexpr int DEPTH = 64;        // n in a stage
 constexpr int SLAB = 64 * DEPTH;
 constexpr int STAGE = (TILES + SLABS) * SLAB;
 static_assert(GROUP * B == 256, "a warpgroup has 128 columns");
@@ -132,8 +132,8 @@ for (int i = 0; i < TILES; i++) {
 #pragma unroll
   for (int k = 0; k < 128; k += 64) {
     const int col = group * 128 + k;
-    store_tiles<T, 2, 8>(
-        blocks + (size_t)(col / B) * (B * B) + place * B + col % B, B, 16, col / B < count ? 64 : 0,
-        [&](int half, int o, int e) { return acc[i][k / 2 + 4 * o + 2 * half + e]; });
+    store_tiles<T, 2, 8>(blocks + (size_t)(col / B) * (B * B) + place * B + col % B, B, 16,
+                         col / B < count ? 64 : 0,
+                         [&](int half, int o, int e) { return acc[i][k / 2 + 4 * o + 2 * half + e]; });
   }
 }

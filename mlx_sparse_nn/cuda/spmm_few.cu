@@ -3,14 +3,16 @@
 //
 // Inputs, output: as there. No TRANSPOSED.
 // Launch
-//   (R B / STRIP 32 WARPS, ceil(N / 16), V) threads in blocks of 32 WARPS. One thread block owns
-//   STRIP outputs of a block-row and 16 rows of x; its warps share the k of the row in turn.
+//   (R B / STRIP 256, ceil(N / 16), V) threads in blocks of 256. One thread block owns STRIP = min(16, B)
+//   outputs of a block-row and 16 rows of x; its warps share the k of the row in turn.
 // Template
-//   T half or bfloat16; B 8 to 128; STRIP outputs, 8, 16 or 32, at most B; WARPS; BIAS 0 or 1.
+//   T half or bfloat16; B 8 to 128; BIAS 0 or 1.
 // Sums in float32: each warp its own parts of the row in order, then over warps, then the bias.
 
 #include "mma.h"
 
+constexpr int WARPS = 8;
+constexpr int STRIP = B < 16 ? B : 16;
 constexpr int STRIPS = B / STRIP;
 constexpr int TILES = STRIP / 8;
 __shared__ float partial[WARPS][16][STRIP + 1];

@@ -19,12 +19,12 @@
 #include "stores.h"
 
 constexpr int ROWS = 128;
-constexpr int WIDTH = 256;     // outputs of the panel
-constexpr int OWN = 16;        // outputs of a warp
-constexpr int WARPS = 16;      // that multiply
-constexpr int COPIERS = 128;   // threads
-constexpr int DEPTH = 128;     // columns in a stage
-constexpr int TILES = ROWS / 16;  // 16 x 8 tiles of a warp over the rows of x; there are two over its outputs
+constexpr int WIDTH = 256;        // outputs of the panel
+constexpr int OWN = 16;           // outputs of a warp
+constexpr int WARPS = 16;         // that multiply
+constexpr int COPIERS = 128;      // threads
+constexpr int DEPTH = 128;        // columns in a stage
+constexpr int TILES = ROWS / 16;  // 16 x 8 tiles of a warp over the rows of x; two are over its outputs
 constexpr int CHUNKS = DEPTH / 8;
 constexpr int STAGE = ROWS * DEPTH;
 constexpr int PART = B * OWN;  // values of a block that a warp multiplies by: B of k, or outputs, by OWN or B
@@ -123,8 +123,8 @@ const bool aligned = (size_t)data % 16 == 0;
 const T* blocks = data + (size_t)v * indices_shape[0] * (B * B) + (TRANSPOSED ? o0 : o0 * B);
 T* parts = tiles + STAGES * STAGE + warp * (HELD * PART);
 int copied = 0;
-int next = begin;  // block to copy,
-int rounds = begin < end ? (end_n - begin_n) / ROWS : 0;  // and how often it, and those after it, are still to come
+int next = begin;  // block to copy, and in how many tiles more
+int rounds = begin < end ? (end_n - begin_n) / ROWS : 0;
 Reader places(TRANSPOSED ? perm : indices, begin, end);
 auto copy_part = [&]() {
   if (rounds > 0) {
@@ -214,8 +214,7 @@ for (int n0 = begin_n; n0 < end_n; n0 += ROWS) {
   cols = Reader(indices, begin, end);
   j = begin;
   col = j < end ? cols.at(j) * B : 1 << 30;
-  store_tiles<T, 2 * TILES, 2>(
-      y + ((size_t)v * N + n0) * out + first_out, out, N - n0, out - first_out,
-      [&](int half, int o, int e) { return acc[half / 2][o][half % 2 * 2 + e]; });
+  store_tiles<T, 2 * TILES, 2>(y + ((size_t)v * N + n0) * out + first_out, out, N - n0, out - first_out,
+                               [&](int half, int o, int e) { return acc[half / 2][o][half % 2 * 2 + e]; });
 }
 wait_copies<0>();

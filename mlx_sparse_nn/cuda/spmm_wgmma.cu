@@ -71,7 +71,8 @@ if (group == WARPGROUPS) {
         if (TRANSPOSED) {
 #pragma unroll
           for (int o = 0; o < B; o += 64) {  // a slab
-            copy_rows<ALIGNED, DEPTH / EVERY, EVERY * 64>(w_tile + o * DEPTH, w_src + k * B + o, EVERY * B, DEPTH);
+            copy_rows<ALIGNED, DEPTH / EVERY, EVERY * 64>(w_tile + o * DEPTH, w_src + k * B + o, EVERY * B,
+                                                          DEPTH);
           }
         } else {
           copy_rows<ALIGNED, B / EVERY, EVERY * DEPTH>(w_tile, w_src + k, EVERY * B, B);
@@ -132,8 +133,7 @@ for (int n0 = first_row; n0 < last_row; n0 += ROWS) {
 #pragma unroll
   for (int i = 0; i < TILES; i++) {
     const int row = n0 + mine + 64 * i + thread / 32 % 4 * 16;
-    store_tiles<T, 2, B / 8>(
-        y + ((size_t)v * N + row) * out + r * B, out, N - row, B,
-        [&](int half, int o, int e) { return acc[i][4 * o + 2 * half + e]; });
+    store_tiles<T, 2, B / 8>(y + ((size_t)v * N + row) * out + r * B, out, N - row, B,
+                             [&](int half, int o, int e) { return acc[i][4 * o + 2 * half + e]; });
   }
 }
