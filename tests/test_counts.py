@@ -32,7 +32,7 @@ def layer(block_size, rows, dtype=mx.float32, training=False, size=512):
     """A layer's forward product, or that and all gradients; block-rows of two lengths."""
     n = size // block_size
     rng = np.random.default_rng(0)
-    columns = [rng.permutation(n)[: max(1, n // 8) + row % 2] for row in range(n)]
+    columns = [np.sort(rng.permutation(n)[: max(1, n // 8) + row % 2]) for row in range(n)]
     indptr = np.concatenate([[0], np.cumsum([len(row) for row in columns])])
     pattern = CSRPattern(indptr, np.concatenate(columns), (size, size), block_size)
     module = BlockSparseLinear(size, size, pattern)
