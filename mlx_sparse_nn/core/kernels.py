@@ -24,8 +24,9 @@ TILED = (8, 16, 32, 64, 128)  # block sizes with kernels of their own; the other
 # MLX writes a kernel's signature: the word that it begins with brings the number of threads, by
 # which the compiler shares out registers.
 _BOUND = """#undef __global__
-#define __global__ __attribute__((global)) __launch_bounds__({threads}, 1)
+#define __global__ __attribute__((global)) __launch_bounds__({bounds})
 """
+_HALF = 113 * 1024  # bytes of shared memory: of a thread block with more, an SM has one at a time
 GROUP = 256  # threads of a group, where the kernel leaves it open
 INPUTS = {
     "spmm": ("data", "indptr", "indices", "perm", "x", "bias"),
@@ -191,7 +192,8 @@ def _kernel(backend: str, name: str, inputs: str, threads: int, shared_memory: i
     }
     if backend == "metal":
         return mx.fast.metal_kernel(**options)
-    options["header"] += _BOUND.format(threads=threads)
+    bounds = f"{threads}, 1" if shared_memory > _HALF else threads
+    options["header"] += _BOUND.format(bounds=bounds)
     return mx.fast.cuda_kernel(shared_memory=shared_memory, **options)
 
 
