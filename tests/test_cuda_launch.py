@@ -1,7 +1,8 @@
 """The host side of the CUDA backend, without a GPU: every launch is one that the card accepts,
 costs MLX few operations, and follows all transforms although MLX knows no rule for a kernel.
 
-The kernels themselves run in ``make test-device``, on a machine with an NVIDIA GPU.
+The kernels themselves run on an emulator in ``test_cuda.py``, and on an NVIDIA GPU in
+``make test-device``.
 """
 
 import re
