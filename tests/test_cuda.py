@@ -4,7 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from cuda_emulator import CudaFault, emulated
-from support import assert_equal, integers, random_pattern
+from hypothesis import given
+from hypothesis import strategies as st
+from support import assert_equal, integers, patterns, random_pattern
 
 from mlx_sparse_nn import CSRPattern, sddmm, spmm, spmm_t
 from mlx_sparse_nn.core import cuda
@@ -43,6 +45,12 @@ def filled(monkeypatch):
 def test_products(block_size, dtype, n):
     pattern = random_pattern(3, 4, block_size, density=0.7)
     check(pattern, n, dtype)
+
+
+@given(pattern=patterns(block_sizes=(1, 4, 8, 16)), n=st.integers(1, 40), seed=st.integers(0, 99))
+def test_drawn_patterns(pattern, n, seed):
+    if pattern.n_blocks:  # plain MLX takes the others
+        check(pattern, n, mx.bfloat16, seed=seed)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
