@@ -249,7 +249,7 @@ def _grad_tiles(block: int) -> tuple[str, int, int, int, dict[str, int]]:
     """Return a kernel of ``sddmm``: its name, GROUP, threads, shared memory and template."""
     if block in _WGMMA_STAGES and _architecture() == _HOPPER:
         group, stages = 256 // block, _WGMMA_STAGES[block][256]
-        template = {"B": block, "GROUP": group, "STAGES": stages}
+        template = {"B": block, "STAGES": stages}
         return "sddmm_wgmma", group, 384, stages * (1 + group) * block * 128 + 1024, template
     group, warps_i, warps_k, depth, stages = _GRAD_TILES[block]
     template = {"B": block, "GROUP": group, "WARPS_I": warps_i, "WARPS_K": warps_k}

@@ -173,13 +173,15 @@ def _many_product(
             with step.place:
                 xs = _take(piece, in_turn(step.cols, parts, n_pieces), n_batch)
                 xs = xs.reshape(n_batch * m, width * block, piece.shape[-1])
-                if added is not None and narrow and width:
+                fused = narrow and width and added is not None
+                if fused:
                     part = mx.addmm(added, weights, xs)
+                elif width:
+                    part = weights @ xs
                 else:
-                    part = (
-                        weights @ xs if width else mx.zeros((n_batch * m, *piece.shape[1:]), dtype)
-                    )
-                    part = part if added is None else part + added
+                    part = mx.zeros((n_batch * m, *piece.shape[1:]), dtype)
+                if added is not None and not fused:
+                    part = part + added
                 parts.append(part.astype(x.dtype))  # (V * m, B, N)
             ys[i] = put(ys.get(i), parts[-1], step.start, n_rows, n_batch)
     results = [_in_order(y, half, n_batch) for y in ys.values()]
@@ -202,9 +204,8 @@ def _few_product(
     x_blocks, work = _widen(_row_blocks(x, block)), n_batch * n * block**2  # x_blocks (V * C, N, B)
     of_block = n_batch * n * block * x_blocks.itemsize  # bytes of its product, and of what it takes
     unit = 2 * of_block
-    if (
-        n == 1 and block < 8
-    ) or x.dtype != x_blocks.dtype:  # then there is something as large as the blocks
+    by_elements = n == 1 and block < 8  # MLX calls sgemm once a block
+    if by_elements or x.dtype != x_blocks.dtype:  # then something is as large as the blocks
         unit += n_batch * block**2 * x_blocks.itemsize
     total = n_blocks * unit * 2 // 3  # other products of so few rows take little at the same time
     size = step_bytes(half, total, held, 2 * n_blocks * of_block)
@@ -215,7 +216,7 @@ def _few_product(
         with place:
             weights = _widen(_take(data, slice(start, stop), n_batch))
             xs = _take(x_blocks, in_turn(index[start:stop], parts), n_batch)
-            if n == 1 and block < 8:
+            if by_elements:
                 xs = xs.swapaxes(1, 2) if transposed else xs
                 part = (xs * weights).sum(axis=1 if transposed else 2).reshape(-1, 1, block)
             else:

@@ -33,13 +33,13 @@ __device__ __forceinline__ void wait_barrier(unsigned long long* barrier, int pa
       : "memory");
 }
 
-// A place in a ring of STAGES buffers, each with its barriers.
-template <int STAGES>
+// A place in a ring of buffers, each with its barriers.
 struct Ring {
+  const int stages;
   int buffer = 0;
   int parity = 0;
   __device__ __forceinline__ void advance() {
-    if (++buffer == STAGES) {
+    if (++buffer == stages) {
       buffer = 0;
       parity ^= 1;
     }

@@ -4,8 +4,8 @@ template <int STAGES, int LAG>
 struct Copier {
   unsigned long long* full;   // barriers: a stage is there,
   unsigned long long* empty;  // or has been read
-  Ring<STAGES> ring;
-  Ring<STAGES> shown;
+  Ring ring{STAGES};
+  Ring shown{STAGES};
   int under_way = 0;
   // Begin a stage, and return its buffer.
   __device__ __forceinline__ int begin() {

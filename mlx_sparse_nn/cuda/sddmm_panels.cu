@@ -150,15 +150,7 @@ const int x_chunks = (place_of[count - 1] + 1) * CHUNKS;
 const int x_pitch = (x_chunks + 7) / 8 * 128;
 const int row_bytes = Y_PITCH + x_pitch;
 const int depth = SHARED >= 3 * 64 * row_bytes ? 64 : SHARED >= 3 * 32 * row_bytes ? 32 : 16;
-const int n_ring = min(MAX_STAGES, SHARED / (depth * row_bytes));
-int buffer = 0;
-int parity = 0;
-auto advance = [&]() {
-  if (++buffer == n_ring) {
-    buffer = 0;
-    parity ^= 1;
-  }
-};
+Ring ring{min(MAX_STAGES, SHARED / (depth * row_bytes))};
 
 if (warp >= WARPS) {
   give_registers<64>();
@@ -186,8 +178,8 @@ if (warp >= WARPS) {
     constexpr bool ALL = all.value;  // rows of the stage are there
     const T* y_src = y_mine + (size_t)n0 * R;
     const T* x_src = x_mine + (size_t)n0 * C;
-    char* y_dst = shared + buffer * depth * row_bytes + m0 * Y_PITCH;
-    char* x_dst = shared + buffer * depth * row_bytes + depth * Y_PITCH + m0 * x_pitch;
+    char* y_dst = shared + ring.buffer * depth * row_bytes + m0 * Y_PITCH;
+    char* x_dst = shared + ring.buffer * depth * row_bytes + depth * Y_PITCH + m0 * x_pitch;
 #pragma unroll 1
     for (int m = m0; m < depth; m += COPY_WARPS) {
       const bool valid = ALL || n0 + m < last;
@@ -211,7 +203,7 @@ if (warp >= WARPS) {
   };
   const bool aligned = ((size_t)y | (size_t)x) % 16 == 0;
   for (int n0 = first; n0 < last; n0 += depth) {
-    wait_barrier(empty + buffer, parity ^ 1);
+    wait_barrier(empty + ring.buffer, ring.parity ^ 1);
     if (aligned && n0 + depth <= last) {
       copy_rows_as(n0, Aligned(), Constant<true>());
     } else if (aligned) {
@@ -220,11 +212,11 @@ if (warp >= WARPS) {
       copy_rows_as(n0, Unaligned(), Constant<false>());
     }
     if (aligned) {
-      arrive_copied(full + buffer);
+      arrive_copied(full + ring.buffer);
     } else {
-      arrive(full + buffer);
+      arrive(full + ring.buffer);
     }
-    advance();
+    ring.advance();
   }
   commit_copies();
   wait_copies<0>();
@@ -263,9 +255,9 @@ for (int s = 0; s < SLOTS; s++) {
 unsigned xs[TILES][4] = {};
 #pragma unroll 1
 for (int n0 = first; n0 < last; n0 += depth) {
-  const char* y_tile = shared + buffer * depth * row_bytes + y_row * Y_PITCH;
-  const char* x_tile = shared + buffer * depth * row_bytes + depth * Y_PITCH + x_row * x_pitch;
-  wait_barrier(full + buffer, parity);
+  const char* y_tile = shared + ring.buffer * depth * row_bytes + y_row * Y_PITCH;
+  const char* x_tile = shared + ring.buffer * depth * row_bytes + depth * Y_PITCH + x_row * x_pitch;
+  wait_barrier(full + ring.buffer, ring.parity);
 #pragma unroll 1
   for (int m = 0; m < depth; m += 16) {
 #pragma unroll
@@ -306,9 +298,9 @@ for (int n0 = first; n0 < last; n0 += depth) {
   }
   __syncwarp();
   if (lane == 0) {
-    arrive(empty + buffer);
+    arrive(empty + ring.buffer);
   }
-  advance();
+  ring.advance();
 }
 
 const size_t base = ((size_t)blockIdx.y * gridDim.z + v) * indices_shape[0];

@@ -2,12 +2,13 @@
 //
 // Inputs, output: as there.
 // Launch
-//   (R L 384, 1, V) threads in blocks of 384, where GROUP L is at least the length of every block-row. One
-//   thread block owns up to GROUP neighbouring blocks of one block-row, which share the panel of y, and walks
-//   the rows n. The last of its 3 warpgroups copies, the others multiply 128 columns each.
+//   (R L 384, 1, V) threads in blocks of 384, where GROUP = 256 / B, and GROUP L is at least the length of
+//   every block-row. One thread block owns up to GROUP neighbouring blocks of one block-row, which share the
+//   panel of y, and walks the rows n. The last of its 3 warpgroups copies, the others multiply 128 columns
+//   each.
 //   Shared memory: STAGES (1 + GROUP) B 128 + 1024 bytes.
 // Template
-//   T half or bfloat16; B 64 or 128; GROUP blocks, 256 / B; STAGES.
+//   T half or bfloat16; B 64 or 128; STAGES.
 // Sums in float32, n ascending by 16.
 
 #include "barriers.h"
@@ -16,13 +17,13 @@
 #include "copiers.h"
 #include "stores.h"
 
+constexpr int GROUP = 256 / B;   // blocks: a warpgroup has 128 columns
 constexpr int WARPGROUPS = 2;    // that multiply
 constexpr int SLABS = 256 / 64;  // of x: 64 columns, side by side in rows of 128 bytes
 constexpr int TILES = B / 64;    // 64 x 128 tiles of a warpgroup, and slabs of y
 constexpr int DEPTH = 64;        // n in a stage
 constexpr int SLAB = 64 * DEPTH;
 constexpr int STAGE = (TILES + SLABS) * SLAB;
-static_assert(GROUP * B == 256, "a warpgroup has 128 columns");
 extern __shared__ char shared[];
 __shared__ unsigned long long full[STAGES];
 __shared__ unsigned long long empty[STAGES];
@@ -100,7 +101,7 @@ for (int i = 0; i < TILES; i++) {
   }
   hold_sums(acc[i]);
 }
-Ring<STAGES> ring;
+Ring ring{STAGES};
 int last = 0;  // buffer of the last stage
 for (int n0 = 0; n0 < N; n0 += DEPTH) {
   const T* y_tile = tiles + ring.buffer * STAGE;

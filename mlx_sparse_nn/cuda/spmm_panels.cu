@@ -66,7 +66,7 @@ for (int j = indptr[first_row] + thread; j < panel_end; j += blockDim.x) {
 }
 __syncthreads();
 
-Ring<STAGES> ring;
+Ring ring{STAGES};
 // Call work(s) for each stage of a tile that has a block, in order.
 auto each_stage = [&](auto work) {
   for (int word = 0; word < n_words; word++) {

@@ -90,7 +90,7 @@ if (group == WARPGROUPS) {
   return;
 }
 
-Ring<STAGES> ring;
+Ring ring{STAGES};
 const int out = (indptr_shape[0] - 1) * B;
 const int mine = group * TILES * 64;  // the first row of this warpgroup, in a tile
 float acc[TILES][B / 2];
