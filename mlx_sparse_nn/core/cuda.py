@@ -14,7 +14,6 @@ from mlx_sparse_nn.core.kernels import (
     TILED,
     Launch,
     lanes_per_row,
-    launch,
     launch_sddmm,
     launch_spmm,
     longest_row,
@@ -82,17 +81,10 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
             return _grad_panels(layout, y, x, n, n_batch)
         name, group, threads, shared_memory, template = _grad_tiles(block)
         width = (half["indptr"].size - 1) * -(-longest_row(half) // group)
-        return launch(
-            name,
-            "sddmm",
-            [y, x, half["indptr"], half["indices"], half["indptr"]],
-            {"T": x.dtype, **template},
-            (*x.shape[:-2], *layout.data_shape),
-            x.dtype,
-            (width * threads, 1, n_batch),
-            threads,
-            shared_memory,
-        )
+        template, grid = {"T": x.dtype, **template}, (width * threads, 1, n_batch)
+        product = prepare(name, "sddmm", template, x.dtype, grid, threads, shared_memory)
+        arrays = [y, x, half["indptr"], half["indices"], half["indptr"]]
+        return product(arrays, (*x.shape[:-2], *layout.data_shape))
     if block >= 8 and n > _FEW:
         return reference.sddmm(layout, y, x)
     lanes = min(32, lanes_per_row(half, block))

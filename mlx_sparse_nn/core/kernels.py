@@ -100,21 +100,6 @@ class Launch(NamedTuple):
         return out
 
 
-def launch(
-    name: str,
-    inputs: str,
-    arrays: list[mx.array],
-    template: dict[str, Any],
-    shape: tuple[int, ...],
-    dtype: mx.Dtype,
-    grid: tuple[int, int, int],
-    threads: int,
-    shared_memory: int = 0,
-) -> mx.array:
-    """Launch the kernel ``name`` of the backend in use; ``grid`` counts threads."""
-    return prepare(name, inputs, template, dtype, grid, threads, shared_memory)(arrays, shape)
-
-
 def prepare(
     name: str,
     inputs: str,
@@ -124,7 +109,7 @@ def prepare(
     threads: int,
     shared_memory: int = 0,
 ) -> Launch:
-    """Return :func:`launch` without its arrays, to be kept where it takes long to choose."""
+    """Return the kernel ``name`` of the backend in use, to be launched; ``grid`` counts threads."""
     kernel = _kernel(backend(), name, inputs, threads, shared_memory)
     return Launch(kernel, list(template.items()), [dtype], grid, (threads, 1, 1))
 
@@ -166,14 +151,13 @@ def launch_sddmm(
     arrays = [y, x, half["indptr"], half["indices"], mx.array([step], dtype=mx.int32)]
     template = {"T": x.dtype, "OUT": dtype, **template}
     grid = (n_threads, splits, n_batch)
-    out = launch(
-        name, "sddmm", arrays, template, (splits, *shape), dtype, grid, threads, shared_memory
-    )
+    product = prepare(name, "sddmm", template, dtype, grid, threads, shared_memory)
+    out = product(arrays, (splits, *shape))
     if splits == 1:
         return out.reshape(shape)
     partial = out.reshape(splits, -1)
     grid = (-(-partial.shape[1] // GROUP) * GROUP, 1, 1)
-    return launch("sum_splits", "sum", [partial], {"T": x.dtype}, shape, x.dtype, grid, GROUP)
+    return prepare("sum_splits", "sum", {"T": x.dtype}, x.dtype, grid, GROUP)([partial], shape)
 
 
 @cache

@@ -173,14 +173,13 @@ def _many_product(
             with step.place:
                 xs = _take(piece, in_turn(step.cols, parts, n_pieces), n_batch)
                 xs = xs.reshape(n_batch * m, width * block, piece.shape[-1])
-                fused = narrow and width and added is not None
-                if fused:
-                    part = mx.addmm(added, weights, xs)
-                elif width:
-                    part = weights @ xs
-                else:
+                if not width:
                     part = mx.zeros((n_batch * m, *piece.shape[1:]), dtype)
-                if added is not None and not fused:
+                elif narrow and added is not None:
+                    part = mx.addmm(added, weights, xs)
+                else:
+                    part = weights @ xs
+                if added is not None and not (narrow and width):
                     part = part + added
                 parts.append(part.astype(x.dtype))  # (V * m, B, N)
             ys[i] = put(ys.get(i), parts[-1], step.start, n_rows, n_batch)
