@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 
 import mlx.core as mx
@@ -22,6 +23,17 @@ def device_of(dtype: mx.Dtype) -> AbstractContextManager:
 def backend() -> ModuleType:
     """Return the module that computes the products, to spoil one in."""
     return {"metal": metal, "cuda": cuda, "reference": reference}[kernels.backend()]
+
+
+@contextmanager
+def fresh_launches() -> Iterator[None]:
+    """Forget the kernels and launches that are kept, before and after."""
+    caches = (kernels._kernel, cuda._prepared, cuda._grad_tiles)
+    for kept in caches:
+        kept.cache_clear()
+    yield
+    for kept in caches:
+        kept.cache_clear()
 
 
 def assert_close(
@@ -52,15 +64,21 @@ def integers(shape: tuple[int, ...], seed: int = 0, dtype: mx.Dtype = mx.float32
     return mx.array(values).astype(dtype)
 
 
+def pattern_of(rows: Iterable[Sequence[int]], n_cols: int, block_size: int) -> CSRPattern:
+    """Return the pattern of ``n_cols`` block-columns whose block-rows have blocks in these."""
+    rows = [np.asarray(row, dtype=np.int32) for row in rows]
+    indptr = np.cumsum([0, *(row.size for row in rows)])
+    indices = np.concatenate([np.zeros(0, np.int32), *rows])
+    return CSRPattern(indptr, indices, (len(rows) * block_size, n_cols * block_size), block_size)
+
+
 def random_pattern(
     n_rows: int, n_cols: int, block_size: int, density: float = 0.4, seed: int = 0
 ) -> CSRPattern:
     """Return a pattern of ``n_rows x n_cols`` blocks with uneven, possibly empty rows."""
     rng = np.random.default_rng(seed)
     mask = rng.random((n_rows, n_cols)) < density * rng.random((n_rows, 1)) * 2
-    rows, cols = np.nonzero(mask)
-    indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=n_rows))])
-    return CSRPattern(indptr, cols, (n_rows * block_size, n_cols * block_size), block_size)
+    return pattern_of(map(np.flatnonzero, mask), n_cols, block_size)
 
 
 def dense_of(pattern: CSRPattern, data: mx.array) -> mx.array:
@@ -93,7 +111,4 @@ def patterns(draw: st.DrawFn, block_sizes: tuple[int, ...] = (1, 2, 4, 8)) -> CS
     n_rows, n_cols = draw(st.integers(0, 6)), draw(st.integers(0, 6))
     column = st.integers(0, max(0, n_cols - 1))
     row = st.lists(column, max_size=9 if n_cols else 0)
-    rows = draw(st.lists(row, min_size=n_rows, max_size=n_rows))
-    indptr = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int32)
-    indices = np.array([col for row in rows for col in row], dtype=np.int32)
-    return CSRPattern(indptr, indices, (n_rows * block, n_cols * block), block)
+    return pattern_of(draw(st.lists(row, min_size=n_rows, max_size=n_rows)), n_cols, block)

@@ -19,8 +19,9 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 import pytest
+from support import fresh_launches, pattern_of
 
-from mlx_sparse_nn import BlockSparseLinear, CSRPattern, csr_array, physics
+from mlx_sparse_nn import BlockSparseLinear, csr_array, physics
 from mlx_sparse_nn.core import cuda, kernels, steps
 
 RECORD = Path(__file__).with_name("counts.json")
@@ -33,9 +34,7 @@ def layer(block_size, rows, dtype=mx.float32, training=False, size=512):
     n = size // block_size
     rng = np.random.default_rng(0)
     columns = [np.sort(rng.permutation(n)[: max(1, n // 8) + row % 2]) for row in range(n)]
-    indptr = np.concatenate([[0], np.cumsum([len(row) for row in columns])])
-    pattern = CSRPattern(indptr, np.concatenate(columns), (size, size), block_size)
-    module = BlockSparseLinear(size, size, pattern)
+    module = BlockSparseLinear(size, size, pattern_of(columns, n, block_size))
     module.set_dtype(dtype)
     x = mx.ones((rows, size), dtype)
     mx.eval(module.parameters(), module.state, x)
@@ -145,14 +144,11 @@ def no_gpu(backend):
         return call
 
     with ExitStack() as stack:
+        stack.enter_context(fresh_launches())
         stack.enter_context(mock.patch.object(kernels, "backend", return_value=backend))
         stack.enter_context(mock.patch.object(kernels, "_kernel", kernel))
         stack.enter_context(mock.patch.object(cuda, "_architecture", return_value="sm_90"))
-        cuda._prepared.cache_clear()
-        cuda._grad_tiles.cache_clear()
         yield names
-    cuda._prepared.cache_clear()
-    cuda._grad_tiles.cache_clear()
 
 
 @pytest.mark.parametrize("name", WORKLOADS)

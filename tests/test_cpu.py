@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import assert_equal, dense_of, integers, random_pattern
+from support import assert_equal, dense_of, integers, pattern_of, random_pattern
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern, sddmm, spmm, spmm_t
 from mlx_sparse_nn.core import layout as layouts
@@ -118,8 +118,7 @@ def even_pattern(size, block_size, density):
     n, rng = size // block_size, np.random.default_rng(0)
     low, more = divmod(max(n, round(density * n * n)), n)
     columns = [rng.permutation(n)[: low + (row < more)] for row in range(n)]
-    indptr = np.concatenate([[0], np.cumsum([len(row) for row in columns])])
-    return CSRPattern(indptr, np.concatenate(columns), (size, size), block_size)
+    return pattern_of(columns, n, block_size)
 
 
 def layout_bytes(pattern):
@@ -192,9 +191,7 @@ def test_memory_of_wide_products(block_size, dtype, n_products):
     """What is gathered is several times the operands here, without the layout among them."""
     n_blocks = 512 // block_size
     mask = np.random.default_rng(0).random((n_blocks, n_blocks)) < 0.25
-    rows, cols = np.nonzero(mask)
-    indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=n_blocks))])
-    pattern = CSRPattern(indptr, cols, (512, 512), block_size)
+    pattern = pattern_of(map(np.flatnonzero, mask), n_blocks, block_size)
     data = [mx.zeros(pattern.data_shape, dtype) for _ in range(n_products)]
     x = [mx.zeros((1024, 512), dtype) for _ in range(n_products)]
     run = lambda: [spmm(data, pattern, x) for data, x in zip(data, x, strict=True)]

@@ -6,9 +6,9 @@ import pytest
 from cuda_emulator import CudaFault, emulated
 from hypothesis import given
 from hypothesis import strategies as st
-from support import assert_equal, integers, patterns, random_pattern
+from support import assert_equal, integers, pattern_of, patterns, random_pattern
 
-from mlx_sparse_nn import CSRPattern, sddmm, spmm, spmm_t
+from mlx_sparse_nn import sddmm, spmm, spmm_t
 from mlx_sparse_nn.core import cuda
 
 
@@ -80,9 +80,7 @@ def panel_pattern(block_size, kind):
         mask[:, -1] = False
     if kind == "diagonal":
         mask = np.eye(640 // block_size, dtype=bool)
-    indptr = np.concatenate([[0], np.cumsum(mask.sum(axis=1))])
-    shape = (mask.shape[0] * block_size, mask.shape[1] * block_size)
-    return CSRPattern(indptr, np.nonzero(mask)[1], shape, block_size)
+    return pattern_of(map(np.flatnonzero, mask), mask.shape[1], block_size)
 
 
 @pytest.mark.parametrize(

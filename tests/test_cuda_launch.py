@@ -11,9 +11,8 @@ import sys
 import threading
 
 import mlx.core as mx
-import numpy as np
 import pytest
-from support import assert_equal, dense_weight, integers, random_pattern
+from support import assert_equal, dense_weight, fresh_launches, integers, pattern_of, random_pattern
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern, sddmm, spmm, spmm_t
 from mlx_sparse_nn.core import cuda, kernels, reference
@@ -45,12 +44,8 @@ def launches(monkeypatch, architecture):
     monkeypatch.setattr(kernels, "backend", lambda: "cuda")
     monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel)
     monkeypatch.setattr(cuda, "_architecture", lambda: architecture)
-    caches = (kernels._kernel, cuda._prepared, cuda._grad_tiles)
-    for cached in caches:
-        cached.cache_clear()
-    yield recorded
-    for cached in caches:
-        cached.cache_clear()
+    with fresh_launches():
+        yield recorded
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
@@ -120,12 +115,6 @@ def test_a_launch_is_that_of_its_own_call(launches):
     assert launches[: len(calls)] == launches[len(calls) :]
 
 
-def blocks_of_16(lists):
-    """Return the pattern of 16 x 16 blocks in these columns, of 16, row by row."""
-    indptr = np.cumsum([0, *map(len, lists)])
-    return CSRPattern(indptr, np.concatenate(lists), (16 * len(lists), 256), 16)
-
-
 @pytest.mark.parametrize(
     ("row", "ordered"),
     [([1, 5, 9], True), ([1, 9, 5], False), ([1, 5, 5], False)],
@@ -133,7 +122,7 @@ def blocks_of_16(lists):
 )
 def test_panels_are_for_blocks_in_order(launches, architecture, row, ordered):
     """Their kernels walk the columns once, and give each block of a column a place of its own."""
-    pattern = blocks_of_16([row] * 128)
+    pattern = pattern_of([row] * 128, 16, 16)
     data, x = mx.ones(pattern.data_shape, mx.bfloat16), mx.ones((2048, 256), mx.bfloat16)
     spmm(data, pattern, x)
     sddmm(pattern, mx.ones((2048, 2048), mx.bfloat16), x)
@@ -146,7 +135,7 @@ def test_panels_are_for_blocks_in_order(launches, architecture, row, ordered):
 def test_a_panel_has_room_for_its_blocks(launches, full):
     """A thread block holds 128 blocks of 16 x 16: what is beyond them would be written anywhere."""
     lists = [[3]] * (64 - full) + [list(range(16))] * full
-    pattern = blocks_of_16(lists)
+    pattern = pattern_of(lists, 16, 16)
     sddmm(pattern, mx.ones((512, 1024), mx.bfloat16), mx.ones((512, 256), mx.bfloat16))
     name, _, grid, group, *_ = launches[0]
     assert name == "mlx_sparse_nn_sddmm_panels"

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import assert_equal, integers
+from support import assert_equal, integers, pattern_of
 
 # The same tests of every transform, which run here on the kernels.
 from test_transforms import TestBias, TestOneProduct  # noqa: F401
@@ -31,9 +31,7 @@ def cases(draw):
     n_rows, n_cols = draw(st.integers(1, limit)), draw(st.integers(1, limit))
     row = st.lists(st.integers(0, n_cols - 1), max_size=n_cols + 1)
     rows = draw(st.lists(row, min_size=n_rows, max_size=n_rows).filter(any))
-    indptr = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int32)
-    indices = np.array([col for r in rows for col in r], dtype=np.int32)
-    pattern = CSRPattern(indptr, indices, (n_rows * block, n_cols * block), block)
+    pattern = pattern_of(rows, n_cols, block)
     n = draw(st.one_of(st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 33, 64, 65])))
     return pattern, n, draw(st.sampled_from(DTYPES))
 

@@ -11,6 +11,7 @@ from support import (
     dense_of,
     device_of,
     integers,
+    pattern_of,
     patterns,
     random_pattern,
     to_numpy,
@@ -81,6 +82,12 @@ def check_rounding(block_size, dtype):
     assert_close(sddmm(pattern, y, x), expected, 3, magnitude)
 
 
+def slice_of_integers(shape, offset):
+    """Return whole numbers that begin ``offset`` elements after the start of an array."""
+    flat = integers((int(np.prod(shape)) + offset,), len(shape), mx.bfloat16)
+    return flat[offset:].reshape(shape)
+
+
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("n", [3, 70, 600])
 @pytest.mark.parametrize("block_size", [1, 8, 16, 32, 64, 128])
@@ -88,14 +95,8 @@ def test_many_rows_and_slices_that_begin_anywhere(block_size, n, offset):
     """Kernels copy 16 bytes at a time, and go by stages and tiles of rows."""
     blocks = max(4, 96 // block_size)
     pattern = random_pattern(blocks, blocks + 1, block_size, density=0.7)
-
-    def draw(*shape):
-        flat = integers((int(np.prod(shape)) + offset,), len(shape), mx.bfloat16)
-        return flat[offset:].reshape(shape)
-
-    data, x, y = (
-        draw(*shape) for shape in (pattern.data_shape, (n, pattern.shape[1]), (n, pattern.shape[0]))
-    )
+    shapes = [pattern.data_shape, (n, pattern.shape[1]), (n, pattern.shape[0])]
+    data, x, y = (slice_of_integers(shape, offset) for shape in shapes)
     dense = to_numpy(dense_of(pattern, data.astype(mx.float32)))
     x64, y64 = to_numpy(x), to_numpy(y)
     assert_equal(spmm(data, pattern, x), rounded(x64 @ dense.T, mx.bfloat16))
@@ -118,17 +119,10 @@ def test_enough_work_for_panels(block_size, kind):
         lists = [rng.permutation(row) for row in lists]
     if kind == "repeated":
         lists = [np.sort(np.concatenate([row, row[:2]])) for row in lists]
-    indptr = np.cumsum([0, *(row.size for row in lists)])
-    shape = (mask.shape[0] * block_size, mask.shape[1] * block_size)
-    pattern = CSRPattern(indptr, np.concatenate(lists), shape, block_size)
-    n, offset = 3400, int(kind == "sliced")
-
-    def draw(*shape):
-        flat = integers((int(np.prod(shape)) + offset,), len(shape), mx.bfloat16)
-        return flat[offset:].reshape(shape)
-
-    data, x, y = draw(*pattern.data_shape), draw(n, shape[1]), draw(n, shape[0])
-    bias = draw(shape[0])
+    pattern = pattern_of(lists, mask.shape[1], block_size)
+    n, (n_rows, n_cols), offset = 3400, pattern.shape, int(kind == "sliced")
+    shapes = [pattern.data_shape, (n, n_cols), (n, n_rows), (n_rows,)]
+    data, x, y, bias = (slice_of_integers(shape, offset) for shape in shapes)
     dense = to_numpy(dense_of(pattern, data.astype(mx.float32)))
     x64, y64 = to_numpy(x), to_numpy(y)
     affine = x64 @ dense.T + to_numpy(bias)

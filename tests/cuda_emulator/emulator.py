@@ -15,6 +15,7 @@ from unittest import mock
 import metal_emulator.compile as compiler
 import mlx.core as mx
 import numpy as np
+from support import fresh_launches
 
 from mlx_sparse_nn.core import cuda, kernels
 
@@ -59,17 +60,13 @@ def emulated(architecture: str = "sm_90", **settings: Any) -> Iterator[Emulation
     The settings are those of :class:`Emulation`.
     """
     emulation = Emulation(**settings)
-    caches = (kernels._kernel, cuda._prepared, cuda._grad_tiles)
     with (
+        fresh_launches(),
         mock.patch.object(kernels, "backend", return_value="cuda"),
         mock.patch.object(mx.fast, "cuda_kernel", functools.partial(_Kernel, emulation)),
         mock.patch.object(cuda, "_architecture", return_value=architecture),
     ):
-        for cached in caches:
-            cached.cache_clear()
         yield emulation
-    for cached in caches:
-        cached.cache_clear()
 
 
 class _Buffer(ctypes.Structure):
