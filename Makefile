@@ -28,7 +28,7 @@ test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
 test-metal: $(VENV)/installed-dev
-	$(BIN)/python -m pytest --hypothesis-profile full tests/test_metal*.py tests/metal_emulator
+	$(BIN)/python -m pytest --hypothesis-profile full tests/backends/test_metal*.py tests/emulators
 
 test-device: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/device.py

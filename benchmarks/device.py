@@ -72,7 +72,7 @@ def main() -> None:
     mx.set_default_device(mx.Device(mx.gpu))
     # What runs on emulators needs no GPU, and counts are those of the CPU's operations; float32 is
     # compared within its own rounding, not TF32's.
-    others = ["tests/metal_emulator", "tests/test_cuda.py", "tests/test_counts.py"]
+    others = ["tests/emulators", "tests/backends/test_cuda.py", "tests/backends/test_counts.py"]
     ignored = [*(f"--ignore={path}" for path in others), "--ignore-glob=*/test_metal*"]
     tests = ["tests", *ignored, *sys.argv[1:]]
     environment = {**os.environ, "MLX_ENABLE_TF32": "0"}

@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 from char_lm import ROOT, write_table
 
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests/emulators"))
 import metal_emulator
 
 metal_emulator.install()  # before the package builds and caches its kernels

@@ -1,8 +1,6 @@
 """Block-sparse layers, sparse arrays and sparse Hamiltonians for MLX."""
 
 from mlx_sparse_nn import patterns, physics
-from mlx_sparse_nn.advise import Advice, advise
-from mlx_sparse_nn.checkpoint import restore, restore_patterns
 from mlx_sparse_nn.core import (
     COOArray,
     CSRArray,
@@ -21,15 +19,17 @@ from mlx_sparse_nn.core import (
     use_device,
     use_gpu,
 )
-from mlx_sparse_nn.distributed import check_same_pattern, shard_block_sparse, shard_boundaries
-from mlx_sparse_nn.layers import BlockSparseLinear
-from mlx_sparse_nn.lora import LoRABlockSparseLinear
-from mlx_sparse_nn.pruning import cubic_density, prune
-from mlx_sparse_nn.quantized import QuantizedBlockSparseLinear
-from mlx_sparse_nn.regrowth import activations, regrow
-from mlx_sparse_nn.sparsify import Sparsified, densify, sparsify
-from mlx_sparse_nn.summary import Summary, summary
-from mlx_sparse_nn.verify import MismatchError, VerifyReport, verify
+from mlx_sparse_nn.diagnostics.advise import Advice, advise
+from mlx_sparse_nn.diagnostics.summary import Summary, summary
+from mlx_sparse_nn.diagnostics.verify import MismatchError, VerifyReport, verify
+from mlx_sparse_nn.layers.linear import BlockSparseLinear
+from mlx_sparse_nn.layers.lora import LoRABlockSparseLinear
+from mlx_sparse_nn.layers.quantized import QuantizedBlockSparseLinear
+from mlx_sparse_nn.layers.sharded import check_same_pattern, shard_block_sparse, shard_boundaries
+from mlx_sparse_nn.surgery.prune import cubic_density, prune
+from mlx_sparse_nn.surgery.regrow import activations, regrow
+from mlx_sparse_nn.surgery.restore import restore, restore_patterns
+from mlx_sparse_nn.surgery.sparsify import Sparsified, densify, sparsify
 
 __version__ = "0.1.0"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core.csr import check_data
+from mlx_sparse_nn.core.arrays import check_data
 from mlx_sparse_nn.core.pattern import (
     ArrayLike,
     CSRPattern,

@@ -21,7 +21,7 @@ if platform.system() == "Linux":
     metal_emulator.install()  # before the package builds and caches its kernels
 else:
     # The emulator runs on Linux. On a Mac, the other tests run the kernels themselves.
-    collect_ignore_glob = ["metal_emulator/*", "test_metal*.py"]
+    collect_ignore_glob = ["emulators/*", "backends/test_metal*.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import mlx.core as mx
 import numpy as np
 from hypothesis import strategies as st
 
 from mlx_sparse_nn import CSRPattern
-from mlx_sparse_nn.core import cuda, kernels, metal, reference
-from mlx_sparse_nn.core.rounding import to_numpy, tolerance
+from mlx_sparse_nn.core.backends import choose, cuda, launch
+from mlx_sparse_nn.diagnostics.rounding import to_numpy, tolerance
+
+ROOT = Path(__file__).parents[1]  # of the repository
 
 
 def device_of(dtype: mx.Dtype) -> AbstractContextManager:
@@ -20,15 +24,27 @@ def device_of(dtype: mx.Dtype) -> AbstractContextManager:
     return mx.stream(mx.cpu) if dtype == mx.float64 else nullcontext()
 
 
-def backend() -> ModuleType:
-    """Return the module that computes the products, to spoil one in."""
-    return {"metal": metal, "cuda": cuda, "reference": reference}[kernels.backend()]
+def backend(op: str, block_size: int = 8, n_x: int = 1) -> ModuleType:
+    """Return the module that computes a product of float32 blocks here, to spoil it."""
+    pattern = CSRPattern([0, 1], [0], (block_size, block_size), block_size)
+    return choose.choose(op, pattern.layout, n_x, mx.float32)
+
+
+@contextmanager
+def computing(*backends: ModuleType) -> Iterator[None]:
+    """Let these backends compute, the first that takes a product, as if their device were there."""
+    with ExitStack() as stack:
+        for device in ("CPU", "GPU"):
+            stack.enter_context(mock.patch.object(choose, device, backends))
+        for backend in backends:
+            stack.enter_context(mock.patch.object(backend, "is_available", return_value=True))
+        yield
 
 
 @contextmanager
 def fresh_launches() -> Iterator[None]:
     """Forget the kernels and launches that are kept, before and after."""
-    caches = (kernels._kernel, cuda._prepared, cuda._grad_tiles)
+    caches = (launch._kernel, cuda._prepared, cuda._grad_tiles)
     for kept in caches:
         kept.cache_clear()
     yield

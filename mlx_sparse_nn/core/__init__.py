@@ -1,5 +1,6 @@
 """The sparse core: patterns, sparse arrays, and the three products."""
 
+from mlx_sparse_nn.core.arrays import COOArray, CSRArray, csr_matmul
 from mlx_sparse_nn.core.construct import (
     bsr_array,
     coo_array,
@@ -8,7 +9,6 @@ from mlx_sparse_nn.core.construct import (
     from_scipy,
     to_scipy,
 )
-from mlx_sparse_nn.core.csr import COOArray, CSRArray, csr_matmul
 from mlx_sparse_nn.core.device import use_cpu, use_device, use_gpu
 from mlx_sparse_nn.core.ops import sddmm, spmm, spmm_t
 from mlx_sparse_nn.core.pattern import CSRPattern

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core.csr import COOArray, CSRArray, check_data
+from mlx_sparse_nn.core.arrays import COOArray, CSRArray, check_data
 from mlx_sparse_nn.core.pattern import (
     ArrayLike,
     CSRPattern,

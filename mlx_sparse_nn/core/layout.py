@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
+from mlx_sparse_nn.core.transforms import note_vmap
+
 if TYPE_CHECKING:
     from mlx_sparse_nn.core.pattern import CSRPattern
 
@@ -69,6 +71,7 @@ class Layout:
 
     def __init__(self, pattern: CSRPattern, halves: dict[str, Half] | None = None):
         """Lay out ``pattern``, or take over ``halves`` that :meth:`state` gave for one alike."""
+        note_vmap()
         self.shape = pattern.shape
         self.block_size = pattern.block_size
         self.data_shape = pattern.data_shape

@@ -1,8 +1,8 @@
 """Spin Hamiltonians, their ground states and dynamics, and what is measured in a state."""
 
-from mlx_sparse_nn.physics.evolve import evolve
+from mlx_sparse_nn.physics.dynamics import evolve
+from mlx_sparse_nn.physics.ground_states import LanczosResult, lanczos
 from mlx_sparse_nn.physics.ising import exact_ground_energy, transverse_field_ising
-from mlx_sparse_nn.physics.lanczos import LanczosResult, lanczos
 from mlx_sparse_nn.physics.observables import (
     correlation,
     entanglement_entropy,

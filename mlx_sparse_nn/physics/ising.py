@@ -9,7 +9,7 @@ from typing import TypeAlias
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core.csr import CSRArray
+from mlx_sparse_nn.core.arrays import CSRArray
 from mlx_sparse_nn.core.pattern import CSRPattern, check_size
 
 Values: TypeAlias = "float | Sequence[float] | np.ndarray | mx.array"

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core.kernels import transforming
+from mlx_sparse_nn.core.transforms import transforming
 
 _TINY = 1e-300  # of an eigenvalue: its logarithm is finite, and 0 times that
 

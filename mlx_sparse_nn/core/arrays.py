@@ -1,0 +1,357 @@
+"""CSRArray: stored values on a CSRPattern, with SciPy's vocabulary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from numbers import Number
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_sparse_nn.core import ops
+from mlx_sparse_nn.core.pattern import (
+    ArrayLike,
+    CSRPattern,
+    check_indices,
+    check_range,
+    check_shape,
+)
+from mlx_sparse_nn.core.transforms import defer_to
+
+
+class CSRArray:
+    """A sparse matrix: an MLX array of stored values on a fixed :class:`CSRPattern`.
+
+    The values may be tracers: a CSRArray can be built and used inside functions that MLX
+    differentiates, maps or compiles.
+
+    Args:
+        data: ``(nnz,)``, or ``(n_blocks, B, B)`` for a pattern of blocks.
+        pattern: Where they lie.
+
+    Raises:
+        TypeError: ``data`` is not numeric, or ``pattern`` is not a CSRPattern.
+        ValueError: ``data`` does not have the shape that the pattern needs.
+
+    Example:
+        >>> A = csr_array(([4.0, 5.0, 6.0], [0, 2, 1], [0, 2, 3]), shape=(2, 3))
+        >>> A @ mx.array([1.0, 1.0, 1.0])
+        array([9, 6], dtype=float32)
+    """
+
+    # NumPy then leaves `x @ A` and `2 * A` to the reflected operators below.
+    __array_ufunc__ = None
+
+    def __init__(self, data: ArrayLike, pattern: CSRPattern):
+        defer_to(CSRArray)
+        if not isinstance(pattern, CSRPattern):
+            raise TypeError(
+                f"[CSRArray] pattern must be a CSRPattern, got {type(pattern).__name__}"
+            )
+        data = check_data("CSRArray", data)
+        if tuple(data.shape) != pattern.data_shape:
+            raise ValueError(
+                f"[CSRArray] data has shape {data.shape}, the pattern needs {pattern.data_shape}"
+            )
+        self.data = data
+        self.pattern = pattern
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n_rows, n_cols)``."""
+        return self.pattern.shape
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+    @property
+    def nnz(self) -> int:
+        """Number of stored values."""
+        return self.pattern.nnz
+
+    @property
+    def density(self) -> float:
+        """Stored fraction of the matrix."""
+        return self.pattern.density
+
+    @property
+    def block_size(self) -> int:
+        return self.pattern.block_size
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.data.dtype
+
+    @property
+    def T(self) -> CSRArray:
+        """The transpose, on the cached transposed pattern."""
+        data = _gather(self.data, self.pattern.transpose_perm)
+        return CSRArray(data.swapaxes(1, 2) if data.ndim == 3 else data, self.pattern.T)
+
+    @property
+    def H(self) -> CSRArray:
+        """The conjugate transpose."""
+        transposed = self.T
+        if self.dtype == mx.complex64:
+            transposed.data = mx.conjugate(transposed.data)
+        return transposed
+
+    def todense(self) -> mx.array:
+        """Return the dense ``(n_rows, n_cols)`` array; repeated entries add up."""
+        return ops.todense(self.data, self.pattern)
+
+    def tocsr(self) -> CSRArray:
+        """Return the same matrix with ``block_size`` 1, rows kept in stored order."""
+        block = self.block_size
+        if block == 1:
+            return self
+        lengths = np.repeat(np.diff(self.pattern.indptr), block).astype(np.int64) * block
+        indptr = np.concatenate([[0], np.cumsum(lengths)])
+        # Value (j, r, c) of block-row R comes before (j + 1, r, c): sort by row, keep the rest.
+        row = self.pattern.row_indices[:, None, None] * np.int64(block) + np.arange(block)[:, None]
+        row = np.broadcast_to(row, self.pattern.data_shape).reshape(-1)
+        order = np.argsort(row, kind="stable")
+        cols = self.pattern.indices[:, None, None] * np.int64(block) + np.arange(block)
+        cols = np.broadcast_to(cols, self.pattern.data_shape).reshape(-1)[order]
+        data = _gather(self.data.reshape(-1), order)
+        return CSRArray(data, CSRPattern(indptr, cols, self.shape))
+
+    def tocoo(self) -> COOArray:
+        """Return the same matrix as coordinates, rows in order."""
+        scalar = self.tocsr()
+        return COOArray(scalar.data, scalar.pattern.row_indices, scalar.pattern.indices, self.shape)
+
+    def astype(self, dtype: mx.Dtype) -> CSRArray:
+        """Return a copy whose values are cast to ``dtype``."""
+        return CSRArray(self.data.astype(dtype), self.pattern)
+
+    def sum(self, axis: int | None = None) -> mx.array:
+        """Sum all values, or over rows (``axis=0``, ``(n_cols,)``) or columns (``axis=1``)."""
+        if axis is None:
+            # MLX 0.32.4 may never return from the sum of an empty array that NumPy made.
+            return self.data.sum() if self.nnz else mx.zeros((), self.dtype)
+        if isinstance(axis, bool) or axis not in (-2, -1, 0, 1):
+            raise ValueError(f"[CSRArray.sum] axis must be None, 0 or 1, got {axis!r}")
+        if axis % 2 == 0:
+            return mx.ones(self.shape[0], self.dtype) @ self
+        return self @ mx.ones(self.shape[1], self.dtype)
+
+    def diagonal(self) -> mx.array:
+        """Return the main diagonal, ``(min(n_rows, n_cols),)``; repeated entries add up."""
+        pattern, block, length = self.pattern, self.block_size, min(self.shape)
+        stored = np.flatnonzero(pattern.row_indices == pattern.indices)
+        places = (stored[:, None] * block + np.arange(block)) * block + np.arange(block)
+        rows = (pattern.indices[stored, None] * block + np.arange(block)).reshape(-1)
+        counts = np.bincount(rows, minlength=length)
+        order = places.reshape(-1)[np.argsort(rows, kind="stable")]
+        return _gather(self.data.reshape(-1), order, np.cumsum(counts) - counts)
+
+    def __matmul__(self, x: mx.array) -> mx.array:
+        return csr_matmul(self, x)
+
+    def __rmatmul__(self, x: mx.array) -> mx.array:
+        x = _dense("x @ A", x)
+        return ops.spmm_t(self.data, self.pattern, x)
+
+    def __mul__(self, scalar: Number | mx.array) -> CSRArray:
+        if not isinstance(scalar, Number | np.generic) and not (
+            isinstance(scalar, mx.array) and scalar.ndim == 0
+        ):
+            raise TypeError(
+                f"[CSRArray] * takes a scalar, got {_describe(scalar)}; a matrix product is A @ x"
+            )
+        value: Any = scalar.item() if isinstance(scalar, np.generic) else scalar
+        return CSRArray(self.data * value, self.pattern)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> CSRArray:
+        return CSRArray(-self.data, self.pattern)
+
+    def __len__(self) -> int:
+        raise TypeError("sparse array length is ambiguous; use nnz or shape[0]")
+
+    def __bool__(self) -> bool:
+        return _truth(self)
+
+    def __iter__(self) -> Iterator[CSRArray]:
+        """Yield the rows, each a CSRArray of shape ``(1, n_cols)``."""
+        scalar = self.tocsr()
+        for start, stop in zip(scalar.pattern.indptr[:-1], scalar.pattern.indptr[1:], strict=True):
+            indices = scalar.pattern.indices[start:stop]
+            pattern = CSRPattern([0, indices.size], indices, (1, self.shape[1]))
+            yield CSRArray(scalar.data[int(start) : int(stop)], pattern)
+
+    def __repr__(self) -> str:
+        blocks = f", block_size={self.block_size}" if self.block_size > 1 else ""
+        return (
+            f"CSRArray({self.shape[0]} x {self.shape[1]}, {self.dtype}{blocks}, "
+            f"{self.nnz} stored values, density {self.density:.3g})"
+        )
+
+
+class COOArray:
+    """A sparse matrix as coordinates, to build a :class:`CSRArray` from.
+
+    Args:
+        data: ``(nnz,)`` stored values.
+        row: ``(nnz,)`` integers in ``[0, n_rows)``.
+        col: ``(nnz,)`` integers in ``[0, n_cols)``.
+        shape: ``(n_rows, n_cols)``.
+
+    Raises:
+        TypeError: ``data`` is not numeric or the coordinates are not integers.
+        ValueError: Lengths differ or a coordinate is out of range.
+    """
+
+    __array_ufunc__ = None
+
+    def __init__(self, data: ArrayLike, row: ArrayLike, col: ArrayLike, shape: tuple[int, int]):
+        self.data = check_data("COOArray", data)
+        self.shape = check_shape("COOArray", shape, 1)
+        self.row = _coordinates("row", row, self.shape[0])
+        self.col = _coordinates("col", col, self.shape[1])
+        lengths = {"data": self.data.shape, "row": self.row.shape, "col": self.col.shape}
+        if len(set(lengths.values())) > 1 or self.data.ndim != 1:
+            raise ValueError(f"[COOArray] data, row and col must be of one length, got {lengths}")
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+    @property
+    def nnz(self) -> int:
+        """Number of stored values, repeated ones included."""
+        return self.row.size
+
+    @property
+    def density(self) -> float:
+        """Stored fraction of the matrix."""
+        return self.nnz / max(1, self.shape[0] * self.shape[1])
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.data.dtype
+
+    def tocsr(self, canonical: bool = True) -> CSRArray:
+        """Return the same matrix with its rows grouped.
+
+        Args:
+            canonical: Also sort the columns of each row and add up repeated entries.
+        """
+        order = (
+            np.lexsort((self.col, self.row)) if canonical else np.argsort(self.row, kind="stable")
+        )
+        row, col = self.row[order], self.col[order]
+        data = _gather(self.data, order)
+        if canonical and row.size:
+            first = np.concatenate([[True], (np.diff(row) != 0) | (np.diff(col) != 0)])
+            if not first.all():
+                data = _gather(data, np.arange(row.size), np.flatnonzero(first))
+                row, col = row[first], col[first]
+        counts = np.bincount(row, minlength=self.shape[0])
+        return CSRArray(data, CSRPattern(np.concatenate([[0], np.cumsum(counts)]), col, self.shape))
+
+    def todense(self) -> mx.array:
+        """Return the dense ``(n_rows, n_cols)`` array; repeated entries add up."""
+        return self.tocsr(canonical=False).todense()
+
+    def __len__(self) -> int:
+        raise TypeError("sparse array length is ambiguous; use nnz or shape[0]")
+
+    def __bool__(self) -> bool:
+        return _truth(self)
+
+    def __iter__(self) -> Iterator[CSRArray]:
+        """Yield the rows, each a CSRArray of shape ``(1, n_cols)``."""
+        return iter(self.tocsr(canonical=False))
+
+    def __repr__(self) -> str:
+        return (
+            f"COOArray({self.shape[0]} x {self.shape[1]}, {self.dtype}, "
+            f"{self.nnz} stored values, density {self.density:.3g})"
+        )
+
+
+def csr_matmul(A: CSRArray, x: mx.array) -> mx.array:
+    """Multiply a sparse matrix by a dense array, as ``A @ x``.
+
+    Args:
+        A: ``(n_rows, n_cols)``.
+        x: ``(n_cols,)``, ``(n_cols, p)`` or any ``(..., n_cols, p)``.
+
+    Returns:
+        ``(n_rows,)``, ``(n_rows, p)`` or ``(..., n_rows, p)`` of the promoted dtype.
+
+    Raises:
+        TypeError: ``A`` is not a CSRArray, ``x`` is sparse, or the dtypes have no product.
+        ValueError: The inner dimensions differ or ``x`` is a scalar.
+    """
+    if not isinstance(A, CSRArray):
+        raise TypeError(f"[csr_matmul] A must be a CSRArray, got {type(A).__name__}")
+    x = _dense("A @ x", x)
+    inner = x.shape[-1 if x.ndim == 1 else -2] if x.ndim else None
+    if inner != A.shape[1]:
+        raise ValueError(f"[csr_matmul] A is {A.shape}, x has shape {x.shape}: inner sizes differ")
+    if x.ndim == 1:
+        return ops.spmm(A.data, A.pattern, x)
+    return ops.spmm(A.data, A.pattern, x.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+
+def check_data(owner: str, data: ArrayLike) -> mx.array:
+    """Return ``data`` as an MLX array, or raise if it is not numeric."""
+    if isinstance(data, mx.array):
+        return data
+    array = np.asarray(data)
+    if array.dtype.kind not in "biufc":
+        raise TypeError(f"[{owner}] data must be numeric, got {array.dtype}")
+    values = mx.array(data if isinstance(data, list | tuple) else array)
+    return values if values.size else mx.zeros(array.shape, values.dtype)
+
+
+def _coordinates(name: str, values: ArrayLike, size: int) -> np.ndarray:
+    indices = check_indices("COOArray", name, values)
+    check_range("COOArray", name, indices, size)
+    return indices
+
+
+def _gather(data: mx.array, order: np.ndarray, starts: np.ndarray | None = None) -> mx.array:
+    """Return ``data[order]``, or the sums of its runs that begin at ``starts``.
+
+    A gather and a sum are products with a sparse matrix of ones: they sum in a fixed order and can
+    be differentiated to any order, where MLX's own gather cannot.
+    """
+    starts = np.arange(order.size) if starts is None else starts
+    indptr = np.append(starts, order.size)
+    if not mx.issubdtype(data.dtype, mx.inexact):
+        segment = np.repeat(np.arange(starts.size, dtype=np.int32), np.diff(indptr))
+        gathered = data[mx.array(order.astype(np.int32))]
+        out = mx.zeros((starts.size, *data.shape[1:]), data.dtype)
+        return out.at[mx.array(segment)].add(gathered)
+    selector = CSRPattern(indptr, order, (starts.size, data.shape[0]))
+    block = math.prod(data.shape[1:])
+    values = data.reshape(data.shape[0], block).swapaxes(0, 1)  # (B * B, n_blocks)
+    gathered = ops.spmm(mx.ones(order.size, data.dtype), selector, values).swapaxes(0, 1)
+    return gathered.reshape(starts.size, *data.shape[1:])
+
+
+def _dense(operation: str, x: object) -> mx.array:
+    if isinstance(x, mx.array):
+        return x
+    if isinstance(x, np.ndarray | list | tuple):
+        return check_data(operation, x)
+    raise TypeError(f"[{operation}] x must be a dense array, got {_describe(x)}")
+
+
+def _describe(x: object) -> str:
+    shape = getattr(x, "shape", None)
+    return type(x).__name__ + (f" of shape {tuple(shape)}" if shape is not None else "")
+
+
+def _truth(array: CSRArray | COOArray) -> bool:
+    if array.shape != (1, 1):
+        raise ValueError("The truth value of an array with more than one element is ambiguous.")
+    return bool(array.nnz)

@@ -1,0 +1,34 @@
+"""The one rule: which backend computes a product."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import mlx.core as mx
+
+from mlx_sparse_nn.core.backends import cuda, metal, plain
+from mlx_sparse_nn.core.layout import Layout
+
+# By kind of device, the first one that is available and takes a product computes it.
+GPU = (metal, cuda, plain)
+CPU = (plain,)
+
+
+def choose(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int = 1) -> ModuleType:
+    """Return the backend that computes a product on MLX's default device.
+
+    It is asked anew at each call, and depends on nothing but its arguments, that device, and
+    whether ``mx.vmap`` is tracing: a launched kernel cannot be mapped.
+
+    Args:
+        op: ``"spmm"``, ``"spmm_t"`` or ``"sddmm"``.
+        layout: Layout of the pattern.
+        n_x: Rows of x, for each matrix.
+        dtype: Of all operands.
+        n_matrices: Matrices that share the pattern.
+    """
+    on_gpu = mx.default_device().type is mx.gpu  # "==" of these enums takes longer
+    for backend in GPU if on_gpu else CPU:
+        if backend.is_available() and backend.takes(op, layout, n_x, dtype, n_matrices):
+            return backend
+    raise AssertionError("plain MLX takes every product")

@@ -1,0 +1,92 @@
+"""Blocks by their place in the matrix: cut out of it, moved, and put back."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_sparse_nn.core.backends.plain import _row_of_each, _wide_dtype, _widen
+from mlx_sparse_nn.core.layout import Half, Layout
+from mlx_sparse_nn.core.pattern import CSRPattern
+
+
+def split_blocks(weight: mx.array, block_size: int) -> mx.array:
+    """Return ``weight (R * B, C * B)`` seen as blocks ``(R, C, B, B)``: a view, nothing is copied.
+
+    ``split_blocks(weight, B)[rows, cols]`` copies the chosen blocks alone.
+    """
+    n_rows, n_cols = weight.shape
+    shape = (n_rows // block_size, block_size, n_cols // block_size, block_size)
+    return weight.reshape(shape).swapaxes(1, 2)
+
+
+def block_sources(owner: str, old: CSRPattern, new: CSRPattern) -> np.ndarray:
+    """Return where ``old`` stores each block of ``new``, ``(new.n_blocks,)`` int64; -1 if nowhere.
+
+    Raises:
+        TypeError: ``new`` is not a CSRPattern.
+        ValueError: Shapes or block sizes differ, or a pattern repeats a block.
+    """
+    if not isinstance(new, CSRPattern):
+        raise TypeError(f"[{owner}] pattern must be a CSRPattern, got {type(new).__name__}")
+    if (new.shape, new.block_size) != (old.shape, old.block_size):
+        raise ValueError(
+            f"[{owner}] pattern has shape {new.shape} and block_size {new.block_size}, "
+            f"expected {old.shape} and {old.block_size}"
+        )
+    _, in_old, in_new = np.intersect1d(
+        block_places(owner, old), block_places(owner, new), assume_unique=True, return_indices=True
+    )
+    source = np.full(new.n_blocks, -1, dtype=np.int64)
+    source[in_new] = in_old
+    return source
+
+
+def block_places(owner: str, pattern: CSRPattern) -> np.ndarray:
+    """Return ``row * n_block_cols + column`` of each stored block, ``(n_blocks,)`` int64.
+
+    Raises:
+        ValueError: A block comes twice.
+    """
+    n_block_cols = pattern.shape[1] // pattern.block_size
+    places = pattern.row_indices * np.int64(n_block_cols) + pattern.indices
+    unique, first = np.unique(places, return_index=True)
+    if unique.size < places.size:
+        repeated = np.setdiff1d(np.arange(places.size), first)[0]
+        row, column = pattern.row_indices[repeated], pattern.indices[repeated]
+        raise ValueError(f"[{owner}] the pattern stores block ({row}, {column}) more than once")
+    return places
+
+
+def move_blocks(blocks: mx.array, source: np.ndarray) -> mx.array:
+    """Return ``blocks[source]`` along the first axis, with zeros where ``source`` is -1."""
+    zero = mx.zeros((1, *blocks.shape[1:]), blocks.dtype)
+    place = np.where(source < 0, blocks.shape[0], source).astype(np.int32)
+    return mx.concatenate([blocks, zero])[mx.array(place)]
+
+
+def todense(layout: Layout, data: mx.array) -> mx.array:
+    """Return the dense ``(V, n_rows, n_cols)`` matrices; repeated entries add up in float32."""
+    (n_rows, n_cols), block, n_batch = layout.shape, layout.block_size, data.shape[0]
+    shape = (n_batch, n_rows // block, n_cols // block, block, block)
+    blocks = mx.zeros(shape, _wide_dtype(data.dtype))
+    if data.size:
+        values = _widen(data).reshape(n_batch, -1, block, block)
+        blocks = blocks.at[_places(layout.rows)].add(values)
+    return blocks.swapaxes(2, 3).reshape(n_batch, n_rows, n_cols).astype(data.dtype)
+
+
+def sample(layout: Layout, dense: mx.array) -> mx.array:
+    """Return the values of ``dense (V, n_rows, n_cols)`` at the stored places: :func:`todense`'s
+    transpose, of shape ``(V, n_blocks)`` or ``(V, n_blocks, B, B)``."""
+    (n_rows, n_cols), block, n_batch = layout.shape, layout.block_size, dense.shape[0]
+    shape = (n_batch, *layout.data_shape)
+    if 0 in shape:
+        return mx.zeros(shape, dense.dtype)
+    blocks = dense.reshape(n_batch, n_rows // block, block, n_cols // block, block)
+    return blocks.swapaxes(2, 3)[_places(layout.rows)].reshape(shape)
+
+
+def _places(half: Half) -> tuple:
+    """Return the index of the stored blocks in ``(V, R, C, ...)``."""
+    return slice(None), _row_of_each(half), half["indices"]

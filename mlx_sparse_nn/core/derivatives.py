@@ -1,0 +1,214 @@
+"""The products as functions that MLX differentiates, maps and compiles, to any order.
+
+Each product is bilinear, and each one's derivative is another of the three: vjp and jvp are a line
+each, and higher orders follow. Operands are data ``(n_blocks, ...)``, x ``(N, n_cols)`` and
+y ``(N, n_rows)`` of one dtype; or each has a leading axis V of matrices that share the pattern.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_sparse_nn.core import blocks
+from mlx_sparse_nn.core.backends.choose import choose
+from mlx_sparse_nn.core.layout import Layout
+from mlx_sparse_nn.core.transforms import transforming
+
+# What MLX gives a rule of one operand, or of several, and takes back.
+Arrays = Any
+Axes = Any
+
+
+def spmm(layout: Layout, data: mx.array, x: mx.array) -> mx.array:
+    """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c]."""
+    if not transforming():
+        return _spmm(layout, data, x)
+
+    def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
+        data, x = primals
+        return sddmm(layout, cotangent, _conj(x)), spmm_t(layout, _conj(data), cotangent)
+
+    def jvp(primals: Arrays, tangents: Arrays) -> mx.array:
+        return _bilinear_jvp(spmm, layout, primals, tangents)
+
+    def vmap(operands: Arrays, axes: Axes) -> Arrays:
+        return _map_matrix(spmm, layout, operands, axes)
+
+    return _with_rules(_spmm, layout, vjp, jvp, vmap)(data, x)
+
+
+def spmm_bias(layout: Layout, data: mx.array, x: mx.array, bias: mx.array) -> mx.array:
+    """Return ``spmm(layout, data, x) + bias``, rounded once; bias ``(n_rows,)``."""
+    if not transforming():
+        return _spmm(layout, data, x, bias)
+
+    def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
+        data, x, _ = primals
+        d_data, d_x = sddmm(layout, cotangent, _conj(x)), spmm_t(layout, _conj(data), cotangent)
+        return d_data, d_x, cotangent.sum(axis=tuple(range(cotangent.ndim - 1)))
+
+    def jvp(primals: Arrays, tangents: Arrays) -> mx.array:
+        (data, x, _), (d_data, d_x, d_bias) = primals, tangents
+        shape = (*x.shape[:-1], layout.shape[0])
+        out = mx.zeros(shape, x.dtype) if d_bias is None else mx.broadcast_to(d_bias, shape)
+        if d_data is None and d_x is None:
+            return out
+        return out + _bilinear_jvp(spmm, layout, (data, x), (d_data, d_x))
+
+    def vmap(operands: Arrays, axes: Axes) -> Arrays:
+        (data, x, bias), (data_axis, x_axis, bias_axis) = operands, axes
+        if data_axis is None and x_axis is None:
+            y, axis = spmm(layout, data, x)[None], 0
+        else:
+            y, axis = _map_matrix(spmm, layout, (data, x), (data_axis, x_axis))
+        if bias_axis is None:
+            return y + bias, axis
+        bias = mx.moveaxis(bias, bias_axis, 0)  # (M, n_rows)
+        return y + mx.expand_dims(bias, tuple(range(1, y.ndim - 1 - axis))), axis
+
+    return _with_rules(_spmm, layout, vjp, jvp, vmap)(data, x, bias)
+
+
+def spmm_t(layout: Layout, data: mx.array, y: mx.array) -> mx.array:
+    """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]."""
+    if not transforming():
+        return _spmm_t(layout, data, y)
+
+    def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
+        data, y = primals
+        return sddmm(layout, _conj(y), cotangent), spmm(layout, _conj(data), cotangent)
+
+    def jvp(primals: Arrays, tangents: Arrays) -> mx.array:
+        return _bilinear_jvp(spmm_t, layout, primals, tangents)
+
+    def vmap(operands: Arrays, axes: Axes) -> Arrays:
+        return _map_matrix(spmm_t, layout, operands, axes)
+
+    return _with_rules(_spmm_t, layout, vjp, jvp, vmap)(data, y)
+
+
+def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
+    """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]."""
+    if not transforming():
+        return _sddmm(layout, y, x)
+
+    def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
+        y, x = primals
+        return spmm(layout, cotangent, _conj(x)), spmm_t(layout, cotangent, _conj(y))
+
+    def jvp(primals: Arrays, tangents: Arrays) -> mx.array:
+        return _bilinear_jvp(sddmm, layout, primals, tangents)
+
+    def vmap(operands: Arrays, axes: Axes) -> Arrays:
+        return _map_matrices(sddmm, layout, operands, axes), 0
+
+    return _with_rules(_sddmm, layout, vjp, jvp, vmap)(y, x)
+
+
+def todense(layout: Layout, data: mx.array) -> mx.array:
+    """Return the dense matrices ``(V, n_rows, n_cols)`` of ``data (V, n_blocks, ...)``."""
+    return _linear(blocks.todense, blocks.sample, layout, data)
+
+
+def _linear(itself: Callable, transpose: Callable, layout: Layout, operand: mx.array) -> mx.array:
+    """Return ``itself(layout, operand)``, a linear function of ``(V, ...)`` given with its
+    transpose, with its rules."""
+    if not transforming():
+        return itself(layout, operand)
+
+    def vjp(primal: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+        return _linear(transpose, itself, layout, cotangent)
+
+    def jvp(primal: mx.array, tangent: mx.array) -> mx.array:
+        return _linear(itself, transpose, layout, tangent)
+
+    def vmap(operand: mx.array, axis: int) -> Arrays:
+        operand = mx.moveaxis(operand, axis, 0)  # (M, V, ...)
+        out = _linear(itself, transpose, layout, mx.flatten(operand, 0, 1))
+        return (mx.unflatten(out, 0, operand.shape[:2]),), (0,)
+
+    return _with_rules(itself, layout, vjp, jvp, vmap)(operand)
+
+
+# The values, by the backend that computes them.
+
+
+def _backend(op: str, layout: Layout, x: mx.array) -> ModuleType:
+    n_matrices = x.shape[0] if x.ndim == 3 else 1
+    return choose(op, layout, x.shape[-2], x.dtype, n_matrices)
+
+
+def _spmm(layout: Layout, data: mx.array, x: mx.array, bias: mx.array | None = None) -> mx.array:
+    return _backend("spmm", layout, x).spmm(data, layout, x, bias)
+
+
+def _spmm_t(layout: Layout, data: mx.array, y: mx.array) -> mx.array:
+    return _backend("spmm_t", layout, y).spmm_t(data, layout, y)
+
+
+def _sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
+    return _backend("sddmm", layout, x).sddmm(layout, y, x)
+
+
+def _with_rules(
+    compute: Callable[..., mx.array], layout: Layout, vjp: Callable, jvp: Callable, vmap: Callable
+) -> Callable[..., mx.array]:
+    """Return ``compute`` of a layout as a function of its operands that follows these rules.
+
+    It is made anew at each call: kept with the layout, the two would be a cycle. What computes the
+    value sees its operands through stop_gradient: MLX would differentiate that graph too, for
+    nothing, and fail where an operation in it has no jvp.
+    """
+
+    def guarded(*operands: mx.array) -> mx.array:
+        return compute(layout, *map(mx.stop_gradient, operands))
+
+    function: Any = mx.custom_function(guarded)
+    function.vjp(vjp)
+    function.jvp(jvp)
+    function.vmap(vmap)
+    return function
+
+
+def _bilinear_jvp(product: Callable, layout: Layout, primals: Arrays, tangents: Arrays) -> mx.array:
+    """Return the derivative of a product along tangents, None where an operand is constant."""
+    (a, b), (d_a, d_b) = primals, tangents
+    if d_a is None:
+        return product(layout, a, d_b)
+    if d_b is None:
+        return product(layout, d_a, b)
+    return product(layout, d_a, b) + product(layout, a, d_b)
+
+
+def _map_matrix(product: Callable, layout: Layout, operands: Arrays, axes: Axes) -> Arrays:
+    """Map a product ``(data, x)`` over an axis of either or both: one call, whatever is mapped."""
+    (data, x), (data_axis, x_axis) = operands, axes
+    if data_axis is not None:
+        return _map_matrices(product, layout, operands, axes), 0
+    # One matrix for all: the mapped axis is more rows of x.
+    at = x.ndim - 3
+    x = mx.moveaxis(x, x_axis, at)  # (M, N, n) or (V, M, N, n)
+    out = product(layout, data, mx.flatten(x, at, at + 1))
+    return mx.unflatten(out, at, x.shape[at:-1]), at
+
+
+def _map_matrices(product: Callable, layout: Layout, operands: Arrays, axes: Axes) -> mx.array:
+    """Map a product over operands of as many matrices more; a mapped axis comes first."""
+    sizes = [a.shape[axis] for a, axis in zip(operands, axes, strict=True) if axis is not None]
+    stacked = [
+        mx.broadcast_to(a, (sizes[0], *a.shape)) if axis is None else mx.moveaxis(a, axis, 0)
+        for a, axis in zip(operands, axes, strict=True)
+    ]
+    if stacked[1].ndim == 3:  # x, with no axis of matrices so far
+        return product(layout, *stacked)
+    out = product(layout, *(mx.flatten(a, 0, 1) for a in stacked))
+    return mx.unflatten(out, 0, (sizes[0], -1))
+
+
+def _conj(a: mx.array) -> mx.array:
+    """Conjugate: MLX's gradients of complex products are by the conjugate of the other factor."""
+    return mx.conjugate(a) if a.dtype == mx.complex64 else a

@@ -1,0 +1,228 @@
+"""Scores of blocks, and the choice of the strongest ones: what surgery and pruning go by.
+
+All of this runs on the host, once for each change of a pattern, and never on a forward path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Literal, TypeAlias
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_sparse_nn.core.blocks import split_blocks
+from mlx_sparse_nn.core.pattern import CSRPattern, check_size, from_coordinates
+
+Score: TypeAlias = Literal["l1", "l2", "max"] | Callable[[mx.array], mx.array]
+Balance: TypeAlias = Literal["row", "global"]
+
+_NORMS: dict[str, Callable[[mx.array], mx.array]] = {
+    "l1": lambda blocks: mx.abs(blocks).sum(axis=(1, 2)),
+    "l2": lambda blocks: mx.sqrt(mx.square(blocks).sum(axis=(1, 2))),
+    "max": lambda blocks: mx.abs(blocks).max(axis=(1, 2)),
+}
+_BALANCES = ("row", "global")
+
+
+def block_scores(
+    blocks: mx.array, score: Score = "l2", *, owner: str = "block_scores"
+) -> np.ndarray:
+    """Return how strong each block is: the larger, the more worth keeping.
+
+    Args:
+        blocks: ``(n_blocks, B, B)``, or ``(nnz,)`` for block size 1, of any floating dtype.
+        score: ``"l1"``, ``"l2"`` or ``"max"``, the norm of a block's entries; or a function from
+            ``(n_blocks, B, B)`` float32 to ``(n_blocks,)`` finite numbers.
+        owner: Who errors speak for.
+
+    Returns:
+        ``(n_blocks,)`` float64 on the host; norms are computed in float32.
+
+    Raises:
+        TypeError: ``blocks`` is no floating array, or ``score`` neither a name nor a function of
+            arrays.
+        ValueError: ``blocks`` has another shape or holds a nan or an infinity, ``score`` is an
+            unknown name, or its result has another shape or is not finite.
+    """
+    check_score(owner, score)
+    if not isinstance(blocks, mx.array) or not mx.issubdtype(blocks.dtype, mx.floating):
+        kind = blocks.dtype if isinstance(blocks, mx.array) else type(blocks).__name__
+        raise TypeError(f"[{owner}] weights must be a floating mx.array, got {kind}")
+    if blocks.ndim == 1:
+        blocks = blocks.reshape(-1, 1, 1)
+    if blocks.ndim != 3:
+        raise ValueError(
+            f"[{owner}] blocks must be (n_blocks, B, B) or (nnz,), got shape {blocks.shape}"
+        )
+    n_blocks = blocks.shape[0]
+    if n_blocks == 0:
+        return np.zeros(0)
+    finite = np.array(mx.isfinite(blocks).all(axis=(1, 2)))
+    if not finite.all():
+        raise ValueError(
+            f"[{owner}] weights must be finite, got a nan or an infinity in block {finite.argmin()}"
+        )
+    norm = score if callable(score) else _NORMS[score]
+    scores = _on_host(owner, norm(blocks.astype(mx.float32)))
+    if scores.shape != (n_blocks,):
+        raise ValueError(f"[{owner}] score must return shape {(n_blocks,)}, got {scores.shape}")
+    if not (finite := np.isfinite(scores)).all():
+        block = int(finite.argmin())
+        raise ValueError(f"[{owner}] score must be finite, got {scores[block]} for block {block}")
+    return scores
+
+
+def grid_scores(
+    weight: mx.array, block_size: int, score: Score = "l2", *, owner: str = "grid_scores"
+) -> np.ndarray:
+    """Return :func:`block_scores` of all blocks of a dense weight, on its grid.
+
+    Args:
+        weight: ``(n_rows, n_cols)``; ``block_size`` divides both.
+        block_size: Side of the blocks.
+        score, owner: As in :func:`block_scores`.
+
+    Returns:
+        ``(n_rows / B, n_cols / B)`` float64 on the host.
+
+    Raises:
+        TypeError, ValueError: As :func:`block_scores`.
+    """
+    blocks = split_blocks(weight, block_size)
+    scores = block_scores(blocks.reshape(-1, block_size, block_size), score, owner=owner)
+    return scores.reshape(blocks.shape[:2])
+
+
+def strongest(
+    scores: np.ndarray, rows: np.ndarray, count: int, balance: Balance = "row"
+) -> np.ndarray:
+    """Return the positions of the ``count`` strongest blocks, in rising order.
+
+    With ``balance="row"`` every block-row keeps the same number of blocks, give or take one: each
+    row's strongest first, then each row's second, and so on; where they no longer suffice for all
+    rows, the strongest of that round are taken. A row that has fewer blocks than its share keeps
+    all, and the others share the rest. With ``balance="global"`` the strongest blocks are kept
+    wherever they lie. Either way a block-row or a block-column may be left without blocks: its
+    outputs are then the bias alone, or its inputs are ignored.
+
+    Equally strong blocks are kept from the lowest position on.
+
+    Args:
+        scores: ``(n,)`` of all candidates, finite.
+        rows: ``(n,)`` integers, the block-row of each.
+        count: How many to keep, in [0, n].
+        balance: ``"row"`` or ``"global"``.
+
+    Raises:
+        ValueError: ``count`` is not in [0, n], or ``balance`` is unknown.
+    """
+    check_balance("strongest", balance)
+    if not 0 <= count <= scores.size:
+        raise ValueError(f"[strongest] count must be in [0, {scores.size}], got {count}")
+    rounds = np.zeros(scores.size, dtype=np.int64)
+    if balance == "row":
+        by_row = np.lexsort((-scores, rows))  # stable: by row, then strongest, then position
+        lengths = np.bincount(rows)
+        starts = np.cumsum(lengths) - lengths
+        rounds[by_row] = np.arange(scores.size) - starts[rows[by_row]]
+    order = np.lexsort((-scores, rounds))
+    return np.sort(order[:count])
+
+
+def strongest_pattern(
+    scores: np.ndarray, count: int, block_size: int, balance: Balance = "row"
+) -> CSRPattern:
+    """Return the pattern of the :func:`strongest` ``count`` places of a grid ``(R, C)``."""
+    n_block_rows, n_block_cols = scores.shape
+    rows = np.repeat(np.arange(n_block_rows), n_block_cols)
+    kept = strongest(scores.reshape(-1), rows, count, balance)
+    shape = (n_block_rows * block_size, n_block_cols * block_size)
+    return from_coordinates(*np.divmod(kept, n_block_cols), shape, block_size)
+
+
+def share_by_score(scores: Sequence[np.ndarray], budget: int) -> np.ndarray:
+    """Return how many of the ``budget`` strongest blocks of all layers lie in each: at least 1
+    where there are any.
+
+    Args:
+        scores: Of each layer's candidates, in any shape.
+        budget: Blocks in all, at least one a layer and at most all.
+    """
+    flat = [layer_scores.flatten() for layer_scores in scores]
+    for layer_scores in flat:
+        if layer_scores.size:
+            layer_scores[layer_scores.argmax()] = np.inf  # each layer's best block comes first
+    layers = np.repeat(np.arange(len(flat)), [layer_scores.size for layer_scores in flat])
+    kept = strongest(np.concatenate(flat), layers, budget, "global")
+    return np.bincount(layers[kept], minlength=len(flat))
+
+
+def blocks_for(density: float, places: int) -> int:
+    """Return how many of ``places`` blocks a density in (0, 1] keeps: rounded, and at least 1."""
+    return max(1, round(density * places))
+
+
+def misfit(shape: Sequence[int], block_size: int) -> str | None:
+    """Return in words why blocks do not tile a weight ``(output_dims, input_dims)``, or None."""
+    for name, dims in zip(("output_dims", "input_dims"), shape, strict=True):
+        if dims == 0:
+            return f"{name} is 0"
+        if dims % block_size:
+            return f"{name} {dims} is not a multiple of block_size {block_size}"
+    return None
+
+
+def check_choice(
+    owner: str, block_size: int, density: float, score: Score, balance: Balance
+) -> None:
+    """Raise unless each of the options by which blocks are chosen is valid by itself."""
+    check_size(owner, "block_size", block_size, minimum=1)
+    check_density(owner, density)
+    check_score(owner, score)
+    check_balance(owner, balance)
+
+
+def check_fits(owner: str, shape: Sequence[int], block_size: int) -> None:
+    """Raise unless blocks tile a weight ``(output_dims, input_dims)``."""
+    if reason := misfit(shape, block_size):
+        raise ValueError(f"[{owner}] {reason}")
+
+
+def check_score(owner: str, score: Score) -> None:
+    """Raise unless ``score`` is a known name or a function."""
+    if not callable(score):
+        check_name(owner, "score", score, tuple(_NORMS), " or be a function of blocks")
+
+
+def check_balance(owner: str, balance: Balance) -> None:
+    """Raise unless ``balance`` is a known name."""
+    check_name(owner, "balance", balance, _BALANCES)
+
+
+def check_density(owner: str, density: float) -> None:
+    """Raise unless ``density`` is a number in (0, 1]."""
+    if isinstance(density, bool) or not isinstance(density, Real):
+        raise TypeError(f"[{owner}] density must be a number, got {density!r}")
+    if not 0 < density <= 1:
+        raise ValueError(f"[{owner}] density must be in (0, 1], got {density}")
+
+
+def check_name(
+    owner: str, name: str, value: object, known: tuple[str, ...], or_else: str = ""
+) -> None:
+    """Raise unless ``value`` is one of the ``known`` names."""
+    if not isinstance(value, str):
+        raise TypeError(f"[{owner}] {name} must be one of {known}{or_else}, got {value!r}")
+    if value not in known:
+        raise ValueError(f"[{owner}] {name} must be one of {known}{or_else}, got {value!r}")
+
+
+def _on_host(owner: str, scores: object) -> np.ndarray:
+    if isinstance(scores, mx.array):
+        scores = np.array(scores.astype(mx.float32) if scores.dtype == mx.bfloat16 else scores)
+    if not isinstance(scores, np.ndarray) or scores.dtype.kind not in "biuf":
+        kind = scores.dtype if isinstance(scores, np.ndarray) else type(scores).__name__
+        raise TypeError(f"[{owner}] score must return an array of real numbers, got {kind}")
+    return scores.astype(np.float64)

@@ -1,0 +1,102 @@
+"""What the package changes in MLX, and why; and what it asks MLX while a transform is running.
+
+Importing the package changes nothing. Three methods are replaced later, each when it is first
+needed, since MLX (0.32.4) has no other way:
+
+- ``mx.vmap`` notes when it traces, from the first layout on (:func:`note_vmap`). MLX maps every
+  operation that a mapped function traces, those inside a ``custom_function`` included, and raises
+  at a kernel, although it then uses the function's own rule alone.
+- ``mx.array.__matmul__`` and ``mx.array.__mul__`` return ``NotImplemented`` for a sparse array, as
+  Python's protocol asks, from the first sparse array on (:func:`defer_to`). MLX's raise instead, so
+  that Python would never try ``A.__rmatmul__`` or ``A.__rmul__``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
+
+import mlx.core as mx
+
+
+class _State(threading.local):
+    """What is known of the transforms of one thread."""
+
+    def __init__(self):
+        self.vmaps = 0  # calls of mx.vmap that are tracing their function
+        # A probe of each thread's own: what MLX has compiled in a thread has to go before the
+        # thread ends, since MLX would wait for Python where the interpreter may be shutting down.
+        seen: list[mx.array] = []  # what the probe's Python was called with
+        self.probe = mx.compile(seen.append), seen
+
+
+_state = _State()
+
+
+def transforming() -> bool:
+    """Return whether a transform of MLX is running in this thread: mx.grad, mx.compile, or alike.
+
+    MLX does not say so. But it calls the Python of a compiled function again only for tracers, and
+    an array kept from a trace is one as long as any transform is running. The first time in a
+    thread or on a device it calls it anyway: hence twice. Where compilation is disabled the answer
+    is always True.
+    """
+    probe, seen = _state.probe
+    seen.clear()
+    probe(_tracer())
+    if seen:
+        seen.clear()
+        probe(_tracer())
+    return bool(seen)
+
+
+def vmapping() -> bool:
+    """Return whether ``mx.vmap`` is tracing a function in this thread, so that no kernel may run.
+
+    The products' own rule for ``vmap`` then computes the mapped ones, by kernels.
+    """
+    return _state.vmaps > 0
+
+
+@cache
+def note_vmap() -> None:
+    """Make ``mx.vmap`` note when it traces."""
+    mlx_vmap = mx.vmap
+
+    @wraps(mlx_vmap)
+    def vmap(fun: Callable, in_axes: Any = 0, out_axes: Any = 0) -> Callable:
+        def traced(*args):
+            _state.vmaps += 1
+            try:
+                return fun(*args)
+            finally:
+                _state.vmaps -= 1
+
+        return mlx_vmap(traced, in_axes, out_axes)
+
+    mx.vmap = vmap
+
+
+@cache
+def defer_to(sparse: type) -> None:
+    """Make ``x @ A`` and ``x * A`` ask ``A``, of the class ``sparse``, where x is an MLX array."""
+    for name in ("__matmul__", "__mul__"):
+        setattr(mx.array, name, _deferring(getattr(mx.array, name), sparse))
+
+
+def _deferring(method: Callable, sparse: type) -> Callable:
+    @wraps(method)
+    def deferring(self: mx.array, other: Any) -> Any:
+        return NotImplemented if isinstance(other, sparse) else method(self, other)
+
+    return deferring
+
+
+@cache
+def _tracer() -> mx.array:
+    """Return an array kept from a trace."""
+    kept = []
+    mx.vjp(lambda a: kept.append(-a) or a, [mx.array(0.0)], [mx.array(0.0)])
+    return kept[0]

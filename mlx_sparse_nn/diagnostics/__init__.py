@@ -1,0 +1,1 @@
+"""What a model costs, whether it is right, and what is fastest."""

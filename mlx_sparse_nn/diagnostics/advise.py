@@ -1,0 +1,298 @@
+"""advise: is a layer faster sparse or dense, on this machine and at these batch sizes?"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_sparse_nn.core.backends.choose import choose
+from mlx_sparse_nn.core.blocks import sample
+from mlx_sparse_nn.core.pattern import check_size
+from mlx_sparse_nn.core.table import text_table
+from mlx_sparse_nn.diagnostics.verify import (
+    PRODUCTS,
+    cotangent_of,
+    dense_products,
+    matmul_uses_tf32,
+    products_of,
+)
+from mlx_sparse_nn.layers.linear import BlockSparseLinear
+
+SPARSE, MASKED, DENSE = METHODS = ("sparse", "mx.block_masked_mm", "dense")
+TASKS = ("forward", "training step")
+
+_ROUNDS = 9
+_SAMPLE = 2e-3  # seconds that a sample takes at least, in several calls where one is shorter
+_CALLS = 50
+_EVEN = 1.05  # two methods are even where neither is faster by more than this
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one method took.
+
+    Attributes:
+        task: ``"forward"``, or ``"training step"``: that, and the gradients to input, weight and
+            bias.
+        rows: Rows of x.
+        method: ``"sparse"``, ``"mx.block_masked_mm"`` or ``"dense"``.
+        seconds: Of one call, the median of the samples.
+        fastest, slowest: Of the samples.
+        samples: How many there are.
+    """
+
+    task: str
+    rows: int
+    method: str
+    seconds: float
+    fastest: float
+    slowest: float
+    samples: int
+
+
+@dataclass(frozen=True, repr=False)
+class Advice:
+    """What :func:`advise` measured. Printed, it is a table and what follows from it.
+
+    Attributes:
+        layer: The layer, in words.
+        device: The device that computed.
+        backend: ``"metal"``, ``"cuda"`` or ``"plain"``.
+        timings: One for each task, batch size and method, in this order.
+        left_out: Why a method or a batch size was not timed, by its name.
+    """
+
+    layer: str
+    device: str
+    backend: str
+    timings: tuple[Timing, ...]
+    left_out: dict[str, str]
+
+    def seconds(self, task: str, rows: int) -> dict[str, float]:
+        """Return the median time of each method, the fastest first."""
+        found = [t for t in self.timings if (t.task, t.rows) == (task, rows)]
+        return {t.method: t.seconds for t in sorted(found, key=lambda t: t.seconds)}
+
+    def sentences(self) -> list[str]:
+        """Return which method wins where, one sentence for each task."""
+        return [f"{task}: {self._verdict(task)}." for task in TASKS]
+
+    def _verdict(self, task: str) -> str:
+        won: dict[str, list[tuple[int, float]]] = {}
+        for rows in dict.fromkeys(t.rows for t in self.timings):
+            (first, best), (_, next_best), *_ = (times := self.seconds(task, rows)).items()
+            if next_best <= _EVEN * best:
+                won.setdefault("", []).append((rows, 1.0))
+            else:
+                other = next_best if first == SPARSE else times[SPARSE]
+                won.setdefault(first, []).append((rows, other / best))
+        parts = []
+        for method, cells in won.items():
+            rows = _enumerate([str(rows) for rows, _ in cells])
+            rows += " row" if cells == [(1, cells[0][1])] else " rows"
+            if not method:
+                parts.append(f"no clear winner at {rows}")
+                continue
+            low, high = min(r for _, r in cells), max(r for _, r in cells)
+            ratio = f"{low:.1f}" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} to {high:.1f}"
+            other = "the next" if method == SPARSE else SPARSE
+            parts.append(f"{method} wins at {rows}, {ratio} times as fast as {other}")
+        return "; ".join(parts)
+
+    def __repr__(self) -> str:
+        methods = [m for m in METHODS if any(t.method == m for t in self.timings)]
+        rows = []
+        for task in TASKS:
+            for n in dict.fromkeys(t.rows for t in self.timings):
+                times = self.seconds(task, n)
+                rows.append(
+                    [
+                        task,
+                        str(n),
+                        *(_time(times[m]) if m in times else "-" for m in methods),
+                        next(iter(times)),
+                    ]
+                )
+        return "\n".join(
+            [
+                f"{self.layer} on {self.device} ({self.backend})",
+                text_table(["task", "rows", *methods, "fastest"], rows),
+                *self.sentences(),
+                *(f"Not timed: {name}, since {reason}." for name, reason in self.left_out.items()),
+            ]
+        )
+
+
+def advise(
+    layer: BlockSparseLinear,
+    batch_sizes: Sequence[int] = (1, 16, 256),
+    *,
+    seconds: float = 10.0,
+    seed: int = 0,
+) -> Advice:
+    """Time a layer beside its dense twins on MLX's default device, and say which is fastest where.
+
+    The layer is compared with ``nn.Linear`` of the same weight, and with ``mx.block_masked_mm``
+    where that takes its block size and dtype. Output and gradients of each are compared with dense
+    float64 products before it is timed. The methods take turns; each has a call to warm up and up
+    to 9 samples, each of some milliseconds. Results are evaluated in every sample.
+
+    Args:
+        layer: The layer. It is not changed.
+        batch_sizes: Rows of x to time.
+        seconds: When to stop: no batch size is begun later than this, and the first always is. A
+            batch size that has begun is finished, with fewer samples where time is short.
+        seed: Seed of the inputs.
+
+    Raises:
+        TypeError: ``layer`` is not a BlockSparseLinear, or a batch size is not an integer.
+        ValueError: A batch size is less than 1 or there is none, ``seconds`` is not positive, or
+            the layer has no inputs or no outputs.
+        ArithmeticError: The result of the layer, or of ``nn.Linear``, is wrong.
+
+    Example:
+        >>> advise(BlockSparseLinear(1024, 1024, density=0.1), (1, 64))
+    """
+    if not isinstance(layer, BlockSparseLinear):
+        raise TypeError(f"[advise] layer must be a BlockSparseLinear, got {type(layer).__name__}")
+    if isinstance(batch_sizes, str) or not isinstance(batch_sizes, Sequence):
+        raise TypeError(f"[advise] batch_sizes must be integers, got {batch_sizes!r}")
+    sizes = [check_size("advise", "batch_sizes", n, minimum=1) for n in batch_sizes]
+    if not sizes:
+        raise ValueError("[advise] batch_sizes is empty")
+    if not seconds > 0:
+        raise ValueError(f"[advise] seconds must be positive, got {seconds}")
+    if 0 in layer.pattern.shape:
+        raise ValueError(f"[advise] the layer's weight is {layer.pattern.shape}: nothing to time")
+    end = time.perf_counter() + seconds
+    contestants: dict[str, nn.Module] = {SPARSE: layer}
+    left_out = {}
+    if reason := _why_not_masked(layer):
+        left_out[MASKED] = reason
+    else:
+        contestants[MASKED] = _MaskedLinear(layer)
+    contestants[DENSE] = layer.to_linear()
+    timings: list[Timing] = []
+    for i, n in enumerate(sizes):
+        if i and time.perf_counter() > end:
+            left_out[f"{n} rows"] = f"{seconds:g} s were over"
+            continue
+        calls = _calls(layer, contestants, n, seed, left_out)
+        for j, task in enumerate(TASKS):
+            left = max(0.0, end - time.perf_counter())
+            until = time.perf_counter() + left / (len(TASKS) * (len(sizes) - i) - j)
+            timings += _time_in_turns(task, n, calls[task], until)
+    return Advice(
+        layer=repr(layer),
+        device=str(mx.default_device()),
+        backend=choose("spmm", layer.pattern.layout, 1, mx.float32).NAME,
+        timings=tuple(sorted(timings, key=lambda t: TASKS.index(t.task))),
+        left_out=left_out,
+    )
+
+
+class _MaskedLinear(nn.Module):
+    """``nn.Linear`` by ``mx.block_masked_mm``: a dense weight, and a mask of its blocks."""
+
+    def __init__(self, layer: BlockSparseLinear):
+        super().__init__()
+        self.weight = layer.todense()
+        if "bias" in layer:
+            self.bias = layer.bias
+        self.mask = layer.pattern.tomask()[:: layer.block_size, :: layer.block_size].T
+        self.block_size = layer.block_size
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = mx.block_masked_mm(x, self.weight.T, self.block_size, None, None, self.mask)
+        return y + self.bias if "bias" in self else y
+
+
+def _why_not_masked(layer: BlockSparseLinear) -> str | None:
+    """Return why ``mx.block_masked_mm`` cannot do what the layer does, if it cannot."""
+    if layer.block_size not in (32, 64):
+        return f"it takes block_size 32 and 64, not {layer.block_size}"
+    if mx.default_device().type == mx.cpu and layer.weight.dtype != mx.float32:
+        return f"on the CPU it takes float32, not {layer.weight.dtype}"
+    return None
+
+
+def _calls(
+    layer: BlockSparseLinear,
+    contestants: dict[str, nn.Module],
+    n: int,
+    seed: int,
+    left_out: dict[str, str],
+) -> dict[str, dict[str, Callable[[], list[mx.array]]]]:
+    """Return what to time, by task and method, once every result has been found right."""
+    x = mx.random.normal((n, layer.input_dims), key=mx.random.key(seed))
+    x = x.astype(layer.weight.dtype)
+    cotangent = cotangent_of(layer(x), seed)
+    expected = dense_products(layer, x, cotangent, matmul_uses_tf32())
+
+    def forward(module: nn.Module) -> Callable[[], list[mx.array]]:
+        return lambda: [module(x)]
+
+    def step(module: nn.Module) -> Callable[[], list[mx.array]]:
+        products = products_of(module)
+        return lambda: products(x, cotangent)
+
+    for method, module in list(contestants.items()):
+        results = step(module)()
+        if module is not layer:  # its weight is dense: compare the stored places
+            results[2] = sample(layer.pattern.layout, results[2][None])[0]
+        checks = [
+            expected.check(method, product, actual)
+            for product, actual in zip(PRODUCTS, results, strict=False)
+        ]
+        wrong = [str(check) for check in checks if not check.passed]
+        if wrong and method != MASKED:
+            raise ArithmeticError(f"[advise] wrong result: {wrong[0]}")
+        if wrong:
+            left_out[MASKED] = f"its result is wrong: {wrong[0]}"
+            del contestants[MASKED]
+    return {
+        task: {method: call(module) for method, module in contestants.items()}
+        for task, call in zip(TASKS, (forward, step), strict=True)
+    }
+
+
+def _time_in_turns(
+    task: str, rows: int, calls: dict[str, Callable[[], list[mx.array]]], until: float
+) -> list[Timing]:
+    """Time the methods of a task in turns, until that many rounds are done or the time is over."""
+    repeats, samples = {}, {method: [] for method in calls}
+    for method, call in calls.items():
+        _seconds(call, 1)
+        repeats[method] = max(1, min(_CALLS, int(_SAMPLE / _seconds(call, 1))))
+    for _ in range(_ROUNDS):
+        for method, call in calls.items():
+            samples[method].append(_seconds(call, repeats[method]))
+        if time.perf_counter() > until:
+            break
+    return [
+        Timing(task, rows, method, statistics.median(s), min(s), max(s), len(s))
+        for method, s in samples.items()
+    ]
+
+
+def _seconds(call: Callable[[], list[mx.array]], repeats: int) -> float:
+    """Return the time of one of ``repeats`` calls that are evaluated together."""
+    began = time.perf_counter()
+    mx.eval([call() for _ in range(repeats)])
+    return (time.perf_counter() - began) / repeats
+
+
+def _enumerate(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _time(seconds: float) -> str:
+    for unit, scale in (("us", 1e6), ("ms", 1e3)):
+        if seconds * scale < 999.5:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds:.3g} s"

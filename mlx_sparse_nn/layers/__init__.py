@@ -1,0 +1,1 @@
+"""Block-sparse layers: modules whose weight stores only some blocks."""

@@ -1,0 +1,302 @@
+"""BlockSparseLinear: a linear layer whose weight is sparse, trainable, and of fixed pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_sparse_nn.core import draw, ops
+from mlx_sparse_nn.core.blocks import block_places, block_sources, move_blocks, split_blocks
+from mlx_sparse_nn.core.pattern import CSRPattern, check_size
+from mlx_sparse_nn.core.scores import (
+    Balance,
+    Score,
+    blocks_for,
+    check_choice,
+    check_fits,
+    grid_scores,
+    strongest_pattern,
+)
+from mlx_sparse_nn.layers.pattern_module import PatternModule
+from mlx_sparse_nn.patterns import covering
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from mlx_sparse_nn.layers.lora import LoRABlockSparseLinear
+    from mlx_sparse_nn.layers.quantized import QuantizedBlockSparseLinear
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
+
+
+class BlockSparseLinear(PatternModule):
+    r"""Applies a linear transformation whose weight stores only some square blocks.
+
+    .. math:: y = x A^\top + b
+
+    where A has shape ``(output_dims, input_dims)`` and is zero outside its pattern. The stored
+    values are trained like any weight; the pattern stays. Use it in place of ``nn.Linear``.
+
+    Values are uniform within ``1 / sqrt(stored inputs of their row)`` at first, the rule of
+    ``nn.Linear`` for the inputs that a row has, so outputs have the variance of a dense layer's.
+
+    The pattern is saved with the weights, as ``indptr`` and ``indices``, and ``load_weights``
+    brings it back. These two are never trained: they stay frozen whatever is unfrozen.
+
+    Args:
+        input_dims: Number of input features.
+        output_dims: Number of output features.
+        pattern: Which blocks to store, of shape ``(output_dims, input_dims)``; its ``block_size``
+            is the layer's. By default a balanced random one with a block in every block-row and
+            every block-column, drawn with MLX's random seed.
+        block_size: Side of the blocks of the default pattern.
+        density: Stored fraction of the default pattern; higher where covering every block-row and
+            block-column needs more blocks.
+        bias: Whether to add a trainable bias.
+
+    Attributes:
+        weight: ``(n_blocks, block_size, block_size)``, or ``(nnz,)`` for ``block_size`` 1.
+        bias: ``(output_dims,)``, if there is one.
+
+    Raises:
+        TypeError: A size is not an integer, or ``pattern`` is not a CSRPattern.
+        ValueError: ``block_size`` does not divide the dims, ``density`` is not in (0, 1], or
+            ``pattern`` has another shape.
+
+    Example:
+        >>> layer = BlockSparseLinear(512, 256, block_size=32, density=0.125)
+        >>> layer(mx.zeros((8, 512))).shape
+        (8, 256)
+    """
+
+    def __init__(
+        self,
+        input_dims: int,
+        output_dims: int,
+        pattern: CSRPattern | None = None,
+        *,
+        block_size: int = 32,
+        density: float = 0.1,
+        bias: bool = True,
+    ):
+        if pattern is None:
+            pattern = _default_pattern(input_dims, output_dims, block_size, density)
+        check_pattern("BlockSparseLinear", (output_dims, input_dims), pattern)
+        stored_inputs = np.maximum(1, np.diff(pattern.indptr) * pattern.block_size)
+        bound = mx.array((1 / np.sqrt(stored_inputs)).astype(np.float32))  # (block rows,)
+        blocks = mx.random.uniform(-1, 1, (pattern.n_blocks, pattern.block_size**2))
+        blocks = blocks * bound[mx.array(pattern.row_indices)][:, None]
+        biases = None
+        if bias:
+            bound = mx.repeat(bound, pattern.block_size)
+            biases = mx.random.uniform(-1, 1, (output_dims,)) * bound
+        self._hold(pattern, blocks.reshape(pattern.data_shape), biases)
+
+    def _hold(self, pattern: CSRPattern, weight: mx.array, bias: mx.array | None) -> None:
+        super().__init__(pattern)
+        self.weight = weight
+        if bias is not None:
+            self.bias = bias
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Return ``x Aᵀ + b``: ``(..., input_dims)`` -> ``(..., output_dims)``."""
+        x = self._checked_input(x)
+        return ops.spmm(self["weight"], self._bound_layout(), x, self.get("bias"))
+
+    def todense(self) -> mx.array:
+        """Return the dense ``(output_dims, input_dims)`` weight."""
+        return ops.todense(self.weight, self._bound_layout())
+
+    def plot(self, ax: Axes | None = None, *, cmap: str = "Blues") -> Axes:
+        """Draw the weight on matplotlib's axes: blocks are the darker the larger their values.
+
+        The colour is the root mean square of the stored values of a block, or of the blocks that a
+        cell merges where there are more than 1024 a side. ``ax.images[0]`` takes a colour bar.
+
+        Args:
+            ax: Where to draw; by default new axes.
+            cmap: Name of a colour map, light for what is not stored.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        labels = ("inputs", "outputs")
+        return draw.plot(self._pattern, ax, cmap=cmap, values=self.weight, labels=labels)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        block_size: int = 32,
+        density: float = 0.1,
+        pattern: CSRPattern | None = None,
+        score: Score = "l2",
+        balance: Balance = "row",
+    ) -> BlockSparseLinear:
+        """Return the layer that keeps the strongest blocks of a dense one, values unchanged.
+
+        The bias, the dtype, the training mode and what is frozen are those of ``linear``. No random
+        number is drawn.
+
+        Args:
+            linear: An ``nn.Linear``. Not a subclass, which may compute something else, and not a
+                quantized layer: dequantize it first.
+            block_size: Side of the blocks; it divides both dims.
+            density: Stored fraction, in (0, 1], rounded to whole blocks and to at least one.
+            pattern: Store exactly these blocks, ``(output_dims, input_dims)``; the other options
+                are not used then.
+            score: What makes a block strong: ``"l1"``, ``"l2"`` or ``"max"``, the norm of its
+                entries, or a function from ``(n_blocks, B, B)`` float32 to ``(n_blocks,)``.
+            balance: ``"row"`` keeps the same number of blocks in every block-row, give or take one;
+                ``"global"`` keeps the strongest wherever they lie. Either may leave a block-row
+                or a block-column without blocks.
+
+        Raises:
+            TypeError: ``linear`` is not an ``nn.Linear``, or an option is of the wrong type.
+            ValueError: An option is out of range or does not fit the weight, or the weight is not
+                finite.
+
+        Example:
+            >>> linear = nn.Linear(512, 256)
+            >>> BlockSparseLinear.from_linear(linear, density=0.25).pattern
+            CSRPattern(256 x 512, block_size=32, 32 blocks, density 0.25)
+        """
+        owner = f"{cls.__name__}.from_linear"
+        if reason := not_linear(linear):
+            raise TypeError(f"[{owner}] linear must be an nn.Linear: {reason}")
+        if pattern is None:
+            check_choice(owner, block_size, density, score, balance)
+            check_fits(owner, linear.weight.shape, block_size)
+            scores = grid_scores(linear.weight, block_size, score, owner=owner)
+            count = blocks_for(density, scores.size)
+            pattern = strongest_pattern(scores, count, block_size, balance)
+        else:
+            check_unique_pattern(owner, linear.weight.shape, pattern)
+        places = mx.array(pattern.row_indices), mx.array(pattern.indices)
+        weight = split_blocks(linear.weight, pattern.block_size)[places]
+        layer = cls.__new__(cls)  # cls() would draw random numbers
+        layer._hold(pattern, weight.reshape(pattern.data_shape), linear.get("bias"))
+        return _carry_mode(linear, layer)
+
+    def to_linear(self) -> nn.Linear:
+        """Return the ``nn.Linear`` of the same product: its weight is :meth:`todense`, exactly.
+
+        The bias, the dtype, the training mode and what is frozen are those of this layer.
+        """
+        linear = nn.Linear.__new__(nn.Linear)  # nn.Linear() would draw random numbers
+        nn.Module.__init__(linear)
+        linear.weight = self.todense()
+        if "bias" in self:
+            linear.bias = self.bias
+        return _carry_mode(self, linear)
+
+    def to_lora(
+        self, r: int = 8, dropout: float = 0.0, scale: float = 20.0
+    ) -> LoRABlockSparseLinear:
+        """Freeze this layer and return it under low-rank adapters; mlx-lm calls this.
+
+        See :class:`LoRABlockSparseLinear` for the arguments.
+        """
+        from mlx_sparse_nn.layers.lora import LoRABlockSparseLinear
+
+        return LoRABlockSparseLinear(self, r, dropout, scale)
+
+    def to_quantized(
+        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
+    ) -> QuantizedBlockSparseLinear:
+        """Return this layer with quantized blocks; ``nn.quantize`` calls this.
+
+        See :class:`QuantizedBlockSparseLinear` for the arguments.
+        """
+        from mlx_sparse_nn.layers.quantized import QuantizedBlockSparseLinear
+
+        return QuantizedBlockSparseLinear.from_linear(self, group_size, bits, mode)
+
+    def set_pattern(self, pattern: CSRPattern) -> np.ndarray:
+        """Change which blocks are stored: those of both patterns keep their values, new ones are 0.
+
+        The shape of ``weight`` changes with the number of blocks. Call it between training steps,
+        not in a compiled function; steps compiled before go on with the new pattern. An optimizer's
+        state for ``weight`` has to follow: :func:`prune` and :func:`regrow` see to that.
+
+        Args:
+            pattern: Of the layer's shape and block size, with no block repeated.
+
+        Returns:
+            ``(pattern.n_blocks,)`` int64: which stored block each one was before, -1 for new ones.
+
+        Raises:
+            TypeError: ``pattern`` is not a CSRPattern.
+            ValueError: ``pattern`` has another shape or block size, or repeats a block, or the
+                present pattern does.
+        """
+        source = block_sources("BlockSparseLinear", self._pattern, pattern)
+        weight = move_blocks(self.weight, source)
+        self.__dict__.pop("_replaced", None)
+        self._pattern = pattern
+        # Not through PatternModule's __setitem__, which holds every array to its present shape.
+        dict.__setitem__(self, "weight", weight)
+        dict.__setitem__(self, "indptr", mx.array(pattern.indptr))
+        dict.__setitem__(self, "indices", mx.array(pattern.indices))
+        self["_layout"] = pattern.layout.state()
+        return source
+
+
+def check_pattern(owner: str, shape: Sequence[int], pattern: CSRPattern) -> None:
+    """Raise unless ``pattern`` is one of a weight of ``shape``, ``(output_dims, input_dims)``."""
+    if not isinstance(pattern, CSRPattern):
+        raise TypeError(f"[{owner}] pattern must be a CSRPattern, got {type(pattern).__name__}")
+    if pattern.shape != tuple(shape):
+        raise ValueError(
+            f"[{owner}] pattern has shape {pattern.shape}, "
+            f"expected (output_dims, input_dims) = {tuple(shape)}"
+        )
+
+
+def check_unique_pattern(owner: str, shape: Sequence[int], pattern: CSRPattern) -> None:
+    """:func:`check_pattern`, and raise where ``pattern`` repeats a block: its values would add."""
+    check_pattern(owner, shape, pattern)
+    block_places(owner, pattern)
+
+
+def not_linear(module: nn.Module) -> str | None:
+    """Return in words why ``from_linear`` does not take a module, or None if it does."""
+    kind = type(module)
+    if kind is nn.Linear:
+        return None
+    if isinstance(module, nn.QuantizedLinear | nn.QQLinear):
+        return f"{kind.__name__} holds a packed weight; dequantize it first"
+    if isinstance(module, BlockSparseLinear):
+        return f"{kind.__name__} is sparse already"
+    if isinstance(module, nn.Linear):
+        return f"{kind.__name__}, a subclass of nn.Linear, may compute something else"
+    return f"got {kind.__name__}"
+
+
+def _carry_mode(source: nn.Module, layer: _Layer) -> _Layer:
+    """Freeze in ``layer`` what is frozen in ``source``, and put it in the same training mode."""
+    layer.freeze(keys=[key for key in ("weight", "bias") if key in source._no_grad])
+    layer.train(source.training)
+    return layer
+
+
+def _default_pattern(
+    input_dims: int, output_dims: int, block_size: int, density: float
+) -> CSRPattern:
+    owner = "BlockSparseLinear"
+    block_size = check_size(owner, "block_size", block_size, minimum=1)
+    for name, value in (("input_dims", input_dims), ("output_dims", output_dims)):
+        if check_size(owner, name, value) % block_size:
+            raise ValueError(
+                f"[{owner}] {name} {value} is not a multiple of block_size {block_size}"
+            )
+    if not 0 < density <= 1:
+        raise ValueError(f"[{owner}] density must be in (0, 1], got {density}")
+    # On the host: a pattern is drawn there, once, when a layer is made.
+    seed = int(mx.random.randint(0, 2**31 - 1).item())  # type: ignore[arg-type]
+    return covering(output_dims, input_dims, density, block_size, seed)

@@ -1,0 +1,1 @@
+"""Changes of whole models: dense layers made sparse, pruned, regrown, restored."""

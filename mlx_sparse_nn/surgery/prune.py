@@ -1,0 +1,292 @@
+"""Gradual pruning: a schedule of densities, and dropping the weakest blocks between two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Literal, TypeAlias
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+
+from mlx_sparse_nn.core.blocks import block_places, move_blocks
+from mlx_sparse_nn.core.pattern import CSRPattern, check_size, from_coordinates
+from mlx_sparse_nn.core.scores import (
+    Balance,
+    Score,
+    block_scores,
+    blocks_for,
+    check_balance,
+    check_density,
+    check_score,
+    share_by_score,
+    strongest,
+)
+from mlx_sparse_nn.layers.layer_calls import sparse_layers
+from mlx_sparse_nn.layers.linear import BlockSparseLinear
+
+Scope: TypeAlias = Literal["layer", "global"]
+
+
+def cubic_density(
+    init: float, end: float, steps: int, start: int = 0
+) -> Callable[[int | mx.array], float]:
+    r"""Make a schedule of densities that falls fast at first and slowly at last.
+
+    .. math::
+
+        d_t = d_{end} + (d_{init} - d_{end}) \left(1 - \frac{t - t_{start}}{steps}\right)^3
+
+    from step ``start`` to step ``start + steps``, and constant before and after: the schedule of
+    "To prune, or not to prune" (Zhu and Gupta, 2017), which states it for the fraction of zeros.
+
+    Args:
+        init: Density up to step ``start``, in (0, 1].
+        end: Density from step ``start + steps`` on, in (0, ``init``].
+        steps: Steps from one to the other, at least 1.
+        start: The step at which it begins to fall.
+
+    Returns:
+        A function of the step, as the schedules of ``mlx.optimizers`` are. It returns a Python
+        float, which :func:`prune` takes.
+
+    Raises:
+        TypeError: A density is not a number, or ``steps`` or ``start`` not an integer.
+        ValueError: A number is out of its range.
+
+    Example:
+        >>> schedule = cubic_density(1.0, 0.1, steps=1000)
+        >>> [round(schedule(step), 4) for step in (0, 500, 1000)]
+        [1.0, 0.2125, 0.1]
+    """
+    owner = "cubic_density"
+    check_fraction(owner, "init", init)
+    check_fraction(owner, "end", end)
+    if not 0 < end <= init:
+        raise ValueError(f"[{owner}] end must be in (0, init = {init}], got {end}")
+    check_size(owner, "steps", steps, minimum=1)
+    check_size(owner, "start", start)
+
+    def schedule(step: int | mx.array) -> float:
+        left = 1 - min(max(int(step) - start, 0), steps) / steps
+        return end + (init - end) * left**3
+
+    return schedule
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Pruned:
+    """What :func:`prune` did; ``print`` it for a table.
+
+    Attributes:
+        before: Number of blocks that each layer stored before, by path.
+        after: Number of blocks that it stores now.
+        density: Stored fraction of all these weights now.
+    """
+
+    before: dict[str, int]
+    after: dict[str, int]
+    density: float
+
+    def __repr__(self) -> str:
+        width = max(map(len, self.before))
+        lines = [
+            f"  {path:<{width}}  {self.before[path]} -> {after}"
+            for path, after in self.after.items()
+        ]
+        return "\n".join([f"blocks stored, density {self.density:.3g} in all", *lines])
+
+
+def prune(
+    model: nn.Module,
+    density: float,
+    *,
+    optimizer: optim.Optimizer | None = None,
+    score: Score = "l2",
+    scope: Scope = "layer",
+    balance: Balance = "row",
+) -> Pruned:
+    """Drop the weakest stored blocks of every BlockSparseLinear, down to a density.
+
+    Call it between training steps, compiled or not. A model that starts dense is one whose layers
+    have density 1: ``sparsify(model, density=1.0)``. No layer becomes denser: where fewer blocks
+    are stored than ``density`` asks for, they stay as they are.
+
+        schedule = cubic_density(1.0, 0.1, steps=1000)
+        for step in range(2000):
+            train_step(...)
+            if step % 100 == 0:
+                prune(model, schedule(step), optimizer=optimizer)
+
+    Args:
+        model: Changed in place; it may itself be a layer.
+        density: Stored fraction to come down to, in (0, 1]; a layer keeps one block at least.
+        optimizer: The optimizer that updates ``model``. Its moments, of whatever kind, are kept for
+            the blocks that stay. Needed once it has been used, since its state would not fit.
+        score: What makes a block strong: ``"l1"``, ``"l2"``, ``"max"``, or a function from
+            ``(n_blocks, B, B)`` to ``(n_blocks,)``.
+        scope: ``"layer"`` brings each layer to the density; ``"global"`` brings the layers together
+            to it: as many blocks stay in each as it has among the strongest of all. They must be
+            of one size.
+        balance: Within a layer, as in ``BlockSparseLinear.from_linear``: ``"row"`` keeps the same
+            number of blocks in every block-row, give or take one, as far as they are stored;
+            ``"global"`` keeps the strongest wherever they lie.
+
+    Returns:
+        What was done; ``print`` it for a table.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: ``density``, ``score``, ``scope`` or ``balance`` is out of its range, the model
+            has no BlockSparseLinear, a weight is not finite, block sizes differ under
+            ``"global"``, or a state of the optimizer cannot follow. Nothing is changed then.
+    """
+    check_density("prune", density)
+    check_score("prune", score)
+    check_balance("prune", balance)
+    if scope not in ("layer", "global"):
+        raise ValueError(f"[prune] scope must be 'layer' or 'global', got {scope!r}")
+    layers = sparse_layers("prune", model)
+    for layer in layers.values():
+        block_places("prune", layer.pattern)  # none comes twice
+    moments = {path: moments_of("prune", optimizer, model, layer) for path, layer in layers.items()}
+    scores = {
+        path: block_scores(layer.weight, score, owner=f"prune {path}".rstrip())
+        for path, layer in layers.items()
+    }
+    before = {path: layer.pattern.n_blocks for path, layer in layers.items()}
+    if scope == "layer":
+        counts = {
+            path: min(before[path], blocks_for(density, n_places(layer.pattern)))
+            for path, layer in layers.items()
+        }
+    else:
+        counts = _global_counts(layers, scores, density)
+    patterns = {
+        path: _subpattern(layer.pattern, scores[path], counts[path], balance)
+        for path, layer in layers.items()
+    }
+    for path, layer in layers.items():
+        if counts[path] < before[path]:
+            change_pattern(layer, patterns[path], moments[path])
+    return Pruned(before, counts, _density(layers))
+
+
+def moments_of(
+    owner: str, optimizer: optim.Optimizer | None, model: nn.Module, layer: BlockSparseLinear
+) -> list[dict[str, Any]]:
+    """Return what ``optimizer`` keeps for the weight of ``layer``: the dicts in its own state.
+
+    All optimizers of MLX keep arrays whose first axis runs over the blocks: of the weight's shape,
+    or, for Adafactor, its means over an axis of each block.
+
+    Raises:
+        TypeError: ``optimizer`` is not an Optimizer.
+        ValueError: It has been used, but not for this layer in this model, or it keeps an array
+            that does not run over the blocks.
+    """
+    if optimizer is None:
+        return []
+    if not isinstance(optimizer, optim.Optimizer):
+        kind = type(optimizer).__name__
+        raise TypeError(f"[{owner}] optimizer must be an mlx Optimizer, got {kind}")
+    paths = [path for path, module in model.named_modules() if module is layer]
+    weights = [f"{path}.weight".lstrip(".") for path in paths]
+    trees = list(_states(optimizer))
+    found = [leaf for tree in trees for weight in weights if (leaf := _at(tree, weight))]
+    used = any(isinstance(value, dict | list) for tree in trees for value in tree.values())
+    if used and not found and "weight" in layer.trainable_parameters():
+        raise ValueError(
+            f"[{owner}] optimizer.state has nothing for {weights[0]}: "
+            "pass the optimizer that updates this model"
+        )
+    for state in found:
+        for name, value in state.items():
+            shape = getattr(value, "shape", None)
+            if shape is None or (shape and shape[0] != layer.pattern.n_blocks):
+                raise ValueError(
+                    f"[{owner}] optimizer.state of {weights[0]} holds {name} of shape {shape}, "
+                    f"whose first axis does not run over the {layer.pattern.n_blocks} blocks: "
+                    "it cannot follow the new pattern"
+                )
+    return found
+
+
+def change_pattern(
+    layer: BlockSparseLinear, pattern: CSRPattern, moments: list[dict[str, Any]]
+) -> None:
+    """Give ``layer`` another pattern, and move the arrays of :func:`moments_of` along, in place."""
+    source = layer.set_pattern(pattern)
+    for state in moments:
+        for name, value in state.items():
+            if value.ndim:
+                state[name] = move_blocks(value, source)
+
+
+def n_places(pattern: CSRPattern) -> int:
+    """Return how many blocks the dense matrix has."""
+    return (pattern.shape[0] // pattern.block_size) * (pattern.shape[1] // pattern.block_size)
+
+
+def check_fraction(owner: str, name: str, value: float) -> None:
+    """Raise unless ``value`` is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"[{owner}] {name} must be a number, got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"[{owner}] {name} must be in [0, 1], got {value}")
+
+
+def _global_counts(
+    layers: dict[str, BlockSparseLinear], scores: dict[str, np.ndarray], density: float
+) -> dict[str, int]:
+    """Return how many of the strongest blocks of all layers lie in each, at least 1 each."""
+    sizes = {layer.block_size for layer in layers.values()}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"[prune] scope 'global' compares blocks of one size, got {sorted(sizes)}; "
+            "prune the layers one by one"
+        )
+    n_stored = sum(layer_scores.size for layer_scores in scores.values())
+    places = sum(n_places(layer.pattern) for layer in layers.values())
+    budget = min(n_stored, max(len(layers), blocks_for(density, places)))
+    counts = share_by_score(list(scores.values()), budget)
+    return dict(zip(layers, counts.tolist(), strict=True))
+
+
+def _subpattern(
+    pattern: CSRPattern, scores: np.ndarray, count: int, balance: Balance
+) -> CSRPattern:
+    """Return the ``count`` strongest blocks of a pattern, in their order."""
+    kept = strongest(scores, pattern.row_indices, count, balance)
+    return from_coordinates(
+        pattern.row_indices[kept], pattern.indices[kept], pattern.shape, pattern.block_size
+    )
+
+
+def _states(optimizer: optim.Optimizer) -> Iterator[dict[str, Any]]:
+    """Yield the states of an optimizer, or of all those that a MultiOptimizer is made of."""
+    if isinstance(optimizer, optim.MultiOptimizer):
+        for part in optimizer.optimizers:
+            yield from _states(part)
+    else:
+        yield optimizer.state
+
+
+def _at(tree: Any, path: str) -> dict[str, Any] | None:
+    """Return what lies at a dotted path of dicts and lists; None if nothing does."""
+    for key in path.split("."):
+        if isinstance(tree, dict):
+            tree = tree.get(key)
+        elif isinstance(tree, list | tuple):
+            tree = tree[int(key)] if int(key) < len(tree) else None
+        else:
+            return None
+    return tree
+
+
+def _density(layers: dict[str, BlockSparseLinear]) -> float:
+    places = sum(layer.input_dims * layer.output_dims for layer in layers.values())
+    return sum(layer.pattern.nnz for layer in layers.values()) / max(1, places)

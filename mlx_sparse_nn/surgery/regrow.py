@@ -1,0 +1,286 @@
+"""Dynamic sparse training: dropping the weakest blocks of a layer and growing as many elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+
+from mlx_sparse_nn.core.blocks import block_places
+from mlx_sparse_nn.core.pattern import CSRPattern, check_size, from_coordinates
+from mlx_sparse_nn.core.scores import Score, block_scores, check_score, grid_scores, strongest
+from mlx_sparse_nn.layers.layer_calls import sparse_layers, watched
+from mlx_sparse_nn.layers.linear import BlockSparseLinear
+from mlx_sparse_nn.surgery.prune import (
+    change_pattern,
+    check_fraction,
+    moments_of,
+    n_places,
+)
+
+Criterion: TypeAlias = Literal["gradient", "random"]
+
+TILE = 2**20  # values of the dense gradient that are computed at a time
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Regrown:
+    """What :func:`regrow` did; ``print`` it for a sentence.
+
+    Attributes:
+        dropped: ``(n, 2)`` int64, block-row and block-column of each block dropped.
+        grown: ``(n, 2)`` int64, those of each new block.
+        n_blocks: Blocks that the layer stores, before as after.
+    """
+
+    dropped: np.ndarray
+    grown: np.ndarray
+    n_blocks: int
+
+    def __repr__(self) -> str:
+        return f"{len(self.grown)} of {self.n_blocks} blocks dropped, and as many grown"
+
+
+def regrow(
+    layer: BlockSparseLinear,
+    fraction: float,
+    criterion: Criterion = "gradient",
+    *,
+    x: mx.array | None = None,
+    cotangent: mx.array | None = None,
+    seed: int | None = None,
+    score: Score = "l2",
+    model: nn.Module | None = None,
+    optimizer: optim.Optimizer | None = None,
+) -> Regrown:
+    """Drop the weakest blocks of a layer and grow as many in places that were empty.
+
+    With ``criterion="gradient"`` blocks grow where the gradient of the loss to the dense weight is
+    largest, as in "Rigging the Lottery" (RigL; Evci et al., 2020); with ``"random"`` anywhere, as
+    in sparse evolutionary training (SET; Mocanu et al., 2018). New blocks start at zero, and so do
+    the optimizer's moments for them. A block that was just dropped does not grow again at once.
+
+    Call it between training steps, compiled or not: all shapes of weights stay.
+
+        for path, (x, cotangent) in activations(model, loss_fn, inputs, targets).items():
+            regrow(layers[path], 0.3, x=x, cotangent=cotangent, model=model, optimizer=optimizer)
+
+    Args:
+        layer: Changed in place.
+        fraction: Of the stored blocks, in [0, 1]. Fewer are exchanged where the layer has fewer
+            empty places.
+        criterion: ``"gradient"``, which needs ``x`` and ``cotangent``, or ``"random"``.
+        x: ``(..., input_dims)``, inputs of the layer; :func:`activations` gives both.
+        cotangent: ``(..., output_dims)``, the gradient of the loss to the layer's outputs for them.
+        seed: Of the random criterion; drawn with MLX's random seed by default.
+        score: What makes a block of weights or of gradients strong: ``"l1"``, ``"l2"``, ``"max"``,
+            or a function from ``(n, B, B)`` to ``(n,)``.
+        model: The model that ``optimizer`` updates. It tells where in the optimizer's state the
+            layer lies; pass both or neither.
+        optimizer: Its moments follow the blocks, of whatever kind they are. Needed once it has been
+            used, since its moments would belong to other blocks.
+
+    Returns:
+        The blocks dropped and grown.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of its range, is missing, or does not fit the criterion or
+            the layer; a number is not finite; the layer is not in the model; or a state of the
+            optimizer cannot follow. Nothing is changed then.
+    """
+    _check(layer, fraction, criterion, x, cotangent, seed)
+    check_score("regrow", score)
+    moments = _moments(layer, model, optimizer)
+    pattern = layer.pattern
+    stored = block_places("regrow", pattern)
+    strength = block_scores(layer.weight, score, owner="regrow")
+    count = min(round(fraction * stored.size), n_places(pattern) - stored.size)
+    if criterion == "random":
+        grown = _random_places(pattern, np.sort(stored), count, seed)
+    else:
+        grown = _steepest_places(pattern, stored, count, x, cotangent, score)  # type: ignore[arg-type]
+    kept = strongest(strength, pattern.row_indices, stored.size - count, "global")
+    if count:
+        places = np.sort(np.concatenate([stored[kept], grown]))
+        rows, cols = _coordinates(places, pattern).T
+        new = from_coordinates(rows, cols, pattern.shape, pattern.block_size)
+        change_pattern(layer, new, moments)
+    dropped = np.sort(np.delete(stored, kept))
+    return Regrown(
+        _coordinates(dropped, pattern), _coordinates(np.sort(grown), pattern), stored.size
+    )
+
+
+def activations(
+    model: nn.Module, loss_fn: Callable[..., Any], *args: Any, **kwargs: Any
+) -> dict[str, tuple[mx.array, mx.array]]:
+    """Return what the gradient criterion of :func:`regrow` needs, from one evaluation of a loss.
+
+    Args:
+        model: Whose block-sparse layers to watch; it may itself be one.
+        loss_fn: The loss, as for ``nn.value_and_grad(model, loss_fn)``: a function of ``args`` and
+            ``kwargs`` that calls the model and returns a scalar, or a tuple that begins with one.
+            It calls the layers itself, not through ``mx.compile`` or ``mx.vmap``.
+        args, kwargs: What ``loss_fn`` takes.
+
+    Returns:
+        For each block-sparse layer that the loss depends on, by its path in the model: its inputs
+        ``(rows, input_dims)`` and the gradient of the loss to its outputs ``(rows, output_dims)``,
+        evaluated. Rows of all leading axes and of all uses of the layer follow one another.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: It has no BlockSparseLinear, or the loss depends on none.
+    """
+    layers = sparse_layers("activations", model)
+    found: dict[str, list[tuple[mx.array, mx.array]]] = {path: [] for path in layers}
+    probes: list[mx.array] = []
+
+    def watch(path: str, x: mx.array, y: mx.array) -> Any:
+        @mx.custom_function
+        def identity(y, probe):
+            return mx.stop_gradient(y)
+
+        @identity.vjp
+        def vjp(primals, cotangent, output):
+            pair = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
+            found[path].append(pair)
+            return cotangent, mx.zeros_like(probes[0])
+
+        return identity(y, probes[0])
+
+    def loss(parameters: dict[str, Any], probe: mx.array) -> Any:
+        model.update(parameters)
+        probes.append(probe)
+        return loss_fn(*args, **kwargs)
+
+    # Every output depends on the probe, so each cotangent comes by, of frozen layers as well. The
+    # parameters are there for gradient checkpointing, which knows no other inputs.
+    parameters = model.trainable_parameters()
+    try:
+        with watched(layers, watch):
+            mx.value_and_grad(loss, argnums=(0, 1))(parameters, mx.zeros(()))
+    finally:
+        model.update(parameters)
+    pairs = {
+        path: (
+            mx.concatenate([x for x, _ in reversed(uses)]),  # the last use comes by first
+            mx.concatenate([cotangent for _, cotangent in reversed(uses)]),
+        )
+        for path, uses in found.items()
+        if uses
+    }
+    if not pairs:
+        raise ValueError(
+            "[activations] the loss depends on no BlockSparseLinear of the model; "
+            "is loss_fn compiled?"
+        )
+    mx.eval(pairs)
+    return pairs
+
+
+def _check(layer, fraction, criterion, x, cotangent, seed) -> None:
+    if not isinstance(layer, BlockSparseLinear):
+        kind = type(layer).__name__
+        raise TypeError(f"[regrow] layer must be a BlockSparseLinear, got {kind}")
+    check_fraction("regrow", "fraction", fraction)
+    if criterion not in ("gradient", "random"):
+        raise ValueError(f"[regrow] criterion must be 'gradient' or 'random', got {criterion!r}")
+    arrays = {"x": (x, layer.input_dims), "cotangent": (cotangent, layer.output_dims)}
+    if criterion == "random":
+        if given := [name for name, (value, _) in arrays.items() if value is not None]:
+            raise ValueError(f"[regrow] {given[0]} is for criterion 'gradient', not 'random'")
+        if seed is not None:
+            check_size("regrow", "seed", seed)
+        return
+    if seed is not None:
+        raise ValueError("[regrow] seed is for criterion 'random', not 'gradient'")
+    for name, (value, dims) in arrays.items():
+        if value is None:
+            raise ValueError(
+                f"[regrow] criterion 'gradient' needs {name}; activations(model, loss_fn, ...) "
+                "gives x and cotangent of each layer"
+            )
+        if not isinstance(value, mx.array) or not mx.issubdtype(value.dtype, mx.floating):
+            kind = value.dtype if isinstance(value, mx.array) else type(value).__name__
+            raise TypeError(f"[regrow] {name} must be a floating mx.array, got {kind}")
+        if value.ndim == 0 or value.shape[-1] != dims:
+            raise ValueError(
+                f"[regrow] {name} has shape {value.shape}, its last axis must be {dims}"
+            )
+    if x.shape[:-1] != cotangent.shape[:-1]:
+        raise ValueError(
+            f"[regrow] leading axes differ: x {x.shape[:-1]}, cotangent {cotangent.shape[:-1]}"
+        )
+
+
+def _moments(
+    layer: BlockSparseLinear, model: nn.Module | None, optimizer: optim.Optimizer | None
+) -> list[dict[str, Any]]:
+    if (model is None) != (optimizer is None):
+        raise ValueError("[regrow] pass both model and optimizer, or neither")
+    if model is None:
+        return []
+    if all(layer is not other for other in sparse_layers("regrow", model).values()):
+        raise ValueError(f"[regrow] the model does not contain the layer {layer}")
+    return moments_of("regrow", optimizer, model, layer)
+
+
+def _random_places(
+    pattern: CSRPattern, stored: np.ndarray, count: int, seed: int | None
+) -> np.ndarray:
+    """Draw ``count`` places, given the sorted ones that are stored."""
+    if seed is None:
+        seed = int(mx.random.randint(0, 2**31 - 1).item())  # type: ignore[arg-type]
+    n_free = n_places(pattern) - stored.size
+    drawn = np.random.default_rng(seed).choice(n_free, count, replace=False)
+    free_before = stored - np.arange(stored.size)  # empty places before each stored one
+    return drawn + np.searchsorted(free_before, drawn, side="right")
+
+
+def _steepest_places(
+    pattern: CSRPattern,
+    stored: np.ndarray,
+    count: int,
+    x: mx.array,
+    cotangent: mx.array,
+    score: Score,
+) -> np.ndarray:
+    """Return the ``count`` empty places where the dense gradient ``cotangentᵀ x`` is strongest.
+
+    It is computed some block-rows at a time, and of each tile only the places that may still be
+    chosen are kept. Among equals the first place wins.
+    """
+    block, n_block_cols = pattern.block_size, pattern.shape[1] // pattern.block_size
+    dtype = mx.result_type(x, cotangent, mx.float32)  # 16-bit types accumulate in float32
+    x = x.reshape(-1, x.shape[-1]).astype(dtype)
+    cotangent = cotangent.reshape(-1, cotangent.shape[-1])
+    rows = max(1, TILE // max(1, block * pattern.shape[1])) * block
+    best, best_scores = np.zeros(0, dtype=np.int64), np.zeros(0)
+    for first in range(0, pattern.shape[0], rows):
+        gradient = cotangent[:, first : first + rows].T.astype(dtype) @ x
+        if not mx.isfinite(gradient).all().item():
+            raise ValueError(
+                "[regrow] the gradient cotangentᵀ x must be finite, got nan or infinity"
+            )
+        scores = grid_scores(gradient, block, score, owner="regrow").reshape(-1)
+        begin = first // block * n_block_cols
+        free = np.setdiff1d(np.arange(begin, begin + scores.size), stored, assume_unique=True)
+        places = np.concatenate([best, free])
+        strengths = np.concatenate([best_scores, scores[free - begin]])
+        # Those kept so far come first and lie in order of place among equals.
+        chosen = np.argsort(-strengths, kind="stable")[:count]
+        best, best_scores = places[chosen], strengths[chosen]
+    return best
+
+
+def _coordinates(places: np.ndarray, pattern: CSRPattern) -> np.ndarray:
+    """Return block-row and block-column of each place, ``(n, 2)``."""
+    n_block_cols = max(1, pattern.shape[1] // pattern.block_size)
+    return np.stack(np.divmod(places, n_block_cols), axis=1)

@@ -1,0 +1,156 @@
+"""The CUDA kernels, run on the emulator: equal to plain MLX, in any order of warps and copies."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from cuda_emulator import CudaFault, emulated
+from hypothesis import given
+from hypothesis import strategies as st
+from support import assert_equal, integers, pattern_of, patterns, random_pattern
+
+from mlx_sparse_nn import sddmm, spmm, spmm_t
+from mlx_sparse_nn.core.backends import cuda
+
+
+def check(pattern, n, dtype, least=(), **settings):
+    """Compare the three products with plain MLX's, and return the names of the kernels."""
+    n_rows, n_cols = pattern.shape
+    shapes = [pattern.data_shape, (n, n_cols), (n, n_rows), (n_rows,)]
+    data, x, y, bias = (integers(shape, i, dtype) for i, shape in enumerate(shapes))
+    products = [
+        lambda: spmm(data, pattern, x, bias),
+        lambda: spmm(data, pattern, x),
+        lambda: spmm_t(data, pattern, y),
+        lambda: sddmm(pattern, y, x),
+    ]
+    expected = [product() for product in products]
+    mx.eval(expected)
+    with emulated(**settings) as emulation:
+        for product, right in zip(products, expected, strict=True):
+            assert_equal(product(), right)
+    assert emulation.conflicts == 0
+    assert set(least) <= set(emulation.names)
+    return emulation.names
+
+
+@pytest.fixture
+def filled(monkeypatch):
+    """Let a little work count as enough to keep a GPU busy."""
+    monkeypatch.setattr(cuda, "_FILLING", 1)
+
+
+@pytest.mark.parametrize("n", [1, 17])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("block_size", [1, 3, 4, 8, 16, 32, 64, 128])
+def test_products(block_size, dtype, n):
+    pattern = random_pattern(3, 4, block_size, density=0.7)
+    check(pattern, n, dtype)
+
+
+@given(pattern=patterns(block_sizes=(1, 4, 8, 16)), n=st.integers(1, 40), seed=st.integers(0, 99))
+def test_drawn_patterns(pattern, n, seed):
+    if pattern.n_blocks:  # plain MLX takes the others
+        check(pattern, n, mx.bfloat16, seed=seed)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_80", "sm_89"])
+@pytest.mark.parametrize("block_size", [8, 16, 32, 64, 128])
+def test_tiles(block_size, architecture, offset):
+    """Of many rows: the last tile is not full, and inputs may begin anywhere."""
+    pattern = random_pattern(3, 4, block_size, density=0.7)
+    check(pattern, 150, mx.bfloat16, architecture=architecture, offset=offset)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_warpgroups_take_tiles_in_turn(filled, block_size, dtype, seed):
+    """Copies run ahead through several tiles and more stages than the ring has."""
+    pattern = random_pattern(2, 4, block_size, density=1.0)
+    check(pattern, 600, dtype, ["spmm_wgmma", "sddmm_wgmma"], seed=seed)
+
+
+def panel_pattern(block_size, kind):
+    rng = np.random.default_rng(3)
+    mask = rng.random((700 // block_size, 400 // block_size)) < 0.3
+    if kind == "uneven":
+        mask[5] = True
+        mask[256 // block_size : 512 // block_size] = False
+        mask[:, -1] = False
+    if kind == "diagonal":
+        mask = np.eye(640 // block_size, dtype=bool)
+    return pattern_of(map(np.flatnonzero, mask), mask.shape[1], block_size)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("even", {}),
+        ("even", {"seed": 2}),
+        ("even", {"offset": 1}),
+        ("uneven", {}),
+        ("diagonal", {}),
+    ],
+)
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_panels(filled, monkeypatch, block_size, kind, settings):
+    monkeypatch.setattr(cuda, "_PANEL_DENSITY", {16: 0.0, 32: 0.0})
+    pattern = panel_pattern(block_size, kind)
+    check(pattern, 300, mx.bfloat16, ["spmm_panels", "sddmm_panels"], **settings)
+
+
+def test_gradients_in_parts(monkeypatch):
+    """Sums over parts of the rows are added up in order, whatever part is the last."""
+    monkeypatch.setattr(cuda, "_GRAD_ROWS", 64)
+    pattern = panel_pattern(16, "even")
+    assert "sum_splits" in check(pattern, 300, mx.float16, ["sddmm_panels"])
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 64])
+def test_several_matrices_of_one_pattern(filled, block_size):
+    pattern = random_pattern(3, 4, block_size, density=0.7)
+    data, x = (
+        integers((2, *shape), i, mx.bfloat16)
+        for i, shape in enumerate([pattern.data_shape, (70, pattern.shape[1])])
+    )
+    f = mx.vmap(lambda data, x: spmm(data, pattern, x))
+    expected = f(data, x)
+    mx.eval(expected)
+    with emulated():
+        assert_equal(f(data, x), expected)
+
+
+FAULTS = {
+    "spmm_tiles": [("wait_copies<STAGES - 2>();", ""), ("__syncthreads();", "")],
+    "spmm_wgmma": [
+        ("wait_barrier(full + ring.buffer, ring.parity);", ""),
+        ("wait_products<1>();", ""),
+        ("copier.end();", "copier.ring.advance();"),
+        ("describe(x_tile + i * 64 * DEPTH + k, 16)", "describe(x_tile + i * 64 * DEPTH, 16)"),
+    ],
+    "spmm_panels": [
+        ("wait_copies<HELD - 1>();", ""),
+        ("wait_barrier(empty + ring.buffer, ring.parity ^ 1);", ""),
+        ("wait_barrier(full + ring.buffer, ring.parity);", ""),
+        ("swizzle<CHUNKS>(lane % 16, chunk + 2 * k)", "swizzle<CHUNKS>(lane % 16, chunk)"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("kernel", "edit"), [(k, e) for k, edits in FAULTS.items() for e in edits])
+def test_faults_are_found(filled, kernel, edit):
+    """A barrier less, or a wrong place, does not pass."""
+    block_size = {"spmm_tiles": 16, "spmm_wgmma": 64, "spmm_panels": 32}[kernel]
+    pattern = random_pattern(256 // block_size, 512 // block_size, block_size, density=1.0)
+    data, x = integers(pattern.data_shape, 0, mx.bfloat16), integers((300, 512), 1, mx.bfloat16)
+    expected = spmm(data, pattern, x)
+    mx.eval(expected)
+    architecture = "sm_80" if kernel == "spmm_tiles" else "sm_90"
+    with emulated(architecture, edit=edit) as emulation:
+        try:
+            y = spmm(data, pattern, x)
+        except CudaFault:
+            y = None
+    assert emulation.names == [kernel]
+    assert y is None or not mx.array_equal(y, expected)

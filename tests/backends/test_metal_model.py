@@ -1,0 +1,98 @@
+"""A model on the Metal path: it trains on the emulator, and MLX traces its step lazily."""
+
+from pathlib import Path
+
+import metal_emulator
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import pytest
+from mlx.utils import tree_flatten
+from support import computing
+from test_metal import BLOCK_SIZES, DTYPES
+
+import mlx_sparse_nn
+from mlx_sparse_nn import BlockSparseLinear, CSRPattern, sddmm, spmm, spmm_t
+from mlx_sparse_nn.core.backends import plain
+
+
+def make_model():
+    return nn.Sequential(
+        BlockSparseLinear(32, 64, block_size=16, density=0.4),
+        nn.ReLU(),
+        BlockSparseLinear(64, 32, block_size=8, density=0.3, bias=False),
+        nn.RMSNorm(32),
+        BlockSparseLinear(32, 8, block_size=4, density=0.5),
+        BlockSparseLinear(8, 4, block_size=1, density=0.5),
+    )
+
+
+def train(steps=3):
+    mx.random.seed(7)
+    model, optimizer = make_model(), optim.AdamW(1e-2)
+    x, target = mx.random.normal((20, 32)), mx.random.normal((20, 4))
+    loss_and_grad = nn.value_and_grad(model, lambda x: ((model(x) - target) ** 2).mean())
+    losses = []
+    for _ in range(steps):
+        loss, grads = loss_and_grad(x)
+        optimizer.update(model, grads)
+        mx.eval(model.parameters(), optimizer.state)
+        losses.append(loss.item())
+    return losses
+
+
+def test_training_on_the_emulator_gives_the_losses_of_the_cpu(metal):
+    on_metal = train()
+    names = {launch.kernel for launch in metal.launches}
+    with computing(plain):
+        assert on_metal == pytest.approx(train(), rel=1e-5)
+    assert len(names) == 4  # tiles and scalars, forward and weight gradient
+    assert on_metal[-1] < on_metal[0]
+
+
+def test_a_training_step_is_traced_through_mlx_without_values(tmp_path):
+    """Loss and gradients, traced with MLX's own metal_kernel: nothing evaluates or needs the host.
+
+    MLX traces the whole step, and only then refuses to export it: it knows no state of a
+    custom_function.
+    """
+    graph = tmp_path / "step.dot"
+    with metal_emulator.metal_available():
+        model = make_model()
+
+        def step(x):
+            value, grads = nn.value_and_grad(model, lambda x: (model(x) ** 2).mean())(x)
+            outputs = [value, *(grad for _, grad in tree_flatten(grads))]
+            mx.export_to_dot(str(graph), *outputs)
+            return outputs
+
+        with pytest.raises(ValueError, match="Unable to get state for primitive CustomTransforms"):
+            mx.export_function(lambda _: None, step, mx.ones((20, 32)))
+    # Four layers: forward and weight gradient of each, input gradient of all but the first.
+    assert graph.read_text().count("CustomKernel") == 4 + 4 + 3
+
+
+def test_every_variant_compiles_from_the_source_that_mlx_would_compile(metal):
+    """Each launch compiles MLX's own text: signature, attributes and template arguments."""
+    seen = set()
+    for dtype in DTYPES:
+        for block_size in BLOCK_SIZES:
+            for n in (1, 12) if block_size > 32 else (1, 3, 12, 20, 40):
+                pattern = CSRPattern(
+                    [0, 1, 3], [1, 0, 1], (2 * block_size, 2 * block_size), block_size
+                )
+                x = mx.ones((n, 2 * block_size), dtype)
+                data, bias = mx.ones(pattern.data_shape, dtype), mx.ones(2 * block_size, dtype)
+                mx.eval(
+                    spmm(data, pattern, x, bias),
+                    spmm(data, pattern, x),
+                    spmm_t(data, pattern, x),
+                    sddmm(pattern, x, x),
+                )
+    mx.eval(sddmm(CSRPattern([0, 1], [0], (1, 1)), mx.ones((1030, 1)), mx.ones((1030, 1))))
+    for launch in metal.launches:
+        assert f"void custom_kernel_{launch.kernel}" in launch.source
+        assert "[[kernel]]" in launch.source
+        seen.add(launch.kernel.removeprefix("mlx_sparse_nn_"))
+    folder = Path(mlx_sparse_nn.__file__).parent / "metal"
+    assert seen == {path.stem for path in folder.glob("*.metal")}

@@ -1,0 +1,155 @@
+"""advise: what it times, that it checks first, and what it says."""
+
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from support import backend
+
+from mlx_sparse_nn import BlockSparseLinear
+from mlx_sparse_nn.diagnostics.advise import Advice, Timing, advise
+
+METHODS = ["sparse", "mx.block_masked_mm", "dense"]
+
+
+def advice(**seconds):
+    """Return an Advice of made-up times: ``task_rows=(sparse, masked, dense)``."""
+    timings = [
+        Timing(task.replace("step", "training step"), int(rows), method, s, s, s, 1)
+        for key, times in seconds.items()
+        for task, rows in [key.split("_")]
+        for method, s in zip(METHODS, times, strict=True)
+        if s is not None
+    ]
+    return Advice(
+        "layer", "Device(cpu, 0)", "reference", tuple(timings), {"16 rows": "1 s were over"}
+    )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_it_times_three_methods_at_two_tasks(bias):
+    layer = BlockSparseLinear(64, 96, density=0.5, bias=bias)
+    before = dict(layer)
+    began = time.perf_counter()
+    found = advise(layer, (3, 1), seconds=60)  # a GPU compiles its kernels in that time
+    took = time.perf_counter() - began
+    assert [(t.task, t.rows, t.method) for t in found.timings] == [
+        (task, rows, method)
+        for task in ("forward", "training step")
+        for rows in (3, 1)
+        for method in METHODS
+    ]
+    for timing in found.timings:
+        assert 0 < timing.fastest <= timing.seconds <= timing.slowest < took
+        assert timing.samples in range(1, 10)
+    assert found.left_out == {}
+    times = found.seconds("forward", 3)
+    assert sorted(times) == sorted(METHODS)
+    assert list(times.values()) == sorted(times.values())
+    assert dict(layer).keys() == before.keys()
+    assert all(dict(layer)[name] is value for name, value in before.items())
+    lines = repr(found).splitlines()
+    assert lines[0].startswith("BlockSparseLinear(input_dims=64, output_dims=96")
+    assert lines[1].split() == ["task", "rows", *METHODS, "fastest"]
+    assert len(lines) == 2 + 4 + 2
+    assert lines[-2:] == found.sentences()
+
+
+@pytest.mark.parametrize(
+    ("block_size", "dtype", "reason"),
+    [
+        (16, mx.float32, "it takes block_size 32 and 64, not 16"),
+        (32, mx.bfloat16, "on the CPU it takes float32, not mlx.core.bfloat16"),
+        (32, mx.float64, "on the CPU it takes float32, not mlx.core.float64"),
+    ],
+)
+def test_where_masks_do_not_fit_it_says_why(block_size, dtype, reason):
+    with mx.stream(mx.cpu):
+        layer = BlockSparseLinear(64, 64, block_size=block_size, density=0.5)
+        layer.set_dtype(dtype)
+        found = advise(layer, [2], seconds=0.1)
+    assert found.left_out == {"mx.block_masked_mm": reason}
+    assert {t.method for t in found.timings} == {"sparse", "dense"}
+    assert repr(found).endswith(f"Not timed: mx.block_masked_mm, since {reason}.")
+
+
+def test_when_the_time_is_over_it_stops():
+    found = advise(BlockSparseLinear(64, 64), (4, 8, 16), seconds=1e-9)
+    assert {t.rows for t in found.timings} == {4}
+    assert {t.samples for t in found.timings} == {1}
+    assert found.left_out == {"8 rows": "1e-09 s were over", "16 rows": "1e-09 s were over"}
+
+
+@pytest.mark.parametrize("op", ["spmm", "spmm_t", "sddmm"])
+def test_a_wrong_layer_is_not_timed(monkeypatch, op):
+    right = getattr(backend(op), op)
+    monkeypatch.setattr(backend(op), op, lambda *args: right(*args) * 1.001)
+    with pytest.raises(ArithmeticError, match=r"\[advise\] wrong result: sparse: the"):
+        advise(BlockSparseLinear(64, 64, density=0.5), [4])
+
+
+def test_a_wrong_masked_product_is_left_out(monkeypatch):
+    right = mx.block_masked_mm
+    monkeypatch.setattr(mx, "block_masked_mm", lambda *args: right(*args) * 1.001)
+    found = advise(BlockSparseLinear(64, 64, density=0.5), [4, 2], seconds=0.1)
+    assert "its result is wrong: mx.block_masked_mm: the " in found.left_out["mx.block_masked_mm"]
+    assert {t.method for t in found.timings} == {"sparse", "dense"}
+
+
+def test_what_it_says():
+    found = advice(
+        forward_1=(1.3e-5, 9e-5, 1e-5),
+        forward_64=(1e-3, 6e-3, 3e-3),
+        forward_256=(2e-3, 7e-3, 9e-3),
+        step_1=(1e-4, 1.04e-4, 2e-4),
+        step_64=(4e-3, 2e-3, 3e-3),
+        step_256=(2.0, 1.0, None),
+    )
+    assert found.sentences() == [
+        "forward: dense wins at 1 row, 1.3 times as fast as sparse; "
+        "sparse wins at 64 and 256 rows, 3.0 to 3.5 times as fast as the next.",
+        "training step: no clear winner at 1 row; "
+        "mx.block_masked_mm wins at 64 and 256 rows, 2.0 times as fast as sparse.",
+    ]
+    assert repr(found).splitlines() == [
+        "layer on Device(cpu, 0) (reference)",
+        "task           rows  sparse  mx.block_masked_mm   dense             fastest",
+        "forward           1   13 us               90 us   10 us               dense",
+        "forward          64    1 ms                6 ms    3 ms              sparse",
+        "forward         256    2 ms                7 ms    9 ms              sparse",
+        "training step     1  100 us              104 us  200 us              sparse",
+        "training step    64    4 ms                2 ms    3 ms  mx.block_masked_mm",
+        "training step   256     2 s                 1 s       -  mx.block_masked_mm",
+        *found.sentences(),
+        "Not timed: 16 rows, since 1 s were over.",
+    ]
+
+
+def test_numpy_integers_are_batch_sizes():
+    found = advise(BlockSparseLinear(64, 64), list(np.array([2])), seconds=0.1)
+    assert {t.rows for t in found.timings} == {2}
+
+
+LAYER = BlockSparseLinear(64, 64)
+BAD = [
+    (lambda: advise(mx.ones(3)), TypeError, "layer must be a BlockSparseLinear, got array"),
+    (lambda: advise(LAYER, 16), TypeError, "batch_sizes must be integers, got 16"),
+    (lambda: advise(LAYER, "16"), TypeError, "batch_sizes must be integers, got '16'"),
+    (lambda: advise(LAYER, [1.5]), TypeError, "batch_sizes must be an integer, got 1.5"),
+    (lambda: advise(LAYER, [4, 0]), ValueError, r"batch_sizes must be in \[1.*got 0"),
+    (lambda: advise(LAYER, []), ValueError, "batch_sizes is empty"),
+    (lambda: advise(LAYER, seconds=0), ValueError, "seconds must be positive, got 0"),
+    (lambda: advise(LAYER, seconds=float("nan")), ValueError, "seconds must be positive, got nan"),
+    (
+        lambda: advise(BlockSparseLinear(0, 64)),
+        ValueError,
+        r"the layer's weight is \(64, 0\): nothing to time",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD)
+def test_bad_arguments_are_refused(call, error, message):
+    with pytest.raises(error, match=r"\[advise\] " + message):
+        call()

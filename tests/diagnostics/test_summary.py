@@ -1,0 +1,184 @@
+"""summary: numbers counted by hand, and shares that add up to the whole model."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import given
+from mlx.utils import tree_flatten
+from support import patterns
+
+from mlx_sparse_nn import BlockSparseLinear, CSRPattern
+from mlx_sparse_nn.diagnostics.summary import LayerSummary, summary
+
+# 4 x 3 blocks of 8: block-rows 0 and 3 are empty, block-columns 0 and 1 are used.
+PATTERN = CSRPattern([0, 0, 2, 3, 3], [0, 1, 1], (32, 24), 8)
+
+
+class Scaled(nn.Module):
+    """Parameters of its own beside a layer, in a list, and a private array."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.scales = [mx.ones(5), {"last": mx.ones((2, 3))}]
+        self._cache = mx.zeros(100)
+        self.inner = layer
+
+
+def row_of(model, path, **options):
+    (row,) = [row for row in summary(model, **options).rows if row.path == path]
+    return row
+
+
+def test_a_sparse_layer_counted_by_hand():
+    model = nn.Sequential(nn.ReLU(), BlockSparseLinear(24, 32, PATTERN), nn.Linear(32, 10))
+    stored = 3 * 64 + 32
+    # Saved: 5 row pointers, 3 indices. Read by the products: rows 5 + 3, the row of each block (3),
+    # and one group of rows padded to 2 blocks: 4 rows, 4 places, twice 8 blocks; columns 4 + 3, the
+    # permutation (3), and one group of 3 columns: 3 columns, 3 places, twice 6 blocks.
+    rows, columns = 5 + 3 + 3 + 4 + 4 + 2 * 8, 4 + 3 + 3 + 3 + 3 + 2 * 6
+    indices = 4 * ((5 + 3) + rows + columns)
+    assert row_of(model, "layers.1") == LayerSummary(
+        path="layers.1",
+        type="BlockSparseLinear",
+        shape=(32, 24),
+        block_size=8,
+        density=0.25,
+        parameters=stored,
+        dense_parameters=24 * 32 + 32,
+        weight_bytes=4 * stored,
+        index_bytes=indices,
+        optimizer_bytes=8 * stored,
+        macs=192,
+        dead_inputs=8,
+        dead_outputs=16,
+        share=stored / (stored + 330),
+    )
+    assert row_of(model, "layers.2") == LayerSummary(
+        path="layers.2",
+        type="Linear",
+        shape=(10, 32),
+        block_size=None,
+        density=1.0,
+        parameters=330,
+        dense_parameters=330,
+        weight_bytes=4 * 330,
+        index_bytes=0,
+        optimizer_bytes=8 * 330,
+        macs=320,
+        dead_inputs=None,
+        dead_outputs=None,
+        share=330 / (stored + 330),
+    )
+    found = summary(model)
+    assert found.parameters == stored + 330
+    assert found.dense_parameters == 800 + 330
+    assert found.weight_bytes == 4 * (stored + 330)
+    assert found.index_bytes == indices
+    assert found.optimizer_bytes == 8 * (stored + 330)
+    assert found.macs == 192 + 320
+
+
+def test_every_parameter_of_the_model_is_counted_once():
+    layer = BlockSparseLinear(24, 32, PATTERN)
+    model = nn.Sequential(Scaled(layer), layer, nn.BatchNorm(32), nn.Conv1d(4, 6, 3), layer)
+    model.tied = model.layers[3].weight
+    rows = summary(model).rows
+    assert [(row.path, row.type, row.parameters) for row in rows] == [
+        ("layers.0.inner", "BlockSparseLinear", 224),
+        ("layers.0", "Scaled", 11),
+        ("layers.2", "BatchNorm", 128),
+        ("layers.3", "Conv1d", 78),
+    ]
+    assert sum(row.share for row in rows) == pytest.approx(1)
+    arrays = {id(a): a for k, a in tree_flatten(model.parameters()) if "ind" not in k}
+    assert sum(row.parameters for row in rows) == sum(a.size for a in arrays.values())
+    assert all(row.shape is None and row.macs is None for row in rows[1:])
+
+
+@given(patterns())
+def test_dead_features_are_those_without_a_value(pattern):
+    (row,) = summary(BlockSparseLinear(pattern.shape[1], pattern.shape[0], pattern)).rows
+    mask = np.array(pattern.tomask())
+    assert row.dead_outputs == (~mask.any(axis=1)).sum()
+    assert row.dead_inputs == (~mask.any(axis=0)).sum()
+    assert row.macs == pattern.nnz
+    assert row.density == pattern.density
+
+
+def test_only_what_trains_has_optimizer_state():
+    model = nn.Sequential(BlockSparseLinear(24, 32, PATTERN), nn.BatchNorm(32))
+    assert summary(model).optimizer_bytes == 2 * 4 * (224 + 64)  # running statistics are frozen
+    assert summary(model, optimizer_arrays=0).optimizer_bytes == 0
+    assert summary(model, optimizer_arrays=1).optimizer_bytes == 4 * (224 + 64)
+    model.layers[0].freeze(keys="weight")
+    assert summary(model).optimizer_bytes == 2 * 4 * (32 + 64)
+    model.set_dtype(mx.bfloat16)
+    assert summary(model).optimizer_bytes == 2 * 2 * (32 + 64)
+    assert summary(model).weight_bytes == 2 * (224 + 128)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_weights_count_as_the_values_that_they_stand_for(bits):
+    model = nn.Sequential(nn.Linear(64, 32))
+    dense = summary(model).rows[0]
+    nn.quantize(model, 32, bits)
+    (row,) = summary(model).rows
+    assert (row.parameters, row.shape, row.macs) == (dense.parameters, (32, 64), dense.macs)
+    assert row.weight_bytes == 64 * 32 * bits // 8 + 2 * 4 * 64 + 4 * 32
+    assert row.optimizer_bytes == 2 * 4 * 32  # MLX leaves the bias trainable
+
+
+def test_quantized_blocks_and_adapters():
+    layer = BlockSparseLinear(64, 64, density=0.5)
+    quantized = row_of(nn.Sequential(layer.to_quantized(bits=4)), "layers.0")
+    assert (quantized.parameters, quantized.dense_parameters) == (2048 + 64, 4096 + 64)
+    assert (quantized.macs, quantized.block_size, quantized.density) == (2048, 32, 0.5)
+    assert quantized.weight_bytes == 2048 // 2 + 2 * 4 * 64 + 4 * 64
+    assert quantized.index_bytes == row_of(layer, "").index_bytes
+    rows = summary(nn.Sequential(layer.to_lora(r=4))).rows
+    assert [(row.path, row.parameters, row.optimizer_bytes) for row in rows] == [
+        ("layers.0.linear", 2112, 0),  # frozen under the adapters
+        ("layers.0", 512, 2 * 4 * 512),
+    ]
+
+
+def test_the_table():
+    layer = BlockSparseLinear(1024, 2048, block_size=64, density=0.25, bias=False)
+    model = nn.Sequential(nn.Linear(4, 1024, bias=False), layer)
+    lines = repr(summary(model, optimizer_arrays=1)).splitlines()
+    assert len({len(line) for line in lines[:-1]}) == 1
+    assert [" ".join(line.split()) for line in lines[1:-1]] == [
+        "layers.0 Linear 1024 x 4 - 100.0% 4,096 4,096 16 KiB - 16 KiB 4,096 - - 0.8%",
+        "layers.1 BlockSparseLinear 2048 x 1024 64 25.0% 524,288 2,097,152 2 MiB 2.324 KiB 2 MiB "
+        "524,288 0 0 99.2%",
+        "total 528,384 2,101,248 2.016 MiB 2.324 KiB 2.016 MiB 528,384 100.0%",
+    ]
+    for column, text in [("stored", "4,096"), ("dense", "2,097,152"), ("share", "99.2%")]:
+        end = lines[0].index(column) + len(column)
+        assert any(line[:end].endswith(f" {text}") for line in lines[1:])
+    assert lines[-1] == "optimizer: 1 array of state for each trainable one (Adam 2, SGD 0)"
+    assert repr(summary(layer)).splitlines()[1].startswith("(itself)  BlockSparseLinear")
+    assert summary(nn.ReLU()).rows == ()
+    assert repr(summary(nn.ReLU())).splitlines()[1].split()[:3] == ["total", "0", "0"]
+
+
+BAD = [
+    (lambda: summary(mx.ones(3)), TypeError, "model must be an nn.Module, got array"),
+    (
+        lambda: summary(nn.ReLU(), optimizer_arrays=1.5),
+        TypeError,
+        "optimizer_arrays must be an integer, got 1.5",
+    ),
+    (
+        lambda: summary(nn.ReLU(), optimizer_arrays=-1),
+        ValueError,
+        r"optimizer_arrays must be in \[0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD)
+def test_bad_arguments_are_refused(call, error, message):
+    with pytest.raises(error, match=r"\[summary\] " + message):
+        call()

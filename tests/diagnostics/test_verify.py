@@ -1,0 +1,290 @@
+"""verify: right products pass in every dtype, and each wrong one is caught and named."""
+
+import importlib
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+from support import backend, device_of, patterns
+
+from mlx_sparse_nn import BlockSparseLinear, CSRPattern
+from mlx_sparse_nn import patterns as builders
+from mlx_sparse_nn.core.backends import cuda
+from mlx_sparse_nn.diagnostics.verify import MismatchError, verify
+
+VERIFY = importlib.import_module("mlx_sparse_nn.diagnostics.verify")
+PRODUCTS = ["forward", "input gradient", "weight gradient", "bias gradient"]
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = BlockSparseLinear(32, 64, block_size=8, density=0.3)
+        self.blocks = [nn.BatchNorm(64), {"down": BlockSparseLinear(64, 32, bias=False)}]
+        self.dropout = nn.Dropout(0.5)
+        self.spare = BlockSparseLinear(32, 32)
+
+    def __call__(self, x, scale=1.0):
+        return self.blocks[1]["down"](self.dropout(self.blocks[0](self.up(x * scale))))
+
+
+@given(
+    patterns(),
+    st.lists(st.integers(1, 3), max_size=3).map(tuple),
+    st.booleans(),
+    st.sampled_from([mx.float32, mx.float16, mx.bfloat16]),
+    st.sampled_from([mx.float32, mx.float16, mx.bfloat16]),
+    st.floats(1e-6, 1e3),
+)
+def test_right_products_pass(pattern, leading, bias, dtype, x_dtype, scale):
+    """Also with mixed dtypes, repeated blocks, and values that float16 can hardly hold."""
+    if not pattern.shape[1]:
+        return
+    layer = BlockSparseLinear(pattern.shape[1], pattern.shape[0], pattern, bias=bias)
+    layer.set_dtype(dtype)
+    x = (mx.random.normal((*leading, pattern.shape[1])) * scale).astype(x_dtype)
+    report = verify(layer, x)
+    assert report.passed
+    assert [check.product for check in report.checks] == PRODUCTS[: 3 + bias]
+    assert report.not_reached == ()
+    assert all(check.error <= check.bound for check in report.checks)
+
+
+def test_float64_is_compared_as_float64():
+    with device_of(mx.float64):
+        layer = BlockSparseLinear(64, 64, density=0.5)
+        layer.set_dtype(mx.float64)
+        report = verify(layer, mx.random.normal((5, 64)).astype(mx.float64))
+    forward = report.checks[0]
+    assert forward.dtype == mx.float64
+    assert forward.bound < 1e-12
+
+
+def test_bounds_are_those_of_the_dtype():
+    """A correct layer's float32 error fits a float32 bound, far below what bfloat16 may show."""
+    layer = BlockSparseLinear(64, 64, density=0.5)
+    x = mx.random.normal((5, 64))
+    exact = verify(layer, x).checks[0]
+    layer.set_dtype(mx.bfloat16)
+    rounded = verify(layer, x.astype(mx.bfloat16)).checks[0]
+    assert exact.bound < 1e-3 < rounded.bound
+    assert exact.bound < rounded.error
+
+
+@pytest.mark.parametrize(
+    ("op", "product", "at"),
+    [
+        ("spmm", "forward", (2, 5)),
+        ("spmm_t", "input gradient", (1, 31)),
+        ("sddmm", "weight gradient", (3, 7, 2)),
+    ],
+)
+@pytest.mark.parametrize("wrong", [2e-3, float("nan"), float("inf")])
+def test_each_wrong_product_is_named(monkeypatch, op, product, at, wrong):
+    layer = BlockSparseLinear(32, 64, block_size=8, density=0.3)
+    right = getattr(backend(op), op)
+
+    def spoiled(*args):
+        out = right(*args)
+        return out.at[at].add(wrong)
+
+    monkeypatch.setattr(backend(op), op, spoiled)
+    with pytest.raises(MismatchError) as caught:
+        verify(nn.Sequential(nn.ReLU(), layer), mx.random.normal((4, 32)))
+    (check,) = [check for check in caught.value.report.checks if not check.passed]
+    assert (check.layer, check.product, check.index) == ("layers.1", product, at)
+    message = str(caught.value)
+    assert message.startswith("[verify] on Device(")
+    assert f"layers.1: the {product} {check.shape} is" in message
+    assert f"at {list(at)}" in message
+    assert f"error {check.error:.3g}, bound {check.bound:.3g} for float32" in message
+    assert "NOT within their bounds" in repr(caught.value.report)
+    if np.isfinite(wrong):
+        assert check.error == pytest.approx(wrong, rel=0.01)
+        assert check.actual == pytest.approx(check.expected + wrong, rel=1e-3)
+
+
+def test_a_product_of_wrong_shape_is_named(monkeypatch):
+    monkeypatch.setattr(backend("sddmm"), "sddmm", lambda *_: mx.zeros((5, 8, 8)))
+    with pytest.raises(
+        ValueError, match=r"Linear: the weight gradient has shape \(5, 8, 8\), expe"
+    ):
+        verify(BlockSparseLinear(32, 64, block_size=8, density=0.3), mx.ones((4, 32)))
+
+
+def test_a_wrong_bias_gradient_is_named():
+    class Wrong(BlockSparseLinear):
+        def __call__(self, x):
+            return super().__call__(x) + 0.5 * (self.bias - mx.stop_gradient(self.bias))
+
+    with pytest.raises(MismatchError, match="Wrong: the bias gradient") as caught:
+        verify(Wrong(32, 32), mx.random.normal((4, 32)))
+    assert [check.passed for check in caught.value.report.checks] == [True, True, True, False]
+
+
+def test_only_the_wrong_layer_is_named():
+    """A layer whose device arrays are not those of its pattern, as after a bad surgery."""
+    model = nn.Sequential(BlockSparseLinear(64, 64), BlockSparseLinear(64, 64, density=0.5))
+    other = builders.from_mask(~np.array(model.layers[1].pattern.tomask()))
+    model.layers[1]["_layout"] = other.layout.state()
+    with pytest.raises(MismatchError) as caught:
+        verify(model, mx.random.normal((4, 64)))
+    assert {c.layer for c in caught.value.report.checks if not c.passed} == {"layers.1"}
+    assert "layers.0" not in str(caught.value)
+
+
+def test_weights_that_are_not_finite_are_wrong():
+    layer = BlockSparseLinear(32, 32, bias=False)
+    layer.weight = layer.weight.at[0, 3, 4].add(float("inf"))
+    with pytest.raises(MismatchError, match="forward"):
+        verify(layer, mx.random.normal((4, 32)))
+
+
+def test_a_sum_that_overflows_is_wrong():
+    layer = BlockSparseLinear(32, 32, bias=False)
+    layer.set_dtype(mx.float16)
+    layer.weight = mx.full((1, 32, 32), 100, mx.float16)
+    with pytest.raises(MismatchError, match=r"forward .* is inf"):
+        verify(layer, mx.full((4, 32), 100, mx.float16))
+
+
+def test_layers_see_the_inputs_that_the_model_gives_them():
+    seen = []
+
+    class Watched(BlockSparseLinear):
+        def __call__(self, x):
+            seen.append(x)
+            return super().__call__(x)
+
+    model = Model()
+    model.blocks[1]["down"] = Watched(64, 32, bias=False)
+    model.eval()
+    x = mx.random.normal((6, 32))
+    expected = model.blocks[0](model.up(x * 3.0))
+    seen.clear()
+    report = verify(model, x, 3.0)
+    assert mx.array_equal(seen[0], expected).item()
+    assert [check.layer for check in report.checks] == ["up"] * 4 + ["blocks.1.down"] * 3
+    assert report.not_reached == ("spare",)
+    assert "not reached by this input: spare" in repr(report)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(fails):
+    model = Model()
+    model.dropout.eval()
+    before = dict(tree_flatten(model.parameters()))
+    types = [(path, type(m), m.training) for path, m in model.named_modules()]
+    if fails:
+        with pytest.raises(ValueError, match="input_dims = 32"):
+            verify(model, mx.ones((4, 31)))
+    else:
+        verify(model, mx.random.normal((4, 32)))
+    assert [(path, type(m), m.training) for path, m in model.named_modules()] == types
+    after = dict(tree_flatten(model.parameters()))
+    assert all(after[name] is before[name] for name in before)
+    assert after.keys() == before.keys()
+
+
+def test_a_shared_layer_is_checked_once_with_its_first_input():
+    layer = BlockSparseLinear(32, 32)
+    report = verify(nn.Sequential(layer, layer), mx.random.normal((4, 32)))
+    assert {check.layer for check in report.checks} == {"layers.0"}
+    assert report.not_reached == ()
+
+
+def test_tf32_is_allowed_for_where_mlx_uses_it(monkeypatch):
+    layer, scalar = BlockSparseLinear(64, 64), BlockSparseLinear(64, 64, block_size=1)
+    x = mx.random.normal((4, 64))
+    monkeypatch.setattr(cuda, "takes", lambda *_: False)
+    uses = lambda tf32: monkeypatch.setattr(VERIFY, "matmul_uses_tf32", lambda: tf32)
+    uses(False)
+    plain = verify(layer, x)
+    uses(True)
+    assert not verify(layer, x).tf32
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    report = verify(layer, x)
+    assert (plain.tf32, report.tf32) == (False, True)
+    assert all(report.checks[i].bound > 20 * plain.checks[i].bound for i in range(3))
+    assert report.checks[3].bound == plain.checks[3].bound  # a sum has no factors
+    assert "MLX_ENABLE_TF32=0" in repr(report)
+    assert verify(scalar, x).checks[0].bound < 1e-3  # has its own kernels
+    layer.set_dtype(mx.bfloat16)
+    x = x.astype(mx.bfloat16)
+    bound = verify(layer, x).checks[0].bound
+    uses(False)
+    assert verify(layer, x).checks[0].bound == bound
+
+
+def test_tf32_is_found_by_what_matmul_gives(monkeypatch):
+    """MLX's setting cannot be asked for; what it does can be seen."""
+    with mx.stream(mx.cpu):
+        assert not VERIFY.matmul_uses_tf32()
+        full = mx.full
+        monkeypatch.setattr(mx, "full", lambda shape, a: full(shape, round(a * 1024) / 1024))
+        assert VERIFY.matmul_uses_tf32()
+
+
+def test_repr():
+    layer = BlockSparseLinear(4, 4, CSRPattern([0, 1], [0], (4, 4), 4), bias=False)
+    layer.weight = mx.ones((1, 4, 4))
+    lines = repr(verify(layer, mx.ones((2, 4)))).splitlines()
+    assert lines[0].startswith("1 sparse layer on Device(")
+    assert lines[0].endswith("errors within their bounds")
+    assert lines[1].split("  ")[0] == "layer"
+    assert lines[2].split()[:6] == ["BlockSparseLinear", "2", "x", "4", "float32", "0.0e+00"]
+    assert lines[2].endswith("-")
+
+
+def compiled_model():
+    layer = BlockSparseLinear(32, 32)
+    model = nn.Sequential(layer)
+    model.layers.append(mx.compile(lambda x: layer(x)))
+    model.layers[0] = nn.ReLU()
+    model.hidden = layer
+    return model
+
+
+BAD = [
+    (lambda: verify(lambda x: x, mx.ones(3)), TypeError, "model must be an nn.Module, got func"),
+    (
+        lambda: verify(nn.Linear(3, 3), mx.ones(3)),
+        ValueError,
+        "the model has no BlockSparseLinear layer",
+    ),
+    (
+        lambda: verify(Uncalled(), mx.ones(3)),
+        ValueError,
+        "the model called none of hidden with these inputs",
+    ),
+    (lambda: verify(compiled_model(), mx.ones((2, 32))), ValueError, "hidden is called in a comp"),
+    (
+        lambda: verify(BlockSparseLinear(32, 32), mx.zeros((0, 32))),
+        ValueError,
+        r"BlockSparseLinear: its input \(0, 32\) has no elements",
+    ),
+    (
+        lambda: verify(BlockSparseLinear(32, 32), mx.ones((2, 32), mx.int32)),
+        TypeError,
+        "BlockSparseLinear: its input must be real floating, got mlx.core.int32",
+    ),
+]
+
+
+class Uncalled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.hidden = BlockSparseLinear(32, 32)
+
+    def __call__(self, x):
+        return x
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD)
+def test_bad_arguments_are_refused(call, error, message):
+    with pytest.raises(error, match=r"\[verify\] " + message):
+        call()

@@ -1,0 +1,191 @@
+"""The scripts quantum_hamiltonian.py and neural_quantum_state.py, run as a user runs them."""
+
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_sparse_nn.physics import exact_ground_energy
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+HAMILTONIAN, NEURAL = "quantum_hamiltonian.py", "neural_quantum_state.py"
+
+
+def run(*arguments, script=HAMILTONIAN):
+    command = [sys.executable, "-W", "error", str(EXAMPLES / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def energies(output):
+    """Return the total energy and the energy per site of every line that has them."""
+    pairs = re.findall(r"= (-?\d+\.\d+) \((-?\d+\.\d+) per site\)", output)
+    return [(float(total), float(per_site)) for total, per_site in pairs]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ground"),
+    [([], (-8.30561, -1.03820)), (["--periodic"], (-9.02373, -1.12797))],
+)
+def test_prints_the_size_and_the_energies(arguments, ground):
+    result = run("--qubits", "8", "--field", "0.7", "--device", "cpu", *arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "256 x 256" in result.stdout
+    assert "2304 stored values, density 3.516%" in result.stdout
+    uniform, random, exact = energies(result.stdout)
+    assert uniform == (-5.6, -0.7)
+    assert exact == ground
+    assert random[0] > exact[0]
+
+
+def test_defaults_are_eight_qubits_at_field_0_7():
+    assert energies(run().stdout)[-1] == (-8.30561, -1.03820)
+
+
+def test_one_seed_gives_one_random_state():
+    first, second, other = (
+        energies(run("--device", "cpu", "--seed", seed).stdout)[1] for seed in ("1", "1", "2")
+    )
+    assert first == second != other
+
+
+def test_help():
+    result = run("--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    for option in ("--qubits", "--field", "--periodic", "--device", "--seed"):
+        assert option in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--qubits", "-1"], "n_qubits must be in [1, 2**31 - 1], got -1"),
+        (["--qubits", "0"], "n_qubits must be in [1, 2**31 - 1], got 0"),
+        (["--qubits", "40"], "n_qubits 40 needs 2**40 * 41 stored values"),
+        (["--qubits", "2", "--periodic"], "n_qubits must be at least 3 for a ring, got 2"),
+        (["--qubits", "many"], "argument --qubits: invalid int value: 'many'"),
+        (["--field", "nan"], "field must be finite, got nan"),
+        (["--field", "1e39"], "energies of up to 1e+39 overflow"),
+        (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
+        (["--seed", "-1"], "argument --seed: must be an integer in [0, 2**32 - 1], got '-1'"),
+        (["--seed", "one"], "argument --seed: must be an integer in [0, 2**32 - 1], got 'one'"),
+        (["--bonds", "3"], "unrecognized arguments: --bonds 3"),
+        (["--sweep", "1:2"], "argument --sweep: must be MIN:MAX:POINTS with 0 <= MIN < MAX"),
+        (["--sweep", "2:1:5"], "2 to 10000 points, got '2:1:5'"),
+        (["--sweep", "0:nan:5"], "got '0:nan:5'"),
+        (["--sweep", "0:1:1"], "got '0:1:1'"),
+        (["--sweep", "0:1:2", "--qubits", "1"], "--sweep needs at least 2 qubits, got 1"),
+        (["--sweep", "0:1:2", "--plot", "no/such/a.png"], "--plot: there is no folder no/such"),
+        (["--plot", "phase.png"], "--plot needs --sweep"),
+        (["--ground-state", "--qubits", "1"], "--ground-state needs at least 2 qubits"),
+        (["--ground-state", "--field", "-1"], "--ground-state needs at least 2 qubits and a field"),
+    ],
+)
+def test_a_bad_argument_is_one_line_and_status_2(arguments, message):
+    assert_one_line_error(run(*arguments), message)
+
+
+def test_a_gpu_is_used_or_its_absence_is_one_line_and_status_2():
+    result = run("--device", "gpu")
+    if mx.metal.is_available() or mx.cuda.is_available():
+        assert (result.returncode, result.stderr) == (0, "")
+    else:
+        assert_one_line_error(result, "--device gpu: [use_device] no GPU is available")
+
+
+@pytest.mark.parametrize("arguments", [(), ("--periodic", "--field", "1.3"), ("--field", "0")])
+def test_ground_state_agrees_with_the_exact_values(arguments):
+    result = run("--device", "cpu", "--ground-state", *arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    *_, exact, found = energies(result.stdout)
+    assert found == pytest.approx(exact, abs=2e-5)
+    assert ", converged" in result.stdout
+    pairs = re.findall(r"(-?\d\.\d{5})(?: per site)?, exact +(-?\d\.\d{5})", result.stdout)
+    assert len(pairs) == 3
+    for measured, expected in pairs:
+        assert float(measured) == pytest.approx(float(expected), abs=2e-5)
+
+
+@pytest.mark.parametrize("periodic", [False, True])
+def test_sweep_agrees_with_the_exact_curve_and_draws_it(tmp_path, periodic):
+    picture = tmp_path / "phase.png"
+    chain = ["--periodic"] if periodic else []
+    result = run("--sweep", "0:2:5", "--device", "cpu", "--plot", str(picture), *chain)
+    assert result.returncode == 0, result.stderr
+    assert "5/5" in result.stderr  # the progress bar
+    errors = re.findall(r"largest error +(\w+) +(\S+)", result.stdout)
+    assert [name for name, _ in errors] == ["energy", "gap", "x", "zz"]
+    assert all(float(error) < 2e-5 for _, error in errors)
+    rows = re.findall(r"^[\d.]+ +-\d.*\|.*$", result.stdout, flags=re.MULTILINE)
+    assert len(rows) == 5
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_sweep_gap_against_the_known_spectrum():
+    """At the critical field the open chain has the gap 4 sin(pi / (2 (2 n + 1)))."""
+    table = run("--sweep", "0.5:1:2", "--qubits", "6", "--device", "cpu").stdout
+    row = next(line for line in table.splitlines() if line.startswith("1 "))
+    gap = float(row.split("|")[1].split()[1])
+    assert gap == pytest.approx(4 * math.sin(math.pi / 26), abs=1e-5)
+
+
+def test_neural_quantum_state_reaches_the_ground_energy(tmp_path):
+    picture = tmp_path / "error.png"
+    arguments = ["--qubits", "10", "--steps", "150", "--device", "cpu", "--plot", str(picture)]
+    result = run(*arguments, script=NEURAL)
+    assert result.returncode == 0, result.stderr
+    assert "150/150" in result.stderr  # the progress bar
+    found = re.search(r"error +(\S+) relative", result.stdout)
+    assert float(found[1]) < 1e-3
+    energy, exact = (
+        float(re.search(rf"{name} +(-\d+\.\d+)", result.stdout)[1]) for name in ("energy", "exact")
+    )
+    assert energy > exact
+    assert abs(exact + 12.381490) < 1e-5
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--qubits", "2"], "--qubits must be in [3, 16], got 2"),
+        (["--qubits", "17"], "--qubits must be in [3, 16], got 17"),
+        (["--field", "0"], "--field must be above 0, so that psi > 0, got 0.0"),
+        (["--field", "nan"], "--field must be above 0, so that psi > 0, got nan"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--lr", "-1"], "--lr must be above 0, got -1.0"),
+        (["--width", "40"], "--width must be a multiple of 16, got 40"),
+        (["--density", "2"], "density must be in (0, 1], got 2"),
+        (["--plot", "no/such/a.png"], "--plot: there is no folder no/such"),
+        (["--epochs", "3"], "unrecognized arguments: --epochs 3"),
+    ],
+)
+def test_a_bad_argument_of_the_neural_state(arguments, message):
+    assert_one_line_error(run(*arguments, script=NEURAL), message, NEURAL)
+
+
+def test_the_page_on_physics(capsys):
+    """Its code runs and prints what it says; its reference values are the exact ones."""
+    page = (EXAMPLES.parent / "docs" / "physics.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)[1], {})
+    lanczos_energy, exact, *_ = capsys.readouterr().out.splitlines()
+    assert lanczos_energy.startswith("-12.79261")
+    assert float(exact) == pytest.approx(-12.7926160298358, rel=1e-13)
+    rows = re.findall(r"^\| (\d+) \| (\d\.\d) \| (-[\d.]+) \| (-[\d.]+) \|$", page, re.MULTILINE)
+    assert len(rows) == 5
+    for n, h, *values in rows:
+        for value, periodic in zip(values, (False, True), strict=True):
+            energy = exact_ground_energy(int(n), float(h), periodic=periodic)
+            assert float(value) == pytest.approx(energy, rel=1e-13)
+    for picture in re.findall(r"\]\((\w+\.png)\)", page):
+        assert (EXAMPLES.parent / "docs" / picture).is_file()
+
+
+def assert_one_line_error(result, message, script=HAMILTONIAN):
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"{script}: error: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr

@@ -1,0 +1,139 @@
+"""The README: its examples run, and every cell of its table is true."""
+
+import importlib
+import json
+import re
+
+import mlx.core as mx
+import pytest
+from support import ROOT, device_of, integers, random_pattern
+
+from mlx_sparse_nn import BlockSparseLinear, CSRArray, sddmm, spmm, spmm_t
+from mlx_sparse_nn.core.backends import launch
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+DTYPES = {
+    "float32": [mx.float32],
+    "float16, bfloat16": [mx.float16, mx.bfloat16],
+    "float64": [mx.float64],
+    "complex64": [mx.complex64],
+}
+
+
+def table() -> dict[str, dict[str, str]]:
+    rows = re.search(r"\| operation .*?\n\n", README, re.DOTALL).group().strip().splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    return {row[0]: dict(zip(cells[0][1:], row[1:], strict=True)) for row in cells[2:]}
+
+
+def operation(name: str, dtype: mx.Dtype):
+    """Return the operation of a row as a function of two arrays, and two arrays for it."""
+    block_size = 1 if "scalars" in name or "@" in name else 4
+    pattern = random_pattern(4, 5, block_size, seed=1)
+    data = integers(pattern.data_shape, 1, dtype)
+    x, y = integers((3, pattern.shape[1]), 2, dtype), integers((3, pattern.shape[0]), 3, dtype)
+    if name.startswith("`spmm`"):
+        return lambda data, x: spmm(data, pattern, x), data, x
+    if name.startswith("`spmm_t`"):
+        return lambda data, y: spmm_t(data, pattern, y), data, y
+    if name.startswith("`sddmm`"):
+        return lambda y, x: sddmm(pattern, y, x), y, x
+    if name == "`A @ x`, `x @ A`":
+
+        def both(data, x):
+            A = CSRArray(data, pattern)
+            return (A @ x.T).T @ A
+
+        return both, data, x
+    assert name == "`BlockSparseLinear`"
+    layer = BlockSparseLinear(pattern.shape[1], pattern.shape[0], pattern, bias=False)
+
+    def apply(weight, x):
+        layer.weight = weight
+        return layer(x)
+
+    return apply, data, x
+
+
+TRANSFORMS = {
+    "grad": lambda f, a, b: mx.grad(lambda a, b: f(a, b).sum(), argnums=(0, 1))(a, b),
+    "jvp": lambda f, a, b: mx.jvp(f, [a, b], [a, b])[1],
+    "vmap": lambda f, a, b: mx.vmap(f)(mx.stack([a, a]), mx.stack([b, b])),
+    "compile": lambda f, a, b: mx.compile(f)(a, b),
+    "second order": lambda f, a, b: mx.jvp(
+        mx.grad(lambda a, b: (f(a, b) ** 2).sum(), argnums=(0, 1)), [a, b], [a, b]
+    )[1],
+}
+CELLS = [(row, column, text) for row, cells in table().items() for column, text in cells.items()]
+
+
+@pytest.mark.parametrize(("row", "column", "text"), CELLS)
+def test_every_cell_of_the_table_is_true(row, column, text):
+    assert text in ("yes", "no")
+    if column in DTYPES:
+        for dtype in DTYPES[column]:
+            with device_of(dtype):
+                f, a, b = operation(row, dtype)
+                if text == "yes":
+                    out = f(a, b)
+                    mx.eval(out)
+                    assert out.dtype == dtype
+                else:
+                    with pytest.raises(TypeError, match=str(dtype).rpartition(".")[2]):
+                        f(a, b)
+    else:
+        assert text == "yes"
+        mx.eval(TRANSFORMS[column](*operation(row, mx.float32)))
+
+
+def test_the_table_of_backends_is_true():
+    (row,) = re.findall(r"\| Metal kernels .*", README)
+    _, _, _, dtypes, blocks, _ = row.split("|")
+    assert sorted(dtypes.strip().split(", ")) == sorted(
+        str(d).rpartition(".")[2] for d in launch.DTYPES
+    )
+    assert re.search(r"all: (.*) by tiles", blocks).group(1) == "8, 16, 32, 64 and 128"
+    assert launch.TILED == (8, 16, 32, 64, 128)
+
+
+@pytest.mark.parametrize("code", CODE)
+def test_every_example_runs(code):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_what_the_examples_say_they_print(capsys):
+    (code,) = [code for code in CODE if "def energy" in code]
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("array([38, 114, 48]")
+    assert float(printed[1].split("(")[1].split(",")[0]) == pytest.approx(-5.6, rel=1e-6)
+    assert printed[2].startswith("-8.3056109658814")
+
+
+@pytest.mark.parametrize(
+    ("script", "function", "mark", "page"),
+    [
+        ("char_lm", "table", "char_lm", "README.md"),
+        ("gpu", "table", "gpu", "README.md"),
+        ("gpu", "aims", "gpu_aims", "benchmarks/README.md"),
+        ("metal_traffic", "table", "metal_traffic", "benchmarks/README.md"),
+    ],
+)
+def test_measured_tables_are_made_from_their_files(script, function, mark, page, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module(script)
+    table = getattr(module, function)(json.loads(module.RESULTS.read_text()))
+    assert f"<!-- {mark} -->\n{table}\n<!-- end -->" in (ROOT / page).read_text()
+
+
+def test_the_code_on_sparsify_runs():
+    """The blocks of the page follow one another, as a reader would type them."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/sparsify.md").read_text(), re.DOTALL)
+    names = {}
+    for code in blocks:
+        exec(compile(code, "docs/sparsify.md", "exec"), names)
+
+
+def test_no_number_is_left_to_be_filled_in():
+    assert not re.search(r"TODO|TBD|\?\?\?", README)

@@ -1,0 +1,280 @@
+"""restore: a dense model becomes the sparse one that was saved, or stays as it was."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from support import assert_equal
+
+from mlx_sparse_nn import BlockSparseLinear
+from mlx_sparse_nn.layers.quantized import QuantizedBlockSparseLinear
+from mlx_sparse_nn.surgery.restore import restore, restore_patterns
+
+
+class Block(nn.Module):
+    def __init__(self, dims):
+        super().__init__()
+        self.up, self.down = nn.Linear(dims, 2 * dims), nn.Linear(2 * dims, dims, bias=False)
+        self.norm = nn.RMSNorm(dims)
+
+    def __call__(self, x):
+        return self.norm(x + self.down(nn.relu(self.up(x))))
+
+
+class Model(nn.Module):
+    """A dense model, with layers in a list, in children, and left dense."""
+
+    def __init__(self, dims=64):
+        super().__init__()
+        self.blocks = [Block(dims) for _ in range(3)]
+        self.head = nn.Linear(dims, 5)
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def make_sparse(quantized=False):
+    """Sparse in blocks of 32, of 8 and of scalars; the second block of layers stays dense."""
+    model = Model()
+    first, last = model.blocks[0], model.blocks[2]
+    first.up = BlockSparseLinear.from_linear(first.up, block_size=32, density=0.5)
+    first.down = BlockSparseLinear.from_linear(first.down, block_size=32, density=0.3)
+    if quantized:
+        first.up, first.down = first.up.to_quantized(bits=8), first.down.to_quantized(bits=3)
+    last.up = BlockSparseLinear.from_linear(last.up, block_size=8, density=0.1, balance="global")
+    last.down = BlockSparseLinear.from_linear(last.down, block_size=1, density=0.05)
+    return model
+
+
+def arrays(model):
+    return dict(tree_flatten(model.parameters()))
+
+
+X = mx.random.normal((3, 64), key=mx.random.key(7))
+
+
+class TestRestore:
+    @pytest.mark.parametrize("quantized", [False, True])
+    @pytest.mark.parametrize("source", ["file", "path", "directory", "dict"])
+    def test_the_saved_model_comes_back(self, tmp_path, source, quantized):
+        saved = make_sparse(quantized)
+        path = tmp_path / "model.safetensors"
+        saved.save_weights(str(path))
+        weights = {
+            "file": str(path),
+            "path": path,
+            "directory": tmp_path,
+            "dict": arrays(saved),
+        }[source]
+        model = restore(Model(), weights)
+        assert_equal(model(X), saved(X))
+        kind = QuantizedBlockSparseLinear if quantized else BlockSparseLinear
+        assert type(model.blocks[0].up) is type(model.blocks[0].down) is kind
+        assert type(model.blocks[1].up) is type(model.head) is nn.Linear
+        assert [type(block.down) for block in model.blocks[1:]] == [nn.Linear, BlockSparseLinear]
+        assert [name for name, _ in tree_flatten(model.trainable_parameters())] == [
+            name for name, _ in tree_flatten(saved.trainable_parameters())
+        ]
+
+    def test_files_in_parts_as_mlx_lm_saves_large_models(self, tmp_path):
+        saved = make_sparse()
+        names = sorted(arrays(saved))
+        for part, some in enumerate((names[::2], names[1::2])):
+            mx.save_safetensors(
+                str(tmp_path / f"model-0000{part}-of-00002.safetensors"),
+                {name: arrays(saved)[name] for name in some},
+            )
+        assert_equal(restore(Model(), tmp_path)(X), saved(X))
+
+    def test_into_a_model_that_is_sparse_already_with_other_numbers_of_blocks(self):
+        saved, model = make_sparse(), make_sparse(quantized=True)
+        model.blocks[2].up = BlockSparseLinear(64, 128, block_size=16, density=0.9)
+        assert_equal(restore(model, arrays(saved))(X), saved(X))
+        assert_equal(restore(model, arrays(model))(X), saved(X))
+
+    def test_patterns_alone_leave_the_values_to_load_weights(self):
+        saved = make_sparse()
+        model = restore_patterns(Model(), arrays(saved))
+        assert model.blocks[0].up.pattern == saved.blocks[0].up.pattern
+        assert not mx.array_equal(model.blocks[0].up.weight, saved.blocks[0].up.weight)
+        model.load_weights(list(arrays(saved).items()))
+        assert_equal(model(X), saved(X))
+
+    def test_a_layer_at_two_paths_stays_one_layer(self):
+        models = [Model() for _ in range(2)]
+        for model in models:
+            model.blocks[1].up = model.blocks[0].up
+        saved, model = models
+        saved.blocks[0].up = BlockSparseLinear.from_linear(saved.blocks[0].up)
+        saved.blocks[1].up = saved.blocks[0].up
+        restore(model, arrays(saved))
+        assert model.blocks[1].up is model.blocks[0].up
+        assert_equal(model(X), saved(X))
+
+    def test_a_dense_checkpoint_is_loaded_as_ever(self):
+        saved = Model()
+        assert_equal(restore(Model(), arrays(saved))(X), saved(X))
+
+    def test_what_was_frozen_and_the_mode_stay(self):
+        model = restore(Model().freeze().eval(), arrays(make_sparse()))
+        assert not tree_flatten(model.trainable_parameters())
+        assert not model.blocks[0].up.training
+
+    def test_other_integer_types_are_read(self):
+        saved = make_sparse()
+        weights = {
+            name: array.astype(mx.int64) if name.endswith(("indptr", "indices")) else array
+            for name, array in arrays(saved).items()
+        }
+        assert_equal(restore(Model(), weights)(X), saved(X))
+
+
+UP, DOWN, LAST = "blocks.0.up.", "blocks.0.down.", "blocks.2.down."
+
+
+def put(name, change):
+    return lambda weights: weights | {name: change(weights[name])}
+
+
+def without(name):
+    return lambda weights: {key: array for key, array in weights.items() if key != name}
+
+
+BAD = {
+    "index past the end": (put(UP + "indices", lambda a: a + 2), ValueError, "outside"),
+    "huge index": (put(UP + "indices", lambda a: a * 0 + (2**31 - 1)), ValueError, "outside"),
+    "index of 64 bits": (
+        put(UP + "indices", lambda a: a.astype(mx.int64) + 2**32),
+        ValueError,
+        "does not fit 32 bits",
+    ),
+    "negative index": (put(LAST + "indices", lambda a: a - 100), ValueError, "outside"),
+    "indptr past the end": (put(UP + "indptr", lambda a: a + 1), ValueError, "start at 0"),
+    "indptr decreases": (
+        put(UP + "indptr", lambda a: mx.array([0, 9, 2, 4, a[-1].item()])),
+        ValueError,
+        "decreases",
+    ),
+    "short indptr": (put(UP + "indptr", lambda a: a[:-1]), ValueError, "indptr has 4 entries"),
+    "empty indptr": (put(UP + "indptr", lambda a: a[:0]), ValueError, "indptr has 0 entries"),
+    "two-dimensional indices": (put(UP + "indices", lambda a: a[None]), ValueError, "indices must"),
+    "floating indices": (
+        put(UP + "indices", lambda a: a.astype(mx.float32)),
+        TypeError,
+        "must be integers",
+    ),
+    "fewer weights than indices": (put(UP + "weight", lambda a: a[1:]), ValueError, "weight has"),
+    "more weights than indices": (
+        put(LAST + "weight", lambda a: mx.concatenate([a, a])),
+        ValueError,
+        "weight has",
+    ),
+    "blocks that are not square": (
+        put(UP + "weight", lambda a: a[:, :, 1:]),
+        ValueError,
+        "weight has",
+    ),
+    "blocks that do not divide the dims": (
+        put(UP + "weight", lambda a: mx.zeros((a.shape[0], 48, 48))),
+        ValueError,
+        "not a multiple of block_size 48",
+    ),
+    "blocks of nothing": (put(UP + "weight", lambda a: a[:, :0, :0]), ValueError, "weight has"),
+    "a matrix for a weight": (put(UP + "weight", lambda a: a[0]), ValueError, "weight has"),
+    "a scalar for a weight": (put(UP + "weight", lambda a: a[0, 0, 0]), ValueError, "weight has"),
+    "integer weights": (
+        put(UP + "weight", lambda a: a.astype(mx.int32)),
+        TypeError,
+        "weight has dtype",
+    ),
+    "another bias": (put(UP + "bias", lambda a: a[1:]), ValueError, "bias has shape"),
+    "no weight": (without(UP + "weight"), ValueError, "weight is missing"),
+    "no indptr": (without(UP + "indptr"), ValueError, "1 parameters"),
+    "no norm": (without("blocks.1.norm.weight"), ValueError, "Missing 1 parameters"),
+    "another norm": (put("blocks.1.norm.weight", lambda a: a[1:]), ValueError, "shape"),
+    "a NumPy array": (put("head.weight", lambda a: np.array(a)), TypeError, "must be an mx.array"),
+}
+BAD_QUANTIZED = {
+    "no biases": (without(UP + "biases"), ValueError, "biases is missing"),
+    "scales of another shape": (put(UP + "scales", lambda a: a[1:]), ValueError, "scales has"),
+    "biases of another shape": (put(UP + "biases", lambda a: a[1:]), ValueError, "biases has"),
+    "no groups": (put(UP + "scales", lambda a: a[:, :, :0]), ValueError, "scales has shape"),
+    "scales without an axis": (put(UP + "scales", lambda a: a[0, 0, 0]), ValueError, "scales has"),
+    "packed to 7 bits": (put(UP + "weight", lambda a: a[:, :, :7]), ValueError, "bits must be"),
+    "groups of 16": (
+        put(UP + "scales", lambda a: mx.concatenate([a, a], -1)),
+        ValueError,
+        "group_size must be",
+    ),
+    "floating weight": (
+        put(UP + "weight", lambda a: a.astype(mx.float32)),
+        TypeError,
+        "weight has dtype",
+    ),
+    "signed weight": (put(UP + "weight", lambda a: a.astype(mx.int32)), TypeError, "stay uint32"),
+    "integer scales": (put(UP + "scales", lambda a: a.astype(mx.uint8)), TypeError, "scales has"),
+    "index past the end": (put(DOWN + "indices", lambda a: a + 4), ValueError, "outside"),
+}
+CASES = [
+    pytest.param(quantized, *case, id=("quantized, " if quantized else "") + name)
+    for quantized, table in ((False, BAD), (True, BAD_QUANTIZED))
+    for name, case in table.items()
+]
+
+
+@pytest.mark.parametrize("make_model", [Model, make_sparse])
+@pytest.mark.parametrize(("quantized", "spoil", "error", "message"), CASES)
+def test_a_bad_checkpoint_is_refused_and_changes_nothing(
+    make_model, quantized, spoil, error, message
+):
+    model = make_model()
+    before, y = arrays(model), model(X)
+    modules = dict(model.named_modules())
+    with pytest.raises(error, match=message):
+        restore(model, spoil(arrays(make_sparse(quantized))))
+    after = arrays(model)
+    assert after.keys() == before.keys()
+    for name, array in before.items():
+        assert_equal(after[name], array)
+    assert all(module is modules[path] for path, module in model.named_modules())
+    assert_equal(model(X), y)
+
+
+def embed(model):
+    model.blocks[0].up = nn.Embedding(128, 64)
+    return model
+
+
+def shorten(model):
+    model.blocks = model.blocks[:2]
+    return model
+
+
+def narrow(_):
+    return Model(dims=32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (embed, r"blocks\.0\.up is sparse .* expected an nn\.Linear in the model, got Embedding"),
+        (shorten, r"blocks\.2\.\w+ is sparse .* no such layer"),
+        (narrow, r"blocks\.0\.\w+ is sparse"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused(change, message):
+    with pytest.raises(ValueError, match=r"\[restore\] " + message):
+        restore(change(Model()), arrays(make_sparse()))
+
+
+def test_files_that_are_no_checkpoint_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"\[restore\] no model\*\.safetensors"):
+        restore(Model(), tmp_path)
+    mx.save(str(tmp_path / "a.npy"), mx.ones(3))
+    with pytest.raises(TypeError, match=r"\[restore\] .*a\.npy holds an array without a name"):
+        restore(Model(), tmp_path / "a.npy")
+    with pytest.raises(TypeError, match=r"\[restore\] weights must be a path or a dict, got list"):
+        restore(Model(), [("a", mx.ones(3))])
