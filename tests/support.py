@@ -44,7 +44,7 @@ def computing(*backends: ModuleType) -> Iterator[None]:
 @contextmanager
 def fresh_launches() -> Iterator[None]:
     """Forget the kernels and launches that are kept, before and after."""
-    caches = (launch._kernel, cuda._prepared, cuda._grad_tiles)
+    caches = (launch._function, cuda._prepared, cuda._gradient_tile)
     for kept in caches:
         kept.cache_clear()
     yield

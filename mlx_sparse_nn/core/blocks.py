@@ -5,8 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core.backends.plain import _row_of_each, _wide_dtype, _widen
-from mlx_sparse_nn.core.layout import Half, Layout
+from mlx_sparse_nn.core.layout import Layout, Side
 from mlx_sparse_nn.core.pattern import CSRPattern
 
 
@@ -69,9 +68,10 @@ def todense(layout: Layout, data: mx.array) -> mx.array:
     """Return the dense ``(V, n_rows, n_cols)`` matrices; repeated entries add up in float32."""
     (n_rows, n_cols), block, n_batch = layout.shape, layout.block_size, data.shape[0]
     shape = (n_batch, n_rows // block, n_cols // block, block, block)
-    blocks = mx.zeros(shape, _wide_dtype(data.dtype))
+    wide = mx.float32 if data.dtype in (mx.float16, mx.bfloat16) else data.dtype
+    blocks = mx.zeros(shape, wide)
     if data.size:
-        values = _widen(data).reshape(n_batch, -1, block, block)
+        values = data.astype(wide).reshape(n_batch, -1, block, block)
         blocks = blocks.at[_places(layout.rows)].add(values)
     return blocks.swapaxes(2, 3).reshape(n_batch, n_rows, n_cols).astype(data.dtype)
 
@@ -87,6 +87,6 @@ def sample(layout: Layout, dense: mx.array) -> mx.array:
     return blocks.swapaxes(2, 3)[_places(layout.rows)].reshape(shape)
 
 
-def _places(half: Half) -> tuple:
+def _places(side: Side) -> tuple:
     """Return the index of the stored blocks in ``(V, R, C, ...)``."""
-    return slice(None), _row_of_each(half), half["indices"]
+    return slice(None), side.row_of_block, side.indices

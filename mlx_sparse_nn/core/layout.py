@@ -1,23 +1,19 @@
-"""Layout: the device arrays that the products read, derived on the host from one pattern."""
+"""Layout: the device arrays that every backend reads, and the sizes by which it chooses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
+from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.transforms import note_vmap
 
-if TYPE_CHECKING:
-    from mlx_sparse_nn.core.pattern import CSRPattern
-
-Half = dict[str, mx.array]
-
-_BUCKET = 4096  # padded values that take as long as the operations of one more bucket
-_DISTINCT = 256  # row lengths up to which buckets may begin at each
+_T = TypeVar("_T")
 
 
 class HostIndex:
@@ -42,72 +38,152 @@ class HostIndex:
         return indptr, self.rows[perm], perm
 
 
-class Layout:
-    """What ``spmm``, ``spmm_t`` and ``sddmm`` read of a pattern: two halves of int32 arrays.
+class RowGroup(NamedTuple):
+    """Block-rows of similar length."""
 
-    ``rows`` walks the matrix by block-rows, ``cols`` by block-columns; ``cols`` is made when first
-    asked for, so that a forward product alone never pays for the transpose. ``data_shape`` is the
-    shape of the values, ``(nnz,)`` or ``(n_blocks, B, B)``. Each half is a dict of arrays that a
-    layer can hold in its module's state, where they are inputs of compiled graphs:
+    n_block_rows: int
+    longest: int  # blocks in the longest of them
+    is_even: bool  # whether all are as long
 
-    - ``indptr``, ``indices``: CSR of the pattern (``rows``) or of its transpose (``cols``).
-    - ``perm``: where the blocks of the transpose lie in ``data``; empty in ``rows``.
 
-    These are all that kernels read. Plain MLX takes block-rows in buckets of similar length, padded
-    to the longest, for batched dense operations:
+class Side:
+    """CSR of a matrix by block-rows, or of its transpose: int32 arrays on the device.
 
-    - ``rows``: the block-rows, bucket by bucket; ``order``: the place of each one in ``rows``.
-    - ``slots``: column of each block of these rows; one past the last column where padded.
-    - ``stored``: its place in ``data``; one past the last block where padded.
-    - ``row``: the block-row of each stored block; empty in ``cols``.
-    - ``plan``: an empty array whose shape says how many rows, of what width, each bucket has (see
-      :func:`buckets`), and whether blocks are in order (see :func:`in_order`). Compiled graphs are
-      keyed by the shapes of their inputs, so sizes that travel as a shape can never meet the arrays
-      of another pattern.
-
-    Where all rows are equally long they are one bucket in stored order, and ``rows``, ``order``,
-    ``slots``, ``stored`` and ``row`` are empty: ``indices`` and ``perm`` serve as they are.
+    Attributes:
+        indptr: ``(n_block_rows + 1,)``, where each block-row begins.
+        indices: ``(n_blocks,)``, the block-column of each block.
+        perm: ``(n_blocks,)``, where each block lies in the stored data; None of the matrix itself.
+        static_sizes: An empty array whose shape holds the two below. Compiled graphs are keyed by
+            the shapes of their inputs, so a graph can never meet the sizes of another pattern.
+        n_block_cols: Number of block-columns.
+        groups: The block-rows by length, the shortest first; together they are all.
+        is_in_order: Whether the columns of every block-row ascend, and none repeats; False of
+            scalars, where nobody asks.
     """
 
-    def __init__(self, pattern: CSRPattern, halves: dict[str, Half] | None = None):
-        """Lay out ``pattern``, or take over ``halves`` that :meth:`state` gave for one alike."""
+    def __init__(
+        self,
+        indptr: mx.array,
+        indices: mx.array,
+        perm: mx.array | None,
+        static_sizes: mx.array,
+        n_block_cols: int,
+        is_constant: bool = False,
+    ):
+        self.indptr = indptr
+        self.indices = indices
+        self.perm = perm
+        self.static_sizes = static_sizes
+        self.n_block_cols = n_block_cols
+        self.n_block_rows = indptr.size - 1
+        self.n_blocks = indices.size
+        _, in_order, *sizes = static_sizes.shape
+        self.is_in_order = in_order == 1
+        self.groups = tuple(
+            RowGroup(n_rows, longest, even == 1)
+            for n_rows, longest, even in zip(sizes[::3], sizes[1::3], sizes[2::3], strict=True)
+        )
+        self._is_constant = is_constant
+        self._kept: dict[Callable, object] = {}
+
+    @cached_property
+    def longest_row(self) -> int:
+        """Number of blocks in the longest block-row."""
+        return max((group.longest for group in self.groups), default=0)
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        """Whether all block-rows are equally long."""
+        return len(self.groups) <= 1 and all(group.is_even for group in self.groups)
+
+    @property
+    def row_of_block(self) -> mx.array:
+        """Block-row of each block, ``(n_blocks,)`` uint32."""
+        return self.keep(_row_of_block)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the index arrays."""
+        arrays = (self.indptr, self.indices, self.perm)
+        return sum(array.nbytes for array in arrays if array is not None)
+
+    def keep(self, make: Callable[[Side], _T]) -> _T:
+        """Return what ``make`` derives from the index arrays, made once for this side.
+
+        The result is an array or a tuple of arrays and None. That of constant arrays is evaluated
+        at once, since MLX cannot evaluate a graph in another thread than it was made in.
+        """
+        if make not in self._kept:
+            self._kept[make] = made = make(self)
+            if self._is_constant:
+                mx.eval([array for _, array in tree_flatten(made)])
+        return self._kept[make]  # type: ignore[return-value]
+
+
+class Layout:
+    """What ``spmm``, ``spmm_t`` and ``sddmm`` read of a pattern: CSR of it, and of its transpose.
+
+    The transpose is made when it is first asked for, so that a forward product alone never pays for
+    it. What a backend derives of a side it keeps there (:meth:`Side.keep`).
+
+    Attributes:
+        shape: ``(n_rows, n_cols)`` in scalars.
+        block_size: Side of the blocks.
+        data_shape: Shape of the stored values, ``(nnz,)`` or ``(n_blocks, B, B)``.
+    """
+
+    def __init__(self, index: HostIndex, shape: tuple[int, int], block_size: int):
+        """Lay out a pattern, given by its index arrays."""
         note_vmap()
-        self.shape = pattern.shape
-        self.block_size = pattern.block_size
-        self.data_shape = pattern.data_shape
-        if halves is None:
-            # Not the pattern, which owns this layout: in a cycle, the arrays of a dropped pattern
-            # would wait for Python's next collection.
-            self._host = pattern.host
-        else:
-            self.rows, self.cols = halves["rows"], halves["cols"]
+        n_blocks = index.indices.size
+        self.shape = shape
+        self.block_size = block_size
+        self.data_shape = (n_blocks,) if block_size == 1 else (n_blocks, block_size, block_size)
+        # Not the pattern, which owns this layout: in a cycle, the arrays of a dropped pattern would
+        # wait for Python's next collection.
+        self._index = index
 
     @cached_property
-    def rows(self) -> Half:
-        host = self._host
-        return _half(host.indptr, host.indices, host.n_cols, self.block_size, row=host.rows)
+    def rows(self) -> Side:
+        """The matrix by block-rows."""
+        index = self._index
+        return _side(index.indptr, index.indices, None, index.n_cols, self.block_size)
 
     @cached_property
-    def cols(self) -> Half:
-        indptr, indices, perm = self._host.transpose
-        n_rows = self._host.indptr.size - 1
-        return _half(indptr, indices, n_rows, self.block_size, perm=perm)
+    def cols(self) -> Side:
+        """The matrix by block-columns: the rows of its transpose."""
+        indptr, indices, perm = self._index.transpose
+        return _side(indptr, indices, perm, self._index.indptr.size - 1, self.block_size)
 
-    def state(self) -> dict[str, Half]:
-        """Return both halves, for a module to hold."""
-        return {"rows": self.rows, "cols": self.cols}
+    def state(self) -> dict[str, mx.array]:
+        """Return all arrays but ``rows.indptr`` and ``rows.indices``, for a module to hold."""
+        rows, cols = self.rows, self.cols
+        assert cols.perm is not None
+        return {
+            "static_sizes": rows.static_sizes,
+            "cols_indptr": cols.indptr,
+            "cols_indices": cols.indices,
+            "cols_perm": cols.perm,
+            "cols_static_sizes": cols.static_sizes,
+        }
 
-
-def buckets(half: Half) -> Iterator[tuple[int, int, bool]]:
-    """Yield ``(rows, width, padded)`` of each bucket; ``padded`` if some row is shorter."""
-    sizes = half["plan"].shape[2:]
-    for rows, width, padded in zip(sizes[::3], sizes[1::3], sizes[2::3], strict=True):
-        yield rows, width, bool(padded)
-
-
-def in_order(half: Half) -> bool:
-    """Return whether the columns of every block-row ascend, and none repeats; False of scalars."""
-    return half["plan"].shape[1] == 1
+    def with_arrays(
+        self, indptr: mx.array, indices: mx.array, state: dict[str, mx.array]
+    ) -> Layout:
+        """Return the layout that reads these arrays, which may be tracers, in place of its own."""
+        rows, cols = self.rows, self.cols
+        layout = Layout(self._index, self.shape, self.block_size)
+        layout.__dict__["rows"] = Side(
+            indptr, indices, None, state["static_sizes"], rows.n_block_cols
+        )
+        layout.__dict__["cols"] = Side(
+            state["cols_indptr"],
+            state["cols_indices"],
+            state["cols_perm"],
+            state["cols_static_sizes"],
+            cols.n_block_cols,
+        )
+        return layout
 
 
 def ascend(indptr: np.ndarray, indices: np.ndarray) -> bool:
@@ -118,48 +194,19 @@ def ascend(indptr: np.ndarray, indices: np.ndarray) -> bool:
     return bool(rises.all())
 
 
-def _half(
-    indptr: np.ndarray,
-    indices: np.ndarray,
-    n_cols: int,
-    block_size: int,
-    perm: np.ndarray | None = None,
-    row: np.ndarray | None = None,
-) -> Half:
-    lengths = np.diff(indptr)
-    groups = _group(lengths, max(1, _BUCKET // block_size**2))
-    plan = [(rows.size, lengths[rows].max(), np.ptp(lengths[rows]) > 0) for rows in groups]
-    none = np.zeros(0, dtype=np.int32)
-    names = ("rows", "order", "slots", "stored", "row")
-    half: dict[str, np.ndarray] = dict.fromkeys(names, none)
-    if plan != [(lengths.size, lengths.max(initial=0), False)]:
-        half["rows"] = np.concatenate([none, *groups])
-        half["order"] = np.argsort(half["rows"], kind="stable")
-        stored = [_padded(indptr, rows, indices.size) for rows in groups]
-        half["stored"] = np.concatenate([none, *stored])
-        half["slots"] = np.append(indices, n_cols)[half["stored"]]
-        if perm is not None:
-            half["stored"] = np.append(perm, perm.size)[half["stored"]]
-        if row is not None:
-            half["row"] = row
-    half |= {"indptr": indptr, "indices": indices, "perm": none if perm is None else perm}
-    ordered = block_size > 1 and ascend(indptr, indices)
-    sizes = int(ordered), *(int(size) for bucket in plan for size in bucket)
-    return {
-        **{name: mx.array(array.astype(np.int32)) for name, array in half.items()},
-        "plan": mx.zeros((0, *sizes), mx.int32),
-    }
+def group_lengths(lengths: np.ndarray, overhead: int) -> list[RowGroup]:
+    """Group block-rows by length, short ones first, so that padding them costs least.
 
+    Rows are padded to the longest of their group, and a group costs as much as ``overhead`` blocks.
+    Finds the cheapest partition by dynamic programming over the distinct lengths. Where these are
+    many, they are first rounded up to five binary digits.
 
-def _group(lengths: np.ndarray, bucket: int) -> list[np.ndarray]:
-    """Group rows by length, short ones first, so that the padding costs least.
-
-    Rows are padded to the longest of their group, and a group costs as much as ``bucket`` blocks.
-    The best cut of the sorted lengths, by dynamic programming over the distinct ones. Where these
-    are many, they are first rounded up to five binary digits.
+    Args:
+        lengths: ``(n_block_rows,)``, blocks in each.
+        overhead: In blocks.
     """
     key = lengths
-    if np.unique(key).size > _DISTINCT:
+    if np.unique(key).size > tuned.MAX_EXACT_LENGTHS:
         unit = 2 ** np.maximum(0, np.floor(np.log2(np.maximum(1, key))).astype(np.int64) - 4)
         key = -(-key // unit) * unit
     widths, counts = np.unique(key, return_counts=True)
@@ -168,17 +215,34 @@ def _group(lengths: np.ndarray, bucket: int) -> list[np.ndarray]:
     for j in range(1, widths.size + 1):
         options = cost[:j] + widths[j - 1] * (total[j] - total[:j])
         first[j] = np.argmin(options)
-        cost[j] = options[first[j]] + bucket
+        cost[j] = options[first[j]] + overhead
     groups, j = [], widths.size
     while j:
-        groups.append(np.flatnonzero((key >= widths[first[j]]) & (key <= widths[j - 1])))
+        members = lengths[(key >= widths[first[j]]) & (key <= widths[j - 1])]
+        groups.append(RowGroup(members.size, int(members.max()), int(np.ptp(members)) == 0))
         j = first[j]
     return groups[::-1]
 
 
-def _padded(indptr: np.ndarray, rows: np.ndarray, padding: int) -> np.ndarray:
-    """Return where the blocks of ``rows`` lie, row by row, with ``padding`` after the short."""
-    lengths = indptr[rows + 1] - indptr[rows]
-    place = np.arange(lengths.max())
-    stored = indptr[rows, None] + place
-    return np.where(place < lengths[:, None], stored, padding).reshape(-1)
+def _side(
+    indptr: np.ndarray, indices: np.ndarray, perm: np.ndarray | None, n_cols: int, block_size: int
+) -> Side:
+    """Copy one side of a pattern to the device."""
+    groups = group_lengths(np.diff(indptr), max(1, tuned.GROUP_VALUES // block_size**2))
+    in_order = block_size > 1 and ascend(indptr, indices)
+    sizes = [int(in_order), *(int(size) for group in groups for size in group)]
+    return Side(
+        mx.array(indptr),
+        mx.array(indices),
+        None if perm is None else mx.array(perm),
+        mx.zeros((0, *sizes), mx.int32),
+        n_cols,
+        is_constant=True,
+    )
+
+
+def _row_of_block(side: Side) -> mx.array:
+    if side.is_uniform:
+        return mx.arange(side.n_blocks, dtype=mx.uint32) // max(1, side.longest_row)
+    begins = mx.zeros(side.n_blocks + 1, mx.uint32).at[side.indptr[1:-1]].add(1)
+    return mx.cumsum(begins)[:-1]

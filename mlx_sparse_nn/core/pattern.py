@@ -156,7 +156,7 @@ class CSRPattern:
     @cached_property
     def layout(self) -> Layout:
         """The arrays that the products read, made once."""
-        return Layout(self)
+        return Layout(self.host, self.shape, self.block_size)
 
     def tomask(self) -> mx.array:
         """Return the ``(n_rows, n_cols)`` bool array that is true where a value is stored."""

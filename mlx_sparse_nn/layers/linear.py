@@ -238,12 +238,9 @@ class BlockSparseLinear(PatternModule):
         source = block_sources("BlockSparseLinear", self._pattern, pattern)
         weight = move_blocks(self.weight, source)
         self.__dict__.pop("_replaced", None)
-        self._pattern = pattern
         # Not through PatternModule's __setitem__, which holds every array to its present shape.
         dict.__setitem__(self, "weight", weight)
-        dict.__setitem__(self, "indptr", mx.array(pattern.indptr))
-        dict.__setitem__(self, "indices", mx.array(pattern.indices))
-        self["_layout"] = pattern.layout.state()
+        self._lay_out(pattern)
         return source
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_sparse_nn.core.layout import Layout
 from mlx_sparse_nn.core.pattern import CSRPattern, check_indices, check_indptr, check_range
+from mlx_sparse_nn.core.transforms import transforming
 
 _INDICES = ("indptr", "indices")
 
@@ -26,16 +27,12 @@ class PatternModule(nn.Module):
         pinned: Names of further arrays that stay frozen whatever is unfrozen.
     """
 
+    _pattern: CSRPattern
+
     def __init__(self, pattern: CSRPattern, pinned: Iterable[str] = ()):
         super().__init__()
-        self.indptr = mx.array(pattern.indptr)
-        self.indices = mx.array(pattern.indices)
         self._no_grad = PinnedKeys((*_INDICES, *pinned))
-        # The arrays that the products read sit in the module's state, so that a compiled step takes
-        # them as inputs and follows a pattern that load_weights brings. A plain attribute is a
-        # constant of the compiled graph: of the pattern, only the sizes that never change are used.
-        self._pattern = pattern
-        self._layout = pattern.layout.state()
+        self._lay_out(pattern)
 
     @property
     def pattern(self) -> CSRPattern:
@@ -80,12 +77,28 @@ class PatternModule(nn.Module):
         return x
 
     def _bound_layout(self) -> Layout:
-        """Return the layout of the dicts in the module's state, made anew when these are others."""
-        # MLX puts other arrays into these dicts, as it compiles: a layout that holds them follows.
-        halves, bound = self["_layout"], self.__dict__.get("_bound")
-        if bound is None or bound.rows is not halves["rows"]:
-            bound = self.__dict__["_bound"] = Layout(self._pattern, halves)
-        return bound
+        """Return the layout of the arrays in the module's state.
+
+        They are those of the pattern's own layout, unless a transform has put others in their
+        place: ``mx.compile`` puts tracers there, and later the results of its graph.
+        """
+        layout = self._pattern.layout
+        if self["indices"] is self.__dict__.get("_laid_out") or not transforming():
+            return layout
+        return layout.with_arrays(self["indptr"], self["indices"], self["_layout"])
+
+    def _lay_out(self, pattern: CSRPattern) -> None:
+        """Take over a pattern, and all arrays that the products read of it."""
+        # These arrays sit in the module's state, so that a compiled step takes them as inputs and
+        # follows a pattern that load_weights brings. A plain attribute is a constant of the
+        # compiled graph: of the pattern, only the sizes that never change are used there.
+        layout = pattern.layout
+        for key, array in zip(_INDICES, (layout.rows.indptr, layout.rows.indices), strict=True):
+            # An array of its own on the same memory: who writes into it does not change the layout.
+            dict.__setitem__(self, key, array[:])
+        dict.__setitem__(self, "_layout", layout.state())
+        self.__dict__["_pattern"] = pattern
+        self.__dict__["_laid_out"] = self["indices"]
 
     def _extra_repr(self) -> str:
         pattern = self._pattern
@@ -150,11 +163,10 @@ class PatternModule(nn.Module):
         shape, block_size = self._pattern.shape, self._pattern.block_size
         pattern = CSRPattern(self["indptr"], self["indices"], shape, block_size)
         if pattern != self._pattern:
-            self._pattern = pattern
-            self["_layout"] = pattern.layout.state()
+            self._lay_out(pattern)
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("_replaced", "_bound")
+        derived = ("_replaced", "_laid_out")
         return {key: value for key, value in self.__dict__.items() if key not in derived}
 
 

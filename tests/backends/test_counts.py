@@ -147,7 +147,7 @@ def no_gpu(backend):
     with ExitStack() as stack:
         stack.enter_context(fresh_launches())
         stack.enter_context(computing({"metal": metal, "cuda": cuda}[backend], plain))
-        stack.enter_context(mock.patch.object(launch, "_kernel", kernel))
+        stack.enter_context(mock.patch.object(launch, "_function", kernel))
         stack.enter_context(mock.patch.object(cuda, "_architecture", return_value="sm_90"))
         yield names
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support import assert_equal, integers, pattern_of, patterns, random_pattern
 
 from mlx_sparse_nn import sddmm, spmm, spmm_t
-from mlx_sparse_nn.core.backends import cuda
+from mlx_sparse_nn.core import tuned
 
 
 def check(pattern, n, dtype, least=(), **settings):
@@ -36,7 +36,7 @@ def check(pattern, n, dtype, least=(), **settings):
 @pytest.fixture
 def filled(monkeypatch):
     """Let a little work count as enough to keep a GPU busy."""
-    monkeypatch.setattr(cuda, "_FILLING", 1)
+    monkeypatch.setattr(tuned, "BLOCKS_TO_FILL_GPU", 1)
 
 
 @pytest.mark.parametrize("n", [1, 17])
@@ -95,14 +95,14 @@ def panel_pattern(block_size, kind):
 )
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_panels(filled, monkeypatch, block_size, kind, settings):
-    monkeypatch.setattr(cuda, "_PANEL_DENSITY", {16: 0.0, 32: 0.0})
+    monkeypatch.setattr(tuned, "PANEL_DENSITY", {16: 0.0, 32: 0.0})
     pattern = panel_pattern(block_size, kind)
     check(pattern, 300, mx.bfloat16, ["spmm_panels", "sddmm_panels"], **settings)
 
 
 def test_gradients_in_parts(monkeypatch):
     """Sums over parts of the rows are added up in order, whatever part is the last."""
-    monkeypatch.setattr(cuda, "_GRAD_ROWS", 64)
+    monkeypatch.setattr(tuned, "GRADIENT_PANEL_ROWS", 64)
     pattern = panel_pattern(16, "even")
     assert "sum_splits" in check(pattern, 300, mx.float16, ["sddmm_panels"])
 

@@ -1,5 +1,6 @@
 """The CPU path: several streams, steps, threads, buckets of rows, and the memory that it takes."""
 
+import itertools
 import threading
 
 import mlx.core as mx
@@ -7,11 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import assert_equal, dense_of, integers, pattern_of, random_pattern
+from support import assert_equal, dense_of, integers, pattern_of, patterns, random_pattern
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern, sddmm, spmm, spmm_t
-from mlx_sparse_nn.core import layout as layouts
-from mlx_sparse_nn.core.backends import schedule as steps
+from mlx_sparse_nn.core import tuned
+from mlx_sparse_nn.core.backends import schedule
+from mlx_sparse_nn.core.backends.buckets import buckets_of
+from mlx_sparse_nn.core.layout import group_lengths
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +29,9 @@ def _on_cpu():
 def split(monkeypatch):
     """Cut even small products into many steps, over three streams."""
     streams = [mx.new_thread_local_stream(mx.cpu) for _ in range(2)]
-    monkeypatch.setattr(steps, "_SPLIT", 0)
-    monkeypatch.setattr(steps, "_more_streams", lambda: streams)
-    monkeypatch.setattr(steps, "_STEP", 1024)
+    monkeypatch.setattr(tuned, "MIN_PARALLEL_MULTIPLIES", 0)
+    monkeypatch.setattr(schedule, "_more_streams", lambda: streams)
+    monkeypatch.setattr(tuned, "CPU_STEP_BYTES", 1024)
 
 
 def products(pattern, n, seed=0, lead=()):
@@ -109,7 +112,7 @@ def test_a_stream_of_the_user_is_respected():
 
 def test_small_products_stay_on_one_stream(monkeypatch):
     """To wait for another thread takes longer than a small product."""
-    monkeypatch.setattr(steps, "_more_streams", lambda: pytest.fail("split"))
+    monkeypatch.setattr(schedule, "_more_streams", lambda: pytest.fail("split"))
     products(EVEN, 4)
 
 
@@ -122,7 +125,12 @@ def even_pattern(size, block_size, density):
 
 
 def layout_bytes(pattern):
-    return sum(a.nbytes for half in pattern.layout.state().values() for a in half.values())
+    """Bytes of all index arrays of a pattern, with what plain MLX derives of them."""
+    sides = pattern.layout.rows, pattern.layout.cols
+    derived = [side.keep(buckets_of) for side in sides]
+    derived.append([sides[0].row_of_block])
+    arrays = [a for group in derived for a in group if a is not None]
+    return sum(side.nbytes for side in sides) + sum(a.nbytes for a in arrays)
 
 
 def memory(run, pattern, *inputs):
@@ -140,7 +148,7 @@ def memory(run, pattern, *inputs):
 
 
 def assert_memory(held, peak):
-    """The bound that ``core/steps.py`` states."""
+    """The bound that ``core/backends/schedule.py`` states."""
     most = 4 * max(held, 2**19)
     assert peak < most, f"{peak / 2**20:.1f} MB where {held / 2**20:.2f} MB are held"
 
@@ -201,24 +209,50 @@ def test_memory_of_wide_products(block_size, dtype, n_products):
 
 
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=8), st.integers(1, 12))
-def test_buckets_pad_least(lengths, bucket):
+def test_groups_pad_least(lengths, overhead):
     """Against every way to cut the sorted lengths."""
-    lengths = np.array(lengths)
-    groups = layouts._group(lengths, bucket)
-    assert sorted(np.concatenate(groups)) == list(range(lengths.size))
-    cost = lambda parts: sum(max(part) * len(part) + bucket for part in parts)
-    ordered = sorted(lengths)
-    cuts = [
+    groups = group_lengths(np.array(lengths), overhead)
+    ordered, cuts = sorted(lengths), np.cumsum([0, *(group.n_block_rows for group in groups)])
+    parts = [ordered[a:b] for a, b in itertools.pairwise(cuts)]
+    assert cuts[-1] == len(lengths)
+    assert [(g.longest, g.is_even) for g in groups] == [(max(p), min(p) == max(p)) for p in parts]
+    cost = lambda parts: sum(max(part) * len(part) + overhead for part in parts)
+    every = [
         np.split(ordered, [i + 1 for i in range(len(ordered) - 1) if bits >> i & 1])
         for bits in range(2 ** (len(ordered) - 1))
     ]
-    assert cost([lengths[group] for group in groups]) == min(map(cost, cuts))
+    assert cost(parts) == min(map(cost, every))
 
 
-def test_buckets_of_many_lengths():
+def test_groups_of_many_lengths():
     """Thousands of lengths are laid out in bounded time, with little padding."""
     lengths = np.random.default_rng(0).permutation(3000)
-    groups = layouts._group(lengths, 4096)
-    assert sorted(np.concatenate(groups)) == list(range(3000))
-    padded = sum(lengths[group].max() * group.size for group in groups)
-    assert padded < 1.1 * lengths.sum()
+    groups = group_lengths(lengths, 4096)
+    assert sum(group.n_block_rows for group in groups) == 3000
+    assert sum(group.longest * group.n_block_rows for group in groups) < 1.1 * lengths.sum()
+
+
+@given(patterns(block_sizes=(1, 8)), st.booleans())
+def test_buckets_hold_every_block_once(pattern, transposed):
+    """Each slot names a block and its column, or is empty; block-rows keep theirs together."""
+    side = pattern.layout.cols if transposed else pattern.layout.rows
+    whole = pattern.T if transposed else pattern
+    buckets = side.keep(buckets_of)
+    perm = np.arange(side.n_blocks) if side.perm is None else np.array(side.perm)
+    columns = np.array(buckets.columns)
+    blocks = perm if buckets.blocks is None else np.array(buckets.blocks)
+    rows = np.arange(side.n_block_rows) if buckets.rows is None else np.array(buckets.rows)
+    assert sorted(rows) == list(range(side.n_block_rows))
+    slot = first_row = 0
+    for n_rows, width, _ in side.groups:
+        for row in rows[first_row : first_row + n_rows]:
+            begin, end = whole.indptr[row], whole.indptr[row + 1]
+            filled = slice(slot, slot + end - begin)
+            assert columns[filled].tolist() == whole.indices[begin:end].tolist()
+            assert blocks[filled].tolist() == perm[begin:end].tolist()
+            empty = slice(filled.stop, slot + width)
+            assert (columns[empty] == side.n_block_cols).all()
+            assert (blocks[empty] == side.n_blocks).all()
+            slot += width
+        first_row += n_rows
+    assert slot == columns.size

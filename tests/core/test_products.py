@@ -18,8 +18,8 @@ from support import (
 )
 
 from mlx_sparse_nn import CSRPattern, sddmm, spmm, spmm_t
-from mlx_sparse_nn.core.backends import plain as reference
-from mlx_sparse_nn.core.backends import schedule as steps
+from mlx_sparse_nn.core import tuned
+from mlx_sparse_nn.core.backends import plain
 from mlx_sparse_nn.core.ops import todense
 
 leading = st.lists(st.integers(0, 3), max_size=3).map(tuple)
@@ -211,14 +211,14 @@ def test_wide_sums_in_16_bits_accumulate_in_float32():
 
 @pytest.mark.parametrize("n", [1, 300])
 def test_steps_agree_with_one_step(n, monkeypatch):
-    """Cutting the rows into steps, as the reference does with wide products, changes no bit."""
+    """Cutting the rows into steps, as plain MLX does with wide products, changes no bit."""
     for block_size in (1, 8):
         pattern = random_pattern(40, 30, block_size, seed=4)
         uniform = CSRPattern(np.arange(41) * 3, np.arange(120) % 30, pattern.shape, block_size)
         for p in (pattern, uniform):
             with mx.stream(mx.cpu):
                 whole = all_products(p, n)
-                monkeypatch.setattr(steps, "_STEP", 5000)
+                monkeypatch.setattr(tuned, "CPU_STEP_BYTES", 5000)
                 for a, b in zip(all_products(p, n), whole, strict=True):
                     assert_equal(a, b)
                 monkeypatch.undo()
@@ -229,9 +229,9 @@ def all_products(pattern, n):
     data = mx.random.normal((1, *pattern.data_shape))
     x, y = mx.random.normal((1, n, pattern.shape[1])), mx.random.normal((1, n, pattern.shape[0]))
     products = (
-        reference.spmm(data, pattern.layout, x),
-        reference.spmm_t(data, pattern.layout, y),
-        reference.sddmm(pattern.layout, y, x),
+        plain.spmm(data, pattern.layout, x),
+        plain.spmm_t(data, pattern.layout, y),
+        plain.sddmm(pattern.layout, y, x),
     )
     mx.eval(products)
     return products

@@ -130,7 +130,7 @@ def test_only_the_wrong_layer_is_named():
     """A layer whose device arrays are not those of its pattern, as after a bad surgery."""
     model = nn.Sequential(BlockSparseLinear(64, 64), BlockSparseLinear(64, 64, density=0.5))
     other = builders.from_mask(~np.array(model.layers[1].pattern.tomask()))
-    model.layers[1]["_layout"] = other.layout.state()
+    model.layers[1].pattern.__dict__["layout"] = other.layout
     with pytest.raises(MismatchError) as caught:
         verify(model, mx.random.normal((4, 64)))
     assert {c.layer for c in caught.value.report.checks if not c.passed} == {"layers.1"}

@@ -9,7 +9,7 @@ import pytest
 from support import ROOT, device_of, integers, random_pattern
 
 from mlx_sparse_nn import BlockSparseLinear, CSRArray, sddmm, spmm, spmm_t
-from mlx_sparse_nn.core.backends import launch
+from mlx_sparse_nn.core import tuned
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -91,10 +91,10 @@ def test_the_table_of_backends_is_true():
     (row,) = re.findall(r"\| Metal kernels .*", README)
     _, _, _, dtypes, blocks, _ = row.split("|")
     assert sorted(dtypes.strip().split(", ")) == sorted(
-        str(d).rpartition(".")[2] for d in launch.DTYPES
+        str(d).rpartition(".")[2] for d in tuned.KERNEL_DTYPES
     )
     assert re.search(r"all: (.*) by tiles", blocks).group(1) == "8, 16, 32, 64 and 128"
-    assert launch.TILED == (8, 16, 32, 64, 128)
+    assert tuned.TILED_BLOCKS == (8, 16, 32, 64, 128)
 
 
 @pytest.mark.parametrize("code", CODE)

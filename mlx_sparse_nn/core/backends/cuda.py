@@ -4,59 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import launch
 from mlx_sparse_nn.core.backends.launch import (
-    GROUP,
-    TILED,
-    Launch,
+    Kernel,
+    KernelLaunch,
     lanes_per_row,
     launch_sddmm,
     launch_spmm,
-    longest_row,
     prepare,
+    round_up,
 )
-from mlx_sparse_nn.core.layout import Half, Layout, buckets, in_order
+from mlx_sparse_nn.core.layout import Layout, Side
 
 NAME = "cuda"
-_FEW = 16  # rows of x up to which a product is bound by reading the stored values
-_SHORT = 64  # values in a row up to which one thread adds them up
-_FILLING = 128  # thread blocks that keep a large GPU busy
-
-# Tiles of spmm_tiles by block size: ROWS, WARPS_N, WARPS_O, DEPTH, STAGES; for many rows, where a
-# thread block may have 160 KB of shared memory, and for up to 64 rows or 48 KB.
-_MANY_TILES = {
-    8: (256, 8, 1, 64, 3),
-    16: (256, 8, 1, 64, 3),
-    32: (256, 8, 1, 64, 3),
-    64: (128, 4, 1, 64, 3),
-    128: (128, 2, 4, 64, 3),
-}
-_SOME_TILES = {
-    8: (128, 4, 1, 32, 4),
-    16: (64, 4, 1, 32, 4),
-    32: (64, 4, 1, 32, 4),
-    64: (64, 2, 2, 32, 4),
-    128: (64, 2, 4, 32, 4),
-}
-_LARGE_SHARED_MEMORY = ("sm_80", "sm_87", "sm_90", "sm_100", "sm_103")
-# Tiles of sddmm_tiles: GROUP, WARPS_I, WARPS_K, DEPTH, STAGES.
-_GRAD_TILES = {
-    16: (8, 1, 4, 64, 3),
-    32: (4, 1, 4, 32, 4),
-    64: (2, 2, 2, 64, 3),
-    128: (1, 2, 4, 32, 4),
-}
-_HOPPER = "sm_90"  # the architecture of the kernels below
-_WGMMA_STAGES = {64: {256: 5, 128: 8}, 128: {256: 4, 128: 6}}  # by block size and rows of a tile
-_PANEL_DENSITY = {16: 0.025, 32: 0.15}  # from which spmm_panels is the faster one
-_PANEL_COLUMNS = 2**20
-_GRAD_PANELS = (16, 32)  # block sizes of sddmm_panels
-_GRAD_SHARED = 204_800
-_GRAD_ROWS = 256  # rows of x for which it pays to find the blocks of a panel
 
 
 def is_available() -> bool:
@@ -71,192 +35,207 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int) -
     batched products are made for these, and follow its own setting of TF32.
     """
     block_size = layout.block_size
-    by_tensor_cores = dtype != mx.float32 and (op != "sddmm" or block_size in _GRAD_TILES)
-    if block_size >= 8 and n_x > _FEW and not by_tensor_cores:
+    by_tensor_cores = dtype != mx.float32 and (op != "sddmm" or block_size in tuned.GRADIENT_TILES)
+    if block_size >= 8 and n_x > tuned.CUDA_FEW_ROWS and not by_tensor_cores:
         return False
     return launch.takes(layout, n_x, dtype, n_matrices)
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
     """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c] + bias[r]; see ``plain.spmm``."""
-    return _product(data, layout.rows, x, layout.shape[0], bias, transposed=False)
+    return _product(data, layout.rows, x, layout.shape[0], bias)
 
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; see ``plain.spmm_t``."""
-    return _product(data, layout.cols, y, layout.shape[1], None, transposed=True)
+    return _product(data, layout.cols, y, layout.shape[1], None)
 
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``plain.sddmm``."""
-    n, n_batch = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
-    block, half = layout.block_size, layout.rows
-    if block in _GRAD_TILES and x.dtype != mx.float32:
-        if _takes_grad_panels(layout, n):
-            return _grad_panels(layout, y, x, n, n_batch)
-        name, group, threads, shared_memory, template = _grad_tiles(block)
-        width = (half["indptr"].size - 1) * -(-longest_row(half) // group)
-        template, grid = {"T": x.dtype, **template}, (width * threads, 1, n_batch)
-        product = prepare(NAME, name, "sddmm", template, x.dtype, grid, threads, shared_memory)
-        arrays = [y, x, half["indptr"], half["indices"], half["indptr"]]
-        return product(arrays, (*x.shape[:-2], *layout.data_shape))
-    lanes = min(32, lanes_per_row(half, block))
-    width = -(-layout.shape[0] * lanes // GROUP)
-    splits = max(1, min(1024 // (width * n_batch), n // 64))
-    template = {"B": block, "LANES": lanes}
-    return launch_sddmm(NAME, "sddmm_csr", template, y, x, layout, width * GROUP, GROUP, splits)
-
-
-class _Tiling(NamedTuple):
-    """A kernel of ``spmm`` and how it is launched."""
-
-    name: str
-    template: dict[str, Any]
-    grid: tuple[int, int, int]
-    threads: int
-    shared_memory: int = 0
+    n, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
+    if layout.block_size not in tuned.GRADIENT_TILES or x.dtype == mx.float32:
+        kernel, n_splits = _gradient_by_scalars(layout, n, n_matrices)
+    elif _takes_gradient_panels(layout, n):
+        kernel, n_splits = _gradient_panels(layout, n, n_matrices)
+    else:
+        launched = prepare(NAME, "sddmm", _gradient_tiles(layout, n_matrices), x.dtype, T=x.dtype)
+        side = layout.rows
+        arrays = [y, x, side.indptr, side.indices, side.indptr]  # the last one is not read
+        return launched(arrays, (*x.shape[:-2], *layout.data_shape))
+    return launch_sddmm(NAME, kernel, layout, y, x, n_splits)
 
 
 def _product(
-    data: mx.array, half: Half, x: mx.array, n_out: int, bias: mx.array | None, transposed: bool
+    data: mx.array, side: Side, x: mx.array, n_out: int, bias: mx.array | None
 ) -> mx.array:
-    shape, dtype = x.shape, x.dtype
-    n, n_batch = shape[-2], shape[0] if len(shape) == 3 else 1
-    block = data.shape[-1] if data.ndim > 2 else 1
-    if block in TILED and dtype != mx.float32:
-        even = n > _FEW and _is_even(half)
-        panels = n > _FEW and _takes_panels(half, block, n_out, shape[-1])
-        choice = _tiling, n, n_batch, block, n_out, transposed, even, panels
-    elif block == 1 and n == 1 and not transposed and longest_row(half) <= _SHORT:
-        choice = _streaming, n_batch, n_out
+    """Launch the kernel of a product with a side of the matrix."""
+    shape, dtype, transposed = x.shape, x.dtype, side.perm is not None
+    n, n_matrices = shape[-2], shape[0] if len(shape) == 3 else 1
+    block_size = data.shape[-1] if data.ndim > 2 else 1
+    if block_size in tuned.TILED_BLOCKS and dtype != mx.float32:
+        even = n > tuned.CUDA_FEW_ROWS and _is_even(side)
+        panels = n > tuned.CUDA_FEW_ROWS and _takes_panels(side, block_size, n_out, shape[-1])
+        choice = _by_tensor_cores, n, n_matrices, block_size, n_out, transposed, even, panels
+    elif _takes_streaming(side, block_size, n):
+        choice = _streaming, n_matrices, n_out
     else:
-        choice = _by_scalars, n, n_batch, block, n_out, transposed, lanes_per_row(half, block)
-    launch = _prepared(dtype, bias is not None, *choice)
-    return launch_spmm(launch, data, half, x, n_out, bias, transposed)
+        lanes = lanes_per_row(side, block_size)
+        choice = _by_scalars, n, n_matrices, block_size, n_out, transposed, lanes
+    launched = _prepared(dtype, bias is not None, *choice)
+    return launch_spmm(launched, data, side, x, n_out, bias)
 
 
 @lru_cache(4096)
-def _prepared(dtype: mx.Dtype, has_bias: bool, choose: Callable[..., _Tiling], *sizes) -> Launch:
-    """Return what ``choose`` says of these sizes, kept: to choose takes longer than to launch."""
-    name, template, grid, threads, shared_memory = choose(*sizes)
-    template = {"T": dtype, **template, "BIAS": int(has_bias)}
-    return prepare(NAME, name, "spmm", template, dtype, grid, threads, shared_memory)
+def _prepared(
+    dtype: mx.Dtype, has_bias: bool, choose_kernel: Callable[..., Kernel], *sizes: int
+) -> KernelLaunch:
+    """Return what ``choose_kernel`` says of these sizes, kept: that takes longer than to launch."""
+    return prepare(NAME, "spmm", choose_kernel(*sizes), dtype, T=dtype, BIAS=int(has_bias))
 
 
-def _streaming(n_batch: int, n_out: int) -> _Tiling:
+def _takes_streaming(side: Side, block_size: int, n: int) -> bool:
+    """Return whether one thread adds up each row: short rows of scalars times one row of x."""
+    is_vector = block_size * n == 1 and side.perm is None
+    return is_vector and side.longest_row <= tuned.MAX_STREAMED_ROW
+
+
+def _streaming(n_matrices: int, n_out: int) -> Kernel:
     """Return the kernel of one row of x and short rows of scalars."""
-    grid = (-(-n_out // 64) * 64, 1, n_batch)
-    return _Tiling("spmm_stream", {"ROWS": 64, "HELD": 1664}, grid, 64)
+    grid = (round_up(n_out, 64), 1, n_matrices)
+    return Kernel("spmm_stream", {"ROWS": 64, "HELD": 1664}, grid, 64)
 
 
 def _by_scalars(
-    n: int, n_batch: int, block: int, n_out: int, transposed: bool, lanes: int
-) -> _Tiling:
+    n: int, n_matrices: int, block_size: int, n_out: int, transposed: bool, lanes: int
+) -> Kernel:
     """Return the kernel of all else, which reads blocks by scalars."""
-    rows = 1 if n == 1 else 4
-    grid = (-(-n_out * lanes // GROUP) * GROUP, -(-n // rows), n_batch)
-    template = {"B": block, "ROWS": rows, "LANES": lanes, "TRANSPOSED": int(transposed)}
-    return _Tiling("spmm_csr", template, grid, GROUP)
+    rows, threads = 1 if n == 1 else 4, tuned.GROUP_THREADS
+    grid = (round_up(n_out * lanes, threads), -(-n // rows), n_matrices)
+    template = {"B": block_size, "ROWS": rows, "LANES": lanes, "TRANSPOSED": int(transposed)}
+    return Kernel("spmm_csr", template, grid, threads)
 
 
-def _is_even(half: Half) -> bool:
+def _is_even(side: Side) -> bool:
     """Return whether no block-row is more than twice as long as the mean."""
-    return longest_row(half) * (half["indptr"].size - 1) <= 2 * half["indices"].size
+    return side.longest_row * side.n_block_rows <= 2 * side.n_blocks
 
 
-def _takes_panels(half: Half, block: int, n_out: int, n_in: int) -> bool:
+def _takes_panels(side: Side, block_size: int, n_out: int, n_in: int) -> bool:
     """Return whether so much of the matrix is stored that x is read by panels of outputs.
 
     They walk the columns in order, and so must the blocks.
     """
-    if block not in _PANEL_DENSITY or n_in > _PANEL_COLUMNS or not in_order(half):
+    least = tuned.PANEL_DENSITY.get(block_size)
+    if least is None or n_in > tuned.MAX_PANEL_COLUMNS or not side.is_in_order:
         return False
-    return half["indices"].size * block**2 >= _PANEL_DENSITY[block] * n_out * n_in
+    return side.n_blocks * block_size**2 >= least * n_out * n_in
 
 
-def _tiling(
-    n: int, n_batch: int, block: int, n_out: int, transposed: bool, even: bool, panels: bool
-) -> _Tiling:
-    """Return the kernel of 16-bit blocks: few rows, many on Hopper, or many."""
-    n_block_rows = n_out // block
-    if n <= _FEW and not transposed:
+def _by_tensor_cores(
+    n: int, n_matrices: int, block_size: int, n_out: int, transposed: bool, even: bool, panels: bool
+) -> Kernel:
+    """Return the kernel of 16-bit blocks: few rows of x, many on Hopper, or many."""
+    n_block_rows, filling = n_out // block_size, tuned.BLOCKS_TO_FILL_GPU
+    if n <= tuned.CUDA_FEW_ROWS and not transposed:
         # Enough thread blocks to fill the GPU: strips of 16 outputs, and 8 warps along k.
-        strip = min(16, block)
-        grid = (n_out // strip * 256, -(-n // 16), n_batch)
-        return _Tiling("spmm_few", {"B": block}, grid, 256)
-    hopper, width = _architecture() == _HOPPER, n_block_rows
-    if hopper and panels and -(-n_out // 256) * -(-n // 128) * n_batch >= _FILLING:
+        grid = (n_out // min(16, block_size) * 256, -(-n // 16), n_matrices)
+        return Kernel("spmm_few", {"B": block_size}, grid, 256)
+    hopper, width = _architecture() == tuned.HOPPER, n_block_rows
+    if hopper and panels and -(-n_out // 256) * -(-n // 128) * n_matrices >= filling:
         rows, stages, threads, width = 128, 4, 640, -(-n_out // 256)
         name, template = "spmm_panels", {}
         shared_memory = stages * 32_768 + 65_536 + 1024
-    elif hopper and n > 64 and block in _WGMMA_STAGES:
-        rows = 256 if n_block_rows * -(-n // 256) * n_batch >= _FILLING else 128
-        stages, threads = _WGMMA_STAGES[block][rows], 384
+    elif hopper and n > 64 and block_size in tuned.WGMMA_STAGES:
+        rows = 256 if n_block_rows * -(-n // 256) * n_matrices >= filling else 128
+        stages, threads = tuned.WGMMA_STAGES[block_size][rows], 384
         name, template = "spmm_wgmma", {"ROWS": rows}
-        shared_memory = stages * (rows + block) * 128 + 1024
+        shared_memory = stages * (rows + block_size) * 128 + 1024
     else:
-        many = n > 64 and _architecture() in _LARGE_SHARED_MEMORY
-        rows, warps_n, warps_o, depth, stages = (_MANY_TILES if many else _SOME_TILES)[block]
-        threads = 32 * warps_n * warps_o
-        name, template = "spmm_tiles", {"WARPS_N": warps_n, "WARPS_O": warps_o, "DEPTH": depth}
+        many = n > 64 and _architecture() in tuned.LARGE_SHARED_MEMORY
+        tile = (tuned.MANY_ROWS_TILES if many else tuned.SOME_ROWS_TILES)[block_size]
+        rows, stages, threads = tile.rows, tile.stages, 32 * tile.warps_n * tile.warps_o
+        name = "spmm_tiles"
+        template = {"WARPS_N": tile.warps_n, "WARPS_O": tile.warps_o, "DEPTH": tile.depth}
         template["ROWS"] = rows
-        shared_memory = 2 * stages * (rows + block) * depth
+        shared_memory = 2 * stages * (rows + block_size) * tile.depth
     # A thread block takes up to 8 tiles of rows, fewer where that would leave the GPU idle, and one
     # where some block-row would keep it busy much longer than others.
     tiles = -(-n // rows)
-    shares = max(-(-tiles // 8), -(-_FILLING // (width * n_batch))) if even else tiles
+    shares = max(-(-tiles // 8), -(-filling // (width * n_matrices))) if even else tiles
     shares = min(tiles, shares)
-    template |= {"B": block, "STAGES": stages, "TRANSPOSED": int(transposed)}
-    return _Tiling(name, template, (width * threads, shares, n_batch), threads, shared_memory)
+    template |= {"B": block_size, "STAGES": stages, "TRANSPOSED": int(transposed)}
+    return Kernel(name, template, (width * threads, shares, n_matrices), threads, shared_memory)
 
 
-def _takes_grad_panels(layout: Layout, n: int) -> bool:
+def _gradient_by_scalars(layout: Layout, n: int, n_matrices: int) -> tuple[Kernel, int]:
+    """Return the kernel of weight gradients by scalars, and in how many parts the rows go."""
+    lanes, threads = min(32, lanes_per_row(layout.rows, layout.block_size)), tuned.GROUP_THREADS
+    width = round_up(layout.shape[0] * lanes, threads)
+    groups = width // threads * n_matrices
+    n_splits = max(1, min(tuned.CUDA_GRADIENT_GROUPS // groups, n // tuned.CUDA_ROWS_PER_SPLIT))
+    template = {"B": layout.block_size, "LANES": lanes}
+    return Kernel("sddmm_csr", template, (width, 1, n_matrices), threads), n_splits
+
+
+def _takes_gradient_panels(layout: Layout, n: int) -> bool:
     """Return whether blocks are small, so that their gradients share the columns of y and of x.
 
     No block may be stored twice.
     """
-    if layout.block_size not in _GRAD_PANELS or n < _GRAD_ROWS or not in_order(layout.rows):
+    small = layout.block_size in tuned.GRADIENT_PANELS and n >= tuned.GRADIENT_PANEL_ROWS
+    if not small or not layout.rows.is_in_order:
         return False
     columns = layout.shape[1] // layout.block_size
-    return 8 * columns <= _GRAD_SHARED and _architecture() == _HOPPER
+    return 8 * columns <= tuned.GRADIENT_PANEL_SHARED and _architecture() == tuned.HOPPER
 
 
-def _grad_panels(layout: Layout, y: mx.array, x: mx.array, n: int, n_batch: int) -> mx.array:
-    """Launch ``sddmm_panels`` in about as many thread blocks as keep a large GPU busy."""
-    block, half = layout.block_size, layout.rows
-    panel = 256 // block
-    panels = -(-(half["indptr"].size - 1) // panel)
-    shares = -(-_most_blocks(half, panel) // (32_768 // block**2))
-    splits = max(1, min(_FILLING // (panels * shares * n_batch), n // _GRAD_ROWS))
-    shares = max(shares, _FILLING // (panels * splits * n_batch))
-    template = {"B": block, "SHARED": _GRAD_SHARED}
-    width = panels * shares * 640
-    return launch_sddmm(
-        NAME, "sddmm_panels", template, y, x, layout, width, 640, splits, _GRAD_SHARED
-    )
+def _gradient_panels(layout: Layout, n: int, n_matrices: int) -> tuple[Kernel, int]:
+    """Return ``sddmm_panels``, in thread blocks enough to fill a GPU, and the parts of the rows."""
+    block_size, side, filling = layout.block_size, layout.rows, tuned.BLOCKS_TO_FILL_GPU
+    panel_rows = 256 // block_size
+    panels = -(-side.n_block_rows // panel_rows)
+    shares = -(-_most_blocks(side, panel_rows) // (32_768 // block_size**2))
+    n_splits = filling // (panels * shares * n_matrices)
+    n_splits = max(1, min(n_splits, n // tuned.GRADIENT_PANEL_ROWS))
+    shares = max(shares, filling // (panels * n_splits * n_matrices))
+    shared_memory = tuned.GRADIENT_PANEL_SHARED
+    template = {"B": block_size, "SHARED": shared_memory}
+    grid = (panels * shares * 640, 1, n_matrices)
+    return Kernel("sddmm_panels", template, grid, 640, shared_memory), n_splits
 
 
-def _most_blocks(half: Half, n_rows: int) -> int:
-    """Return how many blocks ``n_rows`` block-rows have together at most."""
+def _most_blocks(side: Side, n_block_rows: int) -> int:
+    """Return how many blocks so many block-rows have together at most."""
     total = 0
-    for rows, width, _ in reversed(list(buckets(half))):
-        taken = min(rows, n_rows)
-        total, n_rows = total + taken * width, n_rows - taken
+    for group in reversed(side.groups):
+        taken = min(group.n_block_rows, n_block_rows)
+        total, n_block_rows = total + taken * group.longest, n_block_rows - taken
     return total
 
 
+def _gradient_tiles(layout: Layout, n_matrices: int) -> Kernel:
+    """Return the kernel of weight gradients of blocks by tensor cores."""
+    side = layout.rows
+    group, kernel = _gradient_tile(layout.block_size)
+    width = side.n_block_rows * -(-side.longest_row // group)
+    return kernel._replace(grid=(width * kernel.threads, 1, n_matrices))
+
+
 @cache
-def _grad_tiles(block: int) -> tuple[str, int, int, int, dict[str, int]]:
-    """Return a kernel of ``sddmm``: its name, GROUP, threads, shared memory and template."""
-    if block in _WGMMA_STAGES and _architecture() == _HOPPER:
-        group, stages = 256 // block, _WGMMA_STAGES[block][256]
-        template = {"B": block, "STAGES": stages}
-        return "sddmm_wgmma", group, 384, stages * (1 + group) * block * 128 + 1024, template
-    group, warps_i, warps_k, depth, stages = _GRAD_TILES[block]
-    template = {"B": block, "GROUP": group, "WARPS_I": warps_i, "WARPS_K": warps_k}
-    template |= {"DEPTH": depth, "STAGES": stages}
-    shared_memory = 2 * block * stages * depth * (1 + group)
-    return "sddmm_tiles", group, 32 * warps_i * warps_k, shared_memory, template
+def _gradient_tile(block_size: int) -> tuple[int, Kernel]:
+    """Return the blocks that a thread block of ``sddmm`` takes, and the kernel, without a grid."""
+    if block_size in tuned.WGMMA_STAGES and _architecture() == tuned.HOPPER:
+        group, stages = 256 // block_size, tuned.WGMMA_STAGES[block_size][256]
+        template = {"B": block_size, "STAGES": stages}
+        shared_memory = stages * (1 + group) * block_size * 128 + 1024
+        return group, Kernel("sddmm_wgmma", template, (0, 1, 1), 384, shared_memory)
+    tile = tuned.GRADIENT_TILES[block_size]
+    template = {"B": block_size, "GROUP": tile.group, "WARPS_I": tile.warps_i}
+    template |= {"WARPS_K": tile.warps_k, "DEPTH": tile.depth, "STAGES": tile.stages}
+    shared_memory = 2 * block_size * tile.stages * tile.depth * (1 + tile.group)
+    threads = 32 * tile.warps_i * tile.warps_k
+    return tile.group, Kernel("sddmm_tiles", template, (0, 1, 1), threads, shared_memory)
 
 
 @cache

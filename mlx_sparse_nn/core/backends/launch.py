@@ -14,20 +14,17 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_sparse_nn.core.layout import Half, Layout, buckets
+from mlx_sparse_nn.core import tuned
+from mlx_sparse_nn.core.layout import Layout, Side
 from mlx_sparse_nn.core.transforms import vmapping
 
 _PACKAGE = Path(__file__).parents[2]
 _INCLUDE = re.compile(r'#include "(.+)"\n')  # a body names the headers that it needs
-DTYPES = (mx.bfloat16, mx.float32, mx.float16)  # what comes first is found first
-TILED = (8, 16, 32, 64, 128)  # block sizes with kernels of their own; the others go by scalars
 # MLX writes a kernel's signature: the word that it begins with brings the number of threads, by
 # which the compiler shares out registers.
 _BOUND = """#undef __global__
 #define __global__ __attribute__((global)) __launch_bounds__({bounds})
 """
-_HALF = 113 * 1024  # bytes of shared memory: of a thread block with more, an SM has one at a time
-GROUP = 256  # threads of a group, where the kernel leaves it open
 INPUTS = {
     "spmm": ("data", "indptr", "indices", "perm", "x", "bias"),
     "sddmm": ("y", "x", "indptr", "indices", "step"),
@@ -41,27 +38,21 @@ def takes(layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int) -> bool:
     They can for float32, float16 and bfloat16, every block size, and every shape and pattern with
     at least one element, where ``mx.vmap`` is not tracing.
     """
-    if dtype not in DTYPES or vmapping():
+    if dtype not in tuned.KERNEL_DTYPES or vmapping():
         return False
     return layout.data_shape[0] * n_x * n_matrices > 0
 
 
-def longest_row(half: Half) -> int:
-    """Return the number of blocks in the longest block-row, or a little more."""
-    return max(width for _, width, _ in buckets(half))
-
-
-def lanes_per_row(half: Half, block: int) -> int:
+def lanes_per_row(side: Side, block_size: int) -> int:
     """Threads that share a scalar row: one for every two values of the mean row, 32 at most.
 
-    Where the longest row would keep one simdgroup at work for more than 64 rounds, a whole
-    threadgroup takes each row.
+    Where the longest row would keep 32 threads at work for too many rounds, a whole thread block
+    takes each row.
     """
-    n_rows = half["indptr"].size - 1
-    mean = half["indices"].size * block / n_rows
-    longest = longest_row(half) * block
+    mean = side.n_blocks * block_size / side.n_block_rows
     lanes = min(32, power_of_two(int(mean) // 2))
-    return GROUP if longest > 64 * 32 else lanes
+    rounds = side.longest_row * block_size / 32
+    return tuned.GROUP_THREADS if rounds > tuned.MAX_ROUNDS else lanes
 
 
 def power_of_two(value: int) -> int:
@@ -69,18 +60,28 @@ def power_of_two(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
 
 
-class Launch(NamedTuple):
-    """A kernel and all that it is launched with, as ``mx.fast`` takes it, but the arrays."""
+class Kernel(NamedTuple):
+    """A kernel that computes a product, and how it is launched."""
 
-    kernel: Callable[..., list[mx.array]]
+    name: str
+    template: dict[str, Any]  # of what it takes but dtypes: tile constants
+    grid: tuple[int, int, int]  # in threads
+    threads: int  # of a thread block
+    shared_memory: int = 0  # bytes of a thread block, where the kernel does not say it itself
+
+
+class KernelLaunch(NamedTuple):
+    """A kernel and all that ``mx.fast`` takes with it, but the arrays."""
+
+    function: Callable[..., list[mx.array]]
     template: list[tuple[str, Any]]
     dtypes: list[mx.Dtype]
     grid: tuple[int, int, int]
     group: tuple[int, int, int]
 
     def __call__(self, arrays: list[mx.array], shape: tuple[int, ...]) -> mx.array:
-        kernel, template, dtypes, grid, group = self
-        (out,) = kernel(
+        function, template, dtypes, grid, group = self
+        (out,) = function(
             inputs=arrays,
             template=template,
             output_shapes=[shape],
@@ -92,71 +93,74 @@ class Launch(NamedTuple):
 
 
 def prepare(
-    backend: str,
-    name: str,
-    inputs: str,
-    template: dict[str, Any],
-    dtype: mx.Dtype,
-    grid: tuple[int, int, int],
-    threads: int,
-    shared_memory: int = 0,
-) -> Launch:
-    """Return the kernel ``<backend>/<name>``, to be launched; ``grid`` counts threads."""
-    kernel = _kernel(backend, name, inputs, threads, shared_memory)
-    return Launch(kernel, list(template.items()), [dtype], grid, (threads, 1, 1))
+    backend: str, inputs: str, kernel: Kernel, dtype: mx.Dtype, **types: mx.Dtype | int
+) -> KernelLaunch:
+    """Return a kernel of ``<backend>/``, to be launched.
+
+    Args:
+        backend: The folder of its source.
+        inputs: Which ``INPUTS`` it takes.
+        kernel: The kernel.
+        dtype: Of its output.
+        types: Further template arguments, dtypes first.
+    """
+    function = _function(backend, kernel.name, inputs, kernel.threads, kernel.shared_memory)
+    template = list((types | kernel.template).items())
+    return KernelLaunch(function, template, [dtype], kernel.grid, (kernel.threads, 1, 1))
 
 
 def launch_spmm(
-    prepared: Launch,
+    launch: KernelLaunch,
     data: mx.array,
-    half: Half,
+    side: Side,
     x: mx.array,
     n_out: int,
     bias: mx.array | None,
-    transposed: bool,
 ) -> mx.array:
     """Launch a kernel of ``spmm`` or ``spmm_t``; inputs that it does not read are stand-ins."""
-    indices = half["indices"]
-    perm = half["perm"] if transposed else indices
-    arrays = [data, half["indptr"], indices, perm, x, x if bias is None else bias]
-    return prepared(arrays, (*x.shape[:-1], n_out))
+    perm = side.indices if side.perm is None else side.perm
+    arrays = [data, side.indptr, side.indices, perm, x, x if bias is None else bias]
+    return launch(arrays, (*x.shape[:-1], n_out))
 
 
 def launch_sddmm(
-    backend: str,
-    name: str,
-    template: dict[str, Any],
-    y: mx.array,
-    x: mx.array,
-    layout: Layout,
-    n_threads: int,
-    threads: int,
-    splits: int,
-    shared_memory: int = 0,
+    backend: str, kernel: Kernel, layout: Layout, y: mx.array, x: mx.array, n_splits: int
 ) -> mx.array:
-    """Launch a kernel of ``sddmm`` over about ``splits`` parts of the rows, summed in order."""
-    n, n_batch = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
-    half = layout.rows
-    step = -(-n // splits)
-    splits = -(-n // step)
+    """Launch a kernel of ``sddmm`` over about ``n_splits`` parts of the rows, summed in order.
+
+    Args:
+        backend: The folder of its source.
+        kernel: The kernel; its grid's second size is set here.
+        layout: Layout of the pattern.
+        y: ``(N, n_rows)`` or ``(V, N, n_rows)``.
+        x: ``(N, n_cols)`` or ``(V, N, n_cols)``.
+        n_splits: Parts that the N rows are cut into.
+    """
+    n, side, dtype = x.shape[-2], layout.rows, x.dtype
+    rows_per_split = -(-n // n_splits)
+    n_splits = -(-n // rows_per_split)
     shape = (*x.shape[:-2], *layout.data_shape)
-    dtype = x.dtype if splits == 1 else mx.float32
-    arrays = [y, x, half["indptr"], half["indices"], mx.array([step], dtype=mx.int32)]
-    template = {"T": x.dtype, "OUT": dtype, **template}
-    grid = (n_threads, splits, n_batch)
-    product = prepare(backend, name, "sddmm", template, dtype, grid, threads, shared_memory)
-    out = product(arrays, (splits, *shape))
-    if splits == 1:
+    out_dtype = dtype if n_splits == 1 else mx.float32
+    kernel = kernel._replace(grid=(kernel.grid[0], n_splits, kernel.grid[2]))
+    launch = prepare(backend, "sddmm", kernel, out_dtype, T=dtype, OUT=out_dtype)
+    arrays = [y, x, side.indptr, side.indices, mx.array([rows_per_split], dtype=mx.int32)]
+    out = launch(arrays, (n_splits, *shape))
+    if n_splits == 1:
         return out.reshape(shape)
-    partial = out.reshape(splits, -1)
-    grid = (-(-partial.shape[1] // GROUP) * GROUP, 1, 1)
-    summed = prepare(backend, "sum_splits", "sum", {"T": x.dtype}, x.dtype, grid, GROUP)
-    return summed([partial], shape)
+    partial = out.reshape(n_splits, -1)
+    threads = tuned.GROUP_THREADS
+    kernel = Kernel("sum_splits", {}, (round_up(partial.shape[1], threads), 1, 1), threads)
+    return prepare(backend, "sum", kernel, dtype, T=dtype)([partial], shape)
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Return the smallest multiple that is at least ``value``."""
+    return -(-value // multiple) * multiple
 
 
 @cache
-def _kernel(backend: str, name: str, inputs: str, threads: int, shared_memory: int) -> Any:
-    """Return the kernel of ``<backend>/<name>``, built when it is first launched."""
+def _function(backend: str, name: str, inputs: str, threads: int, shared_memory: int) -> Any:
+    """Return MLX's function of the kernel ``<backend>/<name>``, built when it is first launched."""
     folder = _PACKAGE / backend
     suffix = "metal" if backend == "metal" else "cu"
     source = (folder / f"{name}.{suffix}").read_text(encoding="utf-8")
@@ -170,7 +174,7 @@ def _kernel(backend: str, name: str, inputs: str, threads: int, shared_memory: i
     }
     if backend == "metal":
         return mx.fast.metal_kernel(**options)
-    bounds = f"{threads}, 1" if shared_memory > _HALF else threads
+    bounds = f"{threads}, 1" if shared_memory > tuned.MAX_SHARED_OF_TWO else threads
     options["header"] += _BOUND.format(bounds=bounds)
     return mx.fast.cuda_kernel(shared_memory=shared_memory, **options)
 

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import launch
 from mlx_sparse_nn.core.backends.launch import (
-    GROUP,
-    TILED,
+    Kernel,
     lanes_per_row,
     launch_sddmm,
     launch_spmm,
-    longest_row,
     power_of_two,
     prepare,
+    round_up,
 )
-from mlx_sparse_nn.core.layout import Half, Layout
+from mlx_sparse_nn.core.layout import Layout, Side
 
 NAME = "metal"
-_FEW = 8  # rows of x up to which a product is bound by reading the stored values
 
 
 def is_available() -> bool:
@@ -27,72 +26,75 @@ def is_available() -> bool:
 
 
 def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int) -> bool:
-    """Return whether there is a kernel for a product."""
+    """Return whether there is a kernel for a product: for all that kernels can do."""
     return launch.takes(layout, n_x, dtype, n_matrices)
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
     """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c] + bias[r]; see ``plain.spmm``."""
-    return _product(data, layout.rows, x, layout.shape[0], bias, transposed=False)
+    return _product(data, layout.rows, x, layout.shape[0], bias)
 
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; see ``plain.spmm_t``."""
-    return _product(data, layout.cols, y, layout.shape[1], None, transposed=True)
+    return _product(data, layout.cols, y, layout.shape[1], None)
 
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``plain.sddmm``."""
-    n, n_batch = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
-    block, half = layout.block_size, layout.rows
-    if block in TILED:
-        side = min(block, 64)
-        width = half["indices"].size * (block // side) ** 2
-        threads = 32 if side == 8 else 128
-        name, template = "sddmm_tiles", {"B": block, "SIDE": side}
-    else:
-        lanes = min(32, lanes_per_row(half, block))
-        width = -(-layout.shape[0] * lanes // GROUP)
-        threads = GROUP
-        name, template = "sddmm_csr", {"B": block, "LANES": lanes}
+    n, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
+    kernel = _sampling_kernel(layout, n_matrices)
     # Few groups and many rows: split the rows, so that the whole GPU has work, and sum in order.
-    splits = max(1, min(256 // (width * n_batch), n // 256))
-    return launch_sddmm(NAME, name, template, y, x, layout, width * threads, threads, splits)
+    groups = kernel.grid[0] // kernel.threads * n_matrices
+    n_splits = max(1, min(tuned.METAL_GRADIENT_GROUPS // groups, n // tuned.METAL_ROWS_PER_SPLIT))
+    return launch_sddmm(NAME, kernel, layout, y, x, n_splits)
+
+
+def _sampling_kernel(layout: Layout, n_matrices: int) -> Kernel:
+    """Choose the kernel of ``sddmm``: by tiles of at most 64 x 64, or by scalars."""
+    block_size, side = layout.block_size, layout.rows
+    if block_size in tuned.TILED_BLOCKS:
+        tile = min(block_size, 64)
+        threads = 32 if tile == 8 else 128
+        width = side.n_blocks * (block_size // tile) ** 2 * threads
+        template = {"B": block_size, "SIDE": tile}
+        return Kernel("sddmm_tiles", template, (width, 1, n_matrices), threads)
+    lanes, threads = min(32, lanes_per_row(side, block_size)), tuned.GROUP_THREADS
+    width = round_up(layout.shape[0] * lanes, threads)
+    return Kernel("sddmm_csr", {"B": block_size, "LANES": lanes}, (width, 1, n_matrices), threads)
 
 
 def _product(
-    data: mx.array, half: Half, x: mx.array, n_out: int, bias: mx.array | None, transposed: bool
+    data: mx.array, side: Side, x: mx.array, n_out: int, bias: mx.array | None
 ) -> mx.array:
-    n, n_batch = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
-    block = data.shape[-1] if data.ndim > 2 else 1
-    template = {
+    """Launch the kernel of a product with a side of the matrix."""
+    n, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
+    block_size = data.shape[-1] if data.ndim > 2 else 1
+    kernel = _product_kernel(side, block_size, n, n_out, n_matrices)
+    options = {
         "T": x.dtype,
-        "B": block,
-        "TRANSPOSED": int(transposed),
+        "B": block_size,
+        "TRANSPOSED": int(side.perm is not None),
         "BIAS": int(bias is not None),
     }
-    if block not in TILED:
-        rows = 1 if n == 1 else 4
-        lanes = lanes_per_row(half, block)
-        name, threads = "spmm_csr", GROUP
-        template |= {"ROWS": rows, "LANES": lanes}
-        groups = -(-n_out * lanes // GROUP)
-    elif n <= _FEW:
-        rows = 1 << (n - 1).bit_length()
-        simdgroups = _simdgroups(half)
-        name, threads = "spmm_few", 32 * simdgroups
-        template |= {"ROWS": rows, "GROUPS": simdgroups}
-        groups = n_out // min(block, 16)
+    launched = prepare(NAME, "spmm", kernel, x.dtype, **options)
+    return launch_spmm(launched, data, side, x, n_out, bias)
+
+
+def _product_kernel(side: Side, block_size: int, n: int, n_out: int, n_matrices: int) -> Kernel:
+    """Choose the kernel of ``spmm`` or ``spmm_t``: by scalars, of few rows of x, or by tiles."""
+    if block_size not in tuned.TILED_BLOCKS:
+        rows, lanes = 1 if n == 1 else 4, lanes_per_row(side, block_size)
+        threads = tuned.GROUP_THREADS
+        name, template = "spmm_csr", {"ROWS": rows, "LANES": lanes}
+        width = round_up(n_out * lanes, threads)
+    elif n <= tuned.METAL_FEW_ROWS:
+        # One simdgroup for every four blocks of the longest block-row, 8 at most.
+        rows, simdgroups = power_of_two(n), min(8, power_of_two(-(-side.longest_row // 4)))
+        name, template, threads = "spmm_few", {"ROWS": rows, "GROUPS": simdgroups}, 32 * simdgroups
+        width = n_out // min(block_size, 16) * threads
     else:
-        rows = 16 if n <= 16 else 32 if n <= 32 or block == 128 else 64
-        name, threads = "spmm_tiles", 64 if block == 8 else 128
-        template |= {"ROWS": rows}
-        groups = n_out // block
-    grid = (groups * threads, -(-n // rows), n_batch)
-    prepared = prepare(NAME, name, "spmm", template, x.dtype, grid, threads)
-    return launch_spmm(prepared, data, half, x, n_out, bias, transposed)
-
-
-def _simdgroups(half: Half) -> int:
-    """Simdgroups that share a block-row: one for every four blocks of the longest, 8 at most."""
-    return min(8, power_of_two(-(-longest_row(half) // 4)))
+        rows = 16 if n <= 16 else 32 if n <= 32 or block_size == 128 else 64
+        name, template, threads = "spmm_tiles", {"ROWS": rows}, 64 if block_size == 8 else 128
+        width = n_out // block_size * threads
+    return Kernel(name, template, (width, -(-n // rows), n_matrices), threads)

@@ -1,25 +1,24 @@
-"""The three products in plain mlx.core: the CPU path, and the oracle of the kernels.
+"""The three products in plain MLX: what computes where no kernel does.
 
-Operands may have a leading axis V of independent matrices that share one pattern, as in ``vmap``.
-Block-rows are gathered bucket by bucket (see ``Layout``) into batched dense operations. No scatter
-is used, so sums have one fixed order and results are the same bit for bit from run to run.
+Operands may have a leading axis V of independent matrices that share one pattern, as in ``vmap``;
+inside, their blocks follow one another: ``(V * n_blocks, B, B)``. Block-rows are gathered, group by
+group of similar length (see ``buckets``), into batched dense products. No scatter is used, so sums
+have one fixed order and results are the same bit for bit from run to run.
 
-Products are cut into steps (see ``steps``), and 16-bit values are not widened, or step by step.
+Products go in steps (see ``schedule``). 16-bit values are not widened, or step by step.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-
 import mlx.core as mx
 
-from mlx_sparse_nn.core.backends.schedule import Index, after, cut, in_turn, put, step_bytes, steps
-from mlx_sparse_nn.core.layout import Half, Layout, buckets
+from mlx_sparse_nn.core import tuned
+from mlx_sparse_nn.core.backends import schedule
+from mlx_sparse_nn.core.backends.buckets import Buckets, buckets_of, is_padded
+from mlx_sparse_nn.core.backends.schedule import Index, Result, Step, depend_on
+from mlx_sparse_nn.core.layout import Layout, Side
 
 NAME = "plain"
-_FEW = 8  # rows of x below which blocks are multiplied one by one, where they are of twice the side
-_CACHED = 1 << 18  # values up to which a transposition stays in the cache
 
 
 def is_available() -> bool:
@@ -63,269 +62,239 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     Returns:
         ``(n_blocks,)`` or ``(n_blocks, B, B)``, or ``(V, ...)``, of the same dtype.
     """
-    n, block, half = x.shape[-2], layout.block_size, layout.rows
-    n_batch, shape = math.prod(x.shape[:-2]), (*x.shape[:-2], *layout.data_shape)
+    n, block_size, side = x.shape[-2], layout.block_size, layout.rows
+    shape = (*x.shape[:-2], *layout.data_shape)
     if 0 in (*shape, n):
         return mx.zeros(shape, x.dtype)
-    x_blocks, y_blocks = (_row_blocks(a, block) for a in (x, y))  # (V * C, N, B), ...
-    if block == 1:
-        x_blocks, y_blocks = _widen(x_blocks), _widen(y_blocks)
-    indices, row = half["indices"].view(mx.uint32), half["row"]
-    held = x.nbytes + y.nbytes + math.prod(shape) * x.itemsize
-    unit = n_batch * block * x_blocks.itemsize * n
-    work = n_batch * n * block**2 if n > 1 else 0  # one row takes less than to put steps together
-    size = step_bytes(half, indices.size * unit, held, x_blocks.nbytes + y_blocks.nbytes)
-    # Rows of equal length are taken whole, or in equal pieces if too wide; others block by block.
-    width = 1 if row.size else indices.size // (half["indptr"].size - 1)
-    least = max(1, min(width, -(-width * unit // size)))
-    pieces = next(k for k in range(least, width + 1) if width % k == 0)
-    width //= pieces
-    parts, out = [], None
-    for place, start, stop in cut(indices.size // width, width * unit, width * work, size):
-        with place:
-            rows = row[start:stop] if row.size else slice(start, stop)
-            if pieces > 1:
-                rows = mx.arange(start, stop) // pieces
-            cols = in_turn(indices[start * width : stop * width], parts)
-            y_part = _take(y_blocks, rows, n_batch).reshape(-1, 1, n, block)
-            x_part = _take(x_blocks, cols, n_batch).reshape(-1, width, n, block)
-            if block == 1:
-                part = (x_part * y_part).sum(axis=2)
+    n_matrices, dtype = _n_matrices(x), _product_dtype(x.dtype, block_size)
+    x_blocks, y_blocks = (_row_blocks(a, block_size).astype(dtype) for a in (x, y))
+    rows, columns = side.row_of_block, side.indices.view(mx.uint32)
+    cost = schedule.sampled(side, y, x, dtype, block_size)
+    data = Result(side.n_blocks, n_matrices)
+    for stream, start, stop in schedule.cut(side.n_blocks, 1, cost):
+        with stream:
+            ys = _take(y_blocks, rows[start:stop], n_matrices)  # (V * m, N, B)
+            xs = _take(x_blocks, data.wait(columns[start:stop]), n_matrices)
+            if n == 1:
+                part = ys.swapaxes(1, 2) * xs
+            elif block_size == 1:
+                part = (ys * xs).sum(axis=1)
             else:
-                y_part = y_part.swapaxes(2, 3)
-                part = y_part * x_part if n == 1 else y_part @ x_part
-            parts.append(part.reshape(-1, *layout.data_shape[1:]).astype(x.dtype))
-        out = put(out, parts[-1], start * width, indices.size, n_batch)
-    assert out is not None
-    return out.reshape(shape)
+                part = ys.swapaxes(1, 2) @ xs
+            part = part.reshape(-1, *layout.data_shape[1:]).astype(x.dtype)
+        data.write(start, part)
+    return data.rows().reshape(shape)
 
 
 def _product(
     data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None, transposed: bool
 ) -> mx.array:
     """Return the product with the matrix, or with its transpose."""
-    n, block, n_out = x.shape[-2], layout.block_size, layout.shape[1 if transposed else 0]
-    shape = (*x.shape[:-1], n_out)
+    n, block_size = x.shape[-2], layout.block_size
+    shape = (*x.shape[:-1], layout.shape[1 if transposed else 0])
     if 0 in (*shape, data.size):
         y = mx.zeros(shape, x.dtype)
         return y if bias is None else y + bias
-    half = layout.cols if transposed else layout.rows
-    if block * n == 1:
-        return _vector_product(data, half, x, bias).reshape(shape)
-    data = data.reshape(-1, block, block)
-    if n < _FEW and 2 * n <= block:
-        return _few_product(data, layout, x, bias, transposed).reshape(shape)
-    return _many_product(data, half, x, bias, transposed).reshape(shape)
+    data = data.reshape(-1, block_size, block_size)
+    if block_size * n == 1 or (n < tuned.PLAIN_FEW_ROWS and 2 * n <= block_size):
+        return _few_rows(data, layout, x, bias, transposed).reshape(shape)
+    return _many_rows(data, layout.cols if transposed else layout.rows, x, bias, transposed)
 
 
-def _many_product(
-    data: mx.array, half: Half, x: mx.array, bias: mx.array | None, transposed: bool
+def _many_rows(
+    data: mx.array, side: Side, x: mx.array, bias: mx.array | None, transposed: bool
 ) -> mx.array:
-    """Return :func:`_product` of blocks and many rows of x, as ``(V, N, n_rows * B)``.
+    """Multiply all blocks of a block-row, side by side, by the columns of x that they meet.
 
-    The blocks of a row, side by side, are one operand of a matrix product. That of 16-bit types
-    accumulates in float32 and rounds once, so that blocks of them need not be widened. Scalars are,
-    since it is made for tiles.
+    16-bit blocks need not be widened: MLX's product of these types accumulates in float32 and
+    rounds once. Scalars are, since it is made for tiles.
+
+    Returns:
+        ``(N, n_rows)`` or ``(V, N, n_rows)``.
     """
-    n, block = x.shape[-2], data.shape[-1]
-    n_batch, n_rows = math.prod(x.shape[:-2]), half["indptr"].size - 1
-    dtype = _wide_dtype(x.dtype) if block == 1 else x.dtype
-    gathered = n + block if block > 1 else n  # blocks are rearranged, too
-    unit, work = n_batch * gathered * block * dtype.size, n_batch * n * block**2
-    y_bytes = n_batch * n * n_rows * block * x.itemsize
-    copied = x.size * dtype.size + y_bytes * bool(half["order"].size) + data.nbytes * _padded(half)
-    size = step_bytes(half, _n_slots(half) * unit, data.nbytes + x.nbytes + y_bytes, copied)
-    # Block-rows that are too wide for a step multiply some rows of x after the other.
-    widest = unit * max(width for _, width, _ in buckets(half))
-    n_pieces = min(-(-widest // size), max(1, n // max(block, _FEW)))
-    bounds = [n * i // n_pieces for i in range(n_pieces + 1)]
-    pieces = [x[..., a:b, :] for a, b in itertools.pairwise(bounds)] if n_pieces > 1 else [x]
-    pieces = [_column_blocks(a, block).astype(dtype) for a in pieces]
-    data, *pieces = _with_zeros(half, n_batch, data, *pieces)
-    narrow = dtype != _wide_dtype(dtype)  # then the bias has to be added before the one rounding
-    if bias is not None:
-        if narrow:  # MLX (0.32.4) cannot map addmm where its first argument alone is mapped
-            index = "slots" if half["slots"].size else "indices"
-            half = half | {index: after(half[index], bias)}
-        bias = mx.concatenate([bias.astype(dtype).reshape(-1, block, 1)] * n_batch)
-    parts: list[mx.array] = []
-    ys: dict[int, mx.array] = {}
-    for step in steps(half, unit, work, size):
-        m, width = step.shape
-        with step.place:
-            weights = _take(data, step.stored, n_batch).astype(dtype)
-            if block > 1 and not transposed:
-                weights = mx.contiguous(weights.swapaxes(1, 2))  # as x multiplies them: (in, out)
-            weights = weights.reshape(n_batch * m, width * block, block).swapaxes(1, 2)
-            added = None if bias is None else _take(bias, step.rows, n_batch)
-        for i, piece in enumerate(pieces):
-            with step.place:
-                xs = _take(piece, in_turn(step.cols, parts, n_pieces), n_batch)
-                xs = xs.reshape(n_batch * m, width * block, piece.shape[-1])
-                if not width:
-                    part = mx.zeros((n_batch * m, *piece.shape[1:]), dtype)
-                elif narrow and added is not None:
-                    part = mx.addmm(added, weights, xs)
-                else:
-                    part = weights @ xs
-                if added is not None and not (narrow and width):
-                    part = part + added
-                parts.append(part.astype(x.dtype))  # (V * m, B, N)
-            ys[i] = put(ys.get(i), parts[-1], step.start, n_rows, n_batch)
-    results = [_in_order(y, half, n_batch) for y in ys.values()]
-    y = results[0] if n_pieces == 1 else mx.concatenate(results, axis=-1)
-    return y.reshape(n_batch, n_rows * block, n).swapaxes(1, 2)
+    n, block_size, n_matrices = x.shape[-2], data.shape[-1], _n_matrices(x)
+    dtype = _product_dtype(x.dtype, block_size)
+    cost = schedule.many_rows(side, data, x, dtype, n_matrices)
+    if bias is not None and _wide(dtype) != dtype:
+        x = depend_on(x, bias)  # MLX (0.32.4) cannot map addmm by its first argument alone
+    if (n_pieces := schedule.n_pieces(side, cost, n, block_size)) > 1:
+        return _in_pieces(n_pieces, data, side, x, bias, transposed)
+    buckets = side.keep(buckets_of)
+    columns = _column_blocks(x, block_size).astype(dtype)
+    blocks, columns = _with_zeros(side, n_matrices, data, columns)
+    added = None if bias is None else _bias_blocks(bias, buckets.rows, (block_size, 1), n_matrices)
+    y = Result(side.n_block_rows, n_matrices)
+    for step in schedule.steps(side, buckets, cost):
+        with step.stream:
+            a = _take(blocks, step.blocks, n_matrices).astype(dtype)  # (V * m * width, B, B)
+            if block_size > 1 and not transposed:
+                a = mx.contiguous(a.swapaxes(1, 2))  # (in, out), as they lie in the transpose
+            shape = n_matrices * step.n_rows, step.width * block_size
+            xs = _take(columns, y.wait(step.columns), n_matrices).reshape(*shape, n)
+            a = a.reshape(*shape, block_size).swapaxes(1, 2)
+            part = _multiply_add(a, xs, added, step, n_matrices).astype(x.dtype)  # (V * m, B, N)
+        y.write(step.start, part)
+    out = _in_matrix_order(y, buckets, n_matrices)
+    return out.reshape(*x.shape[:-2], -1, n).swapaxes(-1, -2)
 
 
-def _few_product(
+def _in_pieces(
+    n_pieces: int,
+    data: mx.array,
+    side: Side,
+    x: mx.array,
+    bias: mx.array | None,
+    transposed: bool,
+) -> mx.array:
+    """Return :func:`_many_rows` of some rows of x after the other."""
+    n, ys = x.shape[-2], []
+    for piece in mx.split(x, [n * i // n_pieces for i in range(1, n_pieces)], axis=-2):
+        if ys:
+            piece = depend_on(piece, ys[-1])
+        ys.append(_many_rows(data, side, piece, bias, transposed))
+    return mx.concatenate(ys, axis=-2)
+
+
+def _few_rows(
     data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None, transposed: bool
 ) -> mx.array:
-    """Return :func:`_product` of blocks and few rows of x, as ``(V, N, n_rows, B)``.
+    """Multiply every block where it lies by its part of each row of x; then add up block-rows.
 
-    Every block multiplies its part of each row of x, in stored order, so that blocks are not moved;
-    then the few values that this gives are added up by block-rows.
+    So no block is moved, but only the few values that it gives. Scalars are gathered.
+
+    Returns:
+        ``(V, N, n_block_rows, B)``.
     """
-    half = layout.cols if transposed else layout.rows
-    n, block, n_blocks = x.shape[-2], data.shape[-1], half["indices"].size
-    n_batch, n_rows = math.prod(x.shape[:-2]), half["indptr"].size - 1
-    held = data.nbytes + x.nbytes + n_batch * n * n_rows * block * x.itemsize
-    x_blocks, work = _widen(_row_blocks(x, block)), n_batch * n * block**2  # x_blocks (V * C, N, B)
-    of_block = n_batch * n * block * x_blocks.itemsize  # bytes of its product, and of what it takes
-    unit = 2 * of_block
-    by_elements = n == 1 and block < 8  # MLX calls sgemm once a block
-    if by_elements or x.dtype != x_blocks.dtype:  # then something is as large as the blocks
-        unit += n_batch * block**2 * x_blocks.itemsize
-    total = n_blocks * unit * 2 // 3  # other products of so few rows take little at the same time
-    size = step_bytes(half, total, held, 2 * n_blocks * of_block)
-    index = _row_of_each(layout.rows) if transposed else layout.rows["indices"]
-    index = index.view(mx.uint32)  # block of x that each stored block takes
-    parts, products, y = [], None, None
-    for place, start, stop in cut(n_blocks, unit, work, size):
-        with place:
-            weights = _widen(_take(data, slice(start, stop), n_batch))
-            xs = _take(x_blocks, in_turn(index[start:stop], parts), n_batch)
-            if by_elements:
-                xs = xs.swapaxes(1, 2) if transposed else xs
-                part = (xs * weights).sum(axis=1 if transposed else 2).reshape(-1, 1, block)
+    n, block_size, n_matrices = x.shape[-2], data.shape[-1], _n_matrices(x)
+    side, dtype = layout.cols if transposed else layout.rows, _wide(x.dtype)
+    cost, buckets = schedule.few_rows(side, data, x, dtype, n_matrices), side.keep(buckets_of)
+    terms, xs = data, _row_blocks(x, block_size)  # xs (V * C, N, B)
+    if block_size > 1:
+        columns = layout.rows.row_of_block if transposed else side.indices.view(mx.uint32)
+        terms = _terms(data, columns, xs.astype(dtype), cost, transposed)  # (V * n_blocks, N, B)
+    terms, xs = _with_zeros(side, n_matrices, terms, xs)
+    added = None if bias is None else _bias_blocks(bias, buckets.rows, (1, block_size), n_matrices)
+    y = Result(side.n_block_rows, n_matrices)
+    for step in schedule.steps(side, buckets, cost):
+        with step.stream:
+            part = _take(terms, step.blocks, n_matrices).astype(dtype)
+            if block_size == 1:
+                is_gathered = not isinstance(step.blocks, slice)
+                columns = y.wait(step.columns) if is_gathered else step.columns
+                part = part * _take(xs, columns, n_matrices).astype(dtype)
+            part = part.reshape(n_matrices * step.n_rows, step.width, n, block_size).sum(axis=1)
+            if added is not None:
+                part = part + _take(added, step.rows, n_matrices)
+            part = part.astype(x.dtype)  # (V * m, N, B)
+        y.write(step.start, part)
+    out = _in_matrix_order(y, buckets, n_matrices)
+    return out.reshape(n_matrices, side.n_block_rows, n, block_size).swapaxes(1, 2)
+
+
+def _terms(
+    data: mx.array, columns: mx.array, xs: mx.array, cost: schedule.Cost, transposed: bool
+) -> mx.array:
+    """Return what each block gives for the rows of x, in stored order, ``(V * n_blocks, N, B)``.
+
+    Args:
+        data: ``(V * n_blocks, B, B)``.
+        columns: ``(n_blocks,)``, the block of x that each one takes.
+        xs: Blocks of x, ``(V * C, N, B)``.
+        cost: Of the product.
+        transposed: Whether blocks are read transposed.
+    """
+    n_blocks, (_, n, block_size) = columns.size, xs.shape
+    terms = Result(n_blocks, data.shape[0] // n_blocks)
+    for stream, start, stop in schedule.cut(n_blocks, 1, cost):
+        with stream:
+            a = _take(data, slice(start, stop), terms.n_matrices).astype(xs.dtype)
+            part = _take(xs, terms.wait(columns[start:stop]), terms.n_matrices)  # (V * m, N, B)
+            if n == 1 and block_size < tuned.MIN_MATMUL_BLOCK:
+                part = part.swapaxes(1, 2) if transposed else part
+                part = (part * a).sum(axis=1 if transposed else 2).reshape(-1, 1, block_size)
             else:
-                part = xs @ (weights if transposed else weights.swapaxes(1, 2))
-            parts.append(part)
-        products = put(products, parts[-1], start, n_blocks, n_batch)  # (V * n_blocks, N, B)
-    assert products is not None
-    (products,) = _with_zeros(half, n_batch, products)
-    if bias is not None:
-        bias = mx.concatenate([_widen(bias).reshape(-1, 1, block)] * n_batch)
-    for step in steps(half, of_block, 0, size):
-        m, width = step.shape
-        if width:
-            part = _take(products, step.stored, n_batch)
-            part = part.reshape(n_batch * m, width, n, block).sum(axis=1)
-        else:
-            part = mx.zeros((n_batch * m, n, block), x_blocks.dtype)
-        if bias is not None:
-            part = part + _take(bias, step.rows, n_batch)
-        y = put(y, part.astype(x.dtype), step.start, n_rows, n_batch)  # (V * n_rows, N, B)
-    assert y is not None
-    return _in_order(y, half, n_batch).reshape(n_batch, n_rows, n, block).swapaxes(1, 2)
+                part = part @ (a if transposed else a.swapaxes(1, 2))
+        terms.write(start, part)
+    return terms.rows()
 
 
-def _vector_product(data: mx.array, half: Half, x: mx.array, bias: mx.array | None) -> mx.array:
-    """Return :func:`_product` of scalars and one row of x, as ``(V * n_rows,)``."""
-    n_batch, n_rows = math.prod(x.shape[:-2]), half["indptr"].size - 1
-    held = x.nbytes + data.nbytes + n_batch * n_rows * x.itemsize
-    # Where data is read as it lies, no more is gathered than it holds: there is room for all.
-    is_wide = x.dtype == _wide_dtype(x.dtype)
-    direct = is_wide and not (half["stored"].size or half["perm"].size)
-    unit = n_batch * (x.itemsize if is_wide else 5)  # widened they take 4, and 2 more until then
-    unit = unit if direct else 2 * unit + 4  # values of both, and an index
-    total = 0 if direct else _n_slots(half) * unit
-    size = step_bytes(half, total, held, data.nbytes * _padded(half))
-    data, x = _with_zeros(half, n_batch, data.reshape(-1), x.reshape(-1))
-    if bias is not None:
-        bias = _widen(mx.concatenate([bias] * n_batch))
-    parts, y = [], None
-    for step in steps(half, unit, n_batch, size):
-        with step.place:
-            m, width = step.shape
-            cols = step.cols if direct else in_turn(step.cols, parts)
-            part = _widen(_take(data, step.stored, n_batch)) * _widen(_take(x, cols, n_batch))
-            part = part.reshape(n_batch * m, width)
-            part = part.sum(axis=1) if width else mx.zeros(n_batch * m, part.dtype)
-            if bias is not None:
-                part = part + _take(bias, step.rows, n_batch)
-            parts.append(part.astype(x.dtype))  # (V * m,)
-        y = put(y, parts[-1], step.start, n_rows, n_batch)
-    assert y is not None
-    return _in_order(y, half, n_batch)
+def _multiply_add(
+    a: mx.array, xs: mx.array, added: mx.array | None, step: Step, n_matrices: int
+) -> mx.array:
+    """Return ``a @ xs`` plus the bias of a step, rounded once."""
+    if added is None:
+        return a @ xs
+    added = _take(added, step.rows, n_matrices)
+    if _wide(a.dtype) == a.dtype:
+        return a @ xs + added
+    return mx.addmm(added, a, xs)
 
 
-def _row_blocks(x: mx.array, block: int) -> mx.array:
+def _in_matrix_order(y: Result, buckets: Buckets, n_matrices: int) -> mx.array:
+    """Return the block-rows of all groups, ``(V * n_block_rows, ...)``, in the matrix's order."""
+    if buckets.position_of_row is None:
+        return y.rows()
+    return _take(y.rows(), buckets.position_of_row, n_matrices)
+
+
+def _n_matrices(x: mx.array) -> int:
+    return x.shape[0] if x.ndim == 3 else 1
+
+
+def _wide(dtype: mx.Dtype) -> mx.Dtype:
+    return mx.float32 if dtype in (mx.float16, mx.bfloat16) else dtype
+
+
+def _product_dtype(dtype: mx.Dtype, block_size: int) -> mx.Dtype:
+    """Return the dtype in which blocks, or scalars, times many rows of x are multiplied."""
+    return dtype if block_size > 1 else _wide(dtype)
+
+
+def _row_blocks(x: mx.array, block_size: int) -> mx.array:
     """Return ``(V, N, C * B)`` as ``(V * C, N, B)``."""
     n, width = x.shape[-2:]
     if n > 1:
-        x = mx.contiguous(x.reshape(-1, n, width // block, block).swapaxes(1, 2))
-    return x.reshape(-1, n, block)
+        x = mx.contiguous(x.reshape(-1, n, width // block_size, block_size).swapaxes(1, 2))
+    return x.reshape(-1, n, block_size)
 
 
-def _column_blocks(x: mx.array, block: int) -> mx.array:
+def _column_blocks(x: mx.array, block_size: int) -> mx.array:
     """Return ``(V, N, C * B)`` as ``(V * C, B, N)``."""
     n = x.shape[-2]
-    if x.size > _CACHED and block > 1:
+    if x.size > tuned.MAX_CACHED_VALUES and block_size > 1:
         # Strides of whole rows of x would miss the cache: first by blocks, then within each.
-        return mx.contiguous(_row_blocks(x, block).swapaxes(1, 2))
-    return mx.contiguous(x.swapaxes(-1, -2)).reshape(-1, block, n)
+        return mx.contiguous(_row_blocks(x, block_size).swapaxes(1, 2))
+    return mx.contiguous(x.swapaxes(-1, -2)).reshape(-1, block_size, n)
 
 
-def _take(values: mx.array, index: Index, n_batch: int) -> mx.array:
+def _bias_blocks(
+    bias: mx.array, rows: mx.array | None, shape: tuple[int, int], n_matrices: int
+) -> mx.array:
+    """Return the bias of the block-rows, group by group, ``(V * n_block_rows, *shape)``."""
+    blocks = bias.reshape(-1, *shape)
+    return mx.concatenate([blocks if rows is None else _take(blocks, rows, 1)] * n_matrices)
+
+
+def _with_zeros(side: Side, n_matrices: int, *arrays: mx.array) -> list[mx.array]:
+    """Return each ``(V * n, ...)`` with a zero after each of V parts, for slots that are empty."""
+    if not is_padded(side):
+        return list(arrays)
+    parts = [a.reshape(n_matrices, -1, *a.shape[1:]) for a in arrays]
+    parts = [mx.concatenate([a, mx.zeros_like(a[:, :1])], axis=1) for a in parts]
+    return [a.reshape(-1, *a.shape[2:]) for a in parts]
+
+
+def _take(values: mx.array, index: Index, n_matrices: int) -> mx.array:
     """Return ``(V * m, ...)``: what ``index (m,)`` names of each of V parts of ``(V * n, ...)``."""
-    if n_batch > 1:
-        n = values.shape[0] // n_batch
+    if n_matrices > 1:
+        n = values.shape[0] // n_matrices
         if isinstance(index, slice):
             index = mx.arange(index.start, index.stop)
-        index = (index + n * mx.arange(n_batch, dtype=index.dtype)[:, None]).reshape(-1)
+        index = (index + n * mx.arange(n_matrices, dtype=index.dtype)[:, None]).reshape(-1)
     if isinstance(index, slice):
         return values[index]
     if values.size > values.shape[0]:
         return mx.take(values, index, axis=0)
     # Single elements: take_along_axis is some forty times faster on the CPU than take.
-    if values.ndim == 1:
-        return mx.take_along_axis(values, index, axis=0)
-    return mx.take_along_axis(values.reshape(-1), index, axis=0).reshape(-1, *values.shape[1:])
-
-
-def _n_slots(half: Half) -> int:
-    return half["slots"].size or half["indices"].size
-
-
-def _padded(half: Half) -> bool:
-    return any(padded for _, _, padded in buckets(half))
-
-
-def _in_order(y: mx.array, half: Half, n_batch: int) -> mx.array:
-    """Return the block-rows ``y (V * n, ...)`` of the buckets in the order of the matrix."""
-    return _take(y, half["order"], n_batch) if half["order"].size else y
-
-
-def _with_zeros(half: Half, n_batch: int, *arrays: mx.array) -> list[mx.array]:
-    """Return each ``(V * n, ...)`` with a zero after each of V parts, if padding takes it."""
-    if not _padded(half):
-        return list(arrays)
-    parts = [a.reshape(n_batch, -1, *a.shape[1:]) for a in arrays]
-    parts = [mx.concatenate([a, mx.zeros_like(a[:, :1])], axis=1) for a in parts]
-    return [a.reshape(-1, *a.shape[2:]) for a in parts]
-
-
-def _row_of_each(half: Half) -> mx.array:
-    """Return the block-row of each stored block, ``(n_blocks,)``."""
-    n_rows, n_blocks = half["indptr"].size - 1, half["indices"].size
-    if half["row"].size:
-        return half["row"]
-    return mx.broadcast_to(mx.arange(n_rows)[:, None], (n_rows, n_blocks // n_rows)).flatten()
-
-
-def _wide_dtype(dtype: mx.Dtype) -> mx.Dtype:
-    return mx.float32 if dtype in (mx.float16, mx.bfloat16) else dtype
-
-
-def _widen(x: mx.array) -> mx.array:
-    return x.astype(_wide_dtype(x.dtype))
+    elements = mx.take_along_axis(values.reshape(-1), index, axis=0)
+    return elements.reshape(-1, *values.shape[1:])

@@ -1,141 +1,210 @@
-"""Steps of a product in plain mlx.core: how many, on which streams, and in which order.
+"""Steps of a product in plain MLX: how many, and on which streams.
 
-Products are cut into steps whose intermediates stay in the cache. On the CPU, where a stream is a
+A product is cut into steps whose intermediates stay in the cache. On the CPU, where a stream is a
 thread, steps take turns on several streams. Neither changes the order of any sum.
 
-With its operands, the layout among them, and its result, a product on the CPU takes at most four
-times the memory that these hold, or 2 MB where that is less: a step takes a part of that
-(see ``step_bytes``), and steps gather in turn (see ``in_turn``).
+A CPU product may use up to four times the memory of its operands, layout and result.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import NamedTuple, TypeAlias
 
 import mlx.core as mx
 
-from mlx_sparse_nn.core.layout import Half, buckets
-
-_STEP = 1 << 21  # bytes that a step takes at most on the CPU, to stay in the cache
-_GPU_STEP = 1 << 26  # the same on a GPU, to bound the memory
-_LEAST = 1 << 17  # bytes that operands and result count as at least: steps take time of their own
-_HELD = 8  # steps that MLX may hold at once, beyond one for each stream
-_SPLIT = 1 << 18  # multiplications from which a product goes to several streams
-_STREAMS = 4  # at most, and no more than there are cores
+from mlx_sparse_nn.core import tuned
+from mlx_sparse_nn.core.backends.buckets import Buckets, is_padded
+from mlx_sparse_nn.core.layout import Side
 
 Index: TypeAlias = "mx.array | slice"
 
 
+class Cost(NamedTuple):
+    """What the steps of a product may take."""
+
+    bytes_per_block: int  # that a step takes for each of its blocks
+    multiplies_per_block: int
+    bytes_per_step: int
+
+
+class Cut(NamedTuple):
+    """A range of units, and the stream that computes it."""
+
+    stream: AbstractContextManager
+    start: int
+    stop: int
+
+
 class Step(NamedTuple):
-    """What a step of a product takes: ``m`` block-rows of ``K`` blocks each."""
+    """Some block-rows of one width, and what they read."""
 
-    place: AbstractContextManager  # the stream to compute it on
-    start: int  # place of its first row among all, bucket by bucket
-    shape: tuple[int, int]  # (m, K)
-    rows: Index  # (m,) block-rows
-    stored: Index  # (m * K,) places of their blocks in data
-    cols: mx.array  # (m * K,) columns of their blocks
+    stream: AbstractContextManager
+    start: int  # position of its first row among all, group by group
+    n_rows: int
+    width: int  # slots of a row
+    columns: mx.array  # (n_rows * width,) block-columns
+    blocks: Index  # (n_rows * width,) where the blocks lie in the stored data
+
+    @property
+    def rows(self) -> slice:
+        """Positions of its rows."""
+        return slice(self.start, self.start + self.n_rows)
 
 
-def steps(half: Half, unit: int, work: int, size: int) -> Iterator[Step]:
-    """Yield the steps of a product, each of ``size`` bytes at ``unit`` a block; see :func:`cut`."""
-    uniform = not half["slots"].size
-    slots = half["indices" if uniform else "slots"].view(mx.uint32)
-    places = half["perm" if uniform else "stored"].view(mx.uint32)
-    first_row = first_slot = 0
-    for n_rows, width, _ in buckets(half):
-        for place, start, stop in cut(n_rows, width * unit, width * work, size):
-            rows: Index = slice(first_row + start, first_row + stop)
-            stored: Index = slice(first_slot + start * width, first_slot + stop * width)
-            with place:
-                cols = slots[stored]
-                if not uniform:
-                    rows = half["rows"][rows]
-                if places.size:
-                    stored = places[stored]
-            yield Step(place, first_row + start, (stop - start, width), rows, stored, cols)
+class Result:
+    """A result that steps write part by part: n rows of each of V matrices, ``(V * n, ...)``."""
+
+    def __init__(self, n: int, n_matrices: int):
+        self.n = n
+        self.n_matrices = n_matrices
+        self.parts: list[mx.array] = []
+        self.array: mx.array | None = None
+        self._steps_ahead = max(2, _n_streams())
+
+    def wait(self, index: mx.array) -> mx.array:
+        """Return ``index``, made to wait for the step that started one round of all streams
+        earlier: MLX would otherwise gather for all steps at once."""
+        if len(self.parts) < self._steps_ahead:
+            return index
+        return depend_on(index, self.parts[-self._steps_ahead])
+
+    def write(self, start: int, part: mx.array) -> None:
+        """Write a part ``(V * m, ...)`` at row ``start`` of each matrix."""
+        self.parts.append(part)
+        n_matrices, m, shape = self.n_matrices, part.shape[0] // self.n_matrices, part.shape[1:]
+        if m == self.n:
+            self.array = part
+            return
+        if self.array is None:
+            self.array = mx.zeros((n_matrices, self.n, *shape), part.dtype)
+        # In place, since nothing else holds the array.
+        self.array[:, start : start + m] = part.reshape(n_matrices, m, *shape)
+
+    def rows(self) -> mx.array:
+        """Return what was written, ``(V * n, ...)``."""
+        assert self.array is not None
+        if self.array is self.parts[-1]:
+            return self.array
+        return self.array.reshape(self.n_matrices * self.n, *self.array.shape[2:])
+
+
+def depend_on(a: mx.array, other: mx.array) -> mx.array:
+    """Return ``a``, to be there once ``other`` is; ``mx.depends`` cannot be mapped."""
+    return mx.where(other.reshape(-1)[:1], a, a)
+
+
+def steps(side: Side, buckets: Buckets, cost: Cost) -> list[Step]:
+    """Return the steps of a product with the block-rows of a side."""
+    found, first_row, first_slot = [], 0, 0
+    for n_rows, width, _ in side.groups:
+        for stream, start, stop in cut(n_rows, width, cost):
+            slots = slice(first_slot + start * width, first_slot + stop * width)
+            with stream:
+                columns = buckets.columns[slots]
+                blocks = slots if buckets.blocks is None else buckets.blocks[slots]
+            found.append(Step(stream, first_row + start, stop - start, width, columns, blocks))
         first_row += n_rows
         first_slot += n_rows * width
+    return found
 
 
-def cut(
-    count: int, unit: int, work: int, size: int
-) -> Iterator[tuple[AbstractContextManager, int, int]]:
-    """Yield the place, start and stop of each step over ``count`` units, of about ``size`` bytes.
-
-    A unit takes ``unit`` bytes and ``work`` multiplications. The first step stays on the stream in
-    use.
-    """
-    streams = [None]
-    if mx.default_device().type == mx.cpu and count * work >= _SPLIT:
+def cut(count: int, width: int, cost: Cost) -> list[Cut]:
+    """Cut ``count`` units of ``width`` blocks into steps; the first stays on the stream in use."""
+    streams: list = [None]
+    multiplies = count * width * cost.multiplies_per_block
+    if _on_cpu() and multiplies >= tuned.MIN_PARALLEL_MULTIPLIES:
         streams += _more_streams()
-    n_steps = max(1, -(-count * unit // size))
+    n_steps = max(1, -(-count * width * cost.bytes_per_block // cost.bytes_per_step))
     n_steps = min(count, -(-n_steps // len(streams)) * len(streams))
-    for i in range(n_steps):
-        stream = streams[i % len(streams)]
-        place = nullcontext() if stream is None else mx.stream(stream)
-        yield place, count * i // n_steps, count * (i + 1) // n_steps
+    bounds = [count * i // n_steps for i in range(n_steps + 1)]
+    taken = [streams[i % len(streams)] for i in range(n_steps)]
+    contexts = [nullcontext() if stream is None else mx.stream(stream) for stream in taken]
+    return [Cut(*step) for step in zip(contexts, bounds, bounds[1:], strict=False)]
 
 
-def step_bytes(half: Half, total: int, held: int, copied: int) -> int:
-    """Return bytes of a step of a product that takes ``total`` in all its steps.
+def n_pieces(side: Side, cost: Cost, n_x: int, block_size: int) -> int:
+    """Return in how many pieces of x a product goes, where a block-row alone is above a step."""
+    widest = side.longest_row * cost.bytes_per_block
+    most = max(1, n_x // max(block_size, tuned.PLAIN_FEW_ROWS))
+    return min(-(-widest // cost.bytes_per_step), most)
 
-    ``held`` is bytes of the operands and the result, ``copied`` of copies of them that are there
-    throughout. These, and the steps that MLX holds at once, shall be at most four times what is
-    held, the layout included.
+
+# The cost of each algorithm of ``plain``, with V matrices, n_x rows of x, and block side B.
+
+
+def many_rows(side: Side, data: mx.array, x: mx.array, dtype: mx.Dtype, n_matrices: int) -> Cost:
+    """Return the cost of gathering blocks, which are rearranged, and the columns of x they meet."""
+    n_x, block_size = x.shape[-2], data.shape[-1]
+    gathered = n_x + block_size if block_size > 1 else n_x
+    bytes_per_block = n_matrices * gathered * block_size * dtype.size
+    y_bytes = n_matrices * n_x * side.n_block_rows * block_size * x.itemsize
+    copied = x.size * dtype.size + (0 if side.is_uniform else y_bytes)
+    copied += data.nbytes if is_padded(side) else 0
+    held = data.nbytes + x.nbytes + y_bytes
+    total = side.n_blocks * bytes_per_block
+    bytes_per_step = _bytes_per_step(side, total, held, copied)
+    return Cost(bytes_per_block, n_matrices * n_x * block_size**2, bytes_per_step)
+
+
+def few_rows(side: Side, data: mx.array, x: mx.array, dtype: mx.Dtype, n_matrices: int) -> Cost:
+    """Return the cost of multiplying each block where it lies, or scalars that are gathered."""
+    n_x, block_size = x.shape[-2], data.shape[-1]
+    product_bytes = n_matrices * n_x * block_size * dtype.size
+    bytes_per_block, copied = 2 * product_bytes, 2 * side.n_blocks * product_bytes
+    if block_size == 1:
+        bytes_per_block, copied = 3 * product_bytes, data.nbytes if is_padded(side) else 0
+    elif (n_x == 1 and block_size < tuned.MIN_MATMUL_BLOCK) or x.dtype != dtype:
+        bytes_per_block += n_matrices * block_size**2 * dtype.size  # what is as large as a block
+    held = data.nbytes + x.nbytes + n_matrices * n_x * side.n_block_rows * block_size * x.itemsize
+    total = side.n_blocks * bytes_per_block * 2 // 3  # other steps take little at the same time
+    bytes_per_step = _bytes_per_step(side, total, held, copied)
+    return Cost(bytes_per_block, n_matrices * n_x * block_size**2, bytes_per_step)
+
+
+def sampled(side: Side, y: mx.array, x: mx.array, dtype: mx.Dtype, block_size: int) -> Cost:
+    """Return the cost of gathering, for each block, the blocks of y and x whose product it is."""
+    n_x, n_matrices = x.shape[-2], x.size // max(1, x.shape[-2] * x.shape[-1])
+    bytes_per_block = n_matrices * block_size * dtype.size * n_x
+    held = x.nbytes + y.nbytes + n_matrices * side.n_blocks * block_size**2 * x.itemsize
+    copied = (x.size + y.size) * dtype.size
+    total = side.n_blocks * bytes_per_block
+    multiplies = n_matrices * n_x * block_size**2 if n_x > 1 else 0  # one row: streams do not pay
+    return Cost(bytes_per_block, multiplies, _bytes_per_step(side, total, held, copied))
+
+
+def _bytes_per_step(side: Side, total: int, held: int, copied: int) -> int:
+    """Return the bytes of a step.
+
+    Args:
+        side: Its arrays count as held.
+        total: Bytes of all steps together.
+        held: Bytes of operands and result.
+        copied: Bytes of copies of them that are there throughout.
     """
-    if mx.default_device().type != mx.cpu:
-        return _GPU_STEP
-    held += sum(a.nbytes for a in half.values())
-    room = 4 * max(held, _LEAST) - held - copied
+    if not _on_cpu():
+        return tuned.GPU_STEP_BYTES
+    held += 2 * side.nbytes
+    room = 4 * max(held, tuned.MIN_OPERAND_BYTES) - held - copied
     if total <= room // 2:
-        return _STEP
-    return max(_STEP // 64, min(_STEP, room // (_n_streams() + _HELD)))
+        return tuned.CPU_STEP_BYTES
+    share = room // (_n_streams() + tuned.STEPS_IN_FLIGHT)
+    return max(tuned.MIN_STEP_BYTES, min(tuned.CPU_STEP_BYTES, share))
+
+
+def _on_cpu() -> bool:
+    return mx.default_device().type == mx.cpu
 
 
 @cache
 def _n_streams() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(_STREAMS, cores or 1)
+    return min(tuned.MAX_STREAMS, cores or 1)
 
 
 @cache
 def _more_streams() -> list:
     """Return the streams that help the one in use; MLX gives each Python thread its own of them."""
     return [mx.new_thread_local_stream(mx.cpu) for _ in range(_n_streams() - 1)]
-
-
-def in_turn(index: mx.array, parts: list[mx.array], n_pieces: int = 1) -> mx.array:
-    """Return ``index``, to be there once the part is that was begun a turn of all streams before.
-
-    MLX evaluates a graph level by level and would hold what all steps gather at once.
-    """
-    ahead = max(2, _n_streams()) * n_pieces
-    return index if len(parts) < ahead else after(index, parts[-ahead])
-
-
-def after(index: mx.array, array: mx.array) -> mx.array:
-    """Return ``index``, to be there once ``array`` is; ``mx.depends`` cannot be mapped."""
-    return mx.where(array.reshape(-1)[:1], index, index)
-
-
-def put(rows: mx.array | None, part: mx.array, start: int, n: int, n_batch: int) -> mx.array:
-    """Return ``rows (V * n, ...)`` with ``part (V * m, ...)`` at ``start`` of each of V parts.
-
-    In place, since nothing else holds ``rows``.
-    """
-    m, shape = part.shape[0] // n_batch, part.shape[1:]
-    if m == n:
-        return part
-    if rows is None:
-        rows = mx.zeros((n_batch * n, *shape), part.dtype)
-    if n_batch == 1:
-        rows[start : start + m] = part
-        return rows
-    rows = rows.reshape(n_batch, n, *shape)
-    rows[:, start : start + m] = part.reshape(n_batch, m, *shape)
-    return rows.reshape(-1, *shape)
