@@ -34,11 +34,12 @@ __device__ __forceinline__ void load_matrix2(unsigned (&r)[2], const T* p) {
 
 // c (16 x 8, float32) += a (16 x 16) b (16 x 8).
 template <typename T>
-__device__ __forceinline__ void multiply(
-    float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1);
+__device__ __forceinline__ void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
+                                         unsigned a3, unsigned b0, unsigned b1);
 template <>
-__device__ __forceinline__ void multiply<__nv_bfloat16>(
-    float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+__device__ __forceinline__ void multiply<__nv_bfloat16>(float (&c)[4], unsigned a0, unsigned a1,
+                                                        unsigned a2, unsigned a3, unsigned b0,
+                                                        unsigned b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
@@ -46,8 +47,9 @@ __device__ __forceinline__ void multiply<__nv_bfloat16>(
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 template <>
-__device__ __forceinline__ void multiply<__half>(
-    float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+__device__ __forceinline__ void multiply<__half>(float (&c)[4], unsigned a0, unsigned a1,
+                                                 unsigned a2, unsigned a3, unsigned b0,
+                                                 unsigned b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"

@@ -1,13 +1,13 @@
-// The product of sddmm_tiles.cu for scalars (B = 1), for float32, and for block sizes without tiles,
-// with the rows n in splits: out[s] sums those of split s.
+// The product of sddmm_tiles.cu for scalars (B = 1), for float32, and for block sizes without
+// tiles, with the rows n in splits: out[s] sums those of split s.
 //
 // Inputs
 //   y, x, indptr, indices as there, B any; step (1) int32: rows of a split.
 // Output
 //   out      (S, V, n_blocks, B, B) OUT
 // Launch
-//   (ceil(R B LANES / 256) 256, S, V) threads in blocks of 256. LANES neighbouring threads share the
-//   stored values of one scalar row in turn; each value is summed by one thread.
+//   (ceil(R B LANES / 256) 256, S, V) threads in blocks of 256. LANES neighbouring threads share
+//   the stored values of one scalar row in turn; each value is summed by one thread.
 // Template
 //   T float, half or bfloat16; OUT, T or float; B; LANES.
 // Sums in float32, n ascending.

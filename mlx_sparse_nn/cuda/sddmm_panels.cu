@@ -5,11 +5,12 @@
 // Output
 //   out      (S, [V,] n_blocks, B, B) OUT; out[s] sums the rows n of split s
 // Launch
-//   (P Q 640, S, V) threads in blocks of 640. P = ceil(block-rows / PANEL) panels of PANEL = 256 / B
-//   neighbouring block-rows, none of which has more than Q 32768 / (B B) blocks. The blocks of a panel, by
-//   column and then by row, are dealt to Q thread blocks in equal shares, and those of a thread block to its
-//   first 16 warps. The last 4 warps copy the panel of y and the distinct columns of x of these blocks, some
-//   rows n a stage. Shared memory: SHARED bytes, at least 8 per block-column, and 16384 + 2097152 / B.
+//   (P Q 640, S, V) threads in blocks of 640. P = ceil(block-rows / PANEL) panels of PANEL = 256 /
+//   B neighbouring block-rows, none of which has more than Q 32768 / (B B) blocks. The blocks of a
+//   panel, by column and then by row, are dealt to Q thread blocks in equal shares, and those of a
+//   thread block to its first 16 warps. The last 4 warps copy the panel of y and the distinct
+//   columns of x of these blocks, some rows n a stage. Shared memory: SHARED bytes, at least 8 per
+//   block-column, and 16384 + 2097152 / B.
 // Template
 //   T half or bfloat16; OUT, T or float; B 16 or 32; SHARED.
 // Sums in float32, n ascending by 16.
@@ -70,8 +71,9 @@ if (thread == 0) {
   }
 }
 
-// Find the blocks: mark the rows that each block-column has, count the blocks of the columns before it,
-// and keep the blocks whose rank, by column and then by row, is in the share. The ring lies here later.
+// Find the blocks: mark the rows that each block-column has, count the blocks of the columns before
+// it, and keep the blocks whose rank, by column and then by row, is in the share. The ring lies
+// here later.
 const int n_block_cols = C / B;
 unsigned* masks = reinterpret_cast<unsigned*>(shared);
 int* ranks = reinterpret_cast<int*>(shared) + n_block_cols;
@@ -144,8 +146,8 @@ if (thread < count) {
 }
 __syncthreads();
 
-// A stage is `depth` rows of the panel of y, then as many of the columns of x, side by side. The chunks of a
-// row are permuted as by `swizzle`.
+// A stage is `depth` rows of the panel of y, then as many of the columns of x, side by side. The
+// chunks of a row are permuted as by `swizzle`.
 const int x_chunks = (place_of[count - 1] + 1) * CHUNKS;
 const int x_pitch = (x_chunks + 7) / 8 * 128;
 const int row_bytes = Y_PITCH + x_pitch;
@@ -154,8 +156,8 @@ Ring ring{min(MAX_STAGES, SHARED / (depth * row_bytes))};
 
 if (warp >= WARPS) {
   give_registers<64>();
-  // Each warp copies every fourth row, 32 chunks a round. Where a row has fewer left, the last one is copied
-  // more than once: that costs less than a branch.
+  // Each warp copies every fourth row, 32 chunks a round. Where a row has fewer left, the last one
+  // is copied more than once: that costs less than a branch.
   constexpr int Y_ROUNDS = (PANEL * CHUNKS + 31) / 32;
   constexpr int X_ROUNDS = CAP * CHUNKS / 32;
   const int m0 = warp - WARPS;
@@ -224,7 +226,8 @@ if (warp >= WARPS) {
 }
 
 take_registers<104>();
-// A warp's blocks are neighbours by column and then by row: it loads x again where the column changes.
+// A warp's blocks are neighbours by column and then by row: it loads x again where the column
+// changes.
 const int slot0 = count * warp / WARPS;
 const int mine = count * (warp + 1) / WARPS - slot0;
 const int y_row = lane / 16 * 8 + lane % 8;  // y lies transposed, as in sddmm_tiles.cu
@@ -237,7 +240,8 @@ for (int s = 0; s < SLOTS; s++) {
   const int x_chunk = place_of[slot] * CHUNKS + lane / 16;
   at[s] = (y_chunk ^ (y_row & 7)) * 16 | (x_chunk ^ (x_row & 7)) * 16 << 16;
 }
-const bool changes = lane < mine && (lane == 0 || place_of[slot0 + lane] != place_of[slot0 + lane - 1]);
+const bool changes =
+    lane < mine && (lane == 0 || place_of[slot0 + lane] != place_of[slot0 + lane - 1]);
 const unsigned fresh = __ballot_sync(0xffffffffu, changes);
 
 constexpr int UNIT = 2;  // blocks whose fragments of y are loaded together
@@ -268,8 +272,8 @@ for (int n0 = first; n0 < last; n0 += depth) {
         for (int b = 0; b < UNIT; b++) {
 #pragma unroll
           for (int i = 0; i < TILES; i++) {
-            load_matrix4<true>(ys[b][i],
-                               reinterpret_cast<const T*>(y_tile + ((at[u + b] & 0xffff) ^ 32 * i)));
+            load_matrix4<true>(
+                ys[b][i], reinterpret_cast<const T*>(y_tile + ((at[u + b] & 0xffff) ^ 32 * i)));
           }
         }
         __syncwarp();  // keeps the compiler from loading y only when it is needed
@@ -278,7 +282,8 @@ for (int n0 = first; n0 < last; n0 += depth) {
           if (fresh >> (u + b) & 1) {
 #pragma unroll
             for (int k = 0; k < TILES; k++) {
-              load_matrix4<true>(xs[k], reinterpret_cast<const T*>(x_tile + (at[u + b] >> 16 ^ 32 * k)));
+              load_matrix4<true>(xs[k],
+                                 reinterpret_cast<const T*>(x_tile + (at[u + b] >> 16 ^ 32 * k)));
             }
           }
 #pragma unroll

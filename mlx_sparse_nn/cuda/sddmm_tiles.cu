@@ -7,10 +7,10 @@
 // Output
 //   out      ([V,] n_blocks, B, B) T
 // Launch
-//   (R L THREADS, 1, V) threads in blocks of THREADS = 32 WARPS_I WARPS_K, where GROUP L is at least
-//   the length of every block-row. One thread block owns up to GROUP neighbouring blocks of one
-//   block-row, which share the panel of y, and walks the rows n.
-//   Shared memory: STAGES DEPTH B (1 + GROUP) elements.
+//   (R L THREADS, 1, V) threads in blocks of THREADS = 32 WARPS_I WARPS_K, where GROUP L is at
+//   least the length of every block-row. One thread block owns up to GROUP neighbouring blocks of
+//   one block-row, which share the panel of y, and walks the rows n. Shared memory: STAGES DEPTH B
+//   (1 + GROUP) elements.
 // Template
 //   T half or bfloat16; B 16, 32, 64 or 128; GROUP blocks; WARPS_I and WARPS_K warps over the rows
 //   of a block and over the columns of the group; DEPTH of n in a stage; STAGES.

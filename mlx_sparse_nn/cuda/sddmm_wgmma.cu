@@ -1,12 +1,13 @@
-// The product of sddmm_tiles.cu on Hopper's tensor cores, which read their operands from shared memory.
+// The product of sddmm_tiles.cu on Hopper's tensor cores, which read their operands from shared
+// memory.
 //
 // Inputs, output: as there.
 // Launch
-//   (R L 384, 1, V) threads in blocks of 384, where GROUP = 256 / B, and GROUP L is at least the length of
-//   every block-row. One thread block owns up to GROUP neighbouring blocks of one block-row, which share the
-//   panel of y, and walks the rows n. The last of its 3 warpgroups copies, the others multiply 128 columns
-//   each.
-//   Shared memory: STAGES (1 + GROUP) B 128 + 1024 bytes.
+//   (R L 384, 1, V) threads in blocks of 384, where GROUP = 256 / B, and GROUP L is at least the
+//   length of every block-row. One thread block owns up to GROUP neighbouring blocks of one
+//   block-row, which share the panel of y, and walks the rows n. The last of its 3 warpgroups
+//   copies, the others multiply 128 columns each. Shared memory: STAGES (1 + GROUP) B 128 + 1024
+//   bytes.
 // Template
 //   T half or bfloat16; B 64 or 128; STAGES.
 // Sums in float32, n ascending by 16.
@@ -72,12 +73,14 @@ if (group == WARPGROUPS) {
       const int valid = (N - n0 - copy_row + 15) / 16;
 #pragma unroll
       for (int q = 0; q < TILES; q++) {
-        copy_rows<ALIGNED, DEPTH / 16, 16 * 64>(y_tile + q * SLAB, y_src + q * 64, 16 * (size_t)R, valid);
+        copy_rows<ALIGNED, DEPTH / 16, 16 * 64>(y_tile + q * SLAB, y_src + q * 64, 16 * (size_t)R,
+                                                valid);
       }
 #pragma unroll
       for (int q = 0; q < SLABS; q++) {
         if (cols[q] >= 0) {
-          copy_rows<ALIGNED, DEPTH / 16, 16 * 64>(x_tile + q * SLAB, x_src + cols[q], 16 * (size_t)C, valid);
+          copy_rows<ALIGNED, DEPTH / 16, 16 * 64>(x_tile + q * SLAB, x_src + cols[q],
+                                                  16 * (size_t)C, valid);
         }
       }
       copier.end();
@@ -133,8 +136,8 @@ for (int i = 0; i < TILES; i++) {
 #pragma unroll
   for (int k = 0; k < 128; k += 64) {
     const int col = group * 128 + k;
-    store_tiles<T, 2, 8>(blocks + (size_t)(col / B) * (B * B) + place * B + col % B, B, 16,
-                         col / B < count ? 64 : 0,
-                         [&](int half, int o, int e) { return acc[i][k / 2 + 4 * o + 2 * half + e]; });
+    store_tiles<T, 2, 8>(
+        blocks + (size_t)(col / B) * (B * B) + place * B + col % B, B, 16, col / B < count ? 64 : 0,
+        [&](int half, int o, int e) { return acc[i][k / 2 + 4 * o + 2 * half + e]; });
   }
 }

@@ -40,7 +40,8 @@ if (row < out) {
   for (int e = lane; e < values; e += LANES) {
     const int j = begin + e / B;
     const int k = e % B;
-    const size_t place = TRANSPOSED ? ((size_t)perm[j] * B + k) * B + o : ((size_t)j * B + o) * B + k;
+    const size_t place =
+        TRANSPOSED ? ((size_t)perm[j] * B + k) * B + o : ((size_t)j * B + o) * B + k;
     const float w = float(blocks[place]);
     const int col = indices[j] * B + k;
 #pragma unroll

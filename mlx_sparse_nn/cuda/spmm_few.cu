@@ -1,10 +1,11 @@
-// The product of spmm_tiles.cu for at most 16 rows of x, which is bound by reading the stored values:
-// each is read once, 16 bytes at a time, straight into the registers of a tensor-core product.
+// The product of spmm_tiles.cu for at most 16 rows of x, which is bound by reading the stored
+// values: each is read once, 16 bytes at a time, straight into the registers of a tensor-core
+// product.
 //
 // Inputs, output: as there. No TRANSPOSED.
 // Launch
-//   (R B / STRIP 256, ceil(N / 16), V) threads in blocks of 256. One thread block owns STRIP = min(16, B)
-//   outputs of a block-row and 16 rows of x; its warps share the k of the row in turn.
+//   (R B / STRIP 256, ceil(N / 16), V) threads in blocks of 256. One thread block owns STRIP =
+//   min(16, B) outputs of a block-row and 16 rows of x; its warps share the k of the row in turn.
 // Template
 //   T half or bfloat16; B 8 to 128; BIAS 0 or 1.
 // Sums in float32: each warp its own parts of the row in order, then over warps, then the bias.

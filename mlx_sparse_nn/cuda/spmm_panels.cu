@@ -1,13 +1,13 @@
-// The product of spmm_tiles.cu for small blocks that fill much of the matrix: x is read once for 256
-// outputs, as in a dense product, and only stored blocks are multiplied.
+// The product of spmm_tiles.cu for small blocks that fill much of the matrix: x is read once for
+// 256 outputs, as in a dense product, and only stored blocks are multiplied.
 //
 // Inputs, output: as there.
 // Launch
-//   (P 640, Y, V) threads in blocks of 640, P = ceil(R B / 256). One thread block owns a panel of 256
-//   outputs and an equal share of the tiles of 128 rows of x, which it takes one after the other. The last
-//   4 warps copy x, 128 columns a stage where the panel has a block; each of the 16 others copies and
-//   multiplies by the blocks, or halves of blocks, of 16 outputs. C is at most 2^20.
-//   Shared memory: STAGES 32768 + 65536 + 1024 bytes.
+//   (P 640, Y, V) threads in blocks of 640, P = ceil(R B / 256). One thread block owns a panel of
+//   256 outputs and an equal share of the tiles of 128 rows of x, which it takes one after the
+//   other. The last 4 warps copy x, 128 columns a stage where the panel has a block; each of the 16
+//   others copies and multiplies by the blocks, or halves of blocks, of 16 outputs. C is at most
+//   2^20. Shared memory: STAGES 32768 + 65536 + 1024 bytes.
 // Template
 //   T half or bfloat16; B 16 or 32; STAGES; TRANSPOSED and BIAS 0 or 1.
 // Sums in float32: the bias, then blocks in stored order, k ascending by 16.
@@ -19,15 +19,17 @@
 #include "stores.h"
 
 constexpr int ROWS = 128;
-constexpr int WIDTH = 256;        // outputs of the panel
-constexpr int OWN = 16;           // outputs of a warp
-constexpr int WARPS = 16;         // that multiply
-constexpr int COPIERS = 128;      // threads
-constexpr int DEPTH = 128;        // columns in a stage
-constexpr int TILES = ROWS / 16;  // 16 x 8 tiles of a warp over the rows of x; two are over its outputs
+constexpr int WIDTH = 256;    // outputs of the panel
+constexpr int OWN = 16;       // outputs of a warp
+constexpr int WARPS = 16;     // that multiply
+constexpr int COPIERS = 128;  // threads
+constexpr int DEPTH = 128;    // columns in a stage
+constexpr int TILES =
+    ROWS / 16;  // 16 x 8 tiles of a warp over the rows of x; two are over its outputs
 constexpr int CHUNKS = DEPTH / 8;
 constexpr int STAGE = ROWS * DEPTH;
-constexpr int PART = B * OWN;  // values of a block that a warp multiplies by: B of k, or outputs, by OWN or B
+constexpr int PART =
+    B * OWN;  // values of a block that a warp multiplies by: B of k, or outputs, by OWN or B
 constexpr int W_CHUNKS = (TRANSPOSED ? OWN : B) / 8;
 constexpr int HELD = 2048 / PART;  // of them, a ring in shared memory
 extern __shared__ char shared[];
@@ -214,7 +216,8 @@ for (int n0 = begin_n; n0 < end_n; n0 += ROWS) {
   cols = Reader(indices, begin, end);
   j = begin;
   col = j < end ? cols.at(j) * B : 1 << 30;
-  store_tiles<T, 2 * TILES, 2>(y + ((size_t)v * N + n0) * out + first_out, out, N - n0, out - first_out,
-                               [&](int half, int o, int e) { return acc[half / 2][o][half % 2 * 2 + e]; });
+  store_tiles<T, 2 * TILES, 2>(
+      y + ((size_t)v * N + n0) * out + first_out, out, N - n0, out - first_out,
+      [&](int half, int o, int e) { return acc[half / 2][o][half % 2 * 2 + e]; });
 }
 wait_copies<0>();

@@ -1,7 +1,7 @@
-// The product of spmm_csr.cu for scalars, one row of x, and short rows: a sparse matrix times a vector.
-// Values and indices are copied to shared memory in the order in which they lie, whatever the lengths
-// of the rows; then neighbouring threads walk neighbouring rows, so that the places of x that matrices
-// such as the Ising Hamiltonian ask for together lie together.
+// The product of spmm_csr.cu for scalars, one row of x, and short rows: a sparse matrix times a
+// vector. Values and indices are copied to shared memory in the order in which they lie, whatever
+// the lengths of the rows; then neighbouring threads walk neighbouring rows, so that the places of
+// x that matrices such as the Ising Hamiltonian ask for together lie together.
 //
 // Inputs, output: as there with B = 1 and N = 1; no TRANSPOSED.
 // Launch

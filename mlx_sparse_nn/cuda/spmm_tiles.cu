@@ -1,5 +1,5 @@
-// y[v, n, r B + o] = bias[r B + o] + sum of W_j[o, k] x[v, n, indices[j] B + k] over the blocks j of
-// block-row r and k < B, where W_j is data[v, j], or the transpose of data[v, perm[j]].
+// y[v, n, r B + o] = bias[r B + o] + sum of W_j[o, k] x[v, n, indices[j] B + k] over the blocks j
+// of block-row r and k < B, where W_j is data[v, j], or the transpose of data[v, perm[j]].
 //
 // Inputs
 //   data     ([V,] n_blocks, B, B) T
@@ -11,8 +11,9 @@
 //   y        ([V,] N, R B) T
 // Launch
 //   (R THREADS, Y, V) threads in blocks of THREADS = 32 WARPS_N WARPS_O. One thread block owns one
-//   block-row and an equal share of the tiles of ROWS rows of x, which it takes one after the other:
-//   x panels are shared by neighbours, in L2. Shared memory: STAGES (ROWS + B) DEPTH elements.
+//   block-row and an equal share of the tiles of ROWS rows of x, which it takes one after the
+//   other: x panels are shared by neighbours, in L2. Shared memory: STAGES (ROWS + B) DEPTH
+//   elements.
 // Template
 //   T half or bfloat16; B 8, 16, 32, 64 or 128; ROWS of x in a tile; WARPS_N and WARPS_O warps over
 //   rows and outputs; DEPTH of k in a stage; STAGES; TRANSPOSED and BIAS 0 or 1.
@@ -52,9 +53,9 @@ const int begin = indptr[r];
 const int end = indptr[r + 1];
 const int n_stages = ((end - begin) * B + DEPTH - 1) / DEPTH;
 
-// Copies run ahead, through all tiles. A thread copies the same chunk of k in every row that it copies, so
-// that one block index a stage is enough; it is read a stage ahead. A stage spans several blocks, or lies
-// in one.
+// Copies run ahead, through all tiles. A thread copies the same chunk of k in every row that it
+// copies, so that one block index a stage is enough; it is read a stage ahead. A stage spans
+// several blocks, or lies in one.
 static_assert(THREADS % CHUNKS == 0, "a thread keeps to one chunk");
 static_assert(!TRANSPOSED || B >= DEPTH || W_ROWS * W_CHUNKS <= THREADS, "and to one block");
 const int x_row = thread / CHUNKS;
@@ -62,10 +63,10 @@ const int x_k = thread % CHUNKS * 8;
 const int w_k = TRANSPOSED ? thread / W_CHUNKS % DEPTH : x_k;
 const T* x_mine = x + ((size_t)v * N + n0 + x_row) * C;
 const T* w_mine = blocks + (TRANSPOSED ? thread % W_CHUNKS * 8 : thread / CHUNKS * B);
-int next_tile = 0;   // of the stage to copy next: its tile, its place in the tile, its buffer,
+int next_tile = 0;  // of the stage to copy next: its tile, its place in the tile, its buffer,
 int next_stage = 0;
 int next_buffer = 0;
-int next_col;        // and where its blocks lie
+int next_col;  // and where its blocks lie
 int next_stored;
 auto read_indices = [&]() {
   const int k = next_stage * DEPTH;

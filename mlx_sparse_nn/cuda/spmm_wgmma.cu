@@ -1,11 +1,13 @@
-// The product of spmm_tiles.cu on Hopper's tensor cores, which read their operands from shared memory.
+// The product of spmm_tiles.cu on Hopper's tensor cores, which read their operands from shared
+// memory.
 //
 // Inputs, output: as there.
 // Launch
-//   (R 384, Y, V) threads in blocks of 384, which own what they do there. The last of 3 warpgroups copies,
-//   the others multiply. Shared memory: STAGES (ROWS + B) 128 + 1024 bytes.
+//   (R 384, Y, V) threads in blocks of 384, which own what they do there. The last of 3 warpgroups
+//   copies, the others multiply. Shared memory: STAGES (ROWS + B) 128 + 1024 bytes.
 // Template
-//   T half or bfloat16; B 64 or 128; ROWS of x in a tile, 128 or 256; STAGES; TRANSPOSED and BIAS 0 or 1.
+//   T half or bfloat16; B 64 or 128; ROWS of x in a tile, 128 or 256; STAGES; TRANSPOSED and BIAS 0
+//   or 1.
 // Sums in float32: the bias, then blocks in stored order, k ascending by 16.
 
 #include "barriers.h"
@@ -46,7 +48,8 @@ if (thread < STAGES) {
 __syncthreads();
 
 if (group == WARPGROUPS) {
-  // Eight threads copy a row of 64 elements; a block that is transposed lies in slabs of 64 outputs.
+  // Eight threads copy a row of 64 elements; a block that is transposed lies in slabs of 64
+  // outputs.
   constexpr int EVERY = COPIERS / 8;
   const int copy_row = thread % COPIERS / 8;
   const int chunk = thread % 8;
@@ -71,8 +74,8 @@ if (group == WARPGROUPS) {
         if (TRANSPOSED) {
 #pragma unroll
           for (int o = 0; o < B; o += 64) {  // a slab
-            copy_rows<ALIGNED, DEPTH / EVERY, EVERY * 64>(w_tile + o * DEPTH, w_src + k * B + o, EVERY * B,
-                                                          DEPTH);
+            copy_rows<ALIGNED, DEPTH / EVERY, EVERY * 64>(w_tile + o * DEPTH, w_src + k * B + o,
+                                                          EVERY * B, DEPTH);
           }
         } else {
           copy_rows<ALIGNED, B / EVERY, EVERY * DEPTH>(w_tile, w_src + k, EVERY * B, B);

@@ -13,8 +13,8 @@ __device__ __forceinline__ unsigned pack2(__half, float a, float b) {
   return *reinterpret_cast<const unsigned*>(&pair);
 }
 
-// Four lanes side by side hold a row of four 8-column tiles, two columns of each tile a lane: lane q has
-// pairs[t], columns 2 q and 2 q + 1 of tile t. Return the 8 columns of tile q to lane q.
+// Four lanes side by side hold a row of four 8-column tiles, two columns of each tile a lane: lane
+// q has pairs[t], columns 2 q and 2 q + 1 of tile t. Return the 8 columns of tile q to lane q.
 __device__ __forceinline__ uint4 gather_tile(const unsigned (&pairs)[4]) {
   const bool odd = threadIdx.x & 1;
   const bool high = threadIdx.x & 2;
@@ -27,9 +27,9 @@ __device__ __forceinline__ uint4 gather_tile(const unsigned (&pairs)[4]) {
   return high ? make_uint4(first, second, b.x, b.y) : make_uint4(a.x, a.y, first, second);
 }
 
-// Store a warp's 16 x 8 tiles of products, 16 bytes a lane, as rows of T from `y` on, `width` elements apart,
-// of which `rows` rows and `cols` columns are there. The rows come in HALVES of 8 and the columns in TILES of
-// 8; sum(h, t, e) is element e of the two that this lane holds of both.
+// Store a warp's 16 x 8 tiles of products, 16 bytes a lane, as rows of T from `y` on, `width`
+// elements apart, of which `rows` rows and `cols` columns are there. The rows come in HALVES of 8
+// and the columns in TILES of 8; sum(h, t, e) is element e of the two that this lane holds of both.
 template <typename T, int HALVES, int TILES, typename Sum>
 __device__ __forceinline__ void store_tiles(T* y, size_t width, int rows, int cols, Sum sum) {
   static_assert(HALVES * TILES % 4 == 0, "four lanes share four tiles");

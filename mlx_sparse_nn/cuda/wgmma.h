@@ -1,5 +1,5 @@
-// Hopper's products of tiles in shared memory by a warpgroup: 128 threads, asynchronous. See "Asynchronous
-// Warpgroup Level Matrix Instructions" in NVIDIA's PTX ISA.
+// Hopper's products of tiles in shared memory by a warpgroup: 128 threads, asynchronous. See
+// "Asynchronous Warpgroup Level Matrix Instructions" in NVIDIA's PTX ISA.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -18,47 +18,45 @@ __device__ __forceinline__ unsigned long long describe(const T* tile, int slab) 
   return (address & 0x3ffff) >> 4 | lead << 16 | 64ull << 32 | 1ull << 62;
 }
 
-// c (64 x N, float32) += a (64 x 16) b (16 x N). The contraction runs along the rows of a tile, or, where
-// A_ACROSS or B_ACROSS is 1, across them.
+// c (64 x N, float32) += a (64 x 16) b (16 x N). The contraction runs along the rows of a tile, or,
+// where A_ACROSS or B_ACROSS is 1, across them.
 template <typename T, int N, int A_ACROSS, int B_ACROSS>
 struct Warpgroup;
 
-#define WARPGROUP_64(T, TYPE)                                                           \
-  template <int A_ACROSS, int B_ACROSS>                                                 \
-  struct Warpgroup<T, 64, A_ACROSS, B_ACROSS> {                                         \
-    __device__ __forceinline__ static void multiply(float (&c)[32],                     \
-                                                    unsigned long long a,               \
-                                                    unsigned long long b) {             \
-      asm volatile(                                                                     \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                    \
-          "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                   \
-          " "                                                                           \
-          "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "     \
-          "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, " \
-          "%31}, %32, %33, p, 1, 1, %34, %35;\n}\n"                                     \
-          : ACC32(c, 0)                                                                 \
-          : "l"(a), "l"(b), "n"(A_ACROSS), "n"(B_ACROSS));                              \
-    }                                                                                   \
+#define WARPGROUP_64(T, TYPE)                                                             \
+  template <int A_ACROSS, int B_ACROSS>                                                   \
+  struct Warpgroup<T, 64, A_ACROSS, B_ACROSS> {                                           \
+    __device__ __forceinline__ static void multiply(float (&c)[32], unsigned long long a, \
+                                                    unsigned long long b) {               \
+      asm volatile(                                                                       \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                      \
+          "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                     \
+          " "                                                                             \
+          "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "       \
+          "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, "   \
+          "%31}, %32, %33, p, 1, 1, %34, %35;\n}\n"                                       \
+          : ACC32(c, 0)                                                                   \
+          : "l"(a), "l"(b), "n"(A_ACROSS), "n"(B_ACROSS));                                \
+    }                                                                                     \
   }
 
-#define WARPGROUP_128(T, TYPE)                                                          \
-  template <int A_ACROSS, int B_ACROSS>                                                 \
-  struct Warpgroup<T, 128, A_ACROSS, B_ACROSS> {                                        \
-    __device__ __forceinline__ static void multiply(float (&c)[64],                     \
-                                                    unsigned long long a,               \
-                                                    unsigned long long b) {             \
-      asm volatile(                                                                     \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                    \
-          "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE                  \
-          " "                                                                           \
-          "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "     \
-          "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, " \
-          "%31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, " \
-          "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, " \
-          "%61, %62, %63}, %64, %65, p, 1, 1, %66, %67;\n}\n"                           \
-          : ACC32(c, 0), ACC32(c, 32)                                                   \
-          : "l"(a), "l"(b), "n"(A_ACROSS), "n"(B_ACROSS));                              \
-    }                                                                                   \
+#define WARPGROUP_128(T, TYPE)                                                            \
+  template <int A_ACROSS, int B_ACROSS>                                                   \
+  struct Warpgroup<T, 128, A_ACROSS, B_ACROSS> {                                          \
+    __device__ __forceinline__ static void multiply(float (&c)[64], unsigned long long a, \
+                                                    unsigned long long b) {               \
+      asm volatile(                                                                       \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                      \
+          "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE                    \
+          " "                                                                             \
+          "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "       \
+          "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, "   \
+          "%31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "   \
+          "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, "   \
+          "%61, %62, %63}, %64, %65, p, 1, 1, %66, %67;\n}\n"                             \
+          : ACC32(c, 0), ACC32(c, 32)                                                     \
+          : "l"(a), "l"(b), "n"(A_ACROSS), "n"(B_ACROSS));                                \
+    }                                                                                     \
   }
 
 WARPGROUP_64(__nv_bfloat16, "bf16");
@@ -66,8 +64,8 @@ WARPGROUP_64(__half, "f16");
 WARPGROUP_128(__nv_bfloat16, "bf16");
 WARPGROUP_128(__half, "f16");
 
-// Have sums in their registers from here on: where the compiler moves their first values into the loop of the
-// products that follow, it has these wait for one another.
+// Have sums in their registers from here on: where the compiler moves their first values into the
+// loop of the products that follow, it has these wait for one another.
 template <int N>
 __device__ __forceinline__ void hold_sums(float (&sums)[N]) {
 #pragma unroll

@@ -21,11 +21,12 @@ METAL_FUNC vec<T, 4> load4(const device T* p) {
   return *(const device typename packed4<T>::type*)p;
 }
 
-// Copy ROWS x COLS of src, whose rows are `stride` apart, to dst, whose rows are LD apart. Rows from
-// `valid` on are zeros. All THREADS of the threadgroup take part; the caller places the barriers.
+// Copy ROWS x COLS of src, whose rows are `stride` apart, to dst, whose rows are LD apart. Rows
+// from `valid` on are zeros. All THREADS of the threadgroup take part; the caller places the
+// barriers.
 template <typename T, int ROWS, int COLS, int LD, int THREADS>
-METAL_FUNC void stage(
-    const device T* src, const size_t stride, const int valid, threadgroup T* dst, const int thread_index) {
+METAL_FUNC void stage(const device T* src, const size_t stride, const int valid, threadgroup T* dst,
+                      const int thread_index) {
   for (int i = thread_index; i < ROWS * (COLS / 4); i += THREADS) {
     const int row = i / (COLS / 4);
     const int col = i % (COLS / 4) * 4;

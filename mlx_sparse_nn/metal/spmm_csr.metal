@@ -7,8 +7,8 @@
 // Template
 //   T float, half or bfloat; B; ROWS of x; LANES 1 to 256, a power of two; TRANSPOSED and BIAS
 //   0 or 1.
-// Sums in float32: each lane its values in stored order, then over lanes, then over simdgroups, then
-// the bias.
+// Sums in float32: each lane its values in stored order, then over lanes, then over simdgroups,
+// then the bias.
 
 #include "common.h"
 
@@ -40,7 +40,8 @@ if (row < out) {
   for (int e = lane; e < values; e += LANES) {
     const int j = begin + e / B;
     const int k = e % B;
-    const size_t place = TRANSPOSED ? ((size_t)perm[j] * B + k) * B + o : ((size_t)j * B + o) * B + k;
+    const size_t place =
+        TRANSPOSED ? ((size_t)perm[j] * B + k) * B + o : ((size_t)j * B + o) * B + k;
     const float w = float(blocks[place]);
     const int col = indices[j] * B + k;
 #pragma unroll

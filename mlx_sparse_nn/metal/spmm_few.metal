@@ -3,8 +3,8 @@
 // Inputs, output: as there.
 // Launch
 //   (R B / STRIP 32 GROUPS, ceil(N / ROWS), V) threads in groups of (32 GROUPS, 1, 1), STRIP =
-//   min(B, 16). One group owns STRIP outputs of a block-row and ROWS rows of x; its simdgroups share
-//   the blocks of the row among them.
+//   min(B, 16). One group owns STRIP outputs of a block-row and ROWS rows of x; its simdgroups
+//   share the blocks of the row among them.
 // Template
 //   T float, half or bfloat; B 8, 16, 32, 64 or 128; ROWS of x, 1 to 8; GROUPS simdgroups;
 //   TRANSPOSED and BIAS 0 or 1.

@@ -1,5 +1,5 @@
-// y[v, n, r B + o] = bias[r B + o] + sum of W_j[o, k] x[v, n, indices[j] B + k] over the blocks j of
-// block-row r and k < B, where W_j is data[v, j], or the transpose of data[v, perm[j]].
+// y[v, n, r B + o] = bias[r B + o] + sum of W_j[o, k] x[v, n, indices[j] B + k] over the blocks j
+// of block-row r and k < B, where W_j is data[v, j], or the transpose of data[v, perm[j]].
 //
 // Inputs
 //   data     (V, n_blocks, B, B) T
@@ -21,10 +21,10 @@
 
 constexpr int ACROSS = B < 16 ? 1 : 2;  // simdgroups side by side over the B outputs; 2 over rows
 constexpr int THREADS = 64 * ACROSS;
-constexpr int TILES_N = ROWS / 16;           // 8 x 8 tiles of a simdgroup over the rows of x,
-constexpr int TILES_O = B / (8 * ACROSS);    // and over the outputs
-constexpr int DEPTH = B < 32 ? B : 32;       // k staged at a time
-constexpr int PAD = 4;                       // elements, against bank conflicts
+constexpr int TILES_N = ROWS / 16;         // 8 x 8 tiles of a simdgroup over the rows of x,
+constexpr int TILES_O = B / (8 * ACROSS);  // and over the outputs
+constexpr int DEPTH = B < 32 ? B : 32;     // k staged at a time
+constexpr int PAD = 4;                     // elements, against bank conflicts
 constexpr int LDX = DEPTH + PAD;
 constexpr int LDW = (TRANSPOSED ? B : DEPTH) + PAD;
 threadgroup T x_tile[ROWS * LDX];

@@ -22,9 +22,7 @@ struct __nv_bfloat16 {
     const unsigned u = __builtin_bit_cast(unsigned, x);
     bits = (u & 0x7fffffff) > 0x7f800000 ? u >> 16 | 0x40 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
   }
-  operator float() const {
-    return __builtin_bit_cast(float, unsigned(bits) << 16);
-  }
+  operator float() const { return __builtin_bit_cast(float, unsigned(bits) << 16); }
 };
 struct uint2 {
   unsigned x, y;
@@ -133,9 +131,7 @@ static bool scheduling;  // not in a fiber
 static void yield() {
   if (!scheduling) emu_switch(&self->sp, scheduler);
 }
-static bool failed() {
-  return launch->fault[0];
-}
+static bool failed() { return launch->fault[0]; }
 // Say what is wrong, the first time, and do not come back.
 static void fail(const char* what) {
   if (!failed()) {
@@ -200,9 +196,7 @@ static unsigned __ballot_sync(unsigned, bool value) {
   __syncwarp();
   return bits;
 }
-static void atomicOr(unsigned* p, unsigned bits) {
-  *p |= bits;
-}
+static void atomicOr(unsigned* p, unsigned bits) { *p |= bits; }
 
 // Addresses of shared memory. Variables that are not in the dynamic part need none of their own.
 static unsigned __cvta_generic_to_shared(const void* p) {
@@ -256,17 +250,13 @@ void copy_some(T* dst, const T* src, int i, int count, bool aligned) {
   if (aligned) return begin_copy(dst + i, src + i, n * sizeof(T));
   for (int k = i; k < i + n; k++) dst[k] = src[k];
 }
-static void commit_copies() {
-  self->group++;
-}
+static void commit_copies() { self->group++; }
 template <int N>
 void wait_copies() {
   while (self->copied < self->begun && self->copies[self->copied % kCopies].group < self->group - N)
     step_copy(*self);
 }
-static int held(int value) {
-  return value;
-}
+static int held(int value) { return value; }
 
 // barriers.h: count in bits 48 to 63, arrivals still missing in 32 to 47, the phase below.
 static void init_barrier(unsigned long long* barrier, int count) {
@@ -337,8 +327,8 @@ void load_matrix2(unsigned (&r)[2], const T* p) {
 }
 static unsigned fragments[32][32][6];
 template <typename T>
-void multiply(
-    float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
+              unsigned b1) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const unsigned own[6] = {a0, a1, a2, a3, b0, b1};
   memcpy(fragments[warp][lane], own, sizeof own);
@@ -385,9 +375,7 @@ struct Warpgroup {
 template <int N>
 void hold_sums(float (&)[N]) {}
 static void begin_products() {}
-static void commit_products() {
-  self->product_group++;
-}
+static void commit_products() { self->product_group++; }
 template <int N>
 void wait_products() {
   int kept = 0;
