@@ -9,6 +9,9 @@ BACKEND := $(shell \
 	driver=$$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d . -f 1); \
 	if [ -z "$$driver" ]; then echo cpu,; elif [ "$$driver" -ge 580 ]; then echo cuda13,; else echo cuda12,; fi)
 
+# Kernels, their headers and their emulators; asked for when a target needs them.
+KERNELS = $(shell git ls-files '*.metal' '*.cu' '*.h' '*.cpp')
+
 .PHONY: help demo test test-metal test-device bench lint format clean
 
 help:
@@ -39,11 +42,13 @@ bench: $(VENV)/installed-dev
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(KERNELS)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(KERNELS)
 
 clean:
 	rm -rf $(VENV) .bench runs

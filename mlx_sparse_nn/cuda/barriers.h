@@ -1,5 +1,6 @@
-// Barriers in shared memory between warps that copy and warps that compute: mbarrier of NVIDIA's PTX ISA.
-// A barrier's phases are numbered from 0; a phase ends when `count` threads have arrived in it.
+// Barriers in shared memory between warps that copy and warps that compute: mbarrier of NVIDIA's
+// PTX ISA. The phases of a barrier are numbered from 0. A phase ends when `count` threads have
+// arrived in it.
 
 __device__ __forceinline__ unsigned shared_address(const void* p) {
   return (unsigned)__cvta_generic_to_shared(p);
@@ -11,19 +12,19 @@ __device__ __forceinline__ void init_barrier(unsigned long long* barrier, int co
 }
 
 __device__ __forceinline__ void arrive(unsigned long long* barrier) {
+  const unsigned address = shared_address(barrier);
   asm volatile(
-      "{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}\n" ::"r"(shared_address(barrier))
+      "{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}\n" ::"r"(address)
       : "memory");
 }
 
-// Arrive when all that this thread has copied asynchronously is there.
+// Arrive once all asynchronous copies of this thread have landed.
 __device__ __forceinline__ void arrive_copied(unsigned long long* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
 
-// Wait for the end of the last phase whose number is `parity` modulo 2; of phase -1 there is none to wait
-// for.
+// Wait for the end of the last phase whose number is `parity` modulo 2. Phase -1 has ended.
 __device__ __forceinline__ void wait_barrier(unsigned long long* barrier, int parity) {
   asm volatile(
       "{\n.reg .pred done;\nwaiting:\n"
@@ -46,12 +47,13 @@ struct Ring {
   }
 };
 
-// Let each thread of this warpgroup have N registers: fewer, or more once others have given some back.
-template <int N>
+// Leave each thread of this warpgroup COUNT registers: fewer than it had, or more once others have
+// given some back.
+template <int COUNT>
 __device__ __forceinline__ void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
-template <int N>
+template <int COUNT>
 __device__ __forceinline__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }

@@ -1,13 +1,14 @@
 // Copies into shared memory, 16 bytes at a time, asynchronous where they can be.
 
-// Copy 16 bytes from device to shared memory: asynchronously where the source is ALIGNED, which a slice
-// of another array need not be. Zeros where it is not `valid`.
+// Copy 16 bytes from device to shared memory, or zeros where the source is not `valid`:
+// asynchronously where it is ALIGNED, which a slice need not be.
 template <bool ALIGNED, typename T>
 __device__ __forceinline__ void copy16(T* dst, const T* src, bool valid) {
   if constexpr (ALIGNED) {
     const unsigned address = (unsigned)__cvta_generic_to_shared(dst);
     const int bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(src), "r"(bytes));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(src),
+                 "r"(bytes));
   } else {
 #pragma unroll 1
     for (int i = 0; i < 16 / (int)sizeof(T); i++) {
@@ -16,8 +17,8 @@ __device__ __forceinline__ void copy16(T* dst, const T* src, bool valid) {
   }
 }
 
-// Copy COUNT times 16 bytes: from `src` on, `stride` elements apart, to `dst` on, STEP elements apart. From
-// number `valid` on they are zeros, and nothing is read.
+// Copy COUNT times 16 bytes: from `src` on, `stride` elements apart, to `dst` on, STEP elements
+// apart. From number `valid` on they are zeros, and nothing is read.
 template <bool ALIGNED, int COUNT, int STEP, typename T>
 __device__ __forceinline__ void copy_rows(T* dst, const T* src, size_t stride, int valid) {
   if (ALIGNED && valid >= COUNT) {
@@ -34,8 +35,8 @@ __device__ __forceinline__ void copy_rows(T* dst, const T* src, size_t stride, i
   }
 }
 
-// A constant as a type, such as whether sources are aligned: loops of copies are written once, and the paths
-// of copy16 stay out of one another's way.
+// A constant as a type, such as whether sources are aligned: a loop of copies is written once, and
+// compiled once for each path of copy16.
 template <bool VALUE>
 struct Constant {
   static constexpr bool value = VALUE;
@@ -43,45 +44,43 @@ struct Constant {
 using Aligned = Constant<true>;
 using Unaligned = Constant<false>;
 
-// Return `value`, to be held in a register: left alone, the compiler may read the sizes of an array again
-// in every round of a loop.
-__device__ __forceinline__ int held(int value) {
+// Return `value` in a register. Without this the compiler may read the size of an array again in
+// every round of a loop.
+__device__ __forceinline__ int in_register(int value) {
   int copy;
   asm volatile("mov.b32 %0, %1;" : "=r"(copy) : "r"(value));
   return copy;
 }
 
-// Copy the 16 bytes from place `i` on of `count` elements that are read once, as copy16 does; nothing from
+// Copy the 16 bytes from element `i` on of `count` that are read once, as copy16 does. Nothing from
 // `count` on is read.
 template <typename T>
 __device__ __forceinline__ void copy_some(T* dst, const T* src, int i, int count, bool aligned) {
-  const int n = min(16 / (int)sizeof(T), count - i);
-  if (n <= 0) {
+  const int taken = min(16 / (int)sizeof(T), count - i);
+  if (taken <= 0) {
     return;
   }
   if (aligned) {
     const unsigned address = (unsigned)__cvta_generic_to_shared(dst + i);
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(src + i),
-                 "r"(n * (int)sizeof(T)));
+                 "r"(taken * (int)sizeof(T)));
   } else {
-    for (int k = i; k < i + n; k++) {
+    for (int k = i; k < i + taken; k++) {
       dst[k] = src[k];
     }
   }
 }
 
-__device__ __forceinline__ void commit_copies() {
-  asm volatile("cp.async.commit_group;");
-}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
 
-// Wait until at most N of the last committed groups of copies are under way.
-template <int N>
+// Wait until at most COUNT of the last committed groups of copies are under way.
+template <int COUNT>
 __device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(N));
+  asm volatile("cp.async.wait_group %0;" ::"n"(COUNT));
 }
 
-// The place of 16-byte chunk `chunk` of row `row` in a tile whose rows have CHUNKS of them, permuted so
-// that the 8 rows that ldmatrix reads together lie in different banks.
+// The place of 16-byte chunk `chunk` of row `row` in a tile whose rows have CHUNKS of them. They
+// are permuted so that the 8 rows that ldmatrix reads together lie in different banks.
 template <int CHUNKS>
 __device__ __forceinline__ int swizzle(int row, int chunk) {
   if (CHUNKS >= 8) {

@@ -1,4 +1,5 @@
-// Reads an array in order, ahead of its use: the lanes of a warp hold 64 values from the last one read on.
+// Reads an array in order, ahead of its use: the lanes of a warp hold 64 values from the last one
+// read on.
 struct Reader {
   const int* values;
   int base;
@@ -11,7 +12,8 @@ struct Reader {
     now = load(begin);
     next = load(begin + 32);
   }
-  // Return value `i` to all lanes of the warp, which ask together; `i` is the last one or the one after it.
+  // Return value `i` to all lanes of the warp, which ask together. It is the last one read, or the
+  // one after it.
   __device__ __forceinline__ int at(int i) {
     if (i - base == 32) {
       base += 32;

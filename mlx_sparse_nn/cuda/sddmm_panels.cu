@@ -1,17 +1,20 @@
-// The product of sddmm_tiles.cu for small blocks, many of which share the columns of y and of x.
+// The product of sddmm_tiles.cu for small blocks, many of which read the same columns of y and of
+// x. The rows n come in splits: out[s] sums those of split s.
 //
 // Inputs
-//   y, x, indptr, indices as there; step (1) int32: rows n of a split.
+//   y, x, indptr, indices: as there; no block is stored twice
+//   step     (1) int32: rows n of a split
 // Output
-//   out      (S, [V,] n_blocks, B, B) OUT; out[s] sums the rows n of split s
+//   out      (S, V, n_blocks, B, B) OUT
 // Launch
-//   (P Q 640, S, V) threads in blocks of 640. P = ceil(block-rows / PANEL) panels of PANEL = 256 / B
-//   neighbouring block-rows, none of which has more than Q 32768 / (B B) blocks. The blocks of a panel, by
-//   column and then by row, are dealt to Q thread blocks in equal shares, and those of a thread block to its
-//   first 16 warps. The last 4 warps copy the panel of y and the distinct columns of x of these blocks, some
-//   rows n a stage. Shared memory: SHARED bytes, at least 8 per block-column, and 16384 + 2097152 / B.
+//   (panels shares 640, S, V) threads in groups of (640, 1, 1). A panel is PANEL = 256 / B
+//   neighbouring block-rows and has at most shares 32768 / B^2 blocks, panels = ceil(R / PANEL).
+//   The blocks of a panel, by block-column and then by block-row, are dealt in equal shares: one
+//   group owns one share, and its first 16 warps take equal parts of that. The last 4 warps copy
+//   the columns of y and, once each, those of x that these blocks read, some rows n a stage.
+//   Shared memory: SHARED bytes, at least 8 per block-column, and 16384 + 2097152 / B.
 // Template
-//   T half or bfloat16; OUT, T or float; B 16 or 32; SHARED.
+//   T half or bfloat16; OUT, T or float; B 16 or 32; SHARED bytes.
 // Sums in float32, n ascending by 16.
 
 #include "barriers.h"
@@ -24,7 +27,7 @@ constexpr int COPY_WARPS = 4;
 constexpr int THREADS = 32 * (WARPS + COPY_WARPS);
 constexpr int PANEL = 256 / B;         // block-rows
 constexpr int SLOTS = 2048 / (B * B);  // blocks of a warp: 64 sums a thread
-constexpr int CAP = WARPS * SLOTS;     // blocks of a thread block
+constexpr int CAP = WARPS * SLOTS;     // blocks of a group
 constexpr int MAX_STAGES = 8;
 constexpr int CHUNKS = B / 8;           // 16-byte chunks of a row of a block
 constexpr int TILES = B / 16;           // 16 x 16 tiles along a side of a block
@@ -36,18 +39,18 @@ __shared__ unsigned long long full[MAX_STAGES];
 __shared__ unsigned long long empty[MAX_STAGES];
 __shared__ int starts[PANEL + 1];
 __shared__ int warp_sums[THREADS / 32];
-__shared__ int block_of[CAP];  // of each of this thread block's blocks: its place in out,
-__shared__ int row_of[CAP];    // its row in the panel,
-__shared__ int col_of[CAP];    // its column,
-__shared__ int place_of[CAP];  // and the place of that in cols
-__shared__ int cols[CAP];      // the distinct columns, ascending
+__shared__ int block_of[CAP];  // of each block of this group: its place in out,
+__shared__ int r_of[CAP];      // its block-row in the panel,
+__shared__ int c_of[CAP];      // its block-column,
+__shared__ int place_of[CAP];  // and the place of that in distinct
+__shared__ int distinct[CAP];  // the distinct block-columns, ascending
 
-const int n_block_rows = indptr_shape[0] - 1;
-const int shares = gridDim.x / ((n_block_rows + PANEL - 1) / PANEL);
-const int row0 = blockIdx.x / shares * PANEL;
+const int R = indptr_shape[0] - 1;
+const int shares = gridDim.x / ((R + PANEL - 1) / PANEL);
+const int r0 = blockIdx.x / shares * PANEL;
 const int share = blockIdx.x % shares;
-const int n_rows = min(PANEL, n_block_rows - row0);
-const int stored = indptr[row0 + n_rows] - indptr[row0];
+const int panel_rows = min(PANEL, R - r0);
+const int stored = indptr[r0 + panel_rows] - indptr[r0];
 const int rank0 = (long long)stored * share / shares;
 const int count = (int)((long long)stored * (share + 1) / shares) - rank0;
 if (count == 0) {
@@ -57,38 +60,39 @@ const int v = blockIdx.z;
 const int thread = threadIdx.x;
 const int lane = thread % 32;
 const int warp = thread / 32;
-const int N = held(x_shape[x_ndim - 2]);
-const int C = held(x_shape[x_ndim - 1]);
-const int R = held(y_shape[y_ndim - 1]);
-const int first = blockIdx.y * step[0];
-const int last = min(N, first + step[0]);
+const int N = in_register(x_shape[x_ndim - 2]);
+const int n_cols = in_register(x_shape[x_ndim - 1]);
+const int n_rows = in_register(y_shape[y_ndim - 1]);
+const int begin_n = blockIdx.y * step[0];
+const int end_n = min(N, begin_n + step[0]);
 
 if (thread == 0) {
-  for (int s = 0; s < MAX_STAGES; s++) {
-    init_barrier(full + s, 32 * COPY_WARPS);
-    init_barrier(empty + s, WARPS);
+  for (int stage = 0; stage < MAX_STAGES; stage++) {
+    init_barrier(full + stage, 32 * COPY_WARPS);
+    init_barrier(empty + stage, WARPS);
   }
 }
 
-// Find the blocks: mark the rows that each block-column has, count the blocks of the columns before it,
-// and keep the blocks whose rank, by column and then by row, is in the share. The ring lies here later.
-const int n_block_cols = C / B;
+// Find the blocks of this share: mark the block-rows that each block-column has, count the blocks
+// before it, and keep the blocks whose rank, by block-column and then by block-row, is in the
+// share. The ring of stages lies here later.
+const int C = n_cols / B;
 unsigned* masks = reinterpret_cast<unsigned*>(shared);
-int* ranks = reinterpret_cast<int*>(shared) + n_block_cols;
+int* ranks = reinterpret_cast<int*>(shared) + C;
 for (int i = thread; i <= PANEL; i += THREADS) {
-  starts[i] = indptr[row0 + min(i, n_rows)];
+  starts[i] = indptr[r0 + min(i, panel_rows)];
 }
-for (int c = thread; c < n_block_cols; c += THREADS) {
+for (int c = thread; c < C; c += THREADS) {
   masks[c] = 0;
 }
 __syncthreads();
 auto row_in_panel = [&](int j) {
-  int row = 0;
+  int panel_row = 0;
 #pragma unroll
-  for (int half = PANEL / 2; half > 0; half /= 2) {
-    row += starts[row + half] <= j ? half : 0;
+  for (int skip = PANEL / 2; skip > 0; skip /= 2) {
+    panel_row += starts[panel_row + skip] <= j ? skip : 0;
   }
-  return row;
+  return panel_row;
 };
 #pragma unroll 4
 for (int j = starts[0] + thread; j < starts[PANEL]; j += THREADS) {
@@ -96,9 +100,9 @@ for (int j = starts[0] + thread; j < starts[PANEL]; j += THREADS) {
 }
 __syncthreads();
 int before = 0;
-for (int c0 = 0; c0 < n_block_cols; c0 += THREADS) {
+for (int c0 = 0; c0 < C; c0 += THREADS) {
   const int c = c0 + thread;
-  const int own = c < n_block_cols ? __popc(masks[c]) : 0;
+  const int own = c < C ? __popc(masks[c]) : 0;
   int sum = own;
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
@@ -109,42 +113,42 @@ for (int c0 = 0; c0 < n_block_cols; c0 += THREADS) {
     warp_sums[warp] = sum;
   }
   __syncthreads();
-  if (c < n_block_cols) {
+  if (c < C) {
     ranks[c] = before + sum - own;
-    for (int w = 0; w < warp; w++) {
-      ranks[c] += warp_sums[w];
+    for (int other = 0; other < warp; other++) {
+      ranks[c] += warp_sums[other];
     }
   }
-  for (int w = 0; w < THREADS / 32; w++) {
-    before += warp_sums[w];
+  for (int other = 0; other < THREADS / 32; other++) {
+    before += warp_sums[other];
   }
   __syncthreads();
 }
 #pragma unroll 4
 for (int j = starts[0] + thread; j < starts[PANEL]; j += THREADS) {
   const int c = indices[j];
-  const int row = row_in_panel(j);
-  const int slot = ranks[c] + __popc(masks[c] & ((1u << row) - 1)) - rank0;
+  const int panel_row = row_in_panel(j);
+  const int slot = ranks[c] + __popc(masks[c] & ((1u << panel_row) - 1)) - rank0;
   if (slot >= 0 && slot < count) {
     block_of[slot] = j;
-    row_of[slot] = row;
-    col_of[slot] = c;
+    r_of[slot] = panel_row;
+    c_of[slot] = c;
   }
 }
 __syncthreads();
 if (thread < count) {
   int place = 0;
-  for (int s = 1; s <= thread; s++) {
-    place += col_of[s] != col_of[s - 1];
+  for (int slot = 1; slot <= thread; slot++) {
+    place += c_of[slot] != c_of[slot - 1];
   }
   place_of[thread] = place;
-  if (thread == 0 || col_of[thread] != col_of[thread - 1]) {
-    cols[place] = col_of[thread];
+  if (thread == 0 || c_of[thread] != c_of[thread - 1]) {
+    distinct[place] = c_of[thread];
   }
 }
 __syncthreads();
 
-// A stage is `depth` rows of the panel of y, then as many of the columns of x, side by side. The chunks of a
+// A stage is `depth` rows n of the columns of y, then of those of x, side by side. The chunks of a
 // row are permuted as by `swizzle`.
 const int x_chunks = (place_of[count - 1] + 1) * CHUNKS;
 const int x_pitch = (x_chunks + 7) / 8 * 128;
@@ -154,8 +158,8 @@ Ring ring{min(MAX_STAGES, SHARED / (depth * row_bytes))};
 
 if (warp >= WARPS) {
   give_registers<64>();
-  // Each warp copies every fourth row, 32 chunks a round. Where a row has fewer left, the last one is copied
-  // more than once: that costs less than a branch.
+  // Each warp copies every fourth row, 32 chunks a round. Where fewer are left, the last chunk is
+  // copied more than once: that costs less than a branch.
   constexpr int Y_ROUNDS = (PANEL * CHUNKS + 31) / 32;
   constexpr int X_ROUNDS = CAP * CHUNKS / 32;
   const int m0 = warp - WARPS;
@@ -164,25 +168,25 @@ if (warp >= WARPS) {
   int x_col[X_ROUNDS];
 #pragma unroll
   for (int q = 0; q < Y_ROUNDS; q++) {
-    y_chunk[q] = min(32 * q + lane, n_rows * CHUNKS - 1);
+    y_chunk[q] = min(32 * q + lane, panel_rows * CHUNKS - 1);
   }
 #pragma unroll
   for (int q = 0; q < X_ROUNDS; q++) {
     x_chunk[q] = min(32 * q + lane, x_chunks - 1);
-    x_col[q] = cols[x_chunk[q] / CHUNKS] * B + x_chunk[q] % CHUNKS * 8;
+    x_col[q] = distinct[x_chunk[q] / CHUNKS] * B + x_chunk[q] % CHUNKS * 8;
   }
-  const T* y_mine = y + ((size_t)v * N + m0) * R + row0 * B;
-  const T* x_mine = x + ((size_t)v * N + m0) * C;
+  const T* y_mine = y + ((size_t)v * N + m0) * n_rows + r0 * B;
+  const T* x_mine = x + ((size_t)v * N + m0) * n_cols;
   auto copy_rows_as = [&](int n0, auto alignment, auto all) {
     constexpr bool ALIGNED = alignment.value;
     constexpr bool ALL = all.value;  // rows of the stage are there
-    const T* y_src = y_mine + (size_t)n0 * R;
-    const T* x_src = x_mine + (size_t)n0 * C;
+    const T* y_src = y_mine + (size_t)n0 * n_rows;
+    const T* x_src = x_mine + (size_t)n0 * n_cols;
     char* y_dst = shared + ring.buffer * depth * row_bytes + m0 * Y_PITCH;
     char* x_dst = shared + ring.buffer * depth * row_bytes + depth * Y_PITCH + m0 * x_pitch;
 #pragma unroll 1
     for (int m = m0; m < depth; m += COPY_WARPS) {
-      const bool valid = ALL || n0 + m < last;
+      const bool valid = ALL || n0 + m < end_n;
 #pragma unroll
       for (int q = 0; q < Y_ROUNDS; q++) {
         T* dst = reinterpret_cast<T*>(y_dst + (y_chunk[q] ^ (m & 7)) * 16);
@@ -195,16 +199,16 @@ if (warp >= WARPS) {
           copy16<ALIGNED>(dst, valid ? x_src + x_col[q] : x, valid);
         }
       }
-      y_src += (size_t)COPY_WARPS * R;
-      x_src += (size_t)COPY_WARPS * C;
+      y_src += (size_t)COPY_WARPS * n_rows;
+      x_src += (size_t)COPY_WARPS * n_cols;
       y_dst += COPY_WARPS * Y_PITCH;
       x_dst += COPY_WARPS * x_pitch;
     }
   };
   const bool aligned = ((size_t)y | (size_t)x) % 16 == 0;
-  for (int n0 = first; n0 < last; n0 += depth) {
+  for (int n0 = begin_n; n0 < end_n; n0 += depth) {
     wait_barrier(empty + ring.buffer, ring.parity ^ 1);
-    if (aligned && n0 + depth <= last) {
+    if (aligned && n0 + depth <= end_n) {
       copy_rows_as(n0, Aligned(), Constant<true>());
     } else if (aligned) {
       copy_rows_as(n0, Aligned(), Constant<false>());
@@ -224,37 +228,39 @@ if (warp >= WARPS) {
 }
 
 take_registers<104>();
-// A warp's blocks are neighbours by column and then by row: it loads x again where the column changes.
+// A warp's blocks are neighbours by block-column and then by block-row: it loads x again where the
+// block-column changes.
 const int slot0 = count * warp / WARPS;
 const int mine = count * (warp + 1) / WARPS - slot0;
 const int y_row = lane / 16 * 8 + lane % 8;  // y lies transposed, as in sddmm_tiles.cu
 const int x_row = lane % 16;
 unsigned at[SLOTS];  // bytes into a row of y, and of x, of what this lane addresses
 #pragma unroll
-for (int s = 0; s < SLOTS; s++) {
-  const int slot = slot0 + (s < mine ? s : 0);
-  const int y_chunk = row_of[slot] * CHUNKS + lane / 8 % 2;
+for (int b = 0; b < SLOTS; b++) {
+  const int slot = slot0 + (b < mine ? b : 0);
+  const int y_chunk = r_of[slot] * CHUNKS + lane / 8 % 2;
   const int x_chunk = place_of[slot] * CHUNKS + lane / 16;
-  at[s] = (y_chunk ^ (y_row & 7)) * 16 | (x_chunk ^ (x_row & 7)) * 16 << 16;
+  at[b] = (y_chunk ^ (y_row & 7)) * 16 | (x_chunk ^ (x_row & 7)) * 16 << 16;
 }
-const bool changes = lane < mine && (lane == 0 || place_of[slot0 + lane] != place_of[slot0 + lane - 1]);
+const bool changes =
+    lane < mine && (lane == 0 || place_of[slot0 + lane] != place_of[slot0 + lane - 1]);
 const unsigned fresh = __ballot_sync(0xffffffffu, changes);
 
 constexpr int UNIT = 2;  // blocks whose fragments of y are loaded together
 float acc[SLOTS][TILES][2 * TILES][4];
 #pragma unroll
-for (int s = 0; s < SLOTS; s++) {
+for (int b = 0; b < SLOTS; b++) {
 #pragma unroll
-  for (int i = 0; i < TILES; i++) {
+  for (int ti = 0; ti < TILES; ti++) {
 #pragma unroll
-    for (int k = 0; k < 2 * TILES; k++) {
-      acc[s][i][k][0] = acc[s][i][k][1] = acc[s][i][k][2] = acc[s][i][k][3] = 0.0f;
+    for (int tk = 0; tk < 2 * TILES; tk++) {
+      acc[b][ti][tk][0] = acc[b][ti][tk][1] = acc[b][ti][tk][2] = acc[b][ti][tk][3] = 0.0f;
     }
   }
 }
 unsigned xs[TILES][4] = {};
 #pragma unroll 1
-for (int n0 = first; n0 < last; n0 += depth) {
+for (int n0 = begin_n; n0 < end_n; n0 += depth) {
   const char* y_tile = shared + ring.buffer * depth * row_bytes + y_row * Y_PITCH;
   const char* x_tile = shared + ring.buffer * depth * row_bytes + depth * Y_PITCH + x_row * x_pitch;
   wait_barrier(full + ring.buffer, ring.parity);
@@ -267,9 +273,9 @@ for (int n0 = first; n0 < last; n0 += depth) {
 #pragma unroll
         for (int b = 0; b < UNIT; b++) {
 #pragma unroll
-          for (int i = 0; i < TILES; i++) {
-            load_matrix4<true>(ys[b][i],
-                               reinterpret_cast<const T*>(y_tile + ((at[u + b] & 0xffff) ^ 32 * i)));
+          for (int ti = 0; ti < TILES; ti++) {
+            load_matrix4<true>(
+                ys[b][ti], reinterpret_cast<const T*>(y_tile + ((at[u + b] & 0xffff) ^ 32 * ti)));
           }
         }
         __syncwarp();  // keeps the compiler from loading y only when it is needed
@@ -277,17 +283,18 @@ for (int n0 = first; n0 < last; n0 += depth) {
         for (int b = 0; b < UNIT; b++) {
           if (fresh >> (u + b) & 1) {
 #pragma unroll
-            for (int k = 0; k < TILES; k++) {
-              load_matrix4<true>(xs[k], reinterpret_cast<const T*>(x_tile + (at[u + b] >> 16 ^ 32 * k)));
+            for (int tk = 0; tk < TILES; tk++) {
+              load_matrix4<true>(xs[tk],
+                                 reinterpret_cast<const T*>(x_tile + (at[u + b] >> 16 ^ 32 * tk)));
             }
           }
 #pragma unroll
-          for (int i = 0; i < TILES; i++) {
-            const unsigned (&a)[4] = ys[b][i];
+          for (int ti = 0; ti < TILES; ti++) {
+            const unsigned (&a)[4] = ys[b][ti];
 #pragma unroll
-            for (int k = 0; k < TILES; k++) {
-              multiply<T>(acc[u + b][i][2 * k], a[0], a[1], a[2], a[3], xs[k][0], xs[k][1]);
-              multiply<T>(acc[u + b][i][2 * k + 1], a[0], a[1], a[2], a[3], xs[k][2], xs[k][3]);
+            for (int tk = 0; tk < TILES; tk++) {
+              multiply<T>(acc[u + b][ti][2 * tk], a[0], a[1], a[2], a[3], xs[tk][0], xs[tk][1]);
+              multiply<T>(acc[u + b][ti][2 * tk + 1], a[0], a[1], a[2], a[3], xs[tk][2], xs[tk][3]);
             }
           }
         }
@@ -305,21 +312,22 @@ for (int n0 = first; n0 < last; n0 += depth) {
 
 const size_t base = ((size_t)blockIdx.y * gridDim.z + v) * indices_shape[0];
 #pragma unroll
-for (int s = 0; s < SLOTS; s++) {
-  if (s < mine) {
-    const size_t place = (base + block_of[slot0 + s]) * (B * B);
+for (int b = 0; b < SLOTS; b++) {
+  if (b < mine) {
+    const size_t place = (base + block_of[slot0 + b]) * (B * B);
     if constexpr (sizeof(OUT) == sizeof(T)) {
-      store_tiles<T, 2 * TILES, 2 * TILES>(
-          reinterpret_cast<T*>(out) + place, B, B, B,
-          [&](int half, int k, int e) { return acc[s][half / 2][k][half % 2 * 2 + e]; });
+      store_tiles<T, 2 * TILES, 2 * TILES>(reinterpret_cast<T*>(out) + place, B, B, B,
+                                           [&](int row_tile, int tk, int e) {
+                                             return acc[b][row_tile / 2][tk][row_tile % 2 * 2 + e];
+                                           });
     } else {
 #pragma unroll
-      for (int half = 0; half < 2 * TILES; half++) {
+      for (int row_tile = 0; row_tile < 2 * TILES; row_tile++) {
 #pragma unroll
-        for (int k = 0; k < 2 * TILES; k++) {
-          const float* sums = acc[s][half / 2][k] + half % 2 * 2;
-          const int at = (half * 8 + lane / 4) * B + k * 8 + lane % 4 * 2;
-          *reinterpret_cast<float2*>(reinterpret_cast<float*>(out) + place + at) =
+        for (int tk = 0; tk < 2 * TILES; tk++) {
+          const float* sums = acc[b][row_tile / 2][tk] + row_tile % 2 * 2;
+          const int offset = (row_tile * 8 + lane / 4) * B + tk * 8 + lane % 4 * 2;
+          *reinterpret_cast<float2*>(reinterpret_cast<float*>(out) + place + offset) =
               make_float2(sums[0], sums[1]);
         }
       }

@@ -1,11 +1,11 @@
-// The product of sddmm_tiles.cu on Hopper's tensor cores, which read their operands from shared memory.
+// The product of sddmm_tiles.cu on Hopper's tensor cores, which read shared memory themselves.
 //
 // Inputs, output: as there.
 // Launch
-//   (R L 384, 1, V) threads in blocks of 384, where GROUP = 256 / B, and GROUP L is at least the length of
-//   every block-row. One thread block owns up to GROUP neighbouring blocks of one block-row, which share the
-//   panel of y, and walks the rows n. The last of its 3 warpgroups copies, the others multiply 128 columns
-//   each.
+//   (R shares 384, 1, V) threads in groups of (384, 1, 1), GROUP = 256 / B and GROUP shares at
+//   least the length of every block-row. One group owns up to GROUP neighbouring blocks of one
+//   block-row, which read the same columns of y, and walks the rows n. The last of its 3 warpgroups
+//   copies, the others multiply 128 columns each.
 //   Shared memory: STAGES (1 + GROUP) B 128 + 1024 bytes.
 // Template
 //   T half or bfloat16; B 64 or 128; STAGES.
@@ -29,19 +29,19 @@ __shared__ unsigned long long full[STAGES];
 __shared__ unsigned long long empty[STAGES];
 T* tiles = reinterpret_cast<T*>(shared + (1024 - shared_address(shared) % 1024) % 1024);
 
-const int n_block_rows = indptr_shape[0] - 1;
-const int row = blockIdx.x % n_block_rows;
-const int j0 = indptr[row] + blockIdx.x / n_block_rows * GROUP;
-const int count = min(GROUP, indptr[row + 1] - j0);
+const int R = indptr_shape[0] - 1;
+const int r = blockIdx.x % R;
+const int j0 = indptr[r] + blockIdx.x / R * GROUP;
+const int count = min(GROUP, indptr[r + 1] - j0);
 if (count <= 0) {
   return;
 }
 const int v = blockIdx.z;
 const int thread = threadIdx.x;
-const int group = thread / 128;
-const int N = held(x_shape[x_ndim - 2]);
-const int C = held(x_shape[x_ndim - 1]);
-const int R = held(y_shape[y_ndim - 1]);
+const int warpgroup = thread / 128;
+const int N = in_register(x_shape[x_ndim - 2]);
+const int n_cols = in_register(x_shape[x_ndim - 1]);
+const int n_rows = in_register(y_shape[y_ndim - 1]);
 
 if (thread < STAGES) {
   init_barrier(full + thread, 128);
@@ -49,13 +49,13 @@ if (thread < STAGES) {
 }
 __syncthreads();
 
-if (group == WARPGROUPS) {
+if (warpgroup == WARPGROUPS) {
   // Eight threads copy a row of a slab, of the same columns at every stage.
   const int copy_row = thread % 128 / 8;
   const int chunk = thread % 8;
   const int place = swizzle<8>(copy_row, chunk) * 8;
-  const T* y_mine = y + ((size_t)v * N + copy_row) * R + row * B + chunk * 8;
-  const T* x_mine = x + ((size_t)v * N + copy_row) * C + chunk * 8;
+  const T* y_mine = y + ((size_t)v * N + copy_row) * n_rows + r * B + chunk * 8;
+  const T* x_mine = x + ((size_t)v * N + copy_row) * n_cols + chunk * 8;
   int cols[SLABS];
 #pragma unroll
   for (int q = 0; q < SLABS; q++) {
@@ -67,17 +67,19 @@ if (group == WARPGROUPS) {
     for (int n0 = 0; n0 < N; n0 += DEPTH) {
       T* y_tile = tiles + copier.begin() * STAGE + place;
       T* x_tile = y_tile + TILES * SLAB;
-      const T* y_src = y_mine + (size_t)n0 * R;
-      const T* x_src = x_mine + (size_t)n0 * C;
+      const T* y_src = y_mine + (size_t)n0 * n_rows;
+      const T* x_src = x_mine + (size_t)n0 * n_cols;
       const int valid = (N - n0 - copy_row + 15) / 16;
 #pragma unroll
       for (int q = 0; q < TILES; q++) {
-        copy_rows<ALIGNED, DEPTH / 16, 16 * 64>(y_tile + q * SLAB, y_src + q * 64, 16 * (size_t)R, valid);
+        copy_rows<ALIGNED, DEPTH / 16, 16 * 64>(y_tile + q * SLAB, y_src + q * 64,
+                                                16 * (size_t)n_rows, valid);
       }
 #pragma unroll
       for (int q = 0; q < SLABS; q++) {
         if (cols[q] >= 0) {
-          copy_rows<ALIGNED, DEPTH / 16, 16 * 64>(x_tile + q * SLAB, x_src + cols[q], 16 * (size_t)C, valid);
+          copy_rows<ALIGNED, DEPTH / 16, 16 * 64>(x_tile + q * SLAB, x_src + cols[q],
+                                                  16 * (size_t)n_cols, valid);
         }
       }
       copier.end();
@@ -94,47 +96,48 @@ if (group == WARPGROUPS) {
 
 float acc[TILES][64];
 #pragma unroll
-for (int i = 0; i < TILES; i++) {
+for (int ti = 0; ti < TILES; ti++) {
 #pragma unroll
-  for (int j = 0; j < 64; j++) {
-    acc[i][j] = 0.0f;
+  for (int e = 0; e < 64; e++) {
+    acc[ti][e] = 0.0f;
   }
-  hold_sums(acc[i]);
+  hold_sums(acc[ti]);
 }
 Ring ring{STAGES};
-int last = 0;  // buffer of the last stage
+int last_buffer = 0;  // of the last stage
 for (int n0 = 0; n0 < N; n0 += DEPTH) {
   const T* y_tile = tiles + ring.buffer * STAGE;
-  const T* x_tile = y_tile + (TILES + group * 2) * SLAB;
+  const T* x_tile = y_tile + (TILES + warpgroup * 2) * SLAB;
   wait_barrier(full + ring.buffer, ring.parity);
   begin_products();
 #pragma unroll
-  for (int n = 0; n < DEPTH; n += 16) {
+  for (int m = 0; m < DEPTH; m += 16) {
 #pragma unroll
-    for (int i = 0; i < TILES; i++) {
-      const unsigned long long a = describe(y_tile + i * SLAB + n * 64, SLAB * 2);
-      Warpgroup<T, 128, 1, 1>::multiply(acc[i], a, describe(x_tile + n * 64, SLAB * 2));
+    for (int ti = 0; ti < TILES; ti++) {
+      const unsigned long long a = describe(y_tile + ti * SLAB + m * 64, SLAB * 2);
+      Warpgroup<T, 128, 1, 1>::multiply(acc[ti], a, describe(x_tile + m * 64, SLAB * 2));
     }
   }
   commit_products();
   wait_products<1>();
   if (n0 > 0 && thread % 32 == 0) {
-    arrive(empty + last);
+    arrive(empty + last_buffer);
   }
-  last = ring.buffer;
+  last_buffer = ring.buffer;
   ring.advance();
 }
 wait_products<0>();
 
 T* blocks = out + ((size_t)v * indices_shape[0] + j0) * (B * B);
 #pragma unroll
-for (int i = 0; i < TILES; i++) {
-  const int place = 64 * i + thread / 32 % 4 * 16;
+for (int ti = 0; ti < TILES; ti++) {
+  const int i = 64 * ti + thread / 32 % 4 * 16;
 #pragma unroll
   for (int k = 0; k < 128; k += 64) {
-    const int col = group * 128 + k;
-    store_tiles<T, 2, 8>(blocks + (size_t)(col / B) * (B * B) + place * B + col % B, B, 16,
-                         col / B < count ? 64 : 0,
-                         [&](int half, int o, int e) { return acc[i][k / 2 + 4 * o + 2 * half + e]; });
+    const int group_col = warpgroup * 128 + k;
+    store_tiles<T, 2, 8>(blocks + (size_t)(group_col / B) * (B * B) + i * B + group_col % B, B, 16,
+                         group_col / B < count ? 64 : 0, [&](int row_tile, int col_tile, int e) {
+                           return acc[ti][k / 2 + 4 * col_tile + 2 * row_tile + e];
+                         });
   }
 }

@@ -2,8 +2,9 @@
 //
 // Inputs, output: as there, B any.
 // Launch
-//   (ceil(R B LANES / 256) 256, ceil(N / ROWS), V) threads in blocks of 256. LANES neighbouring
-//   threads own one output and ROWS rows of x; they share its stored values in turn.
+//   (ceil(n_rows LANES / 256) 256, ceil(N / ROWS), V) threads in groups of (256, 1, 1). LANES
+//   neighbouring threads own one scalar row and ROWS rows of x. They take its stored values in
+//   turn.
 // Template
 //   T float, half or bfloat16; B; ROWS of x; LANES 1 to 256, a power of two; TRANSPOSED and BIAS
 //   0 or 1.
@@ -22,31 +23,32 @@ const int lane = position % LANES;
 const int n0 = blockIdx.y * ROWS;
 const int v = blockIdx.z;
 const int N = x_shape[x_ndim - 2];
-const int C = x_shape[x_ndim - 1];
-const int out = (indptr_shape[0] - 1) * B;
-const int rows = min(ROWS, N - n0);
+const int n_cols = x_shape[x_ndim - 1];
+const int n_rows = (indptr_shape[0] - 1) * B;
+const int n_valid = min(ROWS, N - n0);
 
-const T* x_rows = x + ((size_t)v * N + n0) * C;
+const T* x_rows = x + ((size_t)v * N + n0) * n_cols;
 const T* blocks = data + (size_t)v * indices_shape[0] * (B * B);
 float acc[ROWS];
 #pragma unroll
 for (int n = 0; n < ROWS; n++) {
   acc[n] = 0.0f;
 }
-if (row < out) {
+if (row < n_rows) {
   const int o = row % B;
   const int begin = indptr[row / B];
-  const int values = (indptr[row / B + 1] - begin) * B;
-  for (int e = lane; e < values; e += LANES) {
+  const int n_values = (indptr[row / B + 1] - begin) * B;
+  for (int e = lane; e < n_values; e += LANES) {
     const int j = begin + e / B;
     const int k = e % B;
-    const size_t place = TRANSPOSED ? ((size_t)perm[j] * B + k) * B + o : ((size_t)j * B + o) * B + k;
+    const size_t place =
+        TRANSPOSED ? ((size_t)perm[j] * B + k) * B + o : ((size_t)j * B + o) * B + k;
     const float w = float(blocks[place]);
     const int col = indices[j] * B + k;
 #pragma unroll
     for (int n = 0; n < ROWS; n++) {
-      if (n < rows) {
-        acc[n] = fmaf(w, float(x_rows[(size_t)n * C + col]), acc[n]);
+      if (n < n_valid) {
+        acc[n] = fmaf(w, float(x_rows[(size_t)n * n_cols + col]), acc[n]);
       }
     }
   }
@@ -64,15 +66,15 @@ if (LANES > 32) {
   __syncthreads();
   if (lane == 0) {
     for (int n = 0; n < ROWS; n++) {
-      for (int w = 1; w < LANES / 32; w++) {
-        acc[n] += partial[(thread / 32 + w) * ROWS + n];
+      for (int other = 1; other < LANES / 32; other++) {
+        acc[n] += partial[(thread / 32 + other) * ROWS + n];
       }
     }
   }
 }
-if (lane == 0 && row < out) {
-  const float b = BIAS ? float(bias[row]) : 0.0f;
-  for (int n = 0; n < rows; n++) {
-    y[((size_t)v * N + n0 + n) * out + row] = T(acc[n] + b);
+if (lane == 0 && row < n_rows) {
+  const float bias_row = BIAS ? float(bias[row]) : 0.0f;
+  for (int n = 0; n < n_valid; n++) {
+    y[((size_t)v * N + n0 + n) * n_rows + row] = T(acc[n] + bias_row);
   }
 }

@@ -1,13 +1,14 @@
-// The product of spmm_tiles.cu for at most 16 rows of x, which is bound by reading the stored values:
-// each is read once, 16 bytes at a time, straight into the registers of a tensor-core product.
+// The product of spmm_tiles.cu for few rows of x, which is bound by reading the stored values: each
+// is read once, 16 bytes at a time, straight into the registers of a tensor-core product.
 //
 // Inputs, output: as there. No TRANSPOSED.
 // Launch
-//   (R B / STRIP 256, ceil(N / 16), V) threads in blocks of 256. One thread block owns STRIP = min(16, B)
-//   outputs of a block-row and 16 rows of x; its warps share the k of the row in turn.
+//   (n_rows / STRIP 256, ceil(N / 16), V) threads in groups of (256, 1, 1), STRIP = min(B, 16). One
+//   group owns STRIP outputs of a block-row and 16 rows of x. Its warps take the stored values of a
+//   scalar row in turn, 32 at a time.
 // Template
-//   T half or bfloat16; B 8 to 128; BIAS 0 or 1.
-// Sums in float32: each warp its own parts of the row in order, then over warps, then the bias.
+//   T half or bfloat16; B 8, 16, 32, 64 or 128; BIAS 0 or 1.
+// Sums in float32: each warp its values in stored order, then over warps, then the bias.
 
 #include "mma.h"
 
@@ -24,18 +25,18 @@ const int v = blockIdx.z;
 const int lane = threadIdx.x % 32;
 const int warp = threadIdx.x / 32;
 const int N = x_shape[x_ndim - 2];
-const int C = x_shape[x_ndim - 1];
-const int out = (indptr_shape[0] - 1) * B;
-const int g = lane / 4;      // row of x, and output, of this lane
-const int t = lane % 4 * 8;  // its 8 of every 32 k: slots of a product in any order, on both sides
+const int n_cols = x_shape[x_ndim - 1];
+const int n_rows = (indptr_shape[0] - 1) * B;
+const int lane_row = lane / 4;    // of x, and of the outputs
+const int lane_e = lane % 4 * 8;  // 8 of every 32 values: both operands order k alike
 
 const int begin = indptr[r];
-const int width = (indptr[r + 1] - begin) * B;
-const T* x_low = x + ((size_t)v * N + n0 + g) * C;
-const T* x_high = x_low + (size_t)8 * C;
-const T* w_rows = data + ((size_t)v * indices_shape[0] + begin) * (B * B) + (o0 + g) * B;
-const bool low = n0 + g < N;
-const bool high = n0 + g + 8 < N;
+const int n_values = (indptr[r + 1] - begin) * B;
+const T* x_low = x + ((size_t)v * N + n0 + lane_row) * n_cols;
+const T* x_high = x_low + (size_t)8 * n_cols;
+const T* w_rows = data + ((size_t)v * indices_shape[0] + begin) * (B * B) + (o0 + lane_row) * B;
+const bool low = n0 + lane_row < N;
+const bool high = n0 + lane_row + 8 < N;
 const bool aligned = ((size_t)x | (size_t)data) % 16 == 0;
 
 auto load8 = [&](const T* p, bool valid) {
@@ -53,48 +54,48 @@ auto load8 = [&](const T* p, bool valid) {
 
 float acc[TILES][4];
 #pragma unroll
-for (int o = 0; o < TILES; o++) {
-  acc[o][0] = acc[o][1] = acc[o][2] = acc[o][3] = 0.0f;
+for (int to = 0; to < TILES; to++) {
+  acc[to][0] = acc[to][1] = acc[to][2] = acc[to][3] = 0.0f;
 }
 #pragma unroll 2
-for (int first = warp * 32; first < width; first += WARPS * 32) {
-  const int k = first + t;
-  const bool stored = k < width;  // the last 32 may not be full where blocks are smaller
-  const int j = stored ? k / B : 0;
-  const int col = indices[begin + j] * B + k % B;
-  const uint4 a = load8(x_low + col, low && stored);
-  const uint4 b = load8(x_high + col, high && stored);
+for (int e0 = warp * 32; e0 < n_values; e0 += WARPS * 32) {
+  const int e = e0 + lane_e;
+  const bool stored = e < n_values;  // the last 32 may not be full where blocks are smaller
+  const int b = stored ? e / B : 0;
+  const int col = indices[begin + b] * B + e % B;
+  const uint4 x0 = load8(x_low + col, low && stored);
+  const uint4 x1 = load8(x_high + col, high && stored);
   uint4 w[TILES];
 #pragma unroll
-  for (int o = 0; o < TILES; o++) {
-    w[o] = load8(w_rows + (size_t)j * (B * B) + o * 8 * B + k % B, stored);
+  for (int to = 0; to < TILES; to++) {
+    w[to] = load8(w_rows + (size_t)b * (B * B) + to * 8 * B + e % B, stored);
   }
 #pragma unroll
-  for (int o = 0; o < TILES; o++) {
-    multiply<T>(acc[o], a.x, b.x, a.y, b.y, w[o].x, w[o].y);
-    multiply<T>(acc[o], a.z, b.z, a.w, b.w, w[o].z, w[o].w);
+  for (int to = 0; to < TILES; to++) {
+    multiply<T>(acc[to], x0.x, x1.x, x0.y, x1.y, w[to].x, w[to].y);
+    multiply<T>(acc[to], x0.z, x1.z, x0.w, x1.w, w[to].z, w[to].w);
   }
 }
 #pragma unroll
-for (int o = 0; o < TILES; o++) {
-  const int col = 8 * o + lane % 4 * 2;
-  partial[warp][g][col] = acc[o][0];
-  partial[warp][g][col + 1] = acc[o][1];
-  partial[warp][g + 8][col] = acc[o][2];
-  partial[warp][g + 8][col + 1] = acc[o][3];
+for (int to = 0; to < TILES; to++) {
+  const int o = 8 * to + lane % 4 * 2;
+  partial[warp][lane_row][o] = acc[to][0];
+  partial[warp][lane_row][o + 1] = acc[to][1];
+  partial[warp][lane_row + 8][o] = acc[to][2];
+  partial[warp][lane_row + 8][o + 1] = acc[to][3];
 }
 __syncthreads();
-const int rows = min(16, N - n0);
-for (int i = threadIdx.x; i < rows * STRIP; i += 32 * WARPS) {
+const int n_valid = min(16, N - n0);
+for (int i = threadIdx.x; i < n_valid * STRIP; i += 32 * WARPS) {
   const int n = i / STRIP;
   const int o = i % STRIP;
   float sum = 0.0f;
 #pragma unroll
-  for (int w = 0; w < WARPS; w++) {
-    sum += partial[w][n][o];
+  for (int other = 0; other < WARPS; other++) {
+    sum += partial[other][n][o];
   }
   if (BIAS) {
     sum += float(bias[r * B + o0 + o]);
   }
-  y[((size_t)v * N + n0 + n) * out + r * B + o0 + o] = T(sum);
+  y[((size_t)v * N + n0 + n) * n_rows + r * B + o0 + o] = T(sum);
 }

@@ -1,18 +1,18 @@
-// The product of spmm_csr.cu for scalars, one row of x, and short rows: a sparse matrix times a vector.
-// Values and indices are copied to shared memory in the order in which they lie, whatever the lengths
-// of the rows; then neighbouring threads walk neighbouring rows, so that the places of x that matrices
-// such as the Ising Hamiltonian ask for together lie together.
+// The product of spmm_csr.cu for scalars, one row of x, and short rows: a sparse matrix times a
+// vector. Values and indices are copied to shared memory in stored order, whatever the lengths of
+// the rows. Then neighbouring threads walk neighbouring rows: in matrices such as the Ising
+// Hamiltonian, these ask for neighbouring places of x at the same time.
 //
-// Inputs, output: as there with B = 1 and N = 1; no TRANSPOSED.
+// Inputs, output: as there with B = 1 and N = 1. No TRANSPOSED.
 // Launch
-//   (ceil(R / ROWS) ROWS, 1, V) threads in blocks of ROWS. One thread block owns ROWS rows.
+//   (ceil(R / ROWS) ROWS, 1, V) threads in groups of (ROWS, 1, 1). One group owns ROWS rows of A.
 // Template
-//   T float, half or bfloat16; ROWS; HELD values at a time, a multiple of 8; BIAS 0 or 1.
+//   T float, half or bfloat16; ROWS of A; HELD values at a time, a multiple of 8; BIAS 0 or 1.
 // Sums in float32: each row its values in stored order, then the bias.
 
 #include "copies.h"
 
-__shared__ __align__(16) int columns[HELD];
+__shared__ __align__(16) int cols[HELD];
 __shared__ __align__(16) T values[HELD];
 
 const int R = indptr_shape[0] - 1;
@@ -27,26 +27,26 @@ const int end = indptr[min(r0 + ROWS, R)];
 const T* stored = data + (size_t)v * indices_shape[0];
 const T* xv = x + (size_t)v * x_shape[x_ndim - 1];
 const bool values_aligned = (size_t)stored % 16 == 0;
-const bool columns_aligned = (size_t)indices % 16 == 0;
+const bool cols_aligned = (size_t)indices % 16 == 0;
 
 float acc = 0.0f;
-for (int first = begin / 8 * 8; first < end; first += HELD) {
-  const int count = min(HELD, end - first);
+for (int j0 = begin / 8 * 8; j0 < end; j0 += HELD) {
+  const int count = min(HELD, end - j0);
 #pragma unroll
   for (int i = 0; i < HELD; i += 4 * ROWS) {
-    copy_some(columns, indices + first, i + 4 * thread, count, columns_aligned);
+    copy_some(cols, indices + j0, i + 4 * thread, count, cols_aligned);
   }
 #pragma unroll
   for (int i = 0; i < HELD; i += 16 / sizeof(T) * ROWS) {
-    copy_some(values, stored + first, i + 16 / (int)sizeof(T) * thread, count, values_aligned);
+    copy_some(values, stored + j0, i + 16 / (int)sizeof(T) * thread, count, values_aligned);
   }
   commit_copies();
   wait_copies<0>();
   __syncthreads();
-  const int stop = min(row_end, first + count) - first;
+  const int stop = min(row_end, j0 + count) - j0;
 #pragma unroll 8
-  for (int i = max(row_begin, first) - first; i < stop; i++) {
-    acc = fmaf(float(values[i]), float(xv[columns[i]]), acc);
+  for (int i = max(row_begin, j0) - j0; i < stop; i++) {
+    acc = fmaf(float(values[i]), float(xv[cols[i]]), acc);
   }
   __syncthreads();
 }

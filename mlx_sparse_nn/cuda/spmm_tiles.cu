@@ -1,21 +1,23 @@
-// y[v, n, r B + o] = bias[r B + o] + sum of W_j[o, k] x[v, n, indices[j] B + k] over the blocks j of
-// block-row r and k < B, where W_j is data[v, j], or the transpose of data[v, perm[j]].
+// y[v, n, r B + o] = bias[r B + o] + sum of W_j[o, k] x[v, n, indices[j] B + k] over the blocks j
+// of block-row r and k < B. W_j is data[v, j], or the transpose of data[v, perm[j]]. Letters as in
+// metal/README.md.
 //
 // Inputs
-//   data     ([V,] n_blocks, B, B) T
+//   data     (V, n_blocks, B, B) T
 //   indptr   (R + 1) int32, indices (n_blocks) int32
 //   perm     (n_blocks) int32; not read unless TRANSPOSED
-//   x        ([V,] N, C) T
-//   bias     (R B) T; not read unless BIAS
+//   x        (V, N, n_cols) T
+//   bias     (n_rows) T; not read unless BIAS
 // Output
-//   y        ([V,] N, R B) T
+//   y        (V, N, n_rows) T
 // Launch
-//   (R THREADS, Y, V) threads in blocks of THREADS = 32 WARPS_N WARPS_O. One thread block owns one
-//   block-row and an equal share of the tiles of ROWS rows of x, which it takes one after the other:
-//   x panels are shared by neighbours, in L2. Shared memory: STAGES (ROWS + B) DEPTH elements.
+//   (R THREADS, shares, V) threads in groups of (THREADS, 1, 1), THREADS = 32 WARPS_N WARPS_O. One
+//   group owns one block-row and an equal share of the tiles of ROWS rows of x, which it takes one
+//   after the other. Neighbours share their rows of x in L2.
+//   Shared memory: STAGES (ROWS + B) DEPTH elements.
 // Template
 //   T half or bfloat16; B 8, 16, 32, 64 or 128; ROWS of x in a tile; WARPS_N and WARPS_O warps over
-//   rows and outputs; DEPTH of k in a stage; STAGES; TRANSPOSED and BIAS 0 or 1.
+//   rows of x and outputs; DEPTH of k in a stage; STAGES; TRANSPOSED and BIAS 0 or 1.
 // Sums in float32: the bias, then blocks in stored order, k ascending by 16.
 
 #include "copies.h"
@@ -39,9 +41,9 @@ const int lane = thread % 32;
 const int warp = thread / 32;
 const int warp_n = warp / WARPS_O * TILES_N * 16;
 const int warp_o = warp % WARPS_O * TILES_O * 8;
-const int N = held(x_shape[x_ndim - 2]);
-const int C = held(x_shape[x_ndim - 1]);
-const int out = (indptr_shape[0] - 1) * B;
+const int N = in_register(x_shape[x_ndim - 2]);
+const int n_cols = in_register(x_shape[x_ndim - 1]);
+const int n_rows = (indptr_shape[0] - 1) * B;
 const int all_tiles = (N + ROWS - 1) / ROWS;
 const int first_tile = (size_t)all_tiles * blockIdx.y / gridDim.y;
 const int n_tiles = (size_t)all_tiles * (blockIdx.y + 1) / gridDim.y - first_tile;
@@ -52,20 +54,21 @@ const int begin = indptr[r];
 const int end = indptr[r + 1];
 const int n_stages = ((end - begin) * B + DEPTH - 1) / DEPTH;
 
-// Copies run ahead, through all tiles. A thread copies the same chunk of k in every row that it copies, so
-// that one block index a stage is enough; it is read a stage ahead. A stage spans several blocks, or lies
+// Copies run ahead, through all tiles. A thread copies the same chunk of k of every row, so it
+// needs one block index a stage, which is read a stage ahead. A stage spans several blocks, or lies
 // in one.
 static_assert(THREADS % CHUNKS == 0, "a thread keeps to one chunk");
 static_assert(!TRANSPOSED || B >= DEPTH || W_ROWS * W_CHUNKS <= THREADS, "and to one block");
 const int x_row = thread / CHUNKS;
 const int x_k = thread % CHUNKS * 8;
 const int w_k = TRANSPOSED ? thread / W_CHUNKS % DEPTH : x_k;
-const T* x_mine = x + ((size_t)v * N + n0 + x_row) * C;
+const T* x_mine = x + ((size_t)v * N + n0 + x_row) * n_cols;
 const T* w_mine = blocks + (TRANSPOSED ? thread % W_CHUNKS * 8 : thread / CHUNKS * B);
-int next_tile = 0;   // of the stage to copy next: its tile, its place in the tile, its buffer,
+// Of the stage to copy next: its tile, its place in the tile, its buffer, and where its blocks lie.
+int next_tile = 0;
 int next_stage = 0;
 int next_buffer = 0;
-int next_col;        // and where its blocks lie
+int next_col;
 int next_stored;
 auto read_indices = [&]() {
   const int k = next_stage * DEPTH;
@@ -80,23 +83,23 @@ auto copy_stage_as = [&](auto alignment) {
   if (next_tile < n_tiles && n_stages > 0) {
     T* x_tile = tiles + next_buffer * STAGE;
     T* w_tile = x_tile + ROWS * DEPTH;
-    const T* x_src = x_mine + (size_t)next_tile * ROWS * C + next_col;
-    const int rows = next_col < 0 ? 0 : N - (first_tile + next_tile) * ROWS - x_row;
+    const T* x_src = x_mine + (size_t)next_tile * ROWS * n_cols + next_col;
+    const int n_valid = next_col < 0 ? 0 : N - (first_tile + next_tile) * ROWS - x_row;
 #pragma unroll UNROLL
     for (int i = 0; i < ROWS; i += THREADS / CHUNKS) {
-      const T* src = i < rows ? x_src + (size_t)i * C : x;
-      copy16<ALIGNED>(x_tile + swizzle<CHUNKS>(x_row + i, thread % CHUNKS) * 8, src, i < rows);
+      const T* src = i < n_valid ? x_src + (size_t)i * n_cols : x;
+      copy16<ALIGNED>(x_tile + swizzle<CHUNKS>(x_row + i, thread % CHUNKS) * 8, src, i < n_valid);
     }
     const bool valid = next_stored >= 0;
     const T* w_src = w_mine + (size_t)(valid ? next_stored : 0) * (B * B);
     const int k = next_stage * DEPTH;
 #pragma unroll UNROLL
     for (int i = thread; i < W_ROWS * W_CHUNKS; i += THREADS) {
-      const int row = i / W_CHUNKS;
+      const int w_row = i / W_CHUNKS;
       const int skipped = (i - thread) / W_CHUNKS;
-      const T* src = TRANSPOSED ? w_src + (B < DEPTH ? row % B : k % B + row) * B
+      const T* src = TRANSPOSED ? w_src + (B < DEPTH ? w_row % B : k % B + w_row) * B
                                 : w_src + skipped * B + (k + x_k) % B;
-      copy16<ALIGNED>(w_tile + swizzle<W_CHUNKS>(row, i % W_CHUNKS) * 8, src, valid);
+      copy16<ALIGNED>(w_tile + swizzle<W_CHUNKS>(w_row, i % W_CHUNKS) * 8, src, valid);
     }
     next_buffer = next_buffer + 1 == STAGES ? 0 : next_buffer + 1;
     if (++next_stage == n_stages) {
@@ -117,22 +120,22 @@ auto copy_stage = [&]() {
 
 read_indices();
 #pragma unroll 1
-for (int s = 0; s < STAGES - 1; s++) {
+for (int stage = 0; stage < STAGES - 1; stage++) {
   copy_stage();
 }
 int used = 0;
 float acc[TILES_N][TILES_O][4];
 for (int tile = 0; tile < n_tiles; tile++, n0 += ROWS) {
 #pragma unroll
-  for (int i = 0; i < TILES_N; i++) {
+  for (int tn = 0; tn < TILES_N; tn++) {
 #pragma unroll
-    for (int o = 0; o < TILES_O; o++) {
-      const int col = r * B + warp_o + 8 * o + lane % 4 * 2;
-      acc[i][o][0] = acc[i][o][2] = BIAS ? float(__ldg(bias + col)) : 0.0f;
-      acc[i][o][1] = acc[i][o][3] = BIAS ? float(__ldg(bias + col + 1)) : 0.0f;
+    for (int to = 0; to < TILES_O; to++) {
+      const int row = r * B + warp_o + 8 * to + lane % 4 * 2;
+      acc[tn][to][0] = acc[tn][to][2] = BIAS ? float(__ldg(bias + row)) : 0.0f;
+      acc[tn][to][1] = acc[tn][to][3] = BIAS ? float(__ldg(bias + row + 1)) : 0.0f;
     }
   }
-  for (int s = 0; s < n_stages; s++) {
+  for (int stage = 0; stage < n_stages; stage++) {
     wait_copies<STAGES - 2>();
     __syncthreads();
     copy_stage();
@@ -144,51 +147,52 @@ for (int tile = 0; tile < n_tiles; tile++, n0 += ROWS) {
       unsigned xs[TILES_N][4];
       unsigned ws[TILES_O][2];
 #pragma unroll
-      for (int i = 0; i < TILES_N; i++) {
-        const int row = warp_n + 16 * i + lane % 16;
-        load_matrix4<false>(xs[i], x_tile + swizzle<CHUNKS>(row, k / 8 + lane / 16) * 8);
+      for (int tn = 0; tn < TILES_N; tn++) {
+        const int m = warp_n + 16 * tn + lane % 16;
+        load_matrix4<false>(xs[tn], x_tile + swizzle<CHUNKS>(m, k / 8 + lane / 16) * 8);
       }
       if constexpr (TILES_O % 2 == 0) {
 #pragma unroll
-        for (int o = 0; o < TILES_O; o += 2) {
+        for (int to = 0; to < TILES_O; to += 2) {
           unsigned pair[4];
-          const int first = warp_o + 8 * o;
+          const int o0 = warp_o + 8 * to;
           if (TRANSPOSED) {
-            const int place = swizzle<W_CHUNKS>(k + lane % 16, first / 8 + lane / 16);
+            const int place = swizzle<W_CHUNKS>(k + lane % 16, o0 / 8 + lane / 16);
             load_matrix4<true>(pair, w_tile + place * 8);
           } else {
-            const int row = first + lane / 16 * 8 + lane % 8;
-            load_matrix4<false>(pair, w_tile + swizzle<W_CHUNKS>(row, k / 8 + lane / 8 % 2) * 8);
+            const int o = o0 + lane / 16 * 8 + lane % 8;
+            load_matrix4<false>(pair, w_tile + swizzle<W_CHUNKS>(o, k / 8 + lane / 8 % 2) * 8);
           }
-          ws[o][0] = pair[0];
-          ws[o][1] = pair[1];
-          ws[o + 1][0] = pair[2];
-          ws[o + 1][1] = pair[3];
+          ws[to][0] = pair[0];
+          ws[to][1] = pair[1];
+          ws[to + 1][0] = pair[2];
+          ws[to + 1][1] = pair[3];
         }
       } else {
 #pragma unroll
-        for (int o = 0; o < TILES_O; o++) {
-          const int first = warp_o + 8 * o;
+        for (int to = 0; to < TILES_O; to++) {
+          const int o0 = warp_o + 8 * to;
           if (TRANSPOSED) {
-            load_matrix2<true>(ws[o], w_tile + swizzle<W_CHUNKS>(k + lane % 16, first / 8) * 8);
+            load_matrix2<true>(ws[to], w_tile + swizzle<W_CHUNKS>(k + lane % 16, o0 / 8) * 8);
           } else {
-            const int row = first + lane % 8;
-            load_matrix2<false>(ws[o], w_tile + swizzle<W_CHUNKS>(row, k / 8 + lane / 8 % 2) * 8);
+            const int o = o0 + lane % 8;
+            load_matrix2<false>(ws[to], w_tile + swizzle<W_CHUNKS>(o, k / 8 + lane / 8 % 2) * 8);
           }
         }
       }
 #pragma unroll
-      for (int i = 0; i < TILES_N; i++) {
+      for (int tn = 0; tn < TILES_N; tn++) {
 #pragma unroll
-        for (int o = 0; o < TILES_O; o++) {
-          multiply<T>(acc[i][o], xs[i][0], xs[i][1], xs[i][2], xs[i][3], ws[o][0], ws[o][1]);
+        for (int to = 0; to < TILES_O; to++) {
+          multiply<T>(acc[tn][to], xs[tn][0], xs[tn][1], xs[tn][2], xs[tn][3], ws[to][0],
+                      ws[to][1]);
         }
       }
     }
   }
-  const int row = n0 + warp_n;
-  const int col = r * B + warp_o;
+  const int n = n0 + warp_n;
+  const int row = r * B + warp_o;
   store_tiles<T, 2 * TILES_N, TILES_O>(
-      y + ((size_t)v * N + row) * out + col, out, N - row, 8 * TILES_O,
-      [&](int half, int o, int e) { return acc[half / 2][o][half % 2 * 2 + e]; });
+      y + ((size_t)v * N + n) * n_rows + row, n_rows, N - n, 8 * TILES_O,
+      [&](int row_tile, int to, int e) { return acc[row_tile / 2][to][row_tile % 2 * 2 + e]; });
 }

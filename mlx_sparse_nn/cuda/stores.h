@@ -13,8 +13,8 @@ __device__ __forceinline__ unsigned pack2(__half, float a, float b) {
   return *reinterpret_cast<const unsigned*>(&pair);
 }
 
-// Four lanes side by side hold a row of four 8-column tiles, two columns of each tile a lane: lane q has
-// pairs[t], columns 2 q and 2 q + 1 of tile t. Return the 8 columns of tile q to lane q.
+// Four neighbouring lanes hold a row of four 8-column tiles: lane q has in pairs[t] columns 2 q and
+// 2 q + 1 of tile t. Return the 8 columns of tile q to lane q.
 __device__ __forceinline__ uint4 gather_tile(const unsigned (&pairs)[4]) {
   const bool odd = threadIdx.x & 1;
   const bool high = threadIdx.x & 2;
@@ -27,25 +27,25 @@ __device__ __forceinline__ uint4 gather_tile(const unsigned (&pairs)[4]) {
   return high ? make_uint4(first, second, b.x, b.y) : make_uint4(a.x, a.y, first, second);
 }
 
-// Store a warp's 16 x 8 tiles of products, 16 bytes a lane, as rows of T from `y` on, `width` elements apart,
-// of which `rows` rows and `cols` columns are there. The rows come in HALVES of 8 and the columns in TILES of
-// 8; sum(h, t, e) is element e of the two that this lane holds of both.
-template <typename T, int HALVES, int TILES, typename Sum>
+// Store a warp's products, 16 bytes a lane, as rows of T from `y` on, `width` elements apart, of
+// which `rows` rows and `cols` columns are there. They are ROW_TILES x COL_TILES tiles of 8 x 8. Of
+// each, this lane holds two neighbouring elements: sum(row_tile, col_tile, e), e 0 or 1.
+template <typename T, int ROW_TILES, int COL_TILES, typename Sum>
 __device__ __forceinline__ void store_tiles(T* y, size_t width, int rows, int cols, Sum sum) {
-  static_assert(HALVES * TILES % 4 == 0, "four lanes share four tiles");
+  static_assert(ROW_TILES * COL_TILES % 4 == 0, "four lanes share four tiles");
   const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int f = 0; f < HALVES * TILES; f += 4) {
+  for (int f = 0; f < ROW_TILES * COL_TILES; f += 4) {
     unsigned pairs[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const int h = (f + i) / TILES;
-      const int t = (f + i) % TILES;
-      pairs[i] = pack2(T(), sum(h, t, 0), sum(h, t, 1));
+      const int row_tile = (f + i) / COL_TILES;
+      const int col_tile = (f + i) % COL_TILES;
+      pairs[i] = pack2(T(), sum(row_tile, col_tile, 0), sum(row_tile, col_tile, 1));
     }
     const uint4 columns = gather_tile(pairs);
-    const int row = (f + lane % 4) / TILES * 8 + lane / 4;
-    const int col = (f + lane % 4) % TILES * 8;
+    const int row = (f + lane % 4) / COL_TILES * 8 + lane / 4;
+    const int col = (f + lane % 4) % COL_TILES * 8;
     if (row < rows && col < cols) {
       *reinterpret_cast<uint4*>(y + row * width + col) = columns;
     }

@@ -1,13 +1,14 @@
-// out[i] = sum of partial[s, i] over s, in ascending order.
+// out[i] = sum of partial[s, i] over s, in ascending order. M elements, S splits.
 //
 // Input
 //   partial  (S, M) float32
 // Output
 //   out      (M) T
 // Launch
-//   (ceil(M / 256) 256, 1, 1) threads in blocks of 256. One thread owns one element.
+//   (ceil(M / 256) 256, 1, 1) threads in groups of (256, 1, 1). One thread owns one element.
 // Template
 //   T float, half or bfloat16.
+// Sums in float32, s ascending.
 
 const size_t i = (size_t)blockIdx.x * 256 + threadIdx.x;
 const size_t M = partial_shape[1];

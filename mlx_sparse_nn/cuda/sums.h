@@ -1,4 +1,4 @@
-// Sum over the LANES neighbouring lanes of a warp; every one receives it.
+// Sum over the LANES neighbouring lanes of a warp; each of them receives it.
 template <int LANES>
 __device__ __forceinline__ float sum_lanes(float value) {
 #pragma unroll

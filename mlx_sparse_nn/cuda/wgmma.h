@@ -1,16 +1,17 @@
-// Hopper's products of tiles in shared memory by a warpgroup: 128 threads, asynchronous. See "Asynchronous
-// Warpgroup Level Matrix Instructions" in NVIDIA's PTX ISA.
+// Hopper's asynchronous products of tiles in shared memory by a warpgroup, 128 threads. See
+// "Asynchronous Warpgroup Level Matrix Instructions" in NVIDIA's PTX ISA.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#define ACC8(c, i)                                                                            \
-  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), \
-      "+f"(c[i + 6]), "+f"(c[i + 7])
-#define ACC32(c, i) ACC8(c, i), ACC8(c, i + 8), ACC8(c, i + 16), ACC8(c, i + 24)
+#define ACC8(acc, i)                                                                    \
+  "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3]), "+f"(acc[i + 4]), \
+      "+f"(acc[i + 5]), "+f"(acc[i + 6]), "+f"(acc[i + 7])
+#define ACC32(acc, i) ACC8(acc, i), ACC8(acc, i + 8), ACC8(acc, i + 16), ACC8(acc, i + 24)
 
-// Describe a tile whose rows are 128 bytes, 16-byte chunks permuted by swizzle<8>, from a 1024-byte
-// boundary on: groups of 8 rows follow one another, and slabs of 128 bytes lie `slab` bytes apart.
+// Describe a tile from a 1024-byte boundary on. Its rows are 128 bytes, with 16-byte chunks
+// permuted by swizzle<8>. Groups of 8 rows follow one another, and slabs of 128 bytes lie `slab`
+// bytes apart.
 template <typename T>
 __device__ __forceinline__ unsigned long long describe(const T* tile, int slab) {
   const unsigned long long address = (unsigned)__cvta_generic_to_shared(tile);
@@ -18,47 +19,45 @@ __device__ __forceinline__ unsigned long long describe(const T* tile, int slab) 
   return (address & 0x3ffff) >> 4 | lead << 16 | 64ull << 32 | 1ull << 62;
 }
 
-// c (64 x N, float32) += a (64 x 16) b (16 x N). The contraction runs along the rows of a tile, or, where
-// A_ACROSS or B_ACROSS is 1, across them.
-template <typename T, int N, int A_ACROSS, int B_ACROSS>
+// acc (64 x COLS, float32) += a (64 x 16) b (16 x COLS). The contraction runs along the rows of
+// a tile, or across them where A_ACROSS or B_ACROSS is 1.
+template <typename T, int COLS, int A_ACROSS, int B_ACROSS>
 struct Warpgroup;
 
-#define WARPGROUP_64(T, TYPE)                                                           \
-  template <int A_ACROSS, int B_ACROSS>                                                 \
-  struct Warpgroup<T, 64, A_ACROSS, B_ACROSS> {                                         \
-    __device__ __forceinline__ static void multiply(float (&c)[32],                     \
-                                                    unsigned long long a,               \
-                                                    unsigned long long b) {             \
-      asm volatile(                                                                     \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                    \
-          "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                   \
-          " "                                                                           \
-          "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "     \
-          "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, " \
-          "%31}, %32, %33, p, 1, 1, %34, %35;\n}\n"                                     \
-          : ACC32(c, 0)                                                                 \
-          : "l"(a), "l"(b), "n"(A_ACROSS), "n"(B_ACROSS));                              \
-    }                                                                                   \
+#define WARPGROUP_64(T, TYPE)                                                               \
+  template <int A_ACROSS, int B_ACROSS>                                                     \
+  struct Warpgroup<T, 64, A_ACROSS, B_ACROSS> {                                             \
+    __device__ __forceinline__ static void multiply(float (&acc)[32], unsigned long long a, \
+                                                    unsigned long long b) {                 \
+      asm volatile(                                                                         \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                        \
+          "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                       \
+          " "                                                                               \
+          "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "         \
+          "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, "     \
+          "%31}, %32, %33, p, 1, 1, %34, %35;\n}\n"                                         \
+          : ACC32(acc, 0)                                                                   \
+          : "l"(a), "l"(b), "n"(A_ACROSS), "n"(B_ACROSS));                                  \
+    }                                                                                       \
   }
 
-#define WARPGROUP_128(T, TYPE)                                                          \
-  template <int A_ACROSS, int B_ACROSS>                                                 \
-  struct Warpgroup<T, 128, A_ACROSS, B_ACROSS> {                                        \
-    __device__ __forceinline__ static void multiply(float (&c)[64],                     \
-                                                    unsigned long long a,               \
-                                                    unsigned long long b) {             \
-      asm volatile(                                                                     \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                    \
-          "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE                  \
-          " "                                                                           \
-          "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "     \
-          "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, " \
-          "%31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, " \
-          "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, " \
-          "%61, %62, %63}, %64, %65, p, 1, 1, %66, %67;\n}\n"                           \
-          : ACC32(c, 0), ACC32(c, 32)                                                   \
-          : "l"(a), "l"(b), "n"(A_ACROSS), "n"(B_ACROSS));                              \
-    }                                                                                   \
+#define WARPGROUP_128(T, TYPE)                                                              \
+  template <int A_ACROSS, int B_ACROSS>                                                     \
+  struct Warpgroup<T, 128, A_ACROSS, B_ACROSS> {                                            \
+    __device__ __forceinline__ static void multiply(float (&acc)[64], unsigned long long a, \
+                                                    unsigned long long b) {                 \
+      asm volatile(                                                                         \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                        \
+          "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE                      \
+          " "                                                                               \
+          "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "         \
+          "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, "     \
+          "%31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "     \
+          "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, "     \
+          "%61, %62, %63}, %64, %65, p, 1, 1, %66, %67;\n}\n"                               \
+          : ACC32(acc, 0), ACC32(acc, 32)                                                   \
+          : "l"(a), "l"(b), "n"(A_ACROSS), "n"(B_ACROSS));                                  \
+    }                                                                                       \
   }
 
 WARPGROUP_64(__nv_bfloat16, "bf16");
@@ -66,12 +65,12 @@ WARPGROUP_64(__half, "f16");
 WARPGROUP_128(__nv_bfloat16, "bf16");
 WARPGROUP_128(__half, "f16");
 
-// Have sums in their registers from here on: where the compiler moves their first values into the loop of the
-// products that follow, it has these wait for one another.
-template <int N>
-__device__ __forceinline__ void hold_sums(float (&sums)[N]) {
+// Have sums in their registers from here on. The compiler may move their first values into the loop
+// of products that follows, and these would wait for one another.
+template <int COUNT>
+__device__ __forceinline__ void hold_sums(float (&sums)[COUNT]) {
 #pragma unroll
-  for (int i = 0; i < N; i++) {
+  for (int i = 0; i < COUNT; i++) {
     asm volatile("" : "+f"(sums[i])::"memory");
   }
 }
@@ -85,10 +84,10 @@ __device__ __forceinline__ void commit_products() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Wait until at most N of the last committed groups of products are under way.
-template <int N>
+// Wait until at most COUNT of the last committed groups of products are under way.
+template <int COUNT>
 __device__ __forceinline__ void wait_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(COUNT) : "memory");
 }
 
 // Make what this thread copied to shared memory visible to products.

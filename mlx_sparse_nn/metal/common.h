@@ -1,4 +1,4 @@
-// What the kernels share: vector loads, staging in threadgroup memory, reductions over lanes.
+// What the kernels share: vector loads, copies to threadgroup memory, sums over lanes.
 
 // Four neighbouring elements, with the alignment of one: a slice may begin at any element.
 template <typename T>
@@ -21,11 +21,11 @@ METAL_FUNC vec<T, 4> load4(const device T* p) {
   return *(const device typename packed4<T>::type*)p;
 }
 
-// Copy ROWS x COLS of src, whose rows are `stride` apart, to dst, whose rows are LD apart. Rows from
-// `valid` on are zeros. All THREADS of the threadgroup take part; the caller places the barriers.
+// Copy ROWS x COLS of src, whose rows are `stride` apart, to dst, whose rows are LD apart. Rows
+// from `valid` on are zeros. All THREADS of the group take part. The caller places the barriers.
 template <typename T, int ROWS, int COLS, int LD, int THREADS>
-METAL_FUNC void stage(
-    const device T* src, const size_t stride, const int valid, threadgroup T* dst, const int thread_index) {
+METAL_FUNC void stage(const device T* src, const size_t stride, const int valid, threadgroup T* dst,
+                      const int thread_index) {
   for (int i = thread_index; i < ROWS * (COLS / 4); i += THREADS) {
     const int row = i / (COLS / 4);
     const int col = i % (COLS / 4) * 4;
@@ -40,8 +40,8 @@ METAL_FUNC void stage(
   }
 }
 
-// Sum over the lanes that differ in the bits FIRST, 2 FIRST, ... below LAST of their number. Every
-// one of them receives the sum; the order is fixed.
+// Sum over the lanes whose numbers differ in the bits FIRST, 2 FIRST, ... below LAST. Each of them
+// receives the sum. The order is fixed.
 template <int FIRST, int LAST>
 METAL_FUNC float sum_lanes(float value) {
   for (int bit = FIRST; bit < LAST; bit *= 2) {
@@ -50,11 +50,11 @@ METAL_FUNC float sum_lanes(float value) {
   return value;
 }
 
-// The block-row of stored block j: the last one that begins at j or before.
-template <typename P>
-METAL_FUNC int row_of(P indptr, const int n_block_rows, const int j) {
+// The block-row of stored block j: the last one that begins at j or before it.
+template <typename Pointer>
+METAL_FUNC int row_of(Pointer indptr, const int R, const int j) {
   int low = 0;
-  int high = n_block_rows - 1;
+  int high = R - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
     if (indptr[middle] <= j) {

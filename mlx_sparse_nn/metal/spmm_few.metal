@@ -2,9 +2,9 @@
 //
 // Inputs, output: as there.
 // Launch
-//   (R B / STRIP 32 GROUPS, ceil(N / ROWS), V) threads in groups of (32 GROUPS, 1, 1), STRIP =
-//   min(B, 16). One group owns STRIP outputs of a block-row and ROWS rows of x; its simdgroups share
-//   the blocks of the row among them.
+//   (n_rows / STRIP 32 GROUPS, ceil(N / ROWS), V) threads in groups of (32 GROUPS, 1, 1), STRIP =
+//   min(B, 16). One group owns STRIP outputs of a block-row and ROWS rows of x. Its simdgroups take
+//   the blocks of the block-row in turn.
 // Template
 //   T float, half or bfloat; B 8, 16, 32, 64 or 128; ROWS of x, 1 to 8; GROUPS simdgroups;
 //   TRANSPOSED and BIAS 0 or 1.
@@ -23,21 +23,21 @@ const int n0 = threadgroup_position_in_grid.y * ROWS;
 const int v = threadgroup_position_in_grid.z;
 const int thread_index = thread_index_in_threadgroup;
 const int lane = thread_index_in_simdgroup;
-const int group = simdgroup_index_in_threadgroup;
+const int simd_group = simdgroup_index_in_threadgroup;
 const int N = x_shape[x_ndim - 2];
-const int C = x_shape[x_ndim - 1];
-const int out = (indptr_shape[0] - 1) * B;
-const int rows = min(ROWS, N - n0);
+const int n_cols = x_shape[x_ndim - 1];
+const int n_rows = (indptr_shape[0] - 1) * B;
+const int n_valid = min(ROWS, N - n0);
 
-const device T* x_rows = x + ((size_t)v * N + n0) * C;
+const device T* x_rows = x + ((size_t)v * N + n0) * n_cols;
 const device T* blocks = data + (size_t)v * indices_shape[0] * (B * B);
-threadgroup float* mine = partial + group * (ROWS * STRIP);
+threadgroup float* mine = partial + simd_group * (ROWS * STRIP);
 const int begin = indptr[r];
 const int end = indptr[r + 1];
 
 if (TRANSPOSED) {
-  // Lanes: 4 neighbouring outputs each, ACROSS of them side by side; the others go along k, and
-  // where B is less than they reach, along the blocks.
+  // A lane has 4 neighbouring outputs, ACROSS lanes those of the strip. ALONG lanes go along k.
+  // Where lanes are left, AT_ONCE blocks are read at once.
   constexpr int ACROSS = STRIP / 4;
   constexpr int ALONG = 32 / ACROSS < B ? 32 / ACROSS : B;
   constexpr int AT_ONCE = 32 / (ACROSS * ALONG);
@@ -48,7 +48,8 @@ if (TRANSPOSED) {
   for (int n = 0; n < ROWS; n++) {
     acc[n] = float4(0.0f);
   }
-  for (int j = begin + group * AT_ONCE + lane / (ACROSS * ALONG); j < end; j += GROUPS * AT_ONCE) {
+  for (int j = begin + simd_group * AT_ONCE + lane / (ACROSS * ALONG); j < end;
+       j += GROUPS * AT_ONCE) {
     const device T* block = blocks + (size_t)perm[j] * (B * B) + o0 + o;
     const device T* x_block = x_rows + indices[j] * B;
 #pragma unroll
@@ -56,8 +57,8 @@ if (TRANSPOSED) {
       const float4 w = float4(load4<T>(block + (k0 + k) * B));
 #pragma unroll
       for (int n = 0; n < ROWS; n++) {
-        if (n < rows) {
-          acc[n] = fma(w, float4(float(x_block[(size_t)n * C + k0 + k])), acc[n]);
+        if (n < n_valid) {
+          acc[n] = fma(w, float4(float(x_block[(size_t)n * n_cols + k0 + k])), acc[n]);
         }
       }
     }
@@ -73,8 +74,8 @@ if (TRANSPOSED) {
     }
   }
 } else {
-  // Lanes: 4 neighbouring k each, ACROSS of them side by side; the others go along the outputs, and
-  // where those are fewer, along the blocks.
+  // A lane has 4 neighbouring k, ACROSS lanes those of the block. ALONG lanes go along the outputs.
+  // Where lanes are left, AT_ONCE blocks are read at once.
   constexpr int ACROSS = B / 4;
   constexpr int ALONG = 32 / ACROSS < STRIP ? 32 / ACROSS : STRIP;
   constexpr int AT_ONCE = 32 / (ACROSS * ALONG);
@@ -89,13 +90,14 @@ if (TRANSPOSED) {
       acc[p][n] = 0.0f;
     }
   }
-  for (int j = begin + group * AT_ONCE + lane / (ACROSS * ALONG); j < end; j += GROUPS * AT_ONCE) {
+  for (int j = begin + simd_group * AT_ONCE + lane / (ACROSS * ALONG); j < end;
+       j += GROUPS * AT_ONCE) {
     const device T* block = blocks + (size_t)j * (B * B) + (o0 + o) * B + k;
     const device T* x_block = x_rows + indices[j] * B + k;
     float4 xs[ROWS];
 #pragma unroll
     for (int n = 0; n < ROWS; n++) {
-      xs[n] = n < rows ? float4(load4<T>(x_block + (size_t)n * C)) : float4(0.0f);
+      xs[n] = n < n_valid ? float4(load4<T>(x_block + (size_t)n * n_cols)) : float4(0.0f);
     }
 #pragma unroll
     for (int p = 0; p < PASSES; p++) {
@@ -119,14 +121,14 @@ if (TRANSPOSED) {
 }
 
 threadgroup_barrier(mem_flags::mem_threadgroup);
-for (int i = thread_index; i < rows * STRIP; i += 32 * GROUPS) {
-  const int o = r * B + o0 + i % STRIP;
+for (int i = thread_index; i < n_valid * STRIP; i += 32 * GROUPS) {
+  const int row = r * B + o0 + i % STRIP;
   float sum = partial[i];
-  for (int g = 1; g < GROUPS; g++) {
-    sum += partial[g * (ROWS * STRIP) + i];
+  for (int other = 1; other < GROUPS; other++) {
+    sum += partial[other * (ROWS * STRIP) + i];
   }
   if (BIAS) {
-    sum += float(bias[o]);
+    sum += float(bias[row]);
   }
-  y[((size_t)v * N + n0 + i / STRIP) * out + o] = T(sum);
+  y[((size_t)v * N + n0 + i / STRIP) * n_rows + row] = T(sum);
 }

@@ -127,13 +127,13 @@ FAULTS = {
         ("wait_barrier(full + ring.buffer, ring.parity);", ""),
         ("wait_products<1>();", ""),
         ("copier.end();", "copier.ring.advance();"),
-        ("describe(x_tile + i * 64 * DEPTH + k, 16)", "describe(x_tile + i * 64 * DEPTH, 16)"),
+        ("describe(x_tile + tn * 64 * DEPTH + k, 16)", "describe(x_tile + tn * 64 * DEPTH, 16)"),
     ],
     "spmm_panels": [
-        ("wait_copies<HELD - 1>();", ""),
+        ("wait_copies<RING_PARTS - 1>();", ""),
         ("wait_barrier(empty + ring.buffer, ring.parity ^ 1);", ""),
         ("wait_barrier(full + ring.buffer, ring.parity);", ""),
-        ("swizzle<CHUNKS>(lane % 16, chunk + 2 * k)", "swizzle<CHUNKS>(lane % 16, chunk)"),
+        ("swizzle<CHUNKS>(lane % 16, chunk + 2 * tk)", "swizzle<CHUNKS>(lane % 16, chunk)"),
     ],
 }
 

@@ -22,9 +22,7 @@ struct __nv_bfloat16 {
     const unsigned u = __builtin_bit_cast(unsigned, x);
     bits = (u & 0x7fffffff) > 0x7f800000 ? u >> 16 | 0x40 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
   }
-  operator float() const {
-    return __builtin_bit_cast(float, unsigned(bits) << 16);
-  }
+  operator float() const { return __builtin_bit_cast(float, unsigned(bits) << 16); }
 };
 struct uint2 {
   unsigned x, y;
@@ -133,9 +131,7 @@ static bool scheduling;  // not in a fiber
 static void yield() {
   if (!scheduling) emu_switch(&self->sp, scheduler);
 }
-static bool failed() {
-  return launch->fault[0];
-}
+static bool failed() { return launch->fault[0]; }
 // Say what is wrong, the first time, and do not come back.
 static void fail(const char* what) {
   if (!failed()) {
@@ -200,9 +196,7 @@ static unsigned __ballot_sync(unsigned, bool value) {
   __syncwarp();
   return bits;
 }
-static void atomicOr(unsigned* p, unsigned bits) {
-  *p |= bits;
-}
+static void atomicOr(unsigned* p, unsigned bits) { *p |= bits; }
 
 // Addresses of shared memory. Variables that are not in the dynamic part need none of their own.
 static unsigned __cvta_generic_to_shared(const void* p) {
@@ -256,17 +250,14 @@ void copy_some(T* dst, const T* src, int i, int count, bool aligned) {
   if (aligned) return begin_copy(dst + i, src + i, n * sizeof(T));
   for (int k = i; k < i + n; k++) dst[k] = src[k];
 }
-static void commit_copies() {
-  self->group++;
-}
-template <int N>
+static void commit_copies() { self->group++; }
+template <int COUNT>
 void wait_copies() {
-  while (self->copied < self->begun && self->copies[self->copied % kCopies].group < self->group - N)
+  while (self->copied < self->begun &&
+         self->copies[self->copied % kCopies].group < self->group - COUNT)
     step_copy(*self);
 }
-static int held(int value) {
-  return value;
-}
+static int in_register(int value) { return value; }
 
 // barriers.h: count in bits 48 to 63, arrivals still missing in 32 to 47, the phase below.
 static void init_barrier(unsigned long long* barrier, int count) {
@@ -289,13 +280,13 @@ static void arrive_copied(unsigned long long* barrier) {
 static void wait_barrier(unsigned long long* barrier, int parity) {
   while (int(*barrier & 1) == parity) yield();
 }
-template <int N>
+template <int COUNT>
 void give_registers() {
-  static_assert(N % 8 == 0 && N >= 24 && N <= 256);
+  static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256);
 }
-template <int N>
+template <int COUNT>
 void take_registers() {
-  static_assert(N % 8 == 0 && N >= 24 && N <= 256);
+  static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256);
 }
 
 // mma.h
@@ -337,8 +328,8 @@ void load_matrix2(unsigned (&r)[2], const T* p) {
 }
 static unsigned fragments[32][32][6];
 template <typename T>
-void multiply(
-    float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+void multiply(float (&acc)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
+              unsigned b1) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const unsigned own[6] = {a0, a1, a2, a3, b0, b1};
   memcpy(fragments[warp][lane], own, sizeof own);
@@ -348,7 +339,7 @@ void multiply(
     for (int k = 0; k < 16; k++) {
       const unsigned a = fragments[warp][row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
       const unsigned b = fragments[warp][col * 4 + k % 8 / 2][4 + k / 8];
-      c[i] += element<T>(a, k % 2) * element<T>(b, k % 2);
+      acc[i] += element<T>(a, k % 2) * element<T>(b, k % 2);
     }
   }
   __syncwarp();
@@ -366,34 +357,32 @@ float operand(unsigned long long descriptor, bool across, int i, int k) {
   memcpy(&value, at_shared(at ^ (at >> 3 & 0x70), 2), 2);
   return float(value);
 }
-template <typename T, int N, int A_ACROSS, int B_ACROSS>
+template <typename T, int COLS, int A_ACROSS, int B_ACROSS>
 struct Warpgroup {
-  static void run(float* c, unsigned long long a, unsigned long long b) {
+  static void run(float* acc, unsigned long long a, unsigned long long b) {
     const int lane = threadIdx.x % 32, first = threadIdx.x / 32 % 4 * 16 + lane / 4;
-    for (int i = 0; i < N / 2; i++) {
+    for (int i = 0; i < COLS / 2; i++) {
       const int row = first + i / 2 % 2 * 8, col = i / 4 * 8 + lane % 4 * 2 + i % 2;
       for (int k = 0; k < 16; k++)
-        c[i] += operand<T>(a, A_ACROSS, row, k) * operand<T>(b, B_ACROSS, col, k);
+        acc[i] += operand<T>(a, A_ACROSS, row, k) * operand<T>(b, B_ACROSS, col, k);
     }
   }
-  static void multiply(float (&c)[N / 2], unsigned long long a, unsigned long long b) {
-    if (self->n_products == 0 && random_number() % 2) return run(c, a, b);
+  static void multiply(float (&acc)[COLS / 2], unsigned long long a, unsigned long long b) {
+    if (self->n_products == 0 && random_number() % 2) return run(acc, a, b);
     if (self->n_products == 64) fail("too many products under way");
-    self->products[self->n_products++] = {run, c, a, b, self->product_group};
+    self->products[self->n_products++] = {run, acc, a, b, self->product_group};
   }
 };
-template <int N>
-void hold_sums(float (&)[N]) {}
+template <int COUNT>
+void hold_sums(float (&)[COUNT]) {}
 static void begin_products() {}
-static void commit_products() {
-  self->product_group++;
-}
-template <int N>
+static void commit_products() { self->product_group++; }
+template <int COUNT>
 void wait_products() {
   int kept = 0;
   for (int i = 0; i < self->n_products; i++) {
     const Product p = self->products[i];
-    if (p.group < self->product_group - N) {
+    if (p.group < self->product_group - COUNT) {
       p.run(p.sums, p.a, p.b);
     } else {
       self->products[kept++] = p;

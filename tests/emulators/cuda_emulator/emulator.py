@@ -158,7 +158,8 @@ class _Kernel:
             )
         body = re.sub(r"extern __shared__ .*\n", "", self.source)
         if self.emulation.edit:
-            assert self.emulation.edit[0] in body
+            if self.emulation.edit[0] not in body:
+                raise ValueError(f"[{self.name}] has no text {self.emulation.edit[0]!r}")
             body = body.replace(*self.emulation.edit)
         return "\n".join([*lines, body, "}", ""])
 

@@ -31,8 +31,7 @@ for (int k = 0; k < K; k += BK) {
       simdgroup_load(fb[i], b_tile + kk * (BN + PAD) + simd_col + 8 * i, BN + PAD);
     }
     for (int i = 0; i < 2; i++)
-      for (int j = 0; j < 2; j++)
-        simdgroup_multiply_accumulate(acc[i][j], fa[i], fb[j], acc[i][j]);
+      for (int j = 0; j < 2; j++) simdgroup_multiply_accumulate(acc[i][j], fa[i], fb[j], acc[i][j]);
   }
 }
 for (int i = 0; i < 2; i++)

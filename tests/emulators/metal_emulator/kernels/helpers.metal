@@ -1,8 +1,8 @@
 // Copies a ROWS x COLS tile of a row-major matrix to threadgroup memory, four elements a load.
 // Rows from `rows` on are filled with zeros.
 template <typename T, int ROWS, int COLS, int STRIDE, int THREADS>
-METAL_FUNC void load_tile(
-    const device T* src, int ld, int rows, threadgroup T* dst, uint thread_index) {
+METAL_FUNC void load_tile(const device T* src, int ld, int rows, threadgroup T* dst,
+                          uint thread_index) {
   constexpr int VECTORS = ROWS * COLS / 4;
 #pragma unroll
   for (int i = thread_index; i < VECTORS; i += THREADS) {

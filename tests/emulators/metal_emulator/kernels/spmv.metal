@@ -1,7 +1,8 @@
-// y[r] = sum over j in indptr[r] .. indptr[r + 1] of data[j] x[indices[j]], one simdgroup a row.
+// y[row] = sum of data[j] x[indices[j]] over the j of a row. One simdgroup takes a row.
 //
-// data: (nnz,) float.  indices: (nnz,) int.  indptr: (R + 1,) int.  x: (C,) float.  y: (R,) float.
-// Launch: (32 R, 1, 1) threads in groups of (128, 1, 1).
+// data: (nnz,) float.  indices: (nnz,) int.  indptr: (rows + 1,) int.  x: (cols,) float.
+// y: (rows,) float.
+// Launch: (32 rows, 1, 1) threads in groups of (128, 1, 1).
 const uint row = thread_position_in_grid.x / 32;
 const int end = indptr[row + 1];
 float sum = 0;

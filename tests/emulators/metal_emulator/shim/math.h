@@ -9,14 +9,14 @@
 
 namespace metal {
 
-#define UNARY(name, expression)                                     \
-  INLINE float name(float x) { return expression; }                 \
-  INLINE half name(half x) { return half(name(float(x))); }         \
-  INLINE bfloat name(bfloat x) { return bfloat(name(float(x))); }   \
-  template <class T, int N>                                         \
-  INLINE vec<T, N> name(vec<T, N> x) {                              \
-    for (int i = 0; i < N; i++) x[i] = name(x[i]);                  \
-    return x;                                                       \
+#define UNARY(name, expression)                                   \
+  INLINE float name(float x) { return expression; }               \
+  INLINE half name(half x) { return half(name(float(x))); }       \
+  INLINE bfloat name(bfloat x) { return bfloat(name(float(x))); } \
+  template <class T, int N>                                       \
+  INLINE vec<T, N> name(vec<T, N> x) {                            \
+    for (int i = 0; i < N; i++) x[i] = name(x[i]);                \
+    return x;                                                     \
   }
 UNARY(abs, __builtin_fabsf(x))
 UNARY(fabs, __builtin_fabsf(x))
@@ -36,8 +36,8 @@ UNARY(cos, __builtin_cosf(x))
 UNARY(tanh, __builtin_tanhf(x))
 #undef UNARY
 
-#define MINMAX(T)                                          \
-  INLINE T min(T a, T b) { return b < a ? b : a; }         \
+#define MINMAX(T)                                  \
+  INLINE T min(T a, T b) { return b < a ? b : a; } \
   INLINE T max(T a, T b) { return a < b ? b : a; }
 #define MINMAX_CLAMP(T) \
   MINMAX(T)             \

@@ -40,7 +40,8 @@ inline int64_t element(const Buffer* b, int64_t mark) { return (mark << b->shift
 inline void check_shared_read(Buffer* b, int64_t i, int line) {
   SharedMark& m = static_cast<SharedMark*>(b->shadow)[i];
   if (m.write_epoch < state.shared_base) {
-    fault(kUninitialised, b, element(b, i), line, "reads threadgroup memory that no thread has written");
+    fault(kUninitialised, b, element(b, i), line,
+          "reads threadgroup memory that no thread has written");
   }
   if (m.write_epoch == state.shared_epoch && m.writer != state.thread &&
       unordered(m.writer, m.write_simd_epoch)) {
@@ -85,7 +86,8 @@ inline void check_output_read(Buffer* b, int64_t i, int line) {
   const OutputMark& m = static_cast<OutputMark*>(b->shadow)[i];
   if (m.writer == 0) {
     if (b->initialised) return;
-    fault(kUninitialised, b, element(b, i), line, "reads an output element that no thread has written");
+    fault(kUninitialised, b, element(b, i), line,
+          "reads an output element that no thread has written");
   }
   bool own_group = m.writer >= state.group_first && m.epoch >= state.device_base;
   if (m.writer != state.linear && !(own_group && m.epoch < state.device_epoch)) {
@@ -107,8 +109,8 @@ inline void check_place(Buffer* b, int64_t offset, uint32_t size, uint32_t align
   if (!b) fault(kOutOfBounds, b, -1, line, "%s through a null pointer", verb);
   int64_t index = offset / b->item - (offset % b->item < 0);
   if (offset < 0 || offset + int64_t(size) > b->size) {
-    fault(kOutOfBounds, b, index, line, "%s %u bytes at element %ld, outside its %ld elements", verb,
-          size, long(index), long(b->size / b->item));
+    fault(kOutOfBounds, b, index, line, "%s %u bytes at element %ld, outside its %ld elements",
+          verb, size, long(index), long(b->size / b->item));
   }
   if ((offset + b->skew) % align) {
     fault(kMisaligned, b, index, line,
@@ -170,8 +172,17 @@ Buffer* emu_threadgroup(int id, const char* name, uint32_t size, uint32_t item, 
   if (b.base) return &b;
   uint32_t start = (shared.used + 15) / 16 * 16;
   uint32_t shift = uint32_t(__builtin_ctz(item));
-  b = {name, shared.bytes + start, size, item, shift, kThreadgroup, 0, 0,
-       shared.marks + shared.used_marks, 0, 0};
+  b = {name,
+       shared.bytes + start,
+       size,
+       item,
+       shift,
+       kThreadgroup,
+       0,
+       0,
+       shared.marks + shared.used_marks,
+       0,
+       0};
   shared.used_marks += size >> shift;
   shared.used = start + size;
   if (shared.used > kThreadgroupBytes) {

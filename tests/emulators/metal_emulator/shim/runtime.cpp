@@ -286,9 +286,8 @@ EXPORT void emu_run(Launch* launch) {
   state.group_first = 1;
   for (uint32_t i = 0; i < n && !failed(); i++) {
     uint32_t g = order[i];
-    uint32_t threads =
-        start_threads(uint3(g % groups.x, g / groups.x % groups.y, g / (groups.x * groups.y)),
-                      groups);
+    uint32_t threads = start_threads(
+        uint3(g % groups.x, g / groups.x % groups.y, g / (groups.x * groups.y)), groups);
     run_threads(threads);
     state.group_first += threads;
   }

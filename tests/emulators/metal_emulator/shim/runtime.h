@@ -27,10 +27,9 @@ struct Attributes {
       thread_position_in_threadgroup, threadgroup_position_in_grid, threadgroups_per_grid,
       threads_per_grid, threads_per_threadgroup;
   uint dispatch_quadgroups_per_threadgroup, dispatch_simdgroups_per_threadgroup,
-      quadgroup_index_in_threadgroup, quadgroups_per_threadgroup,
-      simdgroup_index_in_threadgroup, simdgroups_per_threadgroup, thread_execution_width,
-      thread_index_in_quadgroup, thread_index_in_simdgroup, thread_index_in_threadgroup,
-      threads_per_simdgroup;
+      quadgroup_index_in_threadgroup, quadgroups_per_threadgroup, simdgroup_index_in_threadgroup,
+      simdgroups_per_threadgroup, thread_execution_width, thread_index_in_quadgroup,
+      thread_index_in_simdgroup, thread_index_in_threadgroup, threads_per_simdgroup;
 };
 
 // The running thread, kept up to date by the scheduler.

@@ -12,7 +12,9 @@ using emu::value_t;
 enum class mem_flags : uint { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
 INLINE mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags(uint(a) | uint(b)); }
 COLLECTIVE void threadgroup_barrier(mem_flags flags, LINE) { emu::emu_barrier(uint(flags), line); }
-COLLECTIVE void simdgroup_barrier(mem_flags flags, LINE) { emu::emu_simd_barrier(uint(flags), line); }
+COLLECTIVE void simdgroup_barrier(mem_flags flags, LINE) {
+  emu::emu_simd_barrier(uint(flags), line);
+}
 
 // A simdgroup operation: every lane leaves `mine` in its slot, waits for the others, and reads the
 // slots. `resolve` runs once in between.
@@ -25,25 +27,25 @@ COLLECTIVE const T* gather(T mine, emu::Resolve resolve, const char* what, int l
   return slots;
 }
 
-#define SIMD_REDUCE(name, operation)                                        \
-  template <class U, class T = value_t<U>>                                  \
-  COLLECTIVE T name(U x, LINE) {                                                \
-    auto fold = [](char* exchange, uint32_t lanes) {                        \
-      T* slots = reinterpret_cast<T*>(exchange);                            \
-      for (uint32_t step = 16; step > 0; step /= 2) {                       \
-        for (uint32_t i = 0; i < step && i + step < lanes; i++) {           \
-          T a = slots[i], b = slots[i + step];                              \
-          slots[i] = T(operation);                                          \
-        }                                                                   \
-      }                                                                     \
-    };                                                                      \
-    return gather<T>(static_cast<U&&>(x), fold, #name, line)[0];            \
+#define SIMD_REDUCE(name, operation)                              \
+  template <class U, class T = value_t<U>>                        \
+  COLLECTIVE T name(U x, LINE) {                                  \
+    auto fold = [](char* exchange, uint32_t lanes) {              \
+      T* slots = reinterpret_cast<T*>(exchange);                  \
+      for (uint32_t step = 16; step > 0; step /= 2) {             \
+        for (uint32_t i = 0; i < step && i + step < lanes; i++) { \
+          T a = slots[i], b = slots[i + step];                    \
+          slots[i] = T(operation);                                \
+        }                                                         \
+      }                                                           \
+    };                                                            \
+    return gather<T>(static_cast<U&&>(x), fold, #name, line)[0];  \
   }
 SIMD_REDUCE(simd_sum, a + b)
-SIMD_REDUCE(simd_product, a * b)
+SIMD_REDUCE(simd_product, (a * b))
 SIMD_REDUCE(simd_min, min(a, b))
 SIMD_REDUCE(simd_max, max(a, b))
-SIMD_REDUCE(simd_and, a & b)
+SIMD_REDUCE(simd_and, (a & b))
 SIMD_REDUCE(simd_or, a | b)
 SIMD_REDUCE(simd_xor, a ^ b)
 #undef SIMD_REDUCE
@@ -121,7 +123,7 @@ using simdgroup_bfloat8x8 = simdgroup_matrix<bfloat, 8, 8>;
 
 template <class T, int R, int C>
 COLLECTIVE simdgroup_matrix<T, R, C> make_filled_simdgroup_matrix(typename type_identity<T>::type x,
-                                                              LINE) {
+                                                                  LINE) {
   emu::emu_simd_mark("make_filled_simdgroup_matrix", line);
   simdgroup_matrix<T, R, C> m;
   m.elements = vec<T, 2>(x);
@@ -130,8 +132,7 @@ COLLECTIVE simdgroup_matrix<T, R, C> make_filled_simdgroup_matrix(typename type_
 
 // The byte offset of this lane's first element, and the distance to its second.
 template <class T>
-INLINE int64_t matrix_offset(ulong stride, ulong2 origin, bool transpose, int64_t& next,
-                             int line) {
+INLINE int64_t matrix_offset(ulong stride, ulong2 origin, bool transpose, int64_t& next, int line) {
   if (transpose && (origin.x || origin.y)) {
     emu::emu_not_modelled("a transposed matrix with an origin", line);
   }
@@ -143,8 +144,8 @@ INLINE int64_t matrix_offset(ulong stride, ulong2 origin, bool transpose, int64_
 
 template <class T, class S>
 COLLECTIVE void simdgroup_load(simdgroup_matrix<T, 8, 8>& d, emu::ptr<S, const T> src,
-                           ulong elements_per_row = 8, ulong2 origin = ulong2(0),
-                           bool transpose = false, LINE) {
+                               ulong elements_per_row = 8, ulong2 origin = ulong2(0),
+                               bool transpose = false, LINE) {
   emu::emu_simd_mark("simdgroup_load", line);
   int64_t next, offset = matrix_offset<T>(elements_per_row, origin, transpose, next, line);
   d.elements.x = emu::load<T>(src.buffer, src.offset + offset, line);
@@ -153,8 +154,8 @@ COLLECTIVE void simdgroup_load(simdgroup_matrix<T, 8, 8>& d, emu::ptr<S, const T
 
 template <class T, class S>
 COLLECTIVE void simdgroup_store(const simdgroup_matrix<T, 8, 8>& a, emu::ptr<S, T> dst,
-                            ulong elements_per_row = 8, ulong2 origin = ulong2(0),
-                            bool transpose = false, LINE) {
+                                ulong elements_per_row = 8, ulong2 origin = ulong2(0),
+                                bool transpose = false, LINE) {
   emu::emu_simd_mark("simdgroup_store", line);
   int64_t next, offset = matrix_offset<T>(elements_per_row, origin, transpose, next, line);
   emu::store<T>(dst.buffer, dst.offset + offset, a.elements.x, line);
@@ -164,9 +165,9 @@ COLLECTIVE void simdgroup_store(const simdgroup_matrix<T, 8, 8>& a, emu::ptr<S, 
 // D = A B + C in float32, k ascending, rounded to D's type at the end.
 template <class D, class A, class B, class C>
 COLLECTIVE void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d,
-                                          const simdgroup_matrix<A, 8, 8>& a,
-                                          const simdgroup_matrix<B, 8, 8>& b,
-                                          const simdgroup_matrix<C, 8, 8>& c, LINE) {
+                                              const simdgroup_matrix<A, 8, 8>& a,
+                                              const simdgroup_matrix<B, 8, 8>& b,
+                                              const simdgroup_matrix<C, 8, 8>& c, LINE) {
   if (emu_self.lanes != 32) emu::emu_lane_fault("simdgroup_multiply_accumulate", 31, line);
   auto& p = *reinterpret_cast<emu::MatrixProduct*>(emu_self.exchange);
   int i = matrix_row(emu_self.lane), j = matrix_column(emu_self.lane);
@@ -182,7 +183,7 @@ COLLECTIVE void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d,
 
 template <class D, class A, class B>
 COLLECTIVE void simdgroup_multiply(simdgroup_matrix<D, 8, 8>& d, const simdgroup_matrix<A, 8, 8>& a,
-                               const simdgroup_matrix<B, 8, 8>& b, LINE) {
+                                   const simdgroup_matrix<B, 8, 8>& b, LINE) {
   simdgroup_matrix<float, 8, 8> zero;
   zero.elements = vec<float, 2>(0.0f);
   simdgroup_multiply_accumulate(d, a, b, zero, line);

@@ -32,9 +32,9 @@ enum FaultKind : uint32_t {
 
 struct Fault {
   uint32_t kind;
-  int32_t line;           // of the Metal source, 0 if unknown
-  int64_t index;          // element, -1 if none
-  uint32_t thread[3];     // thread_position_in_grid
+  int32_t line;        // of the Metal source, 0 if unknown
+  int64_t index;       // element, -1 if none
+  uint32_t thread[3];  // thread_position_in_grid
   char buffer[64];
   char message[384];
 };
@@ -63,13 +63,13 @@ enum FiberState : uint8_t { kReady, kAtSimd, kAtBarrier, kDone };
 struct Fiber {
   void* sp;
   FiberState state;
-  uint32_t flags;        // of the barrier it waits at
-  int line;              // of the operation it waits at
-  const char* what;      // its name
-  const void* site;      // its call's address
+  uint32_t flags;    // of the barrier it waits at
+  int line;          // of the operation it waits at
+  const char* what;  // its name
+  const void* site;  // its call's address
   Resolve resolve;
-  uint64_t trace;        // hash of the simdgroup operations that need no waiting
-  const char* mark;      // the last of those
+  uint64_t trace;    // hash of the simdgroup operations that need no waiting
+  const char* mark;  // the last of those
   int mark_line;
 };
 
@@ -83,11 +83,11 @@ struct Simd {
 struct State {
   Launch* launch;
   void* scheduler_sp;
-  Fiber* fiber;              // running
-  uint32_t thread, simd;     // its index in the threadgroup, and its simdgroup's
+  Fiber* fiber;                         // running
+  uint32_t thread, simd;                // its index in the threadgroup, and its simdgroup's
   uint32_t order[kLanes], lanes, turn;  // the order that the simdgroup's lanes run in
-  uint32_t linear;           // 1 + its index over all threadgroups
-  uint32_t group_first;      // linear of the threadgroup's first thread
+  uint32_t linear;                      // 1 + its index over all threadgroups
+  uint32_t group_first;                 // linear of the threadgroup's first thread
   // Epochs never restart, so a mark left by an older threadgroup or launch reads as stale.
   uint32_t shared_base, shared_epoch;  // of threadgroup memory: at group start, and now
   uint32_t device_base, device_epoch;  // of device memory
@@ -101,8 +101,8 @@ inline Attributes attributes[kMaxThreads];
 inline Simd simds[kMaxSimds];
 
 [[noreturn, gnu::format(printf, 5, 6)]] inline void fault(FaultKind kind, const Buffer* buffer,
-                                                         int64_t index, int line,
-                                                         const char* format, ...) {
+                                                          int64_t index, int line,
+                                                          const char* format, ...) {
   Fault& f = state.launch->fault;
   f.kind = kind;
   f.line = line;

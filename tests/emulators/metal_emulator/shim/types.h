@@ -33,9 +33,11 @@ struct bfloat {
   INLINE constexpr operator float() const {
     return __builtin_bit_cast(float, uint32_t(bits) << 16);
   }
+  // clang-format off: it reads op##= as an assignment
 #define BFLOAT_OPERATOR(op)                                                                     \
   friend INLINE bfloat operator op(bfloat a, bfloat b) { return bfloat(float(a) op float(b)); } \
   INLINE bfloat& operator op##=(bfloat b) { return *this = *this op b; }
+  // clang-format on
   BFLOAT_OPERATOR(+)
   BFLOAT_OPERATOR(-)
   BFLOAT_OPERATOR(*)
@@ -104,10 +106,17 @@ struct alignas(sizeof(T) * (N == 3 ? 4 : N)) vec : components<T, N> {
   INLINE vec(T all) {
     for (int i = 0; i < N; i++) (*this)[i] = all;
   }
-  INLINE vec(T x, T y) requires(N == 2) : components<T, N>{x, y} {}
-  INLINE vec(T x, T y, T z) requires(N == 3) : components<T, N>{x, y, z} {}
-  INLINE vec(T x, T y, T z, T w) requires(N == 4) : components<T, N>{x, y, z, w} {}
-  INLINE vec(vec<T, 2> a, vec<T, 2> b) requires(N == 4)
+  INLINE vec(T x, T y)
+    requires(N == 2)
+      : components<T, N>{x, y} {}
+  INLINE vec(T x, T y, T z)
+    requires(N == 3)
+      : components<T, N>{x, y, z} {}
+  INLINE vec(T x, T y, T z, T w)
+    requires(N == 4)
+      : components<T, N>{x, y, z, w} {}
+  INLINE vec(vec<T, 2> a, vec<T, 2> b)
+    requires(N == 4)
       : components<T, N>{a.x, a.y, b.x, b.y} {}
   template <class U>
     requires(!is_same_v<T, U>)
@@ -132,6 +141,7 @@ struct packed_vec : components<T, N> {
   INLINE const T& operator[](int i) const { return reinterpret_cast<const T*>(this)[i]; }
 };
 
+// clang-format off: it reads op##= as an assignment
 #define VEC_OPERATOR(op)                                                              \
   template <class T, int N>                                                           \
   INLINE vec<T, N> operator op(vec<T, N> a, const vec<T, N>& b) {                     \
@@ -154,6 +164,7 @@ struct packed_vec : components<T, N> {
   INLINE vec<T, N>& operator op##=(vec<T, N>& a, typename type_identity<T>::type b) { \
     return a = a op vec<T, N>(b);                                                     \
   }
+// clang-format on
 VEC_OPERATOR(+)
 VEC_OPERATOR(-)
 VEC_OPERATOR(*)
@@ -172,12 +183,12 @@ INLINE vec<T, N> operator-(vec<T, N> a) {
   return a;
 }
 
-#define VEC_COMPARISON(op)                                                \
-  template <class T, int N>                                               \
+#define VEC_COMPARISON(op)                                                  \
+  template <class T, int N>                                                 \
   INLINE vec<bool, N> operator op(const vec<T, N>& a, const vec<T, N>& b) { \
-    vec<bool, N> r;                                                       \
-    for (int i = 0; i < N; i++) r[i] = a[i] op b[i];                      \
-    return r;                                                             \
+    vec<bool, N> r;                                                         \
+    for (int i = 0; i < N; i++) r[i] = a[i] op b[i];                        \
+    return r;                                                               \
   }
 VEC_COMPARISON(==)
 VEC_COMPARISON(!=)
@@ -189,13 +200,13 @@ VEC_COMPARISON(>=)
 
 template <class T>
 struct numeric_limits;
-#define LIMITS(T, lowest_, min_, max_, infinity_)                        \
-  template <>                                                            \
-  struct numeric_limits<T> {                                             \
-    static INLINE constexpr T lowest() { return T(lowest_); }            \
-    static INLINE constexpr T min() { return T(min_); }                  \
-    static INLINE constexpr T max() { return T(max_); }                  \
-    static INLINE constexpr T infinity() { return T(infinity_); }        \
+#define LIMITS(T, lowest_, min_, max_, infinity_)                 \
+  template <>                                                     \
+  struct numeric_limits<T> {                                      \
+    static INLINE constexpr T lowest() { return T(lowest_); }     \
+    static INLINE constexpr T min() { return T(min_); }           \
+    static INLINE constexpr T max() { return T(max_); }           \
+    static INLINE constexpr T infinity() { return T(infinity_); } \
   };
 LIMITS(float, -3.40282347e38f, 1.17549435e-38f, 3.40282347e38f, __builtin_inff())
 LIMITS(half, -65504.0f, 6.10351562e-5f, 65504.0f, __builtin_inff())
@@ -208,10 +219,10 @@ LIMITS(ulong, 0, 0, UINT64_MAX, 0)
 
 }  // namespace metal
 
-#define VEC_NAMES(T)                  \
-  using T##2 = metal::vec<T, 2>;      \
-  using T##3 = metal::vec<T, 3>;      \
-  using T##4 = metal::vec<T, 4>;      \
+#define VEC_NAMES(T)                             \
+  using T##2 = metal::vec<T, 2>;                 \
+  using T##3 = metal::vec<T, 3>;                 \
+  using T##4 = metal::vec<T, 4>;                 \
   using packed_##T##2 = metal::packed_vec<T, 2>; \
   using packed_##T##3 = metal::packed_vec<T, 3>; \
   using packed_##T##4 = metal::packed_vec<T, 4>;
