@@ -227,7 +227,7 @@ def _entropy(rho: mx.array) -> mx.array:
     @mx.custom_function
     def entropy(rho):
         with mx.stream(mx.cpu):
-            values = mx.maximum(mx.linalg.eigh(mx.stop_gradient(rho))[0], _TINY)
+            values = mx.maximum(_eigh(rho)[0], _TINY)
             return -(values * mx.log(values)).sum(axis=-1)
 
     @entropy.vjp
@@ -250,6 +250,13 @@ def _entropy(rho: mx.array) -> mx.array:
 
 def _entropy_gradient(rho: mx.array) -> mx.array:
     """Return ``-(ln rho + 1)``, with eigenvalues of at least ``_TINY``."""
-    values, vectors = mx.linalg.eigh(mx.stop_gradient(rho))
+    values, vectors = _eigh(rho)
     slopes = -(mx.log(mx.maximum(values, _TINY)) + 1)
     return (vectors * slopes[..., None, :]) @ vectors.swapaxes(-1, -2)
+
+
+def _eigh(rho: mx.array) -> tuple[mx.array, mx.array]:
+    """Return eigenvalues and eigenvectors; MLX raises if a matrix is not finite, this gives nan."""
+    finite = mx.isfinite(rho).all(axis=(-2, -1), keepdims=True)
+    values, vectors = mx.linalg.eigh(mx.stop_gradient(mx.where(finite, rho, 0)))
+    return mx.where(finite[..., 0], values, mx.nan), vectors

@@ -39,7 +39,7 @@ GOOD = {
     variance: {"H": H, "psi": mx.ones(16)},
     magnetization: {"psi": mx.ones(16)},
     correlation: {"psi": mx.ones(16), "i": 0, "j": 3},
-    entanglement_entropy: {"psi": mx.ones(16), "cut": 1},
+    entanglement_entropy: {"psi": mx.ones(16), "cut": 2},
     fidelity: {"a": mx.ones(16), "b": mx.ones(16)},
     lanczos: {"H": H},
     evolve: {"H": H, "psi": mx.ones(16), "t": 1.0},
