@@ -1,4 +1,4 @@
-"""Spin Hamiltonians, their ground states and dynamics, and what is measured in a state."""
+"""Spin Hamiltonians, their ground states and dynamics, and observables of a state."""
 
 from mlx_sparse_nn.physics.dynamics import evolve
 from mlx_sparse_nn.physics.ground_states import LanczosResult, lanczos

@@ -8,19 +8,19 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.physics.ground_states import (
-    Krylov,
-    Normals,
+from mlx_sparse_nn.physics.checks import (
+    check_basis_memory,
+    check_hamiltonian,
     check_hermitian,
+    check_state,
+    check_time,
     check_tol,
-    check_vector,
-    work_dtype,
 )
-from mlx_sparse_nn.physics.ising import check_memory
-from mlx_sparse_nn.physics.observables import check_hamiltonian, sum_halves
+from mlx_sparse_nn.physics.krylov import Krylov, Normals, scaled
+from mlx_sparse_nn.physics.precision import pairwise_sum, work_dtype
 
-_BASIS = 30  # vectors of one step
-_GRID = 256  # times at which the error of a step is looked at
+_MAX_PRODUCTS = 30  # with H, in one step
+_GRID = 256  # intervals on which the error of a step is integrated
 
 
 def evolve(
@@ -28,30 +28,30 @@ def evolve(
 ) -> mx.array:
     r"""Return :math:`e^{-iHt}\psi`, or in imaginary time the normalised :math:`e^{-Ht}\psi`.
 
-    In units of hbar = 1: ``t`` counts the inverse of the unit of energy. Each step projects H on
-    the Krylov space of the state, of 30 vectors at most, and takes the exponential there. The step
-    is as long as the error bound allows,
+    With hbar = 1, ``t`` is in inverse units of energy. Each step projects H on the Krylov space of
+    the state, of at most 30 vectors, and takes the exponential there. It is as long as the error
+    bound allows,
 
     .. math:: \beta_{m+1} \int_0^\tau |(e^{-iTs})_{m1}|\, ds \le \mathrm{tol}\, \tau / t
 
-    with the projected matrix T and the norm :math:`\beta_{m+1}` of what it leaves out. In real time
-    the state keeps its norm exactly but for rounding, which is taken out after each step. The small
-    matrix is evaluated at each step, for its exponential on the host: no gradient passes.
+    with the projected matrix T and the norm :math:`\beta_{m+1}` of what T leaves out. Evolution in
+    real time keeps the norm; each step rescales the state, to remove rounding. Every step evaluates
+    the small matrix and takes its exponential on the host, so no gradient passes.
 
     Y. Saad, SIAM J. Numer. Anal. 29 (1992) 209, section 4, for the method and the bound.
 
     Args:
         H: ``(dim, dim)``, Hermitian, as in :func:`lanczos`.
         psi: ``(dim,)`` amplitudes, real or complex64, of any norm but 0.
-        t: Time, of either sign.
-        imaginary: Whether to evolve in imaginary time: for ``t > 0`` towards the ground state.
-        tol: Error to allow over the whole time, as the norm of the difference to the exact state
-            over the norm of the state; 1e-6 by default, or 1e-10 where the result is float64.
-            Rounding adds to it, about 1e-7 a product in complex64 and float32.
+        t: Time, positive or negative.
+        imaginary: Whether to evolve in imaginary time, towards the ground state if ``t > 0``.
+        tol: Error allowed over the whole time: the norm of the difference from the exact state,
+            over the norm of the state. 1e-6 by default, or 1e-10 if the result is float64. Rounding
+            adds about 1e-7 a product in complex64 and float32.
 
     Returns:
-        ``(dim,)``: in real time complex64, of the norm of ``psi``; in imaginary time of the dtype
-        of ``H @ psi`` and norm 1.
+        ``(dim,)``: in real time complex64, with the norm of ``psi``; in imaginary time of the dtype
+        of ``H @ psi``, with norm 1.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -66,24 +66,20 @@ def evolve(
     """
     owner = "evolve"
     dim = check_hamiltonian(owner, H)
-    state = check_vector(owner, "psi", psi, dim)
-    if isinstance(t, bool) or not isinstance(t, int | float | np.integer | np.floating):
-        raise TypeError(f"[{owner}] t must be a number, got {t!r}")
-    if not math.isfinite(t):
-        raise ValueError(f"[{owner}] t must be finite, got {t}")
+    state = scaled(check_state(owner, "psi", psi, dim))
+    t = check_time(owner, t)
     dtype = work_dtype(H, state) if imaginary else mx.complex64
     if tol is None:
         tol = 1e-10 if dtype == mx.float64 else 1e-6
-    check_tol(owner, tol, 1e-14)
-    size = min(dim, _BASIS + 1)
-    check_memory(owner, f"a basis of {size} vectors of {dim}", (size + 8) * dim * dtype.size)
+    tol = check_tol(owner, tol, 1e-14)
+    check_basis_memory(owner, min(dim, _MAX_PRODUCTS + 1), dim, dtype)
 
     with mx.stream(mx.cpu if dtype == mx.float64 else mx.default_device()):
-        # The check is of H alone, so any fixed seed will do.
-        check_hermitian(owner, H, Normals(dim, work_dtype(H, None), seed=0))
+        # Only H is checked, so any fixed seed will do.
+        check_hermitian(owner, H, Normals(dim, work_dtype(H), seed=0))
         norm = 1.0 if imaginary else _norm(psi)
-        state = _unit(state.astype(dtype))
-        remaining, total = abs(float(t)), abs(float(t))
+        state = _normalised(state.astype(dtype))
+        remaining = total = abs(t)
         while remaining > 0:
             state, step = _step(H, state, remaining, math.copysign(1, t), imaginary, tol / total)
             remaining -= step
@@ -95,86 +91,90 @@ def _step(
 ) -> tuple[mx.array, float]:
     """Evolve a state of norm 1 by at most ``remaining``, with an error of ``rate`` per time.
 
+    The basis grows until the whole time is within the error bound. When it is full, the step is
+    shorter instead.
+
     Returns:
-        The state, of norm 1, and the time it went on by.
+        The state, of norm 1, and the length of the step.
     """
     dim = state.size
-    basis = Krylov(dim, min(dim, _BASIS + 1), state.dtype)
-    w, _, norm = basis.orthogonalise(state)
-    basis.append(w, norm)
-    done = 0
+    basis = Krylov(dim, min(dim, _MAX_PRODUCTS + 1), state.dtype)
+    basis.extend(state)
+    done = 0  # columns multiplied by H so far
     while True:
+        rest, norm = basis.multiply(H, done)
         done += 1
-        w, coefficients, norm = basis.multiply(H, done - 1)
-        basis.projected[:, done - 1] = coefficients
-        invariant = done == dim or norm <= basis.negligible(coefficients)
-        values, vectors = np.linalg.eigh(basis.projected[:done, :done])  # reads its lower half
-        exponents = -sign * (values - values[0 if sign > 0 else -1]) + 0j
-        exponents = exponents if imaginary else -1j * sign * values
-        left = 0.0 if invariant else norm
-        last = done == basis.size - (dim > _BASIS) or invariant
-        step = _longest(exponents, vectors, left, remaining, rate, shrink=last)
+        left_out = 0.0 if done == dim else norm
+        values, vectors = basis.ritz(done)
+        if imaginary:  # relative to the value that grows fastest, so that nothing overflows
+            exponents = -sign * (values - values[0 if sign > 0 else -1]) + 0j
+        else:
+            exponents = -1j * sign * values
+        last = done == min(dim, _MAX_PRODUCTS) or left_out == 0
+        step = _longest_step(exponents, vectors, left_out, remaining, rate, may_shorten=last)
         if step or last:
             break
         basis.projected[done, done - 1] = norm
-        basis.append(w, norm)
+        basis.append(rest, norm)
     amplitudes = vectors @ (np.exp(exponents * step) * vectors[0].conj())
     if basis.dtype != mx.complex64:
         amplitudes = amplitudes.real
-    return _unit(basis.combine(amplitudes[:, None])[0]), step
+    return _normalised(basis.combine(amplitudes[:, None])[0]), step
 
 
-def _longest(
+def _longest_step(
     exponents: np.ndarray,
     vectors: np.ndarray,
-    left: float,
+    left_out: float,
     remaining: float,
     rate: float,
-    shrink: bool,
+    may_shorten: bool,
 ) -> float:
-    """Return the longest step whose error bound is kept: all that remains, or 0 unless ``shrink``.
+    """Return the longest step within the error bound, or 0 if it may not be that short.
 
     Args:
         exponents: ``(m,)``, -i or -1 times the eigenvalues of the projected matrix.
         vectors: ``(m, m)``, its eigenvectors.
-        left: Norm of what the projected matrix leaves out.
+        left_out: Norm of what the projected matrix leaves out.
         remaining: The longest step wanted.
-        rate: Error allowed per time.
-        shrink: Whether a shorter step will do.
+        rate: Error allowed per unit of time.
+        may_shorten: Whether a shorter step than ``remaining`` will do.
     """
-    if left == 0:
+    if left_out == 0:
         return remaining
     spread = np.abs(exponents[:, None] - exponents).max()
     span = remaining
     resolved = 4 * exponents.size / spread if spread > 0 else remaining  # the grid sees each period
     if span > resolved:
-        if not shrink:
+        if not may_shorten:
             return 0.0
         span = resolved
     while True:
         times = np.linspace(0, span, _GRID + 1)
         powers = np.exp(exponents[:, None] * times)  # (m, times)
         first = vectors[0].conj()[:, None] * powers
-        lost = np.abs(vectors[-1] @ first)
-        kept = np.linalg.norm(first, axis=0)  # of the state: below 1 in imaginary time
-        bound = left * np.concatenate([[0], np.cumsum((lost[1:] + lost[:-1]) / 2)]) * times[1]
-        good = np.flatnonzero(bound <= rate * times * kept)[-1]
-        if good == _GRID:
+        lost = np.abs(vectors[-1] @ first)  # |exp(T s)_{m1}|
+        norms = np.linalg.norm(first, axis=0)  # of the state: below 1 in imaginary time
+        integral = np.concatenate([[0], np.cumsum((lost[1:] + lost[:-1]) / 2)])
+        bound = left_out * integral * times[1]
+        longest = np.flatnonzero(bound <= rate * times * norms)[-1]  # index of a time
+        if longest == _GRID:
             return span
-        if not shrink:
+        if not may_shorten:
             return 0.0
-        if good:
-            return float(times[good])
+        if longest:
+            return float(times[longest])
         span /= 8
 
 
 def _norm(psi: mx.array) -> float:
     """Return the norm of a finite state, whose squares may overflow float32."""
     largest = mx.abs(psi).max()
-    return float(largest * mx.sqrt(sum_halves(mx.abs(psi / largest).square())))
+    return float(largest * mx.sqrt(pairwise_sum(mx.abs(psi / largest).square())))
 
 
-def _unit(psi: mx.array) -> mx.array:
-    psi = psi / mx.sqrt(sum_halves(mx.abs(psi).square()))
-    mx.eval(psi)  # what it was made of can go
+def _normalised(psi: mx.array) -> mx.array:
+    """Return a state over its norm, evaluated."""
+    psi = psi / mx.sqrt(pairwise_sum(mx.abs(psi).square()))
+    mx.eval(psi)  # frees what it was made of
     return psi

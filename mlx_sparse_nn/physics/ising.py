@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from typing import TypeAlias
-
 import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.core.arrays import CSRArray
-from mlx_sparse_nn.core.pattern import CSRPattern, check_size
-
-Values: TypeAlias = "float | Sequence[float] | np.ndarray | mx.array"
+from mlx_sparse_nn.core.pattern import CSRPattern
+from mlx_sparse_nn.physics.checks import (
+    Values,
+    check_chain,
+    check_dtype,
+    check_energies,
+    check_memory,
+    check_number,
+    check_values,
+)
 
 _MAX_QUBITS = 26  # 2**26 * 27 stored values fit 32-bit indices, 2**27 * 28 do not
 _Z = np.array([-1.0, 1.0])  # z of a clear bit, of a set bit
@@ -33,18 +36,20 @@ def transverse_field_ising(
 
     with Pauli matrices X and Z. Bit ``i`` of the basis index is site ``i``; a set bit means
     z = +1. At g = 0, H does not depend on that choice. The array is real, symmetric and canonical:
-    each row holds its ``n_qubits`` single flips and its diagonal, zeros included, by rising column.
+    each row stores its ``n_qubits`` single flips and its diagonal, zeros included, in ascending
+    order of columns.
 
-    The uniform superposition of all basis states has energy exactly -h per site at g = 0. The
-    ground state of the uniform chain with J = 1, h = 0.7 and 8 sites has -1.0382 per site (open) or
-    -1.1280 (ring); the often-quoted -1.27 is -4 / pi, the infinite critical chain at h = 1. See
-    :func:`exact_ground_energy`.
+    At g = 0, the uniform superposition of all basis states has energy exactly -h per site. The
+    ground state of the uniform chain of 8 sites with J = 1 and h = 0.7 has -1.0382 per site (open)
+    or -1.1280 (ring). The often-quoted -1.27 is -4 / pi, of the infinite critical chain at h = 1:
+    see :func:`exact_ground_energy`.
 
     Args:
         n_qubits: Number of sites, 1 to 26.
         field: Transverse field h, a number or one per site, in units of energy.
-        coupling: Coupling J, a number or one per bond. Bond ``i`` joins sites ``i`` and ``i + 1``;
-            there are ``n_qubits - 1``, and on a ring one more, from the last site to site 0.
+        coupling: Coupling J, a number or one per bond. Bond ``i`` joins sites ``i`` and ``i + 1``.
+            An open chain has ``n_qubits - 1`` bonds; a ring has one more, from the last site to
+            site 0.
         longitudinal: Longitudinal field g, a number or one per site.
         periodic: Whether the chain is a ring, which takes at least 3 sites.
         dtype: Floating type or complex64 of the stored values.
@@ -63,19 +68,18 @@ def transverse_field_ising(
         CSRArray(256 x 256, mlx.core.float32, 2304 stored values, density 0.0352)
     """
     owner = "transverse_field_ising"
-    n_qubits = check_chain(owner, n_qubits, periodic)
+    n_qubits, n_bonds = check_chain(owner, n_qubits, periodic)
     if n_qubits > _MAX_QUBITS:
         raise ValueError(
             f"[{owner}] n_qubits {n_qubits} needs 2**{n_qubits} * {n_qubits + 1} stored values; "
             f"at most 2**31 - 1, those of n_qubits {_MAX_QUBITS}, fit 32-bit indices"
         )
     h = check_values(owner, "field", field, n_qubits, "sites")
-    n_bonds = n_qubits if periodic else n_qubits - 1
     j = check_values(owner, "coupling", coupling, n_bonds, "bonds")
     g = check_values(owner, "longitudinal", longitudinal, n_qubits, "sites")
     check_dtype(owner, dtype)
     check_energies(owner, h, j, g, dtype)
-    # Values and indices, each twice while they are built and copied, as measured.
+    # Values and indices; building and copying holds each twice, as measured.
     n_bytes = (1 << n_qubits) * (n_qubits + 1) * 2 * (max(4, dtype.size) + 4)
     check_memory(owner, f"n_qubits {n_qubits}", n_bytes)
 
@@ -83,9 +87,9 @@ def transverse_field_ising(
     n_rows, width = indices.shape
     data = np.empty(indices.shape, dtype=np.float64 if dtype == mx.float64 else np.float32)
     for site, flip in enumerate(0.0 - h):  # not -h, which would store -0.0
-        half = 1 << site
-        data[half : 2 * half, 1 : site + 2] = data[:half, : site + 1]
-        data[half : 2 * half, 0] = data[:half, site + 1] = flip
+        bit = 1 << site
+        data[bit : 2 * bit, 1 : site + 2] = data[:bit, : site + 1]
+        data[bit : 2 * bit, 0] = data[:bit, site + 1] = flip
     data[indices == np.arange(n_rows, dtype=np.int32)[:, None]] = _diagonal(n_qubits, j, g)
     indptr = np.arange(n_rows + 1) * width
     pattern = CSRPattern(indptr, indices.reshape(-1), (n_rows, n_rows))
@@ -97,8 +101,8 @@ def exact_ground_energy(
 ) -> float:
     r"""Return the lowest eigenvalue of the uniform chain, open or a ring, from free fermions.
 
-    This is the lowest eigenvalue of ``transverse_field_ising(n_qubits, field, ...)`` at g = 0, for
-    any sign of h and J. The Jordan-Wigner transformation makes H quadratic in fermions:
+    It is that of ``transverse_field_ising(n_qubits, field, ...)`` at g = 0, for any sign of h and
+    J. The Jordan-Wigner transformation makes H quadratic in fermions:
     :math:`H = \sum_q \epsilon_q (n_q - 1/2)` with occupations :math:`n_q` of 0 or 1.
 
     Open chain (Lieb, Schultz and Mattis, section II): :math:`\epsilon_q` is twice a singular value
@@ -113,9 +117,9 @@ def exact_ground_energy(
 
     .. math:: E_0 = -\frac{1}{2} \sum_k |\epsilon_k| + \Delta
 
-    where :math:`\Delta` is 0 if filling the negative :math:`\epsilon_k` gives a number of the
-    sector's parity, else the smallest :math:`|\epsilon_k|`, the cost of correcting it. The ground
-    energy is the lower of the two sectors, for h, J > 0 the even one.
+    where :math:`\Delta` is 0 if the number of negative :math:`\epsilon_k` has the sector's parity.
+    Otherwise it is the smallest :math:`|\epsilon_k|`, the cost of one fermion more or less. The
+    ground energy is the lower one of the two sectors: for h, J > 0 the even one.
 
     E. Lieb, T. Schultz and D. Mattis, Annals of Physics 16 (1961) 407.
     P. Pfeuty, Annals of Physics 57 (1970) 79.
@@ -139,9 +143,9 @@ def exact_ground_energy(
         -8.305610965881469
     """
     owner = "exact_ground_energy"
-    n_qubits = check_chain(owner, n_qubits, periodic)
-    h = float(check_values(owner, "field", field)[0])
-    j = float(check_values(owner, "coupling", coupling)[0])
+    n_qubits, _ = check_chain(owner, n_qubits, periodic)
+    h = check_number(owner, "field", field)
+    j = check_number(owner, "coupling", coupling)
     if periodic:
         return min(_ring_energy(n_qubits, h, j, parity) for parity in (0, 1))
     bidiagonal = np.diag(np.full(n_qubits, h)) + np.diag(np.full(n_qubits - 1, j), 1)
@@ -152,25 +156,27 @@ def _ring_energy(n_qubits: int, h: float, j: float, parity: int) -> float:
     """Return the lowest energy of a ring among the states of even (0) or odd (1) fermion number."""
     steps = 2 * np.arange(n_qubits) + 1 - parity  # k = steps * pi / n
     k = steps * (np.pi / n_qubits)
-    half_energies = np.hypot(h - j * np.cos(k), j * np.sin(k))
+    energies = np.hypot(h - j * np.cos(k), j * np.sin(k))  # |epsilon_k| / 2
+    # Only the unpaired momenta, k = 0 and pi, can have a negative epsilon_k.
     filled = (0 in steps and h < j) + (n_qubits in steps and h < -j)
-    correction = 0.0 if filled % 2 == parity else 2 * half_energies.min()
-    return float(correction - half_energies.sum())
+    correction = 0.0 if filled % 2 == parity else 2 * energies.min()
+    return float(correction - energies.sum())
 
 
 def _flips_and_diagonal(n_qubits: int) -> np.ndarray:
-    """Return the sorted columns of all rows, ``(2**n, n + 1)`` int32: the single flips and itself.
+    """Return the sorted columns of every row, ``(2**n, n + 1)`` int32: its flips and itself.
 
-    The corner ``[: 2**s, : s + 1]`` is the same table of ``s`` sites. One more site doubles its
-    rows: where the new bit is clear, flipping it gives the last column; where it is set, the first.
+    The corner ``[: 2**s, : s + 1]`` is the table of ``s`` sites. One more site doubles its rows.
+    Flipping the new bit gives the last column where the bit is clear, and the first where it is
+    set.
     """
     indices = np.zeros((1 << n_qubits, n_qubits + 1), dtype=np.int32)
     for site in range(n_qubits):
-        half = 1 << site
-        rows = np.arange(half, dtype=np.int32)
-        np.add(indices[:half, : site + 1], half, out=indices[half : 2 * half, 1 : site + 2])
-        indices[half : 2 * half, 0] = rows
-        indices[:half, site + 1] = rows + half
+        bit = 1 << site  # its value, and the number of states of the sites before
+        rows = np.arange(bit, dtype=np.int32)
+        np.add(indices[:bit, : site + 1], bit, out=indices[bit : 2 * bit, 1 : site + 2])
+        indices[bit : 2 * bit, 0] = rows
+        indices[:bit, site + 1] = rows + bit
     return indices
 
 
@@ -188,54 +194,3 @@ def _diagonal(n_qubits: int, j: np.ndarray, g: np.ndarray) -> np.ndarray:
         by_ends = energies.reshape(2, -1, 2)
         by_ends -= j[-1] * zz[:, None, :]
     return energies
-
-
-def check_chain(owner: str, n_qubits: int, periodic: bool) -> int:
-    """Return the number of sites of an open chain or a ring as an int, or raise."""
-    n_qubits = check_size(owner, "n_qubits", n_qubits, minimum=1)
-    if periodic and n_qubits < 3:
-        raise ValueError(f"[{owner}] n_qubits must be at least 3 for a ring, got {n_qubits}")
-    return n_qubits
-
-
-def check_dtype(owner: str, dtype: mx.Dtype) -> None:
-    """Raise unless ``dtype`` is a floating type or complex64."""
-    if not isinstance(dtype, mx.Dtype) or not mx.issubdtype(dtype, mx.inexact):
-        raise TypeError(f"[{owner}] dtype must be a floating type or complex64, got {dtype!r}")
-
-
-def check_energies(
-    owner: str, h: np.ndarray, j: np.ndarray, g: np.ndarray, dtype: mx.Dtype
-) -> None:
-    """Raise unless the stored values of H fit ``dtype``."""
-    # Python's sum goes to infinity without the warning of NumPy's.
-    largest = max(np.abs(h).max(), sum(np.abs(np.concatenate([j, g])).tolist()))
-    limit = mx.finfo(mx.float32 if dtype == mx.complex64 else dtype).max
-    if largest > limit:
-        raise ValueError(f"[{owner}] energies of up to {largest:.3g} overflow {dtype}")
-
-
-def check_memory(owner: str, what: str, n_bytes: int) -> None:
-    """Raise if ``n_bytes`` are more than the memory of this machine."""
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if n_bytes > available:
-        raise ValueError(
-            f"[{owner}] {what} needs {n_bytes / 2**30:,.2f} GiB, "
-            f"this machine has {available / 2**30:,.2f} GiB"
-        )
-
-
-def check_values(
-    owner: str, name: str, values: Values, size: int | None = None, of: str = ""
-) -> np.ndarray:
-    """Return ``values`` as ``(size,)`` float64, a number repeated, or raise; no size: a number."""
-    array = np.asarray(values.tolist() if isinstance(values, mx.array) else values)
-    if array.dtype.kind not in "iuf":
-        raise TypeError(f"[{owner}] {name} must be real numbers, got {values!r}")
-    if array.ndim and array.shape != (size,):
-        expected = "a number" if size is None else f"a number or one for each of {size} {of}"
-        raise ValueError(f"[{owner}] {name} must be {expected}, got shape {array.shape}")
-    array = array.astype(np.float64)
-    if not np.isfinite(array).all():
-        raise ValueError(f"[{owner}] {name} must be finite, got {values!r}")
-    return np.broadcast_to(array, (1 if size is None else size,))

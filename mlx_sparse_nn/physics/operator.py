@@ -7,16 +7,16 @@ import numpy as np
 
 from mlx_sparse_nn.core.arrays import check_data
 from mlx_sparse_nn.core.pattern import ArrayLike
-from mlx_sparse_nn.physics.ising import (
+from mlx_sparse_nn.physics.checks import (
     Values,
     check_chain,
     check_dtype,
     check_energies,
     check_memory,
-    check_values,
+    check_parameter,
 )
 
-_MAX_QUBITS = 30  # MLX counts the elements of an axis in 32 bits
+_MAX_QUBITS = 30  # the length of an axis of MLX is an int32
 
 
 class IsingOperator:
@@ -25,19 +25,19 @@ class IsingOperator:
     .. math:: H = -\sum_i J_i Z_i Z_{i+1} - \sum_i h_i X_i - \sum_i g_i Z_i
 
     This is the matrix of :func:`transverse_field_ising`, to rounding, in O(2^n) memory instead of
-    O(n 2^n): its diagonal, and every flip X_i as a reversed axis of length 2. All is made of plain
-    lazy MLX operations, so it differentiates, to any order, by the state and by J, h and g where
-    they are MLX arrays, and works in ``vmap`` and ``compile``, on any device.
+    O(n 2^n). It stores the diagonal, and applies every flip X_i as a reversed axis of length 2. All
+    operations are plain lazy MLX: the product is differentiable to any order in the state, and in
+    J, h and g if they are MLX arrays. It works in ``vmap`` and ``compile``, on any device.
 
     Args:
         n_qubits: Number of sites, 1 to 30.
-        field: Transverse field h, a number or one per site, in units of energy. Faster if it is a
-            number.
-        coupling: Coupling J, a number or one per bond, of which a ring has one more.
+        field: Transverse field h, a number or one per site, in units of energy. A number is
+            faster.
+        coupling: Coupling J, a number or one per bond: ``n_qubits - 1``, and one more on a ring.
         longitudinal: Longitudinal field g, a number or one per site.
         periodic: Whether the chain is a ring, which takes at least 3 sites.
-        dtype: Floating type or complex64 of the matrix. J, h and g are kept in float32, or in
-            float64 if this is that.
+        dtype: Floating type or complex64 of the matrix. J, h and g are stored in float64 if
+            ``dtype`` is float64, and in float32 otherwise.
 
     Attributes:
         field: h, ``()`` or ``(n_qubits,)``.
@@ -49,7 +49,7 @@ class IsingOperator:
             not a floating type or complex64.
         ValueError: ``n_qubits`` is out of range, too small for a ring or too large for the memory
             of this machine, or a parameter has the wrong number of values, is not finite or
-            overflows ``dtype``. What an MLX array holds is not looked at: it may be a tracer.
+            overflows ``dtype``. The values of an MLX array are not checked: it may be a tracer.
 
     Example:
         >>> H = IsingOperator(8, 0.7)
@@ -57,7 +57,7 @@ class IsingOperator:
         array(-5.6, dtype=float32)
     """
 
-    # NumPy then leaves `x @ H` to H, which has no such product, instead of looping over objects.
+    # Makes NumPy leave `x @ H` to H, which has no such product. It would loop over objects.
     __array_ufunc__ = None
 
     def __init__(
@@ -71,14 +71,13 @@ class IsingOperator:
         dtype: mx.Dtype = mx.float32,
     ):
         owner = "IsingOperator"
-        n_qubits = check_chain(owner, n_qubits, periodic)
+        n_qubits, n_bonds = check_chain(owner, n_qubits, periodic)
         check_dtype(owner, dtype)
         if n_qubits > _MAX_QUBITS:
             raise ValueError(
                 f"[{owner}] n_qubits {n_qubits} needs 2**{n_qubits} amplitudes of {dtype.size} "
                 f"bytes; at most 2**{_MAX_QUBITS} fit an axis of MLX"
             )
-        n_bonds = n_qubits if periodic else n_qubits - 1
         real = mx.float64 if dtype == mx.float64 else mx.float32
         # The diagonal, a state, its product, and one state in between.
         n_bytes = (1 << n_qubits) * 4 * max(real.size, dtype.size)
@@ -86,15 +85,17 @@ class IsingOperator:
         self.n_qubits = n_qubits
         self.periodic = bool(periodic)
         self._dtype = dtype
-        self.field = _parameter(owner, "field", field, n_qubits, "sites", real)
-        self.coupling = _parameter(owner, "coupling", coupling, n_bonds, "bonds", real)
-        self.longitudinal = _parameter(owner, "longitudinal", longitudinal, n_qubits, "sites", real)
+        self.field = check_parameter(owner, "field", field, n_qubits, "sites", real)
+        self.coupling = check_parameter(owner, "coupling", coupling, n_bonds, "bonds", real)
+        self.longitudinal = check_parameter(
+            owner, "longitudinal", longitudinal, n_qubits, "sites", real
+        )
         h, j, g = (
             _host_values(values, size)
             for values, size in ((field, n_qubits), (coupling, n_bonds), (longitudinal, n_qubits))
         )
         check_energies(owner, h, j, g, dtype)
-        self._diagonal = self._make_diagonal()
+        self._diagonal = self._make_diagonal(n_bonds)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -120,7 +121,8 @@ class IsingOperator:
             x: ``(2**n,)``, ``(2**n, p)`` or any ``(..., 2**n, p)``.
 
         Returns:
-            The shape of ``x``, of the promoted dtype. 16-bit types are computed in float32.
+            An array of the shape of ``x`` and the promoted dtype. 16-bit types are computed in
+            float32.
         """
         x = check_data("H @ x", x)
         inner = x.shape[-1 if x.ndim == 1 else -2] if x.ndim else None
@@ -154,12 +156,11 @@ class IsingOperator:
             y = y.reshape(by_bit) - flipped.reshape(by_bit)[:, ::-1]
         return y.reshape(shape).astype(dtype)
 
-    def _make_diagonal(self) -> mx.array:
-        """Return ``-sum J_i z_i z_{i+1} - sum g_i z_i`` of all basis states, ``(2**n,)``.
+    def _make_diagonal(self, n_bonds: int) -> mx.array:
+        """Return ``-sum J_i z_i z_{i+1} - sum g_i z_i`` of every basis state, ``(2**n,)``.
 
         One more site doubles the states, so all sites together cost O(2^n).
         """
-        n_bonds = self.n_qubits if self.periodic else self.n_qubits - 1
         j = _parts(mx.broadcast_to(self.coupling, (n_bonds,)))
         g = _parts(mx.broadcast_to(self.longitudinal, (self.n_qubits,)))
         z = mx.array([-1.0, 1.0], dtype=self.field.dtype)  # of a clear bit, of a set bit
@@ -174,31 +175,12 @@ class IsingOperator:
         return energies
 
 
-def _parameter(
-    owner: str, name: str, values: Values, size: int, of: str, dtype: mx.Dtype
-) -> mx.array:
-    """Return a parameter as ``()`` or ``(size,)``; MLX arrays may be tracers and stay lazy."""
-    if not isinstance(values, mx.array):
-        array = check_values(owner, name, values, size, of)
-        return mx.array(array if np.ndim(values) else float(np.asarray(values)), dtype=dtype)
-    if values.dtype == mx.bool_ or not mx.issubdtype(values.dtype, mx.number):
-        raise TypeError(f"[{owner}] {name} must be real numbers, got {values.dtype}")
-    if mx.issubdtype(values.dtype, mx.complexfloating):
-        raise TypeError(f"[{owner}] {name} must be real numbers, got {values.dtype}")
-    if values.shape not in ((), (size,)):
-        raise ValueError(
-            f"[{owner}] {name} must be a number or one for each of {size} {of}, "
-            f"got shape {values.shape}"
-        )
-    return values.astype(dtype)
-
-
 def _parts(values: mx.array) -> list[mx.array]:
-    """Return the elements, ``(1,)`` each; indexing gathers, which has no second derivative."""
+    """Return the elements, ``(1,)`` each. Indexing would gather, which has no second derivative."""
     return list(mx.split(values, values.size)) if values.size else []
 
 
 def _host_values(values: Values, size: int) -> np.ndarray:
-    """Return values as ``(size,)`` float64, or zeros for an MLX array, which may be a tracer."""
+    """Return values as ``(size,)`` float64. An MLX array may be a tracer and counts as zeros."""
     host = 0.0 if isinstance(values, mx.array) else values
     return np.broadcast_to(np.asarray(host, dtype=np.float64), (size,))

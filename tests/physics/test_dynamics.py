@@ -1,11 +1,10 @@
 """evolve against dense matrix exponentials."""
 
-import re
-
 import mlx.core as mx
 import numpy as np
 import pytest
 import scipy.linalg
+from spins import random_state
 from support import device_of, to_numpy
 
 from mlx_sparse_nn.physics import (
@@ -14,22 +13,11 @@ from mlx_sparse_nn.physics import (
     exact_ground_energy,
     expectation,
     fidelity,
-    ising,
     lanczos,
     transverse_field_ising,
 )
 
 TIMES = [0, 1e-3, 0.5, -2.5, 10.0]
-
-
-def random_state(n, dtype, seed=0):
-    rng = np.random.default_rng(seed)
-    psi = rng.normal(size=2**n) + 1j * rng.normal(size=2**n)
-    return (
-        mx.array(psi.astype(np.complex64))
-        if dtype == mx.complex64
-        else mx.array(psi.real, dtype=dtype)
-    )
 
 
 def norm(psi):
@@ -132,43 +120,3 @@ class TestImaginaryTime:
         assert norm(psi) == pytest.approx(1, rel=1e-6)
         exact = exact_ground_energy(12, 1.0, periodic=True)
         assert expectation(H, psi).item() == pytest.approx(exact, rel=1e-5)
-
-
-class TestBadInput:
-    @pytest.mark.parametrize(
-        ("arguments", "error", "message"),
-        [
-            ({"H": np.eye(4)}, TypeError, "H must be a CSRArray, got ndarray"),
-            ({"H": mx.ones((4, 3))}, ValueError, "H must be square, got shape (4, 3)"),
-            (
-                {"H": mx.array(np.triu(np.ones((16, 16), np.float32)))},
-                ValueError,
-                "H is not Hermitian",
-            ),
-            ({"H": mx.full((16, 16), float("inf"))}, ValueError, "H @ x is not finite"),
-            ({"psi": mx.ones(8)}, ValueError, "psi has shape (8,), expected (16,)"),
-            ({"psi": [1.0] * 16}, TypeError, "psi must be an mx.array, got list"),
-            ({"psi": mx.zeros(16)}, ValueError, "psi must not be zero"),
-            (
-                {"psi": mx.full(16, float("nan"))},
-                ValueError,
-                "psi must be finite, its largest magnitude is nan",
-            ),
-            ({"t": float("inf")}, ValueError, "t must be finite, got inf"),
-            ({"t": 1j}, TypeError, "t must be a number, got 1j"),
-            ({"tol": 0}, ValueError, "tol must be in [1e-14, 1), got 0"),
-            ({"tol": 2.0}, ValueError, "tol must be in [1e-14, 1), got 2.0"),
-            ({"tol": "1"}, TypeError, "tol must be a number, got '1'"),
-        ],
-    )
-    def test_arguments(self, arguments, error, message):
-        arguments = {"H": IsingOperator(4, 0.7), "psi": mx.ones(16), "t": 1.0, **arguments}
-        with pytest.raises(error, match=re.escape(f"[evolve] {message}")):
-            evolve(**arguments)
-
-    def test_says_how_much_memory_the_basis_needs(self, monkeypatch):
-        H = IsingOperator(20, 0.7)
-        monkeypatch.setattr(ising.os, "sysconf", lambda name: 2**13)
-        message = "[evolve] a basis of 31 vectors of 1048576 needs 0.30 GiB, this machine has"
-        with pytest.raises(ValueError, match=re.escape(message)):
-            evolve(H, mx.ones(2**20), 1.0)

@@ -1,20 +1,18 @@
 """Observables against dense matrices, and their derivatives against differences in float64."""
 
-import math
-import re
-from concurrent.futures import ThreadPoolExecutor
-
 import mlx.core as mx
 import numpy as np
 import pytest
+from spins import PAULI_X, PAULI_Z, dense_ising, on_site, random_state
 from support import device_of, to_numpy
-from test_ising import PAULI_X, PAULI_Z, dense_ising, on_site
 
+from mlx_sparse_nn import CSRArray, csr_array
 from mlx_sparse_nn.physics import (
     IsingOperator,
     correlation,
     entanglement_entropy,
     evolve,
+    exact_ground_energy,
     expectation,
     fidelity,
     lanczos,
@@ -24,17 +22,6 @@ from mlx_sparse_nn.physics import (
 )
 
 DTYPES = [mx.float16, mx.float32, mx.float64, mx.complex64]
-
-
-def random_state(n, dtype=mx.float32, seed=0):
-    """Return a state that is not normalised."""
-    rng = np.random.default_rng(seed)
-    psi = rng.normal(size=2**n) + 1j * rng.normal(size=2**n)
-    return (
-        mx.array(psi.astype(np.complex64))
-        if dtype == mx.complex64
-        else mx.array(psi.real, dtype=dtype)
-    )
 
 
 def mean(operator, psi):
@@ -55,17 +42,6 @@ def psi(request):
 
 def rtol(psi):
     return 1e-12 if psi.dtype == mx.float64 else 1e-5
-
-
-H = transverse_field_ising(3, 0.7)
-OBSERVABLES = {
-    "expectation": lambda psi: expectation(H, psi),
-    "variance": lambda psi: variance(H, psi),
-    "magnetization": magnetization,
-    "correlation": lambda psi: correlation(psi, 0, 2),
-    "entanglement_entropy": lambda psi: entanglement_entropy(psi, 1),
-    "fidelity": lambda psi: fidelity(psi, mx.ones(8)),
-}
 
 
 class TestValues:
@@ -150,6 +126,95 @@ class TestValues:
         expected = np.cos(2 * 0.8 * np.array([0.5, 1.0, 1.5]))
         np.testing.assert_allclose(magnetization(psi), expected, atol=1e-5)
         assert entanglement_entropy(psi, 1).item() == pytest.approx(0, abs=1e-5)
+
+
+class TestExpectation:
+    @pytest.mark.parametrize("periodic", [False, True])
+    @pytest.mark.parametrize("n_qubits", [3, 8, 16])
+    def test_uniform_superposition_has_minus_field_per_site(self, n_qubits, periodic):
+        H = transverse_field_ising(n_qubits, 0.7, periodic=periodic)
+        energy = expectation(H, mx.ones(2**n_qubits))
+        assert energy.shape == ()
+        assert energy.dtype == mx.float32
+        assert energy.item() == pytest.approx(-0.7 * n_qubits, rel=1e-6)
+
+    def test_every_eigenstate_has_its_eigenvalue(self):
+        energies, states = np.linalg.eigh(dense_ising(5, 0.7, periodic=True))
+        H = transverse_field_ising(5, 0.7, periodic=True)
+        actual = [expectation(H, mx.array(psi.astype(np.float32))).item() for psi in states.T]
+        np.testing.assert_allclose(actual, energies, rtol=1e-5, atol=1e-5)
+
+    def test_complex_state_of_any_norm(self):
+        psi = np.array(random_state(6, mx.complex64, seed=2))
+        dense = dense_ising(6, 0.7, longitudinal=0.4)
+        H = transverse_field_ising(6, 0.7, longitudinal=0.4)
+        expected = (psi.conj() @ dense @ psi).real / (psi.conj() @ psi).real
+        for factor in (1, 1e-3, 40j):
+            energy = expectation(H, mx.array(factor * psi))
+            assert energy.dtype == mx.float32
+            assert energy.item() == pytest.approx(expected, rel=1e-5)
+
+    def test_complex_hermitian_matrix(self):
+        pauli_y = csr_array(([1j, -1j], [1, 0], [0, 1, 2]), shape=(2, 2))
+        assert expectation(pauli_y, mx.array([1.0, -1j])).item() == pytest.approx(1.0)
+        assert expectation(pauli_y, mx.array([1.0, 1.0])).item() == pytest.approx(0.0)
+
+    @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.int32])
+    def test_narrow_states_are_summed_in_float32(self, dtype):
+        H = transverse_field_ising(12, 1.0)
+        energy = expectation(H, mx.full(4096, 4, dtype))
+        assert energy.dtype == mx.float32
+        assert energy.item() == pytest.approx(-12, rel=1e-6)
+
+    def test_float64_on_the_cpu(self):
+        with mx.stream(mx.cpu):
+            H = transverse_field_ising(8, 0.7, dtype=mx.float64)
+            energy, state = np.linalg.eigh(dense_ising(8, 0.7))
+            actual = expectation(H, mx.array(state[:, 0], dtype=mx.float64))
+            assert actual.dtype == mx.float64
+            assert actual.item() == pytest.approx(energy[0], rel=1e-14)
+
+    def test_size_that_is_no_power_of_two(self):
+        A = csr_array((np.arange(1, 12.0), np.arange(11), np.arange(12)), shape=(11, 11))
+        assert expectation(A, mx.ones(11)).item() == pytest.approx(6)
+
+    @pytest.mark.parametrize("dtype", [mx.float32, mx.complex64])
+    def test_gradient_in_the_state(self, dtype):
+        psi = np.array(random_state(5, dtype, seed=3))
+        dense = dense_ising(5, 0.7, longitudinal=0.2)
+        H = transverse_field_ising(5, 0.7, longitudinal=0.2)
+        norm = (psi.conj() @ psi).real
+        energy = (psi.conj() @ dense @ psi).real / norm
+        gradient = mx.grad(lambda psi: expectation(H, psi))(mx.array(psi))
+        expected = 2 * (dense @ psi - energy * psi) / norm
+        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
+
+    def test_gradient_in_the_stored_values(self):
+        psi = np.array(random_state(4, seed=4))
+        H = transverse_field_ising(4, 0.7)
+        gradient = mx.grad(lambda data: expectation(CSRArray(data, H.pattern), mx.array(psi)))(
+            H.data
+        )
+        expected = np.outer(psi, psi)[H.pattern.row_indices, H.pattern.indices] / (psi @ psi)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
+
+    def test_compile_and_vmap(self):
+        H = transverse_field_ising(5, 0.7)
+        psi = mx.stack([random_state(5, seed=seed) for seed in range(3)])
+        expected = mx.stack([expectation(H, row) for row in psi])
+        mapped = mx.vmap(lambda psi: expectation(H, psi))(psi)
+        compiled = mx.compile(lambda psi: expectation(H, psi))(psi[0])
+        np.testing.assert_allclose(mapped, expected, rtol=1e-6)
+        np.testing.assert_allclose(compiled, expected[0], rtol=1e-6)
+
+    def test_descent_reaches_the_ground_state(self):
+        H = transverse_field_ising(6, 0.7, periodic=True)
+        step = mx.grad(lambda psi: expectation(H, psi))
+        psi = mx.ones(64) / 8
+        for _ in range(200):
+            psi = psi - 0.05 * step(psi)
+        exact = exact_ground_energy(6, 0.7, periodic=True)
+        assert expectation(H, psi).item() == pytest.approx(exact, rel=1e-5)
 
 
 FUNCTIONS = {
@@ -256,123 +321,3 @@ def test_recovers_the_field_from_the_ground_energy():
         energy, slope = mx.value_and_grad(lambda h, x=psi: expectation(IsingOperator(n, h), x))(h)
         h = h - 0.02 * (energy - target) * slope
     assert h.item() == pytest.approx(true, abs=1e-3)
-
-
-class TestBadInput:
-    @pytest.mark.parametrize(
-        ("function", "error", "message"),
-        [
-            (lambda: variance(np.eye(4), mx.ones(4)), TypeError, "[variance] H must be a CSRArray"),
-            (
-                lambda: variance(mx.ones((2, 4)), mx.ones(4)),
-                ValueError,
-                "[variance] H must be square, got shape (2, 4)",
-            ),
-            (
-                lambda: variance(mx.eye(4), mx.ones(3)),
-                ValueError,
-                "[variance] psi has shape (3,), H needs (4,)",
-            ),
-            (
-                lambda: magnetization(mx.ones(6)),
-                ValueError,
-                "[magnetization] psi has shape (6,), expected (2**n,) with n >= 1",
-            ),
-            (
-                lambda: magnetization(mx.ones(1)),
-                ValueError,
-                "[magnetization] psi has shape (1,), expected (2**n,) with n >= 1",
-            ),
-            (
-                lambda: magnetization(mx.ones((4, 4))),
-                ValueError,
-                "[magnetization] psi has shape (4, 4), expected (2**n,) with n >= 1",
-            ),
-            (
-                lambda: magnetization(np.ones(4)),
-                TypeError,
-                "[magnetization] psi must be an mx.array, got ndarray",
-            ),
-            (
-                lambda: magnetization(mx.ones(4), "y"),
-                ValueError,
-                "[magnetization] axis must be 'z' or 'x', got 'y'",
-            ),
-            (
-                lambda: correlation(mx.ones(4), 0, 2),
-                ValueError,
-                "[correlation] j must be in [0, 1], got 2",
-            ),
-            (
-                lambda: correlation(mx.ones(4), -1, 0),
-                ValueError,
-                "[correlation] i must be in [0, 1], got -1",
-            ),
-            (
-                lambda: correlation(mx.ones(4), 0, 1.0),
-                TypeError,
-                "[correlation] j must be an integer, got 1.0",
-            ),
-            (
-                lambda: entanglement_entropy(mx.ones(4), 3),
-                ValueError,
-                "[entanglement_entropy] cut must be in [0, 2], got 3",
-            ),
-            (
-                lambda: entanglement_entropy(mx.ones(4), None),
-                TypeError,
-                "[entanglement_entropy] cut must be an integer, got None",
-            ),
-            (
-                lambda: entanglement_entropy(mx.zeros(0), 0),
-                ValueError,
-                "[entanglement_entropy] psi has shape (0,), expected (2**n,) with n >= 1",
-            ),
-            (
-                lambda: fidelity(mx.ones(4), mx.ones(8)),
-                ValueError,
-                "[fidelity] a has 4 amplitudes, b has 8",
-            ),
-            (
-                lambda: fidelity(mx.ones((4, 1)), mx.ones(4)),
-                ValueError,
-                "[fidelity] a has shape (4, 1), expected one axis",
-            ),
-            (
-                lambda: fidelity(mx.ones(4), [1.0] * 4),
-                TypeError,
-                "[fidelity] b must be an mx.array, got list",
-            ),
-        ],
-    )
-    def test_arguments(self, function, error, message):
-        with pytest.raises(error, match=re.escape(message)):
-            function()
-
-    @pytest.mark.parametrize("observable", OBSERVABLES, ids=str)
-    @pytest.mark.parametrize(
-        ("value", "message"),
-        [
-            (0.0, "must not be zero"),
-            (math.nan, "must be finite, its largest magnitude is nan"),
-            (math.inf, "must be finite, its largest magnitude is inf"),
-        ],
-    )
-    def test_states_without_a_norm(self, observable, value, message):
-        function = OBSERVABLES[observable]
-        psi = mx.zeros(8)
-        psi[3] = value
-        with pytest.raises(ValueError, match=rf"\[{observable}\] (psi|a) {message}"):
-            function(psi)
-        with pytest.raises(ValueError, match=rf"\[{observable}\] (psi|a) {message}"):
-            function(psi.astype(mx.complex64))
-        # Nothing is evaluated under a transform: what is traced has no numbers yet.
-        assert mx.isnan(mx.compile(function)(psi)).any().item()
-        assert mx.isnan(mx.vmap(function)(psi[None])).any().item()
-        value, _ = mx.value_and_grad(lambda a: function(a).sum())(psi)
-        assert mx.isnan(value).item()
-
-    def test_states_in_a_new_thread(self):
-        """Where MLX traces a compiled function for the first time."""
-        with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="must not be zero"):
-            pool.submit(lambda: magnetization(mx.zeros(8))).result()

@@ -1,0 +1,213 @@
+"""Checks of arguments: of chains, Hamiltonians, states, and the numbers beside them.
+
+``owner`` is the public function that the user called. Each check raises on the host, and returns
+the argument in the form that the caller needs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_sparse_nn.core.pattern import check_size
+from mlx_sparse_nn.core.transforms import transforming
+from mlx_sparse_nn.physics.precision import epsilon, pairwise_sum
+
+Values: TypeAlias = "float | Sequence[float] | np.ndarray | mx.array"
+
+
+def check_chain(owner: str, n_qubits: int, periodic: bool) -> tuple[int, int]:
+    """Return the numbers of sites and bonds of an open chain or a ring, or raise."""
+    n_qubits = check_size(owner, "n_qubits", n_qubits, minimum=1)
+    if periodic and n_qubits < 3:
+        raise ValueError(f"[{owner}] n_qubits must be at least 3 for a ring, got {n_qubits}")
+    return n_qubits, n_qubits if periodic else n_qubits - 1
+
+
+def check_dtype(owner: str, dtype: mx.Dtype) -> None:
+    """Raise unless ``dtype`` is a floating type or complex64."""
+    if not isinstance(dtype, mx.Dtype) or not mx.issubdtype(dtype, mx.inexact):
+        raise TypeError(f"[{owner}] dtype must be a floating type or complex64, got {dtype!r}")
+
+
+def check_number(owner: str, name: str, values: Values) -> float:
+    """Return one finite real number, or raise."""
+    return float(_real_numbers(owner, name, values, (), "a number"))
+
+
+def check_values(owner: str, name: str, values: Values, size: int, of: str) -> np.ndarray:
+    """Return a number, repeated, or ``size`` numbers as ``(size,)`` float64, or raise."""
+    expected = f"a number or one for each of {size} {of}"
+    return np.broadcast_to(_real_numbers(owner, name, values, (size,), expected), (size,))
+
+
+def check_parameter(
+    owner: str, name: str, values: Values, size: int, of: str, dtype: mx.Dtype
+) -> mx.array:
+    """Return a number as ``()`` or ``size`` numbers as ``(size,)`` MLX array, or raise.
+
+    An MLX array may be a tracer: it stays lazy, and what it holds is not looked at.
+    """
+    expected = f"a number or one for each of {size} {of}"
+    if not isinstance(values, mx.array):
+        return mx.array(_real_numbers(owner, name, values, (size,), expected), dtype=dtype)
+    is_number = values.dtype != mx.bool_ and mx.issubdtype(values.dtype, mx.number)
+    if not is_number or mx.issubdtype(values.dtype, mx.complexfloating):
+        raise TypeError(f"[{owner}] {name} must be real numbers, got {values.dtype}")
+    if values.shape not in ((), (size,)):
+        raise ValueError(f"[{owner}] {name} must be {expected}, got shape {values.shape}")
+    return values.astype(dtype)
+
+
+def _real_numbers(
+    owner: str, name: str, values: Values, shape: tuple[int, ...], expected: str
+) -> np.ndarray:
+    """Return finite real numbers of shape ``()`` or ``shape`` as float64, or raise."""
+    array = np.asarray(values.tolist() if isinstance(values, mx.array) else values)
+    if array.dtype.kind not in "iuf":
+        raise TypeError(f"[{owner}] {name} must be real numbers, got {values!r}")
+    if array.shape not in ((), shape):
+        raise ValueError(f"[{owner}] {name} must be {expected}, got shape {array.shape}")
+    array = array.astype(np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError(f"[{owner}] {name} must be finite, got {values!r}")
+    return array
+
+
+def check_energies(
+    owner: str, h: np.ndarray, j: np.ndarray, g: np.ndarray, dtype: mx.Dtype
+) -> None:
+    """Raise unless the stored values of H fit ``dtype``."""
+    # Python's sum goes to infinity without the warning of NumPy's.
+    largest = max(np.abs(h).max(), sum(np.abs(np.concatenate([j, g])).tolist()))
+    limit = mx.finfo(mx.float32 if dtype == mx.complex64 else dtype).max
+    if largest > limit:
+        raise ValueError(f"[{owner}] energies of up to {largest:.3g} overflow {dtype}")
+
+
+def check_memory(owner: str, what: str, n_bytes: int) -> None:
+    """Raise if ``n_bytes`` are more than the memory of this machine."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if n_bytes > available:
+        raise ValueError(
+            f"[{owner}] {what} needs {n_bytes / 2**30:,.2f} GiB, "
+            f"this machine has {available / 2**30:,.2f} GiB"
+        )
+
+
+def check_basis_memory(owner: str, size: int, dim: int, dtype: mx.Dtype) -> None:
+    """Raise if ``size`` vectors of ``dim``, and 8 more to compute with, do not fit the memory."""
+    check_memory(owner, f"a basis of {size} vectors of {dim}", (size + 8) * dim * dtype.size)
+
+
+def check_hamiltonian(owner: str, H: Any) -> int:
+    """Return the dimension of a square Hamiltonian, or raise."""
+    if isinstance(H, np.ndarray) or not (hasattr(H, "shape") and hasattr(H, "__matmul__")):
+        raise TypeError(
+            f"[{owner}] H must be a CSRArray, an IsingOperator or an mx.array, got "
+            f"{type(H).__name__}; any object with shape whose H @ psi is an mx.array will also do"
+        )
+    shape = tuple(H.shape)
+    if len(shape) != 2 or shape[0] != shape[1]:
+        raise ValueError(f"[{owner}] H must be square, got shape {shape}")
+    return shape[0]
+
+
+def check_hermitian(owner: str, H: Any, normals: Callable[[], mx.array]) -> None:
+    """Raise unless ``<u|H v> = <H u|v>`` for two random vectors, to rounding."""
+    u, v = normals(), normals()
+    Hu, Hv = H @ u, H @ v
+    for product in (Hu, Hv):
+        if not isinstance(product, mx.array):
+            raise TypeError(f"[{owner}] H @ x must be an mx.array, got {type(product).__name__}")
+        if product.shape != u.shape:
+            raise ValueError(f"[{owner}] H @ x has shape {product.shape}, x has {u.shape}")
+    difference = mx.abs(pairwise_sum(mx.conjugate(u) * Hv) - pairwise_sum(mx.conjugate(Hu) * v))
+    norms = [mx.sqrt(pairwise_sum(mx.abs(a).square())) for a in (u, Hv)]
+    difference, *norms = (float(a) for a in (difference, *norms))
+    if not np.isfinite([difference, *norms]).all():
+        raise ValueError(f"[{owner}] H @ x is not finite")
+    if difference > 100 * epsilon(Hv.dtype) * norms[0] * norms[1]:
+        raise ValueError(
+            f"[{owner}] H is not Hermitian: <u|Hv> and <Hu|v> differ by {difference:.3g} "
+            "for random u and v"
+        )
+
+
+def check_state(owner: str, name: str, psi: mx.array, dim: int | None = None) -> mx.array:
+    """Return a state of ``(dim,)``, or of any length, as float32, float64 or complex64, or raise.
+
+    What it holds is looked at unless a transform is running.
+    """
+    _check_array(owner, name, psi)
+    if psi.ndim != 1 or dim not in (None, psi.size):
+        needs = "expected one axis" if dim is None else f"H needs ({dim},)"
+        raise ValueError(f"[{owner}] {name} has shape {psi.shape}, {needs}")
+    return _check_amplitudes(owner, name, psi)
+
+
+def check_state_of_sites(owner: str, psi: mx.array) -> tuple[mx.array, int]:
+    """Return a state of ``(2**n,)``, as :func:`check_state` does, and n, or raise."""
+    _check_array(owner, "psi", psi)
+    n = psi.size.bit_length() - 1
+    if psi.ndim != 1 or n < 1 or psi.size != 1 << n:
+        raise ValueError(f"[{owner}] psi has shape {psi.shape}, expected (2**n,) with n >= 1")
+    return _check_amplitudes(owner, "psi", psi), n
+
+
+def _check_array(owner: str, name: str, psi: mx.array) -> None:
+    if not isinstance(psi, mx.array):
+        raise TypeError(f"[{owner}] {name} must be an mx.array, got {type(psi).__name__}")
+
+
+def _check_amplitudes(owner: str, name: str, psi: mx.array) -> mx.array:
+    """Return amplitudes as float32 or wider, or raise if they are all zero or not finite."""
+    if not psi.size:
+        raise ValueError(f"[{owner}] {name} must not be empty, got shape {psi.shape}")
+    psi = psi.astype(mx.result_type(psi, mx.float32))
+    if not transforming():
+        largest = float(mx.abs(psi).max())
+        if not math.isfinite(largest):
+            raise ValueError(f"[{owner}] {name} must be finite, its largest magnitude is {largest}")
+        if largest == 0:
+            raise ValueError(f"[{owner}] {name} must not be zero")
+    return psi
+
+
+def check_index(owner: str, name: str, value: int, last: int) -> int:
+    """Return ``value`` as an int of 0 to ``last``, or raise."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"[{owner}] {name} must be an integer, got {value!r}")
+    if not 0 <= value <= last:
+        raise ValueError(f"[{owner}] {name} must be in [0, {last}], got {value}")
+    return int(value)
+
+
+def check_axis(owner: str, axis: str) -> None:
+    """Raise unless ``axis`` is one of those along which a spin is measured."""
+    if axis not in ("z", "x"):
+        raise ValueError(f"[{owner}] axis must be 'z' or 'x', got {axis!r}")
+
+
+def check_time(owner: str, t: float) -> float:
+    """Return a finite time, or raise."""
+    if isinstance(t, bool) or not isinstance(t, int | float | np.integer | np.floating):
+        raise TypeError(f"[{owner}] t must be a number, got {t!r}")
+    if not math.isfinite(t):
+        raise ValueError(f"[{owner}] t must be finite, got {t}")
+    return float(t)
+
+
+def check_tol(owner: str, tol: float, minimum: float = 0.0) -> float:
+    """Return a positive tolerance of [minimum, 1), or raise."""
+    if isinstance(tol, bool) or not isinstance(tol, int | float | np.floating):
+        raise TypeError(f"[{owner}] tol must be a number, got {tol!r}")
+    if not (minimum <= tol < 1 and tol > 0):
+        interval = f"[{minimum:g}, 1)" if minimum else "(0, 1)"
+        raise ValueError(f"[{owner}] tol must be in {interval}, got {tol}")
+    return float(tol)

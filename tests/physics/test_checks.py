@@ -1,0 +1,405 @@
+"""Bad input to every public function of physics, and what the errors say."""
+
+import inspect
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_sparse_nn import csr_array, physics
+from mlx_sparse_nn.physics import (
+    IsingOperator,
+    checks,
+    correlation,
+    entanglement_entropy,
+    evolve,
+    exact_ground_energy,
+    expectation,
+    fidelity,
+    lanczos,
+    magnetization,
+    transverse_field_ising,
+    variance,
+)
+
+NAN, INF = float("nan"), float("inf")
+CHAINS = [transverse_field_ising, IsingOperator, exact_ground_energy]
+OBSERVED = [expectation, variance]
+SOLVERS = [lanczos, evolve]
+OF_SITES = [magnetization, correlation, entanglement_entropy]
+
+H = IsingOperator(4, 0.7)
+GOOD = {
+    transverse_field_ising: {"n_qubits": 4, "field": 0.7},
+    IsingOperator: {"n_qubits": 4, "field": 0.7},
+    exact_ground_energy: {"n_qubits": 4, "field": 0.7},
+    expectation: {"H": H, "psi": mx.ones(16)},
+    variance: {"H": H, "psi": mx.ones(16)},
+    magnetization: {"psi": mx.ones(16)},
+    correlation: {"psi": mx.ones(16), "i": 0, "j": 3},
+    entanglement_entropy: {"psi": mx.ones(16), "cut": 2},
+    fidelity: {"a": mx.ones(16), "b": mx.ones(16)},
+    lanczos: {"H": H},
+    evolve: {"H": H, "psi": mx.ones(16), "t": 1.0},
+}
+# (functions, arguments, error, message)
+ROWS = [
+    # Sites.
+    (CHAINS, {"n_qubits": 0}, ValueError, "n_qubits must be in [1, 2**31 - 1], got 0"),
+    (CHAINS, {"n_qubits": -3}, ValueError, "n_qubits must be in [1, 2**31 - 1], got -3"),
+    (CHAINS, {"n_qubits": 2.0}, TypeError, "n_qubits must be an integer, got 2.0"),
+    (CHAINS, {"n_qubits": "4"}, TypeError, "n_qubits must be an integer, got '4'"),
+    (CHAINS, {"n_qubits": True}, TypeError, "n_qubits must be an integer, got True"),
+    (CHAINS, {"n_qubits": None}, TypeError, "n_qubits must be an integer, got None"),
+    (
+        CHAINS,
+        {"n_qubits": 2, "periodic": True},
+        ValueError,
+        "n_qubits must be at least 3 for a ring, got 2",
+    ),
+    (
+        [transverse_field_ising],
+        {"n_qubits": 27},
+        ValueError,
+        "n_qubits 27 needs 2**27 * 28 stored values",
+    ),
+    (
+        [transverse_field_ising],
+        {"n_qubits": 10**6},
+        ValueError,
+        "n_qubits 1000000 needs 2**1000000 * 1000001 stored values",
+    ),
+    (
+        [IsingOperator],
+        {"n_qubits": 40},
+        ValueError,
+        "n_qubits 40 needs 2**40 amplitudes of 4 bytes",
+    ),
+    (
+        [IsingOperator],
+        {"n_qubits": 10**6},
+        ValueError,
+        "n_qubits 1000000 needs 2**1000000 amplitudes",
+    ),
+    # Parameters of the chain.
+    *(
+        (functions, {name: value}, error, f"{name} must be {message}")
+        for functions, names in (
+            (CHAINS, ("field", "coupling")),
+            ([transverse_field_ising, IsingOperator], ("longitudinal",)),
+        )
+        for name in names
+        for value, error, message in (
+            (NAN, ValueError, "finite, got nan"),
+            (INF, ValueError, "finite, got inf"),
+            ("0.5", TypeError, "real numbers, got '0.5'"),
+            (None, TypeError, "real numbers, got None"),
+            (True, TypeError, "real numbers, got True"),
+            (1j, TypeError, "real numbers, got 1j"),
+            (mx.array(True), TypeError, "real numbers, got "),
+            (mx.array(1j), TypeError, "real numbers, got "),
+        )
+    ),
+    *(
+        (
+            [transverse_field_ising, IsingOperator],
+            {name: values, "periodic": periodic},
+            ValueError,
+            f"{name} must be a number or one for each of {needs}, got shape {np.shape(values)}",
+        )
+        for name, values, periodic, needs in (
+            ("field", [0.5] * 3, False, "4 sites"),
+            ("field", mx.ones((4, 1)), False, "4 sites"),
+            ("coupling", [1.0] * 4, False, "3 bonds"),
+            ("coupling", mx.ones(3), True, "4 bonds"),
+            ("longitudinal", np.ones((4, 1)), False, "4 sites"),
+            ("longitudinal", [], False, "4 sites"),
+        )
+    ),
+    (
+        [transverse_field_ising, IsingOperator],
+        {"coupling": [1, 2, INF]},
+        ValueError,
+        "coupling must be finite, got [1, 2, inf]",
+    ),
+    (
+        [exact_ground_energy],
+        {"field": [0.7] * 4},
+        ValueError,
+        "field must be a number, got shape (4,)",
+    ),
+    (
+        [exact_ground_energy],
+        {"coupling": [1.0]},
+        ValueError,
+        "coupling must be a number, got shape (1,)",
+    ),
+    *(
+        (
+            [transverse_field_ising, IsingOperator],
+            {"dtype": dtype},
+            TypeError,
+            f"dtype must be a floating type or complex64, got {dtype!r}",
+        )
+        for dtype in (mx.int32, "float32", None)
+    ),
+    *(
+        (
+            [transverse_field_ising, IsingOperator],
+            arguments,
+            ValueError,
+            f"energies of up to {what}",
+        )
+        for arguments, what in (
+            ({"field": 1e39}, "1e+39 overflow mlx.core.float32"),
+            ({"coupling": 3e4, "dtype": mx.float16}, "9e+04 overflow mlx.core.float16"),
+            ({"longitudinal": 1e308, "dtype": mx.float64}, "inf overflow mlx.core.float64"),
+        )
+    ),
+    # Hamiltonians.
+    *(
+        (
+            OBSERVED + SOLVERS,
+            {"H": value},
+            TypeError,
+            f"H must be a CSRArray, an IsingOperator or an mx.array, got {got};",
+        )
+        for value, got in ((np.eye(4), "ndarray"), (3, "int"), (None, "NoneType"), ([[1]], "list"))
+    ),
+    *(
+        (OBSERVED + SOLVERS, {"H": value}, ValueError, f"H must be square, got shape {value.shape}")
+        for value in (
+            mx.ones((3, 4)),
+            mx.ones(4),
+            mx.array(1.0),
+            csr_array(([1.0], [0], [0, 1]), shape=(1, 4)),
+        )
+    ),
+    (
+        SOLVERS,
+        {"H": mx.array(np.triu(np.ones((16, 16), np.float32)))},
+        ValueError,
+        "H is not Hermitian: <u|Hv> and <Hu|v> differ by",
+    ),
+    (
+        [lanczos],
+        {"H": csr_array(([1j], [1], [0, 1, 1]), shape=(2, 2))},
+        ValueError,
+        "H is not Hermitian",
+    ),
+    (SOLVERS, {"H": mx.full((16, 16), NAN)}, ValueError, "H @ x is not finite"),
+    (SOLVERS, {"H": mx.full((16, 16), INF)}, ValueError, "H @ x is not finite"),
+    # States.
+    *(
+        (functions, {name: value}, error, f"{name} {message}")
+        for functions, name in (
+            ([*OBSERVED, *OF_SITES, evolve], "psi"),
+            ([lanczos], "v0"),
+            ([fidelity], "a"),
+            ([fidelity], "b"),
+        )
+        for value, error, message in (
+            (np.ones(16), TypeError, "must be an mx.array, got ndarray"),
+            ([1.0] * 16, TypeError, "must be an mx.array, got list"),
+            (mx.zeros(16), ValueError, "must not be zero"),
+            (mx.zeros(16, dtype=mx.complex64), ValueError, "must not be zero"),
+            (mx.full(16, NAN), ValueError, "must be finite, its largest magnitude is nan"),
+            (mx.full(16, INF), ValueError, "must be finite, its largest magnitude is inf"),
+        )
+    ),
+    *(
+        (functions, {name: mx.ones(shape)}, ValueError, f"{name} has shape {shape}, {needs}")
+        for functions, name, needs, shapes in (
+            ([*OBSERVED, evolve], "psi", "H needs (16,)", [(8,), (16, 1), (), (0,)]),
+            ([lanczos], "v0", "H needs (16,)", [(7,), (16, 1), (), (0,)]),
+            (OF_SITES, "psi", "expected (2**n,) with n >= 1", [(6,), (1,), (4, 4), (), (0,)]),
+            ([fidelity], "a", "expected one axis", [(16, 1), ()]),
+            ([fidelity], "b", "expected one axis", [(16, 1), ()]),
+        )
+        for shape in shapes
+    ),
+    *(
+        (
+            functions,
+            {"H": mx.zeros((0, 0)), "psi": mx.zeros(0)},
+            ValueError,
+            "psi must not be empty, got shape (0,)",
+        )
+        for functions in (OBSERVED, [evolve])
+    ),
+    ([fidelity], {"a": mx.zeros(0)}, ValueError, "a must not be empty, got shape (0,)"),
+    ([fidelity], {"b": mx.ones(8)}, ValueError, "a has 16 amplitudes, b has 8"),
+    # What is measured.
+    *(
+        ([magnetization], {"axis": axis}, ValueError, f"axis must be 'z' or 'x', got {axis!r}")
+        for axis in ("y", "Z", None, 0)
+    ),
+    *(
+        ([function], {name: value}, error, f"{name} must be {message}")
+        for function, name, last in (
+            (correlation, "i", 3),
+            (correlation, "j", 3),
+            (entanglement_entropy, "cut", 4),
+        )
+        for value, error, message in (
+            (-1, ValueError, f"in [0, {last}], got -1"),
+            (last + 1, ValueError, f"in [0, {last}], got {last + 1}"),
+            (1.0, TypeError, "an integer, got 1.0"),
+            (True, TypeError, "an integer, got True"),
+            (None, TypeError, "an integer, got None"),
+        )
+    ),
+    # Solvers.
+    *(
+        ([lanczos], {name: value}, error, f"{name} must be {message}")
+        for name, minimum in (("k", 1), ("max_iter", 1), ("seed", 0))
+        for value, error, message in (
+            (minimum - 1, ValueError, f"in [{minimum}, 2**31 - 1], got {minimum - 1}"),
+            (2**31, ValueError, f"in [{minimum}, 2**31 - 1], got 2147483648"),
+            (1.0, TypeError, "an integer, got 1.0"),
+            (True, TypeError, "an integer, got True"),
+            ("1", TypeError, "an integer, got '1'"),
+        )
+    ),
+    ([lanczos], {"k": None}, TypeError, "k must be an integer, got None"),
+    ([lanczos], {"seed": None}, TypeError, "seed must be an integer, got None"),
+    ([lanczos], {"k": 17}, ValueError, "k must be in [1, 16], the dimension of H, got 17"),
+    ([lanczos], {"H": mx.zeros((0, 0))}, ValueError, "k must be in [1, 0], the dimension of H"),
+    ([lanczos], {"k": 3, "max_iter": 2}, ValueError, "max_iter must be at least k = 3, got 2"),
+    *(
+        ([function], {"tol": tol}, ValueError, f"tol must be in {interval}, got {tol}")
+        for function, interval in ((lanczos, "(0, 1)"), (evolve, "[1e-14, 1)"))
+        for tol in (0, 0.0, -1e-5, 1, 2.0, NAN, INF)
+    ),
+    ([evolve], {"tol": 1e-15}, ValueError, "tol must be in [1e-14, 1), got 1e-15"),
+    *(
+        (SOLVERS, {"tol": tol}, TypeError, f"tol must be a number, got {tol!r}")
+        for tol in ("1e-5", True, mx.array(1e-5))
+    ),
+    *(([evolve], {"t": t}, ValueError, f"t must be finite, got {t}") for t in (NAN, INF, -INF)),
+    *(
+        ([evolve], {"t": t}, TypeError, f"t must be a number, got {t!r}")
+        for t in (None, "1", True, 1j, mx.array(1.0))
+    ),
+]
+CASES = [(function, *row) for functions, *row in ROWS for function in functions]
+UNCHECKED = {"imaginary"}  # true or false of any object
+
+
+@pytest.mark.parametrize(("function", "arguments", "error", "message"), CASES)
+def test_bad_input(function, arguments, error, message):
+    with pytest.raises(error, match=re.escape(f"[{function.__name__}] {message}")):
+        function(**{**GOOD[function], **arguments})
+
+
+@pytest.mark.parametrize("function", GOOD, ids=lambda function: function.__name__)
+def test_the_table_has_every_argument(function):
+    function(**GOOD[function])
+    tested = {name for other, arguments, *_ in CASES if other is function for name in arguments}
+    assert set(inspect.signature(function).parameters) - UNCHECKED == tested
+
+
+def test_the_table_has_every_function():
+    assert {function.__name__ for function in GOOD} == set(physics.__all__) - {"LanczosResult"}
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        *((function, "psi") for function in [*OBSERVED, *OF_SITES]),
+        (fidelity, "a"),
+        (fidelity, "b"),
+    ],
+)
+@pytest.mark.parametrize("value", [0.0, NAN, INF])
+def test_a_transform_makes_nan_of_a_state_without_a_norm(function, name, value):
+    """Nothing is evaluated under a transform: what is traced has no numbers yet."""
+
+    def observable(psi):
+        return function(**{**GOOD[function], name: psi})
+
+    psi = mx.zeros(16)
+    psi[3] = value
+    with pytest.raises(ValueError, match=rf"\[{function.__name__}\] {name} must"):
+        observable(psi)
+    assert mx.isnan(mx.compile(observable)(psi)).any().item()
+    assert mx.isnan(mx.vmap(observable)(psi[None])).any().item()
+    total, _ = mx.value_and_grad(lambda psi: observable(psi).sum())(psi)
+    assert mx.isnan(total).item()
+
+
+def test_a_state_is_checked_in_a_new_thread():
+    """Where MLX traces a compiled function for the first time."""
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="must not be zero"):
+        pool.submit(lambda: magnetization(mx.zeros(8))).result()
+
+
+@pytest.mark.parametrize("function", SOLVERS, ids=lambda function: function.__name__)
+@pytest.mark.parametrize(
+    ("product", "error", "message"),
+    [
+        (lambda x: np.array(x), TypeError, "H @ x must be an mx.array, got ndarray"),
+        (lambda x: x[:3], ValueError, "H @ x has shape (3,), x has (16,)"),
+    ],
+)
+def test_the_product_of_a_hamiltonian_is_checked(function, product, error, message):
+    class Odd:
+        shape = (16, 16)
+
+        def __matmul__(self, x):
+            return product(x)
+
+    with pytest.raises(error, match=re.escape(f"[{function.__name__}] {message}")):
+        function(**{**GOOD[function], "H": Odd()})
+
+
+@pytest.mark.parametrize("shape", [(), (8,), (8, 16), (16, 8, 2)])
+def test_operands_of_an_operator_have_its_inner_size(shape):
+    message = f"[H @ x] H is (16, 16), x has shape {shape}: inner sizes differ"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        H @ mx.ones(shape)
+
+
+@pytest.mark.parametrize("x", [None, ["1"] * 16, H], ids=["None", "str", "operator"])
+def test_operands_of_an_operator_are_numeric(x):
+    with pytest.raises(TypeError, match=re.escape("[H @ x] data must be numeric, got")):
+        H @ x
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "memory", "message"),
+    [
+        (
+            transverse_field_ising,
+            {"n_qubits": 25},
+            2**28,
+            "n_qubits 25 needs 13.00 GiB, this machine has 0.25 GiB",
+        ),
+        (
+            IsingOperator,
+            {"n_qubits": 25},
+            2**28,
+            "n_qubits 25 needs 0.50 GiB, this machine has 0.25 GiB",
+        ),
+        (
+            lanczos,
+            {"H": IsingOperator(20, 0.7)},
+            2**26,
+            "a basis of 33 vectors of 1048576 needs 0.16 GiB, this machine has 0.06 GiB",
+        ),
+        (
+            evolve,
+            {"H": IsingOperator(20, 0.7), "psi": mx.ones(2**20)},
+            2**26,
+            "a basis of 31 vectors of 1048576 needs 0.30 GiB, this machine has 0.06 GiB",
+        ),
+    ],
+)
+def test_says_how_much_memory_is_needed(monkeypatch, function, arguments, memory, message):
+    page = 2**12
+    sizes = {"SC_PAGE_SIZE": page, "SC_PHYS_PAGES": memory // page}
+    monkeypatch.setattr(checks.os, "sysconf", sizes.__getitem__)
+    with pytest.raises(ValueError, match=re.escape(f"[{function.__name__}] {message}")):
+        function(**{**GOOD[function], **arguments})
