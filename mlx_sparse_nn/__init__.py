@@ -19,31 +19,37 @@ from mlx_sparse_nn.core import (
     use_device,
     use_gpu,
 )
-from mlx_sparse_nn.diagnostics.advise import Advice, advise
-from mlx_sparse_nn.diagnostics.summary import Summary, summary
+from mlx_sparse_nn.diagnostics.advise import AdviceReport, MethodTiming, advise
+from mlx_sparse_nn.diagnostics.products import ProductCheck
+from mlx_sparse_nn.diagnostics.summary import LayerSummary, SummaryReport, summary
 from mlx_sparse_nn.diagnostics.verify import MismatchError, VerifyReport, verify
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
 from mlx_sparse_nn.layers.lora import LoRABlockSparseLinear
 from mlx_sparse_nn.layers.quantized import QuantizedBlockSparseLinear
 from mlx_sparse_nn.layers.sharded import check_same_pattern, shard_block_sparse, shard_boundaries
-from mlx_sparse_nn.surgery.prune import cubic_density, prune
-from mlx_sparse_nn.surgery.regrow import activations, regrow
+from mlx_sparse_nn.surgery.prune import PruneReport, cubic_density, prune
+from mlx_sparse_nn.surgery.regrow import RegrowReport, activations, regrow
 from mlx_sparse_nn.surgery.restore import restore, restore_patterns
-from mlx_sparse_nn.surgery.sparsify import Sparsified, densify, sparsify
+from mlx_sparse_nn.surgery.sparsify import SparsifyReport, densify, sparsify
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Advice",
+    "AdviceReport",
     "BlockSparseLinear",
     "COOArray",
     "CSRArray",
     "CSRPattern",
+    "LayerSummary",
     "LoRABlockSparseLinear",
+    "MethodTiming",
     "MismatchError",
+    "ProductCheck",
+    "PruneReport",
     "QuantizedBlockSparseLinear",
-    "Sparsified",
-    "Summary",
+    "RegrowReport",
+    "SparsifyReport",
+    "SummaryReport",
     "VerifyReport",
     "activations",
     "advise",

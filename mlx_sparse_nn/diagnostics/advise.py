@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_sparse_nn.core.backends.choose import choose
+from mlx_sparse_nn.core.backends import plain
 from mlx_sparse_nn.core.blocks import sample
 from mlx_sparse_nn.core.pattern import check_size
-from mlx_sparse_nn.core.table import text_table
-from mlx_sparse_nn.diagnostics.verify import (
-    PRODUCTS,
+from mlx_sparse_nn.core.table import Report, Table
+from mlx_sparse_nn.diagnostics.products import (
+    MLX,
+    backends_of,
     cotangent_of,
     dense_products,
     matmul_uses_tf32,
@@ -33,7 +34,7 @@ _EVEN = 1.05  # two methods are even where neither is faster by more than this
 
 
 @dataclass(frozen=True)
-class Timing:
+class MethodTiming:
     """What one method took.
 
     Attributes:
@@ -56,21 +57,23 @@ class Timing:
 
 
 @dataclass(frozen=True, repr=False)
-class Advice:
-    """What :func:`advise` measured. Printed, it is a table and what follows from it.
+class AdviceReport(Report):
+    """What :func:`advise` measured; ``print`` it for a table and what follows from it.
 
     Attributes:
         layer: The layer, in words.
         device: The device that computed.
-        backend: ``"metal"``, ``"cuda"`` or ``"plain"``.
+        backends: What computed the products of the sparse layer, by rows of x and product:
+            ``report.backends[16]["weight gradient"]`` is ``"metal"``, ``"cuda"`` or ``"plain"``;
+            ``"mlx"`` is MLX's own sum, of the bias gradient.
         timings: One for each task, batch size and method, in this order.
         left_out: Why a method or a batch size was not timed, by its name.
     """
 
     layer: str
     device: str
-    backend: str
-    timings: tuple[Timing, ...]
+    backends: dict[int, dict[str, str]]
+    timings: tuple[MethodTiming, ...]
     left_out: dict[str, str]
 
     def seconds(self, task: str, rows: int) -> dict[str, float]:
@@ -93,8 +96,7 @@ class Advice:
                 won.setdefault(first, []).append((rows, other / best))
         parts = []
         for method, cells in won.items():
-            rows = _enumerate([str(rows) for rows, _ in cells])
-            rows += " row" if cells == [(1, cells[0][1])] else " rows"
+            rows = _rows([rows for rows, _ in cells])
             if not method:
                 parts.append(f"no clear winner at {rows}")
                 continue
@@ -104,28 +106,35 @@ class Advice:
             parts.append(f"{method} wins at {rows}, {ratio} times as fast as {other}")
         return "; ".join(parts)
 
-    def __repr__(self) -> str:
+    def _table(self) -> Table:
         methods = [m for m in METHODS if any(t.method == m for t in self.timings)]
         rows = []
         for task in TASKS:
             for n in dict.fromkeys(t.rows for t in self.timings):
                 times = self.seconds(task, n)
-                rows.append(
-                    [
-                        task,
-                        str(n),
-                        *(_time(times[m]) if m in times else "-" for m in methods),
-                        next(iter(times)),
-                    ]
-                )
-        return "\n".join(
-            [
-                f"{self.layer} on {self.device} ({self.backend})",
-                text_table(["task", "rows", *methods, "fastest"], rows),
+                cells = [_time(times[method]) if method in times else "-" for method in methods]
+                rows.append([task, str(n), *cells, next(iter(times))])
+        return Table(
+            caption=f"{self.layer} on {self.device}",
+            header=["task", "rows", *methods, "fastest"],
+            rows=rows,
+            notes=[
                 *self.sentences(),
+                *self._who_computed(),
                 *(f"Not timed: {name}, since {reason}." for name, reason in self.left_out.items()),
-            ]
+            ],
         )
+
+    def _who_computed(self) -> list[str]:
+        """Return what computed the sparse products, one sentence for batch sizes that agree."""
+        alike: dict[str, list[int]] = {}
+        for n, products in self.backends.items():
+            by: dict[str, list[str]] = {}
+            for product, backend in products.items():
+                by.setdefault(backend, []).append(product)
+            text = "; ".join(f"{_enumerate(names)} by {backend}" for backend, names in by.items())
+            alike.setdefault(text, []).append(n)
+        return [f"sparse at {_rows(sizes)}: {text}." for text, sizes in alike.items()]
 
 
 def advise(
@@ -134,7 +143,7 @@ def advise(
     *,
     seconds: float = 10.0,
     seed: int = 0,
-) -> Advice:
+) -> AdviceReport:
     """Time a layer beside its dense twins on MLX's default device, and say which is fastest where.
 
     The layer is compared with ``nn.Linear`` of the same weight, and with ``mx.block_masked_mm``
@@ -177,7 +186,7 @@ def advise(
     else:
         contestants[MASKED] = _MaskedLinear(layer)
     contestants[DENSE] = layer.to_linear()
-    timings: list[Timing] = []
+    timings: list[MethodTiming] = []
     for i, n in enumerate(sizes):
         if i and time.perf_counter() > end:
             left_out[f"{n} rows"] = f"{seconds:g} s were over"
@@ -187,10 +196,10 @@ def advise(
             left = max(0.0, end - time.perf_counter())
             until = time.perf_counter() + left / (len(TASKS) * (len(sizes) - i) - j)
             timings += _time_in_turns(task, n, calls[task], until)
-    return Advice(
+    return AdviceReport(
         layer=repr(layer),
         device=str(mx.default_device()),
-        backend=choose("spmm", layer.pattern.layout, 1, mx.float32).NAME,
+        backends={t.rows: backends_of(layer, t.rows, layer.weight.dtype) for t in timings},
         timings=tuple(sorted(timings, key=lambda t: TASKS.index(t.task))),
         left_out=left_out,
     )
@@ -232,7 +241,8 @@ def _calls(
     x = mx.random.normal((n, layer.input_dims), key=mx.random.key(seed))
     x = x.astype(layer.weight.dtype)
     cotangent = cotangent_of(layer(x), seed)
-    expected = dense_products(layer, x, cotangent, matmul_uses_tf32())
+    expected, tf32 = dense_products(layer, x, cotangent), matmul_uses_tf32()
+    by_sparse = backends_of(layer, n, x.dtype)
 
     def forward(module: nn.Module) -> Callable[[], list[mx.array]]:
         return lambda: [module(x)]
@@ -245,9 +255,10 @@ def _calls(
         results = step(module)()
         if module is not layer:  # its weight is dense: compare the stored places
             results[2] = sample(layer.pattern.layout, results[2][None])[0]
+        backends = by_sparse if module is layer else dict.fromkeys(by_sparse, MLX)
         checks = [
-            expected.check(method, product, actual)
-            for product, actual in zip(PRODUCTS, results, strict=False)
+            expected.check(method, product, backend, actual, tf32 and backend in (plain.NAME, MLX))
+            for (product, backend), actual in zip(backends.items(), results, strict=True)
         ]
         wrong = [str(check) for check in checks if not check.passed]
         if wrong and method != MASKED:
@@ -263,7 +274,7 @@ def _calls(
 
 def _time_in_turns(
     task: str, rows: int, calls: dict[str, Callable[[], list[mx.array]]], until: float
-) -> list[Timing]:
+) -> list[MethodTiming]:
     """Time the methods of a task in turns, until that many rounds are done or the time is over."""
     repeats, samples = {}, {method: [] for method in calls}
     for method, call in calls.items():
@@ -275,7 +286,7 @@ def _time_in_turns(
         if time.perf_counter() > until:
             break
     return [
-        Timing(task, rows, method, statistics.median(s), min(s), max(s), len(s))
+        MethodTiming(task, rows, method, statistics.median(s), min(s), max(s), len(s))
         for method, s in samples.items()
     ]
 
@@ -289,6 +300,10 @@ def _seconds(call: Callable[[], list[mx.array]], repeats: int) -> float:
 
 def _enumerate(words: list[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _rows(sizes: list[int]) -> str:
+    return f"{_enumerate([str(n) for n in sizes])} row{'s' * (sizes != [1])}"
 
 
 def _time(seconds: float) -> str:

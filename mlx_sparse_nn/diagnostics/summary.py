@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -10,7 +11,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_sparse_nn.core.pattern import CSRPattern, check_size
-from mlx_sparse_nn.core.table import text_table
+from mlx_sparse_nn.core.table import Report, Table, fold
 
 _INDICES = ("indptr", "indices")
 
@@ -53,8 +54,8 @@ class LayerSummary:
 
 
 @dataclass(frozen=True, repr=False)
-class Summary:
-    """What :func:`summary` found. Printed, it is a table.
+class SummaryReport(Report):
+    """What :func:`summary` found; ``print`` it for a table. Its attributes have more than that.
 
     Attributes:
         rows: One for each module that holds parameters itself, in the order of the model.
@@ -94,25 +95,38 @@ class Summary:
         """Multiply-accumulates of the linear layers for each row of x."""
         return sum(row.macs or 0 for row in self.rows)
 
-    def __repr__(self) -> str:
-        total = [
-            "total",
-            *["", "", "", ""],
-            f"{self.parameters:,}",
-            f"{self.dense_parameters:,}",
-            _bytes(self.weight_bytes),
-            _bytes(self.index_bytes),
-            _bytes(self.optimizer_bytes),
-            f"{self.macs:,}",
-            *["", ""],
-            f"{sum(row.share for row in self.rows):.1%}",
-        ]
-        table = text_table(_HEADER, [*map(_cells, self.rows), total], left=2)
+    def _table(self) -> Table:
+        unit, scale = _unit(max((row.weight_bytes for row in self.rows), default=0))
+        lines = fold([row.path for row in self.rows], [_kind(row) for row in self.rows])
+        notes = []
+        if len(lines) < len(self.rows):
+            notes.append("x n: n layers alike; weights and index of each, dead and share of all n")
         arrays = f"{self.optimizer_arrays} array{'s' * (self.optimizer_arrays != 1)}"
-        return f"{table}\noptimizer: {arrays} of state for each trainable one (Adam 2, SGD 0)"
+        unit_of_state, scale_of_state = _unit(self.optimizer_bytes)
+        return Table(
+            caption=f"{self.parameters:,} parameters, {self.dense_parameters:,} if dense; "
+            f"weights and index in {unit}",
+            header=["layer", "out x in", "block", "density", "weights", "index", "dead", "share"],
+            rows=[[path, *_cells([self.rows[i] for i in places], scale)] for path, places in lines],
+            total=[
+                "total",
+                *["", "", ""],
+                _size(self.weight_bytes, scale),
+                _size(self.index_bytes, scale),
+                _dead(self.rows),
+                f"{sum(row.share for row in self.rows):.1%}",
+            ],
+            notes=[
+                *notes,
+                "dead: inputs that no block reads / outputs that no block writes",
+                f"MACs of the linear layers: {self.macs:,} for each row of x",
+                f"optimizer state: {_size(self.optimizer_bytes, scale_of_state)} {unit_of_state}, "
+                f"{arrays} for each trainable one (Adam 2, SGD 0)",
+            ],
+        )
 
 
-def summary(model: nn.Module, *, optimizer_arrays: int = 2) -> Summary:
+def summary(model: nn.Module, *, optimizer_arrays: int = 2) -> SummaryReport:
     """Return a table of what each layer of ``model`` stores and costs.
 
     Every module that holds parameters of its own has a row, so that the shares add up to the whole
@@ -147,7 +161,7 @@ def summary(model: nn.Module, *, optimizer_arrays: int = 2) -> Summary:
         if arrays:
             rows.append(_row(path, module, arrays, optimizer_arrays))
     total = max(1, sum(row["parameters"] for row in rows))
-    return Summary(
+    return SummaryReport(
         tuple(LayerSummary(**row, share=row["parameters"] / total) for row in rows),
         optimizer_arrays,
     )
@@ -223,44 +237,44 @@ def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-_HEADER = (
-    "layer",
-    "type",
-    "out x in",
-    "block",
-    "density",
-    "stored",
-    "dense",
-    "weights",
-    "indices",
-    "optimizer",
-    "MACs/row",
-    "dead in",
-    "dead out",
-    "share",
-)
+def _kind(row: LayerSummary) -> tuple:
+    """Return what has to be equal for layers to share a line: all but what their patterns draw."""
+    return row.type, row.shape, row.block_size, row.parameters, row.weight_bytes
 
 
-def _cells(row: LayerSummary) -> list[str]:
+def _dead(rows: Sequence[LayerSummary]) -> str:
+    inputs, outputs = (
+        (row.dead_inputs or 0 for row in rows),
+        (row.dead_outputs or 0 for row in rows),
+    )
+    return f"{sum(inputs):,}/{sum(outputs):,}"
+
+
+def _cells(rows: list[LayerSummary], scale: int) -> list[str]:
+    """Return the cells of layers of one kind, less their path; ``scale`` is bytes of the unit."""
+    row, index_bytes = rows[0], sum(row.index_bytes for row in rows) / len(rows)
     return [
-        row.path or "(itself)",
-        row.type,
         "-" if row.shape is None else f"{row.shape[0]} x {row.shape[1]}",
         "-" if row.block_size is None else str(row.block_size),
         "-" if row.density is None else f"{row.density:.1%}",
-        f"{row.parameters:,}",
-        f"{row.dense_parameters:,}",
-        _bytes(row.weight_bytes),
-        _bytes(row.index_bytes) if row.index_bytes else "-",
-        _bytes(row.optimizer_bytes),
-        *("-" if n is None else f"{n:,}" for n in (row.macs, row.dead_inputs, row.dead_outputs)),
-        f"{row.share:.1%}",
+        _size(row.weight_bytes, scale),
+        _size(index_bytes, scale) if index_bytes else "-",
+        "-" if row.dead_inputs is None else _dead(rows),
+        f"{sum(row.share for row in rows):.1%}",
     ]
 
 
-def _bytes(size: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:,.4g} GiB"
+def _unit(size: int) -> tuple[str, int]:
+    """Return the largest unit of bytes that is not above ``size``, and how many bytes it has."""
+    units = ("B", "KiB", "MiB", "GiB")
+    power = min(max(0, size.bit_length() - 1) // 10, len(units) - 1)
+    return units[power], 1024**power
+
+
+def _size(size: float, scale: int) -> str:
+    """Return bytes in units of ``scale``, to three digits where that takes decimals."""
+    amount = size / scale
+    if 0 < amount < 0.01:
+        return "<0.01"
+    decimals = 0 if scale == 1 or amount >= 100 else 1 if amount >= 10 else 2
+    return f"{amount:,.{decimals}f}"

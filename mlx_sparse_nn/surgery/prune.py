@@ -25,6 +25,7 @@ from mlx_sparse_nn.core.scores import (
     share_by_score,
     strongest,
 )
+from mlx_sparse_nn.core.table import NOT_MEASURED, Report, Table, fold
 from mlx_sparse_nn.layers.layer_calls import sparse_layers
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
 
@@ -78,7 +79,7 @@ def cubic_density(
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Pruned:
+class PruneReport(Report):
     """What :func:`prune` did; ``print`` it for a table.
 
     Attributes:
@@ -91,13 +92,19 @@ class Pruned:
     after: dict[str, int]
     density: float
 
-    def __repr__(self) -> str:
-        width = max(map(len, self.before))
-        lines = [
-            f"  {path:<{width}}  {self.before[path]} -> {after}"
-            for path, after in self.after.items()
-        ]
-        return "\n".join([f"blocks stored, density {self.density:.3g} in all", *lines])
+    def _table(self) -> Table:
+        cells = [_cells(before, self.after[path]) for path, before in self.before.items()]
+        lines = fold(list(self.before), [tuple(line) for line in cells])
+        notes = [NOT_MEASURED]
+        if len(lines) < len(cells):
+            notes.insert(0, "x n: n layers alike, with the numbers of each; the total is of all")
+        return Table(
+            caption=f"blocks stored, density {self.density:.3g} in all",
+            header=["layer", "before", "now", "kept"],
+            rows=[[path, *cells[places[0]]] for path, places in lines],
+            total=["total", *_cells(sum(self.before.values()), sum(self.after.values()))],
+            notes=notes,
+        )
 
 
 def prune(
@@ -108,7 +115,7 @@ def prune(
     score: Score = "l2",
     scope: Scope = "layer",
     balance: Balance = "row",
-) -> Pruned:
+) -> PruneReport:
     """Drop the weakest stored blocks of every BlockSparseLinear, down to a density.
 
     Call it between training steps, compiled or not. A model that starts dense is one whose layers
@@ -172,7 +179,7 @@ def prune(
     for path, layer in layers.items():
         if counts[path] < before[path]:
             change_pattern(layer, patterns[path], moments[path])
-    return Pruned(before, counts, _density(layers))
+    return PruneReport(before, counts, _density(layers))
 
 
 def moments_of(
@@ -290,3 +297,7 @@ def _at(tree: Any, path: str) -> dict[str, Any] | None:
 def _density(layers: dict[str, BlockSparseLinear]) -> float:
     places = sum(layer.input_dims * layer.output_dims for layer in layers.values())
     return sum(layer.pattern.nnz for layer in layers.values()) / max(1, places)
+
+
+def _cells(before: int, after: int) -> list[str]:
+    return [f"{before:,}", f"{after:,}", f"{after / max(1, before):.1%}"]

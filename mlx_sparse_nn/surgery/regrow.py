@@ -14,6 +14,7 @@ import numpy as np
 from mlx_sparse_nn.core.blocks import block_places
 from mlx_sparse_nn.core.pattern import CSRPattern, check_size, from_coordinates
 from mlx_sparse_nn.core.scores import Score, block_scores, check_score, grid_scores, strongest
+from mlx_sparse_nn.core.table import NOT_MEASURED, Report, Table
 from mlx_sparse_nn.layers.layer_calls import sparse_layers, watched
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
 from mlx_sparse_nn.surgery.prune import (
@@ -29,8 +30,8 @@ TILE = 2**20  # values of the dense gradient that are computed at a time
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Regrown:
-    """What :func:`regrow` did; ``print`` it for a sentence.
+class RegrowReport(Report):
+    """What :func:`regrow` did; ``print`` it for a table.
 
     Attributes:
         dropped: ``(n, 2)`` int64, block-row and block-column of each block dropped.
@@ -42,8 +43,15 @@ class Regrown:
     grown: np.ndarray
     n_blocks: int
 
-    def __repr__(self) -> str:
-        return f"{len(self.grown)} of {self.n_blocks} blocks dropped, and as many grown"
+    def _table(self) -> Table:
+        count = len(self.grown)
+        cells = [self.n_blocks, self.n_blocks - count, len(self.dropped), count]
+        return Table(
+            caption=f"{count} of {self.n_blocks} blocks dropped, and as many grown",
+            header=["", "stored", "kept", "dropped", "grown"],
+            rows=[["blocks", *(f"{cell:,}" for cell in cells)]],
+            notes=[NOT_MEASURED],
+        )
 
 
 def regrow(
@@ -57,7 +65,7 @@ def regrow(
     score: Score = "l2",
     model: nn.Module | None = None,
     optimizer: optim.Optimizer | None = None,
-) -> Regrown:
+) -> RegrowReport:
     """Drop the weakest blocks of a layer and grow as many in places that were empty.
 
     With ``criterion="gradient"`` blocks grow where the gradient of the loss to the dense weight is
@@ -112,7 +120,7 @@ def regrow(
         new = from_coordinates(rows, cols, pattern.shape, pattern.block_size)
         change_pattern(layer, new, moments)
     dropped = np.sort(np.delete(stored, kept))
-    return Regrown(
+    return RegrowReport(
         _coordinates(dropped, pattern), _coordinates(np.sort(grown), pattern), stored.size
     )
 

@@ -24,6 +24,7 @@ from mlx_sparse_nn.core.scores import (
     share_by_score,
     strongest_pattern,
 )
+from mlx_sparse_nn.core.table import NOT_MEASURED, Report, Table, fold
 from mlx_sparse_nn.layers.linear import BlockSparseLinear, check_unique_pattern, not_linear
 
 Scope: TypeAlias = Literal["layer", "global", "erdos-renyi"]
@@ -35,37 +36,58 @@ _LINEAR = (nn.Linear, nn.QuantizedLinear, nn.QQLinear, BlockSparseLinear)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Sparsified:
+class SparsifyReport(Report):
     """What :func:`sparsify` did to the linear layers of a model; ``print`` it for a table.
 
     Attributes:
         sparse: The new layer at each path that was made sparse. A layer that the model holds at
             several paths is here at each of them, and is one object.
+        n_blocks: How many blocks :func:`sparsify` left each of them, by path.
         skipped: Why each other linear layer was left alone, by path.
     """
 
     sparse: dict[str, BlockSparseLinear]
+    n_blocks: dict[str, int]
     skipped: dict[str, str]
 
     @property
     def density(self) -> float:
         """Stored fraction of all weights that were made sparse; 0 if there are none."""
-        patterns = [layer.pattern for layer in {id(m): m for m in self.sparse.values()}.values()]
-        return sum(p.nnz for p in patterns) / max(1, sum(p.shape[0] * p.shape[1] for p in patterns))
+        first_path = {id(layer): path for path, layer in self.sparse.items()}.values()
+        layers = {path: self.sparse[path] for path in first_path}
+        places = sum(layer.input_dims * layer.output_dims for layer in layers.values())
+        nnz = sum(self.n_blocks[path] * layer.block_size**2 for path, layer in layers.items())
+        return nnz / max(1, places)
 
-    def __repr__(self) -> str:
-        n_layers = len(self.sparse) + len(self.skipped)
-        lines = [f"{len(self.sparse)} of {n_layers} linear layers made sparse"]
-        if self.sparse:
-            lines[0] += f", density {self.density:.3g} in all"
-        width = max(map(len, (*self.sparse, *self.skipped)), default=0)
+    def _table(self) -> Table:
         first_path: dict[int, str] = {}
         for path, layer in self.sparse.items():
-            first = first_path.setdefault(id(layer), path)
-            text = repr(layer.pattern) if first == path else f"the layer of {first}"
-            lines.append(f"  {path:<{width}}  {text}")
-        lines += [f"  {path:<{width}}  skipped: {why}" for path, why in self.skipped.items()]
-        return "\n".join(lines)
+            first_path.setdefault(id(layer), path)
+        new = list(first_path.values())
+        cells = [_cells(self.sparse[path], self.n_blocks[path]) for path in new]
+        shared = {
+            path: first
+            for path, layer in self.sparse.items()
+            if (first := first_path[id(layer)]) != path
+        }
+        lines = fold(new, [tuple(line) for line in cells])
+        notes = []
+        if len(lines) < len(new):
+            notes.append("x n: n layers alike, with the numbers of each")
+        for paths, first in _folded(shared):
+            notes.append(f"{paths}: the layer of {first}")
+        for paths, why in _folded(self.skipped):
+            notes.append(f"{paths} skipped: {why}")
+        if self.sparse:
+            notes.append(NOT_MEASURED)
+        state = f", density {self.density:.3g} in all" if self.sparse else ""
+        n_layers = len(self.sparse) + len(self.skipped)
+        return Table(
+            caption=f"{len(self.sparse)} of {n_layers} linear layers made sparse{state}",
+            header=["layer", "out x in", "block", "blocks", "density"],
+            rows=[[path, *cells[places[0]]] for path, places in lines],
+            notes=notes,
+        )
 
 
 def sparsify(
@@ -77,7 +99,7 @@ def sparsify(
     score: Score = "l2",
     balance: Balance = "row",
     scope: Scope = "layer",
-) -> Sparsified:
+) -> SparsifyReport:
     """Replace the linear layers of a model by block-sparse ones that keep their strongest blocks.
 
     The model is changed in place, as by ``nn.quantize``; after an error it is as it was. A layer
@@ -123,8 +145,10 @@ def sparsify(
         >>> model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 10))
         >>> sparsify(model, density=0.25)
         1 of 2 linear layers made sparse, density 0.25 in all
-          layers.0  CSRPattern(512 x 256, block_size=32, 32 blocks, density 0.25)
-          layers.2  skipped: output_dims 10 is not a multiple of block_size 32
+        layer      out x in  block  blocks  density
+        layers.0  512 x 256     32      32    25.0%
+        layers.2 skipped: output_dims 10 is not a multiple of block_size 32
+        ...
     """
     _check_model("sparsify", model, _LINEAR, "BlockSparseLinear.from_linear")
     check_name("sparsify", "scope", scope, _SCOPES)
@@ -136,7 +160,9 @@ def sparsify(
     mx.eval([layer.weight for layer in layers])  # the dense weights need not be kept for them
     _replace(model, [target.linear for target in targets], layers)
     pairs = zip(targets, layers, strict=True)
-    return Sparsified({path: layer for target, layer in pairs for path in target.paths}, skipped)
+    sparse = {path: layer for target, layer in pairs for path in target.paths}
+    n_blocks = {path: layer.pattern.n_blocks for path, layer in sparse.items()}
+    return SparsifyReport(sparse, n_blocks, skipped)
 
 
 def densify(model: nn.Module) -> list[str]:
@@ -331,3 +357,15 @@ def _replace(model: nn.Module, old: Sequence[nn.Module], new: Sequence[nn.Module
         lambda m: other.get(id(m), m), model.leaf_modules(), is_leaf=nn.Module.is_module
     )
     model.update_modules(leaves)
+
+
+def _cells(layer: BlockSparseLinear, n_blocks: int) -> list[str]:
+    n_out, n_in, block_size = layer.output_dims, layer.input_dims, layer.block_size
+    density = n_blocks * block_size**2 / (n_out * n_in)
+    return [f"{n_out} x {n_in}", str(block_size), f"{n_blocks:,}", f"{density:.1%}"]
+
+
+def _folded(said: dict[str, str]) -> list[tuple[str, str]]:
+    """Return what is said of layers, once for those of whom the same is said."""
+    texts = list(said.values())
+    return [(paths, texts[places[0]]) for paths, places in fold(list(said), texts)]

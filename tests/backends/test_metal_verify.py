@@ -19,7 +19,7 @@ def test_the_kernels_pass(metal, block_size, dtype):
     )
     model.set_dtype(dtype)
     report = verify(model, mx.random.normal((20, 64)).astype(dtype))
-    assert report.backend == "metal"
+    assert {c.backend for c in report.checks if c.product != "bias gradient"} == {"metal"}
     assert report.device == "Device(gpu, 0)"
     assert len(report.checks) == 7
     assert metal.launches
@@ -29,5 +29,5 @@ def test_the_kernels_pass(metal, block_size, dtype):
 def test_a_wrong_kernel_is_caught(metal, monkeypatch, op):
     right = getattr(kernels, op)
     monkeypatch.setattr(kernels, op, lambda *args: right(*args) * (1 + 2.0**-12))
-    with pytest.raises(MismatchError, match=r"\[verify\] on Device\(gpu, 0\) \(metal\), wrong"):
+    with pytest.raises(MismatchError, match=r"on Device\(gpu, 0\), wrong[^$]* by metal"):
         verify(BlockSparseLinear(32, 32, block_size=8, density=0.5), mx.random.normal((3, 32)))

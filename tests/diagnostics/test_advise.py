@@ -1,30 +1,44 @@
 """advise: what it times, that it checks first, and what it says."""
 
+import importlib
 import time
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from support import backend
 
 from mlx_sparse_nn import BlockSparseLinear
-from mlx_sparse_nn.diagnostics.advise import Advice, Timing, advise
+from mlx_sparse_nn.core.backends import cuda
+from mlx_sparse_nn.diagnostics.advise import AdviceReport, MethodTiming, advise
 
+ADVISE = importlib.import_module("mlx_sparse_nn.diagnostics.advise")
+PRODUCTS = ["forward", "input gradient", "weight gradient", "bias gradient"]
 METHODS = ["sparse", "mx.block_masked_mm", "dense"]
 
 
 def advice(**seconds):
-    """Return an Advice of made-up times: ``task_rows=(sparse, masked, dense)``."""
+    """Return an AdviceReport of made-up times: ``task_rows=(sparse, masked, dense)``."""
     timings = [
-        Timing(task.replace("step", "training step"), int(rows), method, s, s, s, 1)
+        MethodTiming(task.replace("step", "training step"), int(rows), method, s, s, s, 1)
         for key, times in seconds.items()
         for task, rows in [key.split("_")]
         for method, s in zip(METHODS, times, strict=True)
         if s is not None
     ]
-    return Advice(
-        "layer", "Device(cpu, 0)", "reference", tuple(timings), {"16 rows": "1 s were over"}
-    )
+    cuda, plain = ["cuda"] * 3, ["cuda", "cuda", "plain"]
+    backends = {
+        n: dict(zip(PRODUCTS, [*computed, "mlx"], strict=True))
+        for n, computed in ((1, cuda), (64, cuda), (256, plain))
+    }
+    left_out = {"16 rows": "1 s were over"}
+    return AdviceReport("layer", "Device(cpu, 0)", backends, tuple(timings), left_out)
+
+
+def unwrapped(lines):
+    """Return sentences that the report has wrapped as one line."""
+    return " ".join(" ".join(lines).split())
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -51,9 +65,14 @@ def test_it_times_three_methods_at_two_tasks(bias):
     assert all(dict(layer)[name] is value for name, value in before.items())
     lines = repr(found).splitlines()
     assert lines[0].startswith("BlockSparseLinear(input_dims=64, output_dims=96")
-    assert lines[1].split() == ["task", "rows", *METHODS, "fastest"]
-    assert len(lines) == 2 + 4 + 2
-    assert lines[-2:] == found.sentences()
+    (at,) = [i for i, line in enumerate(lines) if line.startswith("task")]
+    assert lines[at].split() == ["task", "rows", *METHODS, "fastest"]
+    assert [line[:7] for line in lines[at + 1 : at + 5]] == ["forward"] * 2 + ["trainin"] * 2
+    assert unwrapped(lines[at + 5 :]).startswith(
+        " ".join([*found.sentences(), "sparse at 3 and 1 rows: forward, "])
+    )
+    assert set(found.backends) == {3, 1}
+    assert all(list(found.backends[n]) == PRODUCTS[: 3 + bias] for n in (3, 1))
 
 
 @pytest.mark.parametrize(
@@ -79,6 +98,32 @@ def test_when_the_time_is_over_it_stops():
     assert {t.rows for t in found.timings} == {4}
     assert {t.samples for t in found.timings} == {1}
     assert found.left_out == {"8 rows": "1e-09 s were over", "16 rows": "1e-09 s were over"}
+
+
+def test_it_says_what_computed_the_sparse_products_of_each_batch(cuda_calls):
+    found = advise(BlockSparseLinear(64, 64), (8, 64), seconds=0.1)
+    assert found.backends == {
+        n: dict(zip(PRODUCTS, [name, name, name, "mlx"], strict=True))
+        for n, name in ((8, "cuda"), (64, "plain"))
+    }
+    assert set(cuda_calls) == {"spmm", "spmm_t", "sddmm"}
+
+
+def test_dense_methods_may_round_to_tf32_and_kernels_may_not(cuda_calls, monkeypatch):
+    """nn.Linear is MLX's matmul whatever computes the sparse products."""
+    off = 1 + 2.0**-12  # what TF32 cannot tell from 1
+    monkeypatch.setattr(ADVISE, "matmul_uses_tf32", lambda: True)
+    linear, kernel = nn.Linear.__call__, cuda.spmm
+    monkeypatch.setattr(nn.Linear, "__call__", lambda self, x: linear(self, x * off))
+    layer = BlockSparseLinear(64, 64, block_size=8, density=0.5)
+    assert "dense" in advise(layer, [4], seconds=0.1).seconds("forward", 4)
+    monkeypatch.setattr(cuda, "spmm", lambda *args: kernel(*args) * off)
+    with pytest.raises(ArithmeticError, match=r"sparse: the forward .* computed by cuda"):
+        advise(layer, [4], seconds=0.1)
+    monkeypatch.setattr(cuda, "spmm", kernel)
+    monkeypatch.setattr(ADVISE, "matmul_uses_tf32", lambda: False)
+    with pytest.raises(ArithmeticError, match=r"dense: the forward .* computed by mlx"):
+        advise(layer, [4], seconds=0.1)
 
 
 @pytest.mark.parametrize("op", ["spmm", "spmm_t", "sddmm"])
@@ -112,8 +157,9 @@ def test_what_it_says():
         "training step: no clear winner at 1 row; "
         "mx.block_masked_mm wins at 64 and 256 rows, 2.0 times as fast as sparse.",
     ]
-    assert repr(found).splitlines() == [
-        "layer on Device(cpu, 0) (reference)",
+    lines = repr(found).splitlines()
+    assert lines[:8] == [
+        "layer on Device(cpu, 0)",
         "task           rows  sparse  mx.block_masked_mm   dense             fastest",
         "forward           1   13 us               90 us   10 us               dense",
         "forward          64    1 ms                6 ms    3 ms              sparse",
@@ -121,9 +167,18 @@ def test_what_it_says():
         "training step     1  100 us              104 us  200 us              sparse",
         "training step    64    4 ms                2 ms    3 ms  mx.block_masked_mm",
         "training step   256     2 s                 1 s       -  mx.block_masked_mm",
-        *found.sentences(),
-        "Not timed: 16 rows, since 1 s were over.",
     ]
+    assert all(len(line) <= 100 for line in lines)
+    assert unwrapped(lines[8:]) == " ".join(
+        [
+            *found.sentences(),
+            "sparse at 1 and 64 rows: forward, input gradient and weight gradient by cuda;",
+            "bias gradient by mlx.",
+            "sparse at 256 rows: forward and input gradient by cuda; weight gradient by plain;",
+            "bias gradient by mlx.",
+            "Not timed: 16 rows, since 1 s were over.",
+        ]
+    )
 
 
 def test_numpy_integers_are_batch_sizes():

@@ -13,7 +13,7 @@ from support import backend, device_of, patterns
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern
 from mlx_sparse_nn import patterns as builders
-from mlx_sparse_nn.core.backends import cuda
+from mlx_sparse_nn.core.backends import cuda, plain
 from mlx_sparse_nn.diagnostics.verify import MismatchError, verify
 
 VERIFY = importlib.import_module("mlx_sparse_nn.diagnostics.verify")
@@ -197,27 +197,71 @@ def test_a_shared_layer_is_checked_once_with_its_first_input():
     assert report.not_reached == ()
 
 
-def test_tf32_is_allowed_for_where_mlx_uses_it(monkeypatch):
+@pytest.mark.parametrize(
+    ("block_size", "dtype", "n", "expected"),
+    [
+        (32, mx.float32, 64, ["plain", "plain", "plain"]),  # MLX's own matmul is the faster one
+        (32, mx.float32, 8, ["cuda", "cuda", "cuda"]),
+        (32, mx.bfloat16, 64, ["cuda", "cuda", "cuda"]),
+        (8, mx.bfloat16, 64, ["cuda", "cuda", "plain"]),
+        (1, mx.float32, 64, ["cuda", "cuda", "cuda"]),
+        (32, mx.float64, 8, ["plain", "plain", "plain"]),
+    ],
+)
+def test_it_says_what_computed_each_product(cuda_calls, block_size, dtype, n, expected):
+    """And it is true: the kernels named are the ones that ran."""
+    with device_of(dtype):
+        layer = BlockSparseLinear(64, 64, block_size=block_size, density=0.5)
+        layer.set_dtype(dtype)
+        report = verify(layer, mx.random.normal((2, n // 2, 64)).astype(dtype))
+    assert [check.backend for check in report.checks] == [*expected, "mlx"]
+    ops = ["spmm", "spmm_t", "sddmm"]
+    launched = {op for op, name in zip(ops, expected, strict=True) if name == "cuda"}
+    assert set(cuda_calls) == launched
+    line = repr(report).splitlines()[2].split()
+    assert line[1:3] == [str(n), str(dtype).rpartition(".")[2]]
+    assert line[3::2] == [*expected, "mlx"]
+
+
+def test_wrong_products_are_named_with_what_computed_them(cuda_calls, monkeypatch):
+    """The forward product by a kernel, the weight gradient by plain MLX."""
+    layer = BlockSparseLinear(64, 64, block_size=8, density=0.5)
+    layer.set_dtype(mx.bfloat16)
+    for module, op in ((cuda, "spmm"), (plain, "sddmm")):
+        right = getattr(module, op)
+        monkeypatch.setattr(module, op, lambda *args, right=right: right(*args) + 1)
+    with pytest.raises(MismatchError) as caught:
+        verify(layer, mx.random.normal((64, 64)).astype(mx.bfloat16))
+    first, *wrong = str(caught.value).splitlines()
+    assert first == f"[verify] on {mx.default_device()}, wrong products:"
+    assert [(line.split("the ")[1].split(" (")[0], line.split()[-1]) for line in wrong] == [
+        ("forward", "cuda"),
+        ("weight gradient", "plain"),
+    ]
+
+
+def test_tf32_is_allowed_for_where_plain_mlx_computes_in_float32(cuda_calls, monkeypatch):
     layer, scalar = BlockSparseLinear(64, 64), BlockSparseLinear(64, 64, block_size=1)
-    x = mx.random.normal((4, 64))
-    monkeypatch.setattr(cuda, "takes", lambda *_: False)
+    x = mx.random.normal((64, 64))
     uses = lambda tf32: monkeypatch.setattr(VERIFY, "matmul_uses_tf32", lambda: tf32)
     uses(False)
-    plain = verify(layer, x)
+    exact, exact_few = verify(layer, x), verify(layer, x[:8])
     uses(True)
-    assert not verify(layer, x).tf32
-    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
-    report = verify(layer, x)
-    assert (plain.tf32, report.tf32) == (False, True)
-    assert all(report.checks[i].bound > 20 * plain.checks[i].bound for i in range(3))
-    assert report.checks[3].bound == plain.checks[3].bound  # a sum has no factors
+    report, few = verify(layer, x), verify(layer, x[:8])
+    assert [check.tf32 for check in report.checks] == [True, True, True, False]
+    assert (exact.tf32, report.tf32) == (False, True)
+    assert all(report.checks[i].bound > 20 * exact.checks[i].bound for i in range(3))
+    assert report.checks[3].bound == exact.checks[3].bound  # a sum has no factors
     assert "MLX_ENABLE_TF32=0" in repr(report)
-    assert verify(scalar, x).checks[0].bound < 1e-3  # has its own kernels
+    assert few == exact_few  # by kernels, which do not round to TF32
+    assert verify(scalar, x).checks[0].bound < 1e-3
     layer.set_dtype(mx.bfloat16)
     x = x.astype(mx.bfloat16)
-    bound = verify(layer, x).checks[0].bound
+    monkeypatch.setattr(cuda, "takes", lambda *_: False)
+    rounded = verify(layer, x)
+    assert {check.backend for check in rounded.checks[:3]} == {"plain"}
     uses(False)
-    assert verify(layer, x).checks[0].bound == bound
+    assert verify(layer, x) == rounded
 
 
 def test_tf32_is_found_by_what_matmul_gives(monkeypatch):
@@ -232,12 +276,15 @@ def test_tf32_is_found_by_what_matmul_gives(monkeypatch):
 def test_repr():
     layer = BlockSparseLinear(4, 4, CSRPattern([0, 1], [0], (4, 4), 4), bias=False)
     layer.weight = mx.ones((1, 4, 4))
-    lines = repr(verify(layer, mx.ones((2, 4)))).splitlines()
+    report = verify(layer, mx.ones((2, 4)))
+    lines = repr(report).splitlines()
     assert lines[0].startswith("1 sparse layer on Device(")
-    assert lines[0].endswith("errors within their bounds")
-    assert lines[1].split("  ")[0] == "layer"
-    assert lines[2].split()[:6] == ["BlockSparseLinear", "2", "x", "4", "float32", "0.0e+00"]
+    assert lines[0].endswith("errors within their bounds, in % of the bounds")
+    assert lines[1].split()[:4] == ["layer", "rows", "dtype", "forward"]
+    computed = report.checks[0].backend
+    assert lines[2].split()[:5] == ["BlockSparseLinear", "2", "float32", computed, "0%"]
     assert lines[2].endswith("-")
+    assert lines[-1] == "This checks the products, not the model's quality."
 
 
 def compiled_model():

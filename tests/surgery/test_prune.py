@@ -206,9 +206,14 @@ class TestPrune:
         assert done.before == {"layers.0": 64, "layers.2": 16}
         assert done.after == {"layers.0": 16, "layers.2": 4}
         assert done.density == 0.25
-        assert repr(done) == (
-            "blocks stored, density 0.25 in all\n  layers.0  64 -> 16\n  layers.2  16 -> 4"
-        )
+        assert repr(done).splitlines() == [
+            "blocks stored, density 0.25 in all",
+            "layer     before  now   kept",
+            "layers.0      64   16  25.0%",
+            "layers.2      16    4  25.0%",
+            "total         80   20  25.0%",
+            "The model's quality is not measured here: evaluate the model, or fine-tune it.",
+        ]
 
     def test_global_scope_shares_one_budget(self):
         model = dense_layers((8, 8))
@@ -470,7 +475,11 @@ def test_the_page_on_pruning(capsys):
     printed = capsys.readouterr().out
     assert len(blocks) == 2
     for said in (
-        "blocks stored, density 0.75 in all\n  layers.0  32 -> 24\n  layers.2  32 -> 24\n",
+        "blocks stored, density 0.75 in all\n"
+        "layer     before  now   kept\n"
+        "layers.0      32   24  75.0%\n"
+        "layers.2      32   24  75.0%\n"
+        "total         64   48  75.0%\n",
         "layers.0 2 of 8 blocks dropped, and as many grown\n",
     ):
         assert said in printed

@@ -80,7 +80,14 @@ def test_blocks_grow_where_the_dense_gradient_is_largest(
     for r, c in dropped:
         kept[r * block : (r + 1) * block, c * block : (c + 1) * block] = 0
     assert_equal(layer.todense(), mx.array(kept))
-    assert repr(done) == f"{count} of {len(held)} blocks dropped, and as many grown"
+    said, header, numbers, _ = repr(done).splitlines()
+    assert said == f"{count} of {len(held)} blocks dropped, and as many grown"
+    assert dict(zip(header.split(), map(int, numbers.split()[1:]), strict=True)) == {
+        "stored": len(held),
+        "kept": len(held) - count,
+        "dropped": count,
+        "grown": count,
+    }
 
 
 def test_among_equals_the_first_place_wins_across_tiles(monkeypatch):

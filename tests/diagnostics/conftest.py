@@ -1,0 +1,29 @@
+"""A CUDA backend without a GPU."""
+
+import pytest
+from support import computing
+
+from mlx_sparse_nn.core.backends import cuda, plain
+
+
+@pytest.fixture
+def cuda_calls(monkeypatch):
+    """Let CUDA's kernels take what they take on a GPU, and return the ops that they are given.
+
+    Plain MLX computes in their place.
+    """
+    calls = []
+
+    def recorded(op):
+        right = getattr(plain, op)
+
+        def call(*args):
+            calls.append(op)
+            return right(*args)
+
+        return call
+
+    for op in ("spmm", "spmm_t", "sddmm"):
+        monkeypatch.setattr(cuda, op, recorded(op))
+    with computing(cuda, plain):
+        yield calls
