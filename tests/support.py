@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 from hypothesis import strategies as st
 
-from mlx_sparse_nn import CSRPattern
-from mlx_sparse_nn.core.backends import choose, cuda, launch
+from mlx_sparse_nn import CSRPattern, sddmm, spmm, spmm_t
+from mlx_sparse_nn.core.backends import choose, cuda, launch, naive
 from mlx_sparse_nn.diagnostics.rounding import to_numpy, tolerance
 
 ROOT = Path(__file__).parents[1]  # of the repository
@@ -67,6 +67,16 @@ def assert_equal(actual: mx.array, expected: mx.array) -> None:
     assert actual.shape == expected.shape
     assert actual.dtype == expected.dtype
     assert mx.array_equal(actual, expected, equal_nan=True).item()
+
+
+def check_products(
+    pattern: CSRPattern, data: mx.array, x: mx.array, y: mx.array, bias: mx.array
+) -> None:
+    """Assert that the products of whole numbers are the oracle's, bit for bit."""
+    assert_equal(spmm(data, pattern, x, bias), naive.spmm(data, pattern, x, bias))
+    assert_equal(spmm(data, pattern, x), naive.spmm(data, pattern, x))
+    assert_equal(spmm_t(data, pattern, y), naive.spmm_t(data, pattern, y))
+    assert_equal(sddmm(pattern, y, x), naive.sddmm(pattern, y, x))
 
 
 def integers(shape: tuple[int, ...], seed: int = 0, dtype: mx.Dtype = mx.float32) -> mx.array:

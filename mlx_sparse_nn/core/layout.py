@@ -107,6 +107,12 @@ class Side:
         arrays = (self.indptr, self.indices, self.perm)
         return sum(array.nbytes for array in arrays if array is not None)
 
+    @property
+    def derived_bytes(self) -> int:
+        """Bytes of what backends have derived from them so far."""
+        kept = [array for _, array in tree_flatten(list(self._kept.values()))]
+        return sum(array.nbytes for array in kept if array is not None)
+
     def keep(self, make: Callable[[Side], _T]) -> _T:
         """Return what ``make`` derives from the index arrays, made once for this side.
 
@@ -116,7 +122,7 @@ class Side:
         if make not in self._kept:
             self._kept[make] = made = make(self)
             if self._is_constant:
-                mx.eval([array for _, array in tree_flatten(made)])
+                mx.eval(made)
         return self._kept[make]  # type: ignore[return-value]
 
 
@@ -154,6 +160,12 @@ class Layout:
         """The matrix by block-columns: the rows of its transpose."""
         indptr, indices, perm = self._index.transpose
         return _side(indptr, indices, perm, self._index.indptr.size - 1, self.block_size)
+
+    @property
+    def derived_bytes(self) -> int:
+        """Bytes of what backends have derived from the index arrays so far."""
+        sides = [self.__dict__[name] for name in ("rows", "cols") if name in self.__dict__]
+        return sum(side.derived_bytes for side in sides)
 
     def state(self) -> dict[str, mx.array]:
         """Return all arrays but ``rows.indptr`` and ``rows.indices``, for a module to hold."""

@@ -29,7 +29,8 @@ class LayerSummary:
         parameters: Stored values, weight and bias. Indices are none.
         dense_parameters: What they would be if the weight were dense.
         weight_bytes: Bytes of the parameters.
-        index_bytes: Bytes of the pattern: ``indptr`` and ``indices``, and what the products read.
+        index_bytes: Bytes of the pattern: ``indptr`` and ``indices``, those of its transpose, and
+            what plain MLX has derived of them, where it has computed.
         optimizer_bytes: Bytes of the optimizer's state; frozen parameters have none.
         macs: Multiply-accumulates of the forward product of a linear layer for each row of x.
         dead_inputs: Inputs that no stored block reads.
@@ -186,6 +187,7 @@ def _row(path: str, module: nn.Module, arrays: dict[str, mx.array], optimizer_ar
     if isinstance(pattern, CSRPattern):
         layout = [array for _, array in tree_flatten(module["_layout"])]
         index_bytes = sum(a.nbytes for a in [*layout, *(module[name] for name in _INDICES)])
+        index_bytes += pattern.layout.derived_bytes
         arrays = {name: array for name, array in arrays.items() if name not in _INDICES}
         shape, block, density, macs = (
             pattern.shape,

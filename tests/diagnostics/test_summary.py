@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from mlx.utils import tree_flatten
-from support import patterns
+from support import computing, patterns
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern
+from mlx_sparse_nn.core.backends import plain
 from mlx_sparse_nn.diagnostics.summary import LayerSummary, summary
 
 # 4 x 3 blocks of 8: block-rows 0 and 3 are empty, block-columns 0 and 1 are used.
@@ -33,11 +34,8 @@ def row_of(model, path, **options):
 def test_a_sparse_layer_counted_by_hand():
     model = nn.Sequential(nn.ReLU(), BlockSparseLinear(24, 32, PATTERN), nn.Linear(32, 10))
     stored = 3 * 64 + 32
-    # Saved: 5 row pointers, 3 indices. Read by the products: rows 5 + 3, the row of each block (3),
-    # and one group of rows padded to 2 blocks: 4 rows, 4 places, twice 8 blocks; columns 4 + 3, the
-    # permutation (3), and one group of 3 columns: 3 columns, 3 places, twice 6 blocks.
-    rows, columns = 5 + 3 + 3 + 4 + 4 + 2 * 8, 4 + 3 + 3 + 3 + 3 + 2 * 6
-    indices = 4 * ((5 + 3) + rows + columns)
+    # 5 row pointers, 3 indices; of the transpose 4 pointers, 3 indices and the permutation (3).
+    indices = 4 * ((5 + 3) + (4 + 3 + 3))
     assert row_of(model, "layers.1") == LayerSummary(
         path="layers.1",
         type="BlockSparseLinear",
@@ -194,3 +192,13 @@ BAD = [
 def test_bad_arguments_are_refused(call, error, message):
     with pytest.raises(error, match=r"\[summary\] " + message):
         call()
+
+
+def test_index_bytes_are_three_integers_a_value_and_grow_where_plain_mlx_computes():
+    layer = BlockSparseLinear(1024, 1024, block_size=1, density=0.1)
+    bytes_of = lambda: row_of(layer, "").index_bytes
+    assert bytes_of() <= 3.1 * layer.weight.nbytes
+    before = bytes_of()
+    with computing(plain):
+        layer(mx.ones((2, 1024)))
+    assert bytes_of() > before

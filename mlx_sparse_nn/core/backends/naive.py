@@ -1,0 +1,58 @@
+"""The oracle: the three products through a dense matrix, with which every backend is compared.
+
+It reads ``indptr`` and ``indices`` of a pattern, and nothing that a backend reads. No rule chooses
+it: it takes the memory of the dense matrix.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_sparse_nn.core.pattern import CSRPattern
+
+
+def spmm(
+    data: mx.array, pattern: CSRPattern, x: mx.array, bias: mx.array | None = None
+) -> mx.array:
+    """Return y[..., r] = sum_c A[r, c] x[..., c] + bias[r]; data and x may have an axis V."""
+    y = _wide(x) @ dense(_wide(data), pattern).swapaxes(-1, -2)
+    return (y if bias is None else y + _wide(bias)).astype(x.dtype)
+
+
+def spmm_t(data: mx.array, pattern: CSRPattern, y: mx.array) -> mx.array:
+    """Return x[..., c] = sum_r A[r, c] y[..., r]; data and y may have an axis V."""
+    return (_wide(y) @ dense(_wide(data), pattern)).astype(y.dtype)
+
+
+def sddmm(pattern: CSRPattern, y: mx.array, x: mx.array) -> mx.array:
+    """Return data[j] = sum_n y[n, row(j)] x[n, col(j)]; y and x may have an axis V."""
+    shape = (*x.shape[:-2], *pattern.data_shape)
+    if 0 in shape:
+        return mx.zeros(shape, x.dtype)
+    outer = _wide(y).swapaxes(-1, -2) @ _wide(x)  # (..., n_rows, n_cols)
+    grid = outer.reshape(-1, *_grid(pattern)).swapaxes(2, 3)
+    return grid[_places(pattern)].reshape(shape).astype(x.dtype)
+
+
+def dense(data: mx.array, pattern: CSRPattern) -> mx.array:
+    """Return the matrices ``(n_rows, n_cols)`` or ``(V, n_rows, n_cols)``; repeated blocks add."""
+    lead, (R, B, C, _) = data.shape[: data.ndim - len(pattern.data_shape)], _grid(pattern)
+    grid = mx.zeros((*(lead or (1,)), R, C, B, B), data.dtype)
+    if data.size:
+        grid = grid.at[_places(pattern)].add(data.reshape(*(lead or (1,)), -1, B, B))
+    return grid.swapaxes(2, 3).reshape(*lead, *pattern.shape)
+
+
+def _grid(pattern: CSRPattern) -> tuple[int, int, int, int]:
+    B = pattern.block_size
+    return pattern.shape[0] // B, B, pattern.shape[1] // B, B
+
+
+def _places(pattern: CSRPattern) -> tuple:
+    rows = np.repeat(np.arange(pattern.indptr.size - 1), np.diff(pattern.indptr))
+    return slice(None), mx.array(rows.astype(np.int32)), mx.array(pattern.indices)
+
+
+def _wide(a: mx.array) -> mx.array:
+    return a.astype(mx.float32) if a.dtype in (mx.float16, mx.bfloat16) else a
