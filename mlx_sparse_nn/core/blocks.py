@@ -7,7 +7,7 @@ import numpy as np
 
 from mlx_sparse_nn.core.backends.plain import _row_of_each, _wide_dtype, _widen
 from mlx_sparse_nn.core.layout import Half, Layout
-from mlx_sparse_nn.core.pattern import CSRPattern
+from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
 
 
 def split_blocks(weight: mx.array, block_size: int) -> mx.array:
@@ -27,8 +27,7 @@ def block_sources(owner: str, old: CSRPattern, new: CSRPattern) -> np.ndarray:
         TypeError: ``new`` is not a CSRPattern.
         ValueError: Shapes or block sizes differ, or a pattern repeats a block.
     """
-    if not isinstance(new, CSRPattern):
-        raise TypeError(f"[{owner}] pattern must be a CSRPattern, got {type(new).__name__}")
+    check_pattern(owner, new)
     if (new.shape, new.block_size) != (old.shape, old.block_size):
         raise ValueError(
             f"[{owner}] pattern has shape {new.shape} and block_size {new.block_size}, "

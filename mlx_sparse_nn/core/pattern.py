@@ -6,20 +6,25 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.core import draw
+from mlx_sparse_nn.core.checks import (
+    INT32_MAX,
+    ArrayLike,
+    check_indices,
+    check_indptr,
+    check_range,
+    check_shape,
+    check_size,
+)
 from mlx_sparse_nn.core.layout import HostIndex, Layout, ascend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-ArrayLike: TypeAlias = "mx.array | np.ndarray | Sequence"
-
-INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -256,69 +261,10 @@ def from_coordinates(
     return CSRPattern(np.concatenate([[0], np.cumsum(counts)]), cols, shape, block_size)
 
 
-def check_size(owner: str, name: str, value: int, minimum: int = 0) -> int:
-    """Return ``value`` as an int of at least ``minimum``, or raise."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"[{owner}] {name} must be an integer, got {value!r}")
-    if not minimum <= value <= INT32_MAX:
-        raise ValueError(f"[{owner}] {name} must be in [{minimum}, 2**31 - 1], got {value}")
-    return int(value)
-
-
-def check_shape(owner: str, shape: Sequence[int], block_size: int) -> tuple[int, int]:
-    """Return ``shape`` as two ints that ``block_size`` divides, or raise."""
-    if not isinstance(shape, Sequence) or len(shape) != 2:
-        raise ValueError(f"[{owner}] shape must be (n_rows, n_cols), got {shape!r}")
-    n_rows = check_size(owner, "n_rows", shape[0])
-    n_cols = check_size(owner, "n_cols", shape[1])
-    for name, size in (("n_rows", n_rows), ("n_cols", n_cols)):
-        if size % block_size:
-            raise ValueError(
-                f"[{owner}] {name} {size} is not a multiple of block_size {block_size}"
-            )
-    return n_rows, n_cols
-
-
-def check_indices(owner: str, name: str, values: ArrayLike) -> np.ndarray:
-    """Return ``values`` as a new one-dimensional int32 NumPy array, or raise."""
-    array = np.asarray(values)
-    if array.ndim != 1:
-        raise ValueError(f"[{owner}] {name} must be one-dimensional, got shape {array.shape}")
-    if array.size == 0:
-        return np.zeros(0, dtype=np.int32)
-    if not np.issubdtype(array.dtype, np.integer):
-        raise TypeError(f"[{owner}] {name} must be integers, got {array.dtype}")
-    if array.dtype.itemsize >= 4 and array.dtype != np.int32:
-        low, high = int(array.min()), int(array.max())
-        if low < -INT32_MAX or high > INT32_MAX:
-            worst = high if high > INT32_MAX else low
-            raise ValueError(f"[{owner}] {name} holds {worst}, which does not fit 32 bits")
-    return array.astype(np.int32)
-
-
-def check_indptr(owner: str, indptr: np.ndarray, n_blocks: int) -> None:
-    """Raise unless ``indptr`` rises from 0 to ``n_blocks``."""
-    if indptr[0] != 0:
-        raise ValueError(f"[{owner}] indptr must start at 0, got {indptr[0]}")
-    if (steps := np.diff(indptr.astype(np.int64))).size and steps.min() < 0:
-        row = int(np.argmax(steps < 0))
-        raise ValueError(
-            f"[{owner}] indptr decreases from {indptr[row]} to {indptr[row + 1]} at row {row}"
-        )
-    if indptr[-1] != n_blocks:
-        raise ValueError(
-            f"[{owner}] indptr must end at {n_blocks}, the number of stored blocks, "
-            f"got {indptr[-1]}"
-        )
-
-
-def check_range(owner: str, name: str, indices: np.ndarray, limit: int) -> None:
-    """Raise unless every index lies in ``[0, limit)``."""
-    if indices.size and (indices.min() < 0 or indices.max() >= limit):
-        position = int(np.argmax((indices < 0) | (indices >= limit)))
-        raise ValueError(
-            f"[{owner}] {name}[{position}] is {indices[position]}, outside [0, {limit})"
-        )
+def check_pattern(owner: str, pattern: object) -> None:
+    """Raise unless ``pattern`` is a :class:`CSRPattern`."""
+    if not isinstance(pattern, CSRPattern):
+        raise TypeError(f"[{owner}] pattern must be a CSRPattern, got {type(pattern).__name__}")
 
 
 def _length(values: ArrayLike) -> int:

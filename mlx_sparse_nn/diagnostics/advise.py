@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from mlx_sparse_nn.core.backends.choose import choose
 from mlx_sparse_nn.core.blocks import sample
-from mlx_sparse_nn.core.pattern import check_size
+from mlx_sparse_nn.core.checks import check_number, check_seed, check_size
 from mlx_sparse_nn.core.table import text_table
 from mlx_sparse_nn.diagnostics.verify import (
     PRODUCTS,
@@ -152,7 +152,7 @@ def advise(
     Raises:
         TypeError: ``layer`` is not a BlockSparseLinear, or a batch size is not an integer.
         ValueError: A batch size is less than 1 or there is none, ``seconds`` is not positive, or
-            the layer has no inputs or no outputs.
+            ``seed`` is negative.
         ArithmeticError: The result of the layer, or of ``nn.Linear``, is wrong.
 
     Example:
@@ -165,10 +165,10 @@ def advise(
     sizes = [check_size("advise", "batch_sizes", n, minimum=1) for n in batch_sizes]
     if not sizes:
         raise ValueError("[advise] batch_sizes is empty")
+    check_number("advise", "seconds", seconds)
     if not seconds > 0:
         raise ValueError(f"[advise] seconds must be positive, got {seconds}")
-    if 0 in layer.pattern.shape:
-        raise ValueError(f"[advise] the layer's weight is {layer.pattern.shape}: nothing to time")
+    seed = check_seed("advise", seed)
     end = time.perf_counter() + seconds
     contestants: dict[str, nn.Module] = {SPARSE: layer}
     left_out = {}

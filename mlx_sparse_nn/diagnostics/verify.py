@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_sparse_nn.core.backends.choose import choose
+from mlx_sparse_nn.core.checks import check_seed
 from mlx_sparse_nn.core.table import text_table
 from mlx_sparse_nn.diagnostics.rounding import EPS, to_numpy, tolerance
 from mlx_sparse_nn.layers.layer_calls import sparse_layers, watched
@@ -161,6 +162,7 @@ def verify(model: nn.Module, *inputs: Any, seed: int = 0) -> VerifyReport:
         2 sparse layers on Device(cpu, 0) (plain): errors within their bounds
         ...
     """
+    seed = check_seed("verify", seed)
     layers = {
         path or type(layer).__name__: layer
         for path, layer in sparse_layers("verify", model).items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,17 +11,17 @@ import numpy as np
 
 from mlx_sparse_nn.core import draw, ops
 from mlx_sparse_nn.core.blocks import block_places, block_sources, move_blocks, split_blocks
-from mlx_sparse_nn.core.pattern import CSRPattern, check_size
+from mlx_sparse_nn.core.checks import check_absent, check_density, check_dims, check_size
+from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
 from mlx_sparse_nn.core.scores import (
     Balance,
     Score,
     blocks_for,
     check_choice,
-    check_fits,
     grid_scores,
     strongest_pattern,
 )
-from mlx_sparse_nn.layers.pattern_module import PatternModule
+from mlx_sparse_nn.layers.pattern_module import PatternModule, carry_mode
 from mlx_sparse_nn.patterns import covering
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mlx_sparse_nn.layers.lora import LoRABlockSparseLinear
     from mlx_sparse_nn.layers.quantized import QuantizedBlockSparseLinear
 
-_Layer = TypeVar("_Layer", bound=nn.Module)
+PATTERN_DECIDES = "pattern says which blocks are stored"
 
 
 class BlockSparseLinear(PatternModule):
@@ -53,9 +53,9 @@ class BlockSparseLinear(PatternModule):
         pattern: Which blocks to store, of shape ``(output_dims, input_dims)``; its ``block_size``
             is the layer's. By default a balanced random one with a block in every block-row and
             every block-column, drawn with MLX's random seed.
-        block_size: Side of the blocks of the default pattern.
-        density: Stored fraction of the default pattern; higher where covering every block-row and
-            block-column needs more blocks.
+        block_size: Side of the blocks of the default pattern, 32 by default.
+        density: Stored fraction of the default pattern, 0.1 by default; higher where covering every
+            block-row and block-column needs more blocks.
         bias: Whether to add a trainable bias.
 
     Attributes:
@@ -63,9 +63,11 @@ class BlockSparseLinear(PatternModule):
         bias: ``(output_dims,)``, if there is one.
 
     Raises:
-        TypeError: A size is not an integer, or ``pattern`` is not a CSRPattern.
-        ValueError: ``block_size`` does not divide the dims, ``density`` is not in (0, 1], or
-            ``pattern`` has another shape.
+        TypeError: A size is not an integer, ``density`` is not a number, or ``pattern`` is not a
+            CSRPattern.
+        ValueError: ``block_size`` does not divide the dims, a dim is 0, ``density`` is not in
+            (0, 1], ``pattern`` has another shape, or ``block_size`` or ``density`` is given with
+            it.
 
     Example:
         >>> layer = BlockSparseLinear(512, 256, block_size=32, density=0.125)
@@ -79,13 +81,23 @@ class BlockSparseLinear(PatternModule):
         output_dims: int,
         pattern: CSRPattern | None = None,
         *,
-        block_size: int = 32,
-        density: float = 0.1,
+        block_size: int | None = None,
+        density: float | None = None,
         bias: bool = True,
     ):
+        owner = "BlockSparseLinear"
         if pattern is None:
-            pattern = _default_pattern(input_dims, output_dims, block_size, density)
-        check_pattern("BlockSparseLinear", (output_dims, input_dims), pattern)
+            block_size = 32 if block_size is None else block_size
+            density = 0.1 if density is None else density
+            check_size(owner, "block_size", block_size, minimum=1)
+            check_dims(owner, output_dims, input_dims, block_size)
+            check_density(owner, density)
+            # On the host: a pattern is drawn there, once, when a layer is made.
+            seed = int(mx.random.randint(0, 2**31 - 1).item())  # type: ignore[arg-type]
+            pattern = covering(output_dims, input_dims, density, block_size, seed)
+        else:
+            check_absent(owner, PATTERN_DECIDES, block_size=block_size, density=density)
+            check_layer_pattern(owner, pattern, (output_dims, input_dims))
         stored_inputs = np.maximum(1, np.diff(pattern.indptr) * pattern.block_size)
         bound = mx.array((1 / np.sqrt(stored_inputs)).astype(np.float32))  # (block rows,)
         blocks = mx.random.uniform(-1, 1, (pattern.n_blocks, pattern.block_size**2))
@@ -94,9 +106,9 @@ class BlockSparseLinear(PatternModule):
         if bias:
             bound = mx.repeat(bound, pattern.block_size)
             biases = mx.random.uniform(-1, 1, (output_dims,)) * bound
-        self._hold(pattern, blocks.reshape(pattern.data_shape), biases)
+        self._initialise(pattern, blocks.reshape(pattern.data_shape), biases)
 
-    def _hold(self, pattern: CSRPattern, weight: mx.array, bias: mx.array | None) -> None:
+    def _initialise(self, pattern: CSRPattern, weight: mx.array, bias: mx.array | None) -> None:
         super().__init__(pattern)
         self.weight = weight
         if bias is not None:
@@ -132,11 +144,11 @@ class BlockSparseLinear(PatternModule):
         cls,
         linear: nn.Linear,
         *,
-        block_size: int = 32,
-        density: float = 0.1,
+        block_size: int | None = None,
+        density: float | None = None,
         pattern: CSRPattern | None = None,
-        score: Score = "l2",
-        balance: Balance = "row",
+        score: Score | None = None,
+        balance: Balance | None = None,
     ) -> BlockSparseLinear:
         """Return the layer that keeps the strongest blocks of a dense one, values unchanged.
 
@@ -146,20 +158,22 @@ class BlockSparseLinear(PatternModule):
         Args:
             linear: An ``nn.Linear``. Not a subclass, which may compute something else, and not a
                 quantized layer: dequantize it first.
-            block_size: Side of the blocks; it divides both dims.
-            density: Stored fraction, in (0, 1], rounded to whole blocks and to at least one.
-            pattern: Store exactly these blocks, ``(output_dims, input_dims)``; the other options
-                are not used then.
-            score: What makes a block strong: ``"l1"``, ``"l2"`` or ``"max"``, the norm of its
-                entries, or a function from ``(n_blocks, B, B)`` float32 to ``(n_blocks,)``.
-            balance: ``"row"`` keeps the same number of blocks in every block-row, give or take one;
-                ``"global"`` keeps the strongest wherever they lie. Either may leave a block-row
-                or a block-column without blocks.
+            block_size: Side of the blocks, 32 by default; it divides both dims.
+            density: Stored fraction, in (0, 1], 0.1 by default, rounded to whole blocks and to at
+                least one.
+            pattern: Store exactly these blocks, ``(output_dims, input_dims)``, in place of the
+                strongest; the other options are left out then.
+            score: What makes a block strong: ``"l1"``, ``"l2"`` (the default) or ``"max"``, the
+                norm of its entries, or a function from ``(n_blocks, B, B)`` float32 to
+                ``(n_blocks,)``.
+            balance: ``"row"``, the default, keeps the same number of blocks in every block-row,
+                give or take one; ``"global"`` keeps the strongest wherever they lie. Either may
+                leave a block-row or a block-column without blocks.
 
         Raises:
             TypeError: ``linear`` is not an ``nn.Linear``, or an option is of the wrong type.
-            ValueError: An option is out of range or does not fit the weight, or the weight is not
-                finite.
+            ValueError: An option is out of range, does not fit the weight or is given beside
+                ``pattern``, or the weight is not finite.
 
         Example:
             >>> linear = nn.Linear(512, 256)
@@ -167,21 +181,29 @@ class BlockSparseLinear(PatternModule):
             CSRPattern(256 x 512, block_size=32, 32 blocks, density 0.25)
         """
         owner = f"{cls.__name__}.from_linear"
-        if reason := not_linear(linear):
+        if reason := why_not_linear(linear):
             raise TypeError(f"[{owner}] linear must be an nn.Linear: {reason}")
+        output_dims, input_dims = linear.weight.shape
         if pattern is None:
+            block_size = 32 if block_size is None else block_size
+            density = 0.1 if density is None else density
+            score = "l2" if score is None else score
+            balance = "row" if balance is None else balance
             check_choice(owner, block_size, density, score, balance)
-            check_fits(owner, linear.weight.shape, block_size)
+            check_dims(owner, output_dims, input_dims, block_size)
             scores = grid_scores(linear.weight, block_size, score, owner=owner)
             count = blocks_for(density, scores.size)
             pattern = strongest_pattern(scores, count, block_size, balance)
         else:
-            check_unique_pattern(owner, linear.weight.shape, pattern)
+            options = dict(block_size=block_size, density=density, score=score, balance=balance)
+            check_absent(owner, PATTERN_DECIDES, **options)
+            check_layer_pattern(owner, pattern, (output_dims, input_dims))
+            block_places(owner, pattern)  # raises where one repeats
         places = mx.array(pattern.row_indices), mx.array(pattern.indices)
         weight = split_blocks(linear.weight, pattern.block_size)[places]
         layer = cls.__new__(cls)  # cls() would draw random numbers
-        layer._hold(pattern, weight.reshape(pattern.data_shape), linear.get("bias"))
-        return _carry_mode(linear, layer)
+        layer._initialise(pattern, weight.reshape(pattern.data_shape), linear.get("bias"))
+        return carry_mode(linear, layer)
 
     def to_linear(self) -> nn.Linear:
         """Return the ``nn.Linear`` of the same product: its weight is :meth:`todense`, exactly.
@@ -193,7 +215,7 @@ class BlockSparseLinear(PatternModule):
         linear.weight = self.todense()
         if "bias" in self:
             linear.bias = self.bias
-        return _carry_mode(self, linear)
+        return carry_mode(self, linear)
 
     def to_lora(
         self, r: int = 8, dropout: float = 0.0, scale: float = 20.0
@@ -247,10 +269,11 @@ class BlockSparseLinear(PatternModule):
         return source
 
 
-def check_pattern(owner: str, shape: Sequence[int], pattern: CSRPattern) -> None:
+def check_layer_pattern(owner: str, pattern: CSRPattern, shape: Sequence[int]) -> None:
     """Raise unless ``pattern`` is one of a weight of ``shape``, ``(output_dims, input_dims)``."""
-    if not isinstance(pattern, CSRPattern):
-        raise TypeError(f"[{owner}] pattern must be a CSRPattern, got {type(pattern).__name__}")
+    check_pattern(owner, pattern)
+    output_dims, input_dims = shape
+    check_dims(owner, output_dims, input_dims, block_size=1)
     if pattern.shape != tuple(shape):
         raise ValueError(
             f"[{owner}] pattern has shape {pattern.shape}, "
@@ -258,13 +281,7 @@ def check_pattern(owner: str, shape: Sequence[int], pattern: CSRPattern) -> None
         )
 
 
-def check_unique_pattern(owner: str, shape: Sequence[int], pattern: CSRPattern) -> None:
-    """:func:`check_pattern`, and raise where ``pattern`` repeats a block: its values would add."""
-    check_pattern(owner, shape, pattern)
-    block_places(owner, pattern)
-
-
-def not_linear(module: nn.Module) -> str | None:
+def why_not_linear(module: nn.Module) -> str | None:
     """Return in words why ``from_linear`` does not take a module, or None if it does."""
     kind = type(module)
     if kind is nn.Linear:
@@ -276,27 +293,3 @@ def not_linear(module: nn.Module) -> str | None:
     if isinstance(module, nn.Linear):
         return f"{kind.__name__}, a subclass of nn.Linear, may compute something else"
     return f"got {kind.__name__}"
-
-
-def _carry_mode(source: nn.Module, layer: _Layer) -> _Layer:
-    """Freeze in ``layer`` what is frozen in ``source``, and put it in the same training mode."""
-    layer.freeze(keys=[key for key in ("weight", "bias") if key in source._no_grad])
-    layer.train(source.training)
-    return layer
-
-
-def _default_pattern(
-    input_dims: int, output_dims: int, block_size: int, density: float
-) -> CSRPattern:
-    owner = "BlockSparseLinear"
-    block_size = check_size(owner, "block_size", block_size, minimum=1)
-    for name, value in (("input_dims", input_dims), ("output_dims", output_dims)):
-        if check_size(owner, name, value) % block_size:
-            raise ValueError(
-                f"[{owner}] {name} {value} is not a multiple of block_size {block_size}"
-            )
-    if not 0 < density <= 1:
-        raise ValueError(f"[{owner}] density must be in (0, 1], got {density}")
-    # On the host: a pattern is drawn there, once, when a layer is made.
-    seed = int(mx.random.randint(0, 2**31 - 1).item())  # type: ignore[arg-type]
-    return covering(output_dims, input_dims, density, block_size, seed)

@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from mlx_sparse_nn.core import ops
 from mlx_sparse_nn.core.blocks import block_places
-from mlx_sparse_nn.core.pattern import check_size
+from mlx_sparse_nn.core.checks import check_size
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
 from mlx_sparse_nn.layers.quantized import QuantizedBlockSparseLinear
 

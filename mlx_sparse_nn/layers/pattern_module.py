@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_sparse_nn.core.checks import check_features, check_indices, check_indptr, check_range
 from mlx_sparse_nn.core.layout import Layout
-from mlx_sparse_nn.core.pattern import CSRPattern, check_indices, check_indptr, check_range
+from mlx_sparse_nn.core.pattern import CSRPattern
 
 _INDICES = ("indptr", "indices")
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 class PatternModule(nn.Module):
@@ -71,11 +74,7 @@ class PatternModule(nn.Module):
 
     def _checked_input(self, x: mx.array) -> mx.array:
         """Return ``x``, or raise unless it is ``(..., input_dims)``. Every call begins here."""
-        if x.shape[-1:] != self._pattern.shape[1:]:
-            raise ValueError(
-                f"[{type(self).__name__}] x has shape {x.shape}, "
-                f"its last axis must be input_dims = {self.input_dims}"
-            )
+        check_features(type(self).__name__, "x", x, "input_dims", self._pattern.shape[1])
         self.__dict__.pop("_replaced", None)
         return x
 
@@ -156,6 +155,13 @@ class PatternModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         derived = ("_replaced", "_bound")
         return {key: value for key, value in self.__dict__.items() if key not in derived}
+
+
+def carry_mode(source: nn.Module, layer: _Layer) -> _Layer:
+    """Freeze in ``layer`` what is frozen in ``source``, and put it in the same training mode."""
+    layer.freeze(keys=[key for key in ("weight", "bias") if key in source._no_grad])
+    layer.train(source.training)
+    return layer
 
 
 class PinnedKeys(set):

@@ -8,9 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sparse_nn.core import ops
-from mlx_sparse_nn.core.pattern import CSRPattern
+from mlx_sparse_nn.core.checks import check_dims
+from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
-from mlx_sparse_nn.layers.pattern_module import PatternModule
+from mlx_sparse_nn.layers.pattern_module import PatternModule, carry_mode
 
 if TYPE_CHECKING:
     from mlx_sparse_nn.layers.lora import LoRABlockSparseLinear
@@ -55,19 +56,15 @@ class QuantizedBlockSparseLinear(PatternModule):
         group_size: int | None = None,
         bits: int | None = None,
     ):
-        if not isinstance(pattern, CSRPattern):
-            raise TypeError(
-                "[QuantizedBlockSparseLinear] pattern must be a CSRPattern, "
-                f"got {type(pattern).__name__}"
-            )
+        owner = "QuantizedBlockSparseLinear"
+        check_pattern(owner, pattern)
+        check_dims(owner, *pattern.shape, pattern.block_size)
         super().__init__(pattern, pinned=("weight", "scales", "biases"))
         n_blocks, block = pattern.n_blocks, pattern.block_size
         self.group_size = _group_size(block, group_size)
         self.bits = 4 if bits is None else bits
         if self.bits not in BITS:
-            raise ValueError(
-                f"[QuantizedBlockSparseLinear] bits must be one of {BITS}, got {bits!r}"
-            )
+            raise ValueError(f"[{owner}] bits must be one of {BITS}, got {bits!r}")
         self.weight = mx.zeros((n_blocks, block, block * self.bits // 32), mx.uint32)
         self.scales = mx.zeros((n_blocks, block, block // self.group_size))
         self.biases = mx.zeros(self.scales.shape)
@@ -100,8 +97,7 @@ class QuantizedBlockSparseLinear(PatternModule):
         if "bias" in linear:
             layer.bias = linear.bias
         layer.freeze()
-        layer.train(linear.training)
-        return layer
+        return carry_mode(linear, layer)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return ``x Aᵀ + b``: ``(..., input_dims)`` -> ``(..., output_dims)``."""

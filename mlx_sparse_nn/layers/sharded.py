@@ -14,9 +14,10 @@ import numpy as np
 from mlx.nn.layers.distributed import sum_gradients
 
 from mlx_sparse_nn.core import ops
-from mlx_sparse_nn.core.pattern import CSRPattern, check_indices, from_coordinates
+from mlx_sparse_nn.core.checks import check_indices, check_model, check_name, check_tiled
+from mlx_sparse_nn.core.pattern import CSRPattern, from_coordinates
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
-from mlx_sparse_nn.layers.pattern_module import PatternModule
+from mlx_sparse_nn.layers.pattern_module import PatternModule, carry_mode
 from mlx_sparse_nn.layers.quantized import QuantizedBlockSparseLinear
 
 Sharding: TypeAlias = Literal["all-to-sharded", "sharded-to-all"]
@@ -35,8 +36,10 @@ def check_same_pattern(model: nn.Module, group: mx.distributed.Group | None = No
         group: The processes that compare theirs, all of them by default.
 
     Raises:
+        TypeError: ``model`` is not a module.
         ValueError: Ranks disagree. Says on which layer.
     """
+    check_model("check_same_pattern", model)
     group = group or mx.distributed.init()
     if group.size() == 1:
         return
@@ -136,10 +139,7 @@ def shard_block_sparse(
     """
     owner = "shard_block_sparse"
     _check_layer(owner, layer)
-    if sharding not in _SHARDED:
-        raise ValueError(
-            f"[{owner}] sharding must be 'all-to-sharded' or 'sharded-to-all', got {sharding!r}"
-        )
+    check_name(owner, "sharding", sharding, tuple(_SHARDED))
     group = group or mx.distributed.init()
     axis, kind = _SHARDED[sharding]
     if boundaries is None:
@@ -153,10 +153,7 @@ def shard_block_sparse(
     bias = layer.get("bias")
     if bias is not None and axis == 0:
         bias = bias[start:stop]
-    part = kind(pattern, layer.weight[mx.array(stored)], bias, group)
-    part.freeze(keys=[name for name in ("weight", "bias") if name in layer._no_grad])
-    part.train(layer.training)
-    return part
+    return carry_mode(layer, kind(pattern, layer.weight[mx.array(stored)], bias, group))
 
 
 class _Sharded(PatternModule):
@@ -271,10 +268,7 @@ def _check_boundaries(
     if cuts[0] != 0 or cuts[-1] != features or sorted(set(cuts)) != cuts:
         raise ValueError(f"[{owner}] boundaries must rise from 0 to {features}, got {cuts}")
     for cut in cuts:
-        if cut % block_size:
-            raise ValueError(
-                f"[{owner}] boundary {cut} is not a multiple of block_size {block_size}"
-            )
+        check_tiled(owner, "boundary", cut, block_size)
     return tuple(cuts)
 
 

@@ -10,7 +10,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.core.arrays import CSRArray
-from mlx_sparse_nn.core.pattern import CSRPattern, check_size
+from mlx_sparse_nn.core.checks import check_size
+from mlx_sparse_nn.core.pattern import CSRPattern
 
 Values: TypeAlias = "float | Sequence[float] | np.ndarray | mx.array"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Literal, TypeAlias
 
 import mlx.core as mx
@@ -13,14 +12,14 @@ import mlx.optimizers as optim
 import numpy as np
 
 from mlx_sparse_nn.core.blocks import block_places, move_blocks
-from mlx_sparse_nn.core.pattern import CSRPattern, check_size, from_coordinates
+from mlx_sparse_nn.core.checks import check_density, check_name, check_size
+from mlx_sparse_nn.core.pattern import CSRPattern, from_coordinates
 from mlx_sparse_nn.core.scores import (
     Balance,
     Score,
     block_scores,
     blocks_for,
     check_balance,
-    check_density,
     check_score,
     share_by_score,
     strongest,
@@ -63,10 +62,10 @@ def cubic_density(
         [1.0, 0.2125, 0.1]
     """
     owner = "cubic_density"
-    check_fraction(owner, "init", init)
-    check_fraction(owner, "end", end)
-    if not 0 < end <= init:
-        raise ValueError(f"[{owner}] end must be in (0, init = {init}], got {end}")
+    check_density(owner, init, "init")
+    check_density(owner, end, "end")
+    if end > init:
+        raise ValueError(f"[{owner}] end must be at most init = {init}, got {end}")
     check_size(owner, "steps", steps, minimum=1)
     check_size(owner, "start", start)
 
@@ -147,8 +146,7 @@ def prune(
     check_density("prune", density)
     check_score("prune", score)
     check_balance("prune", balance)
-    if scope not in ("layer", "global"):
-        raise ValueError(f"[prune] scope must be 'layer' or 'global', got {scope!r}")
+    check_name("prune", "scope", scope, ("layer", "global"))
     layers = sparse_layers("prune", model)
     for layer in layers.values():
         block_places("prune", layer.pattern)  # none comes twice
@@ -229,14 +227,6 @@ def change_pattern(
 def n_places(pattern: CSRPattern) -> int:
     """Return how many blocks the dense matrix has."""
     return (pattern.shape[0] // pattern.block_size) * (pattern.shape[1] // pattern.block_size)
-
-
-def check_fraction(owner: str, name: str, value: float) -> None:
-    """Raise unless ``value`` is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"[{owner}] {name} must be a number, got {value!r}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"[{owner}] {name} must be in [0, 1], got {value}")
 
 
 def _global_counts(

@@ -12,13 +12,20 @@ import mlx.optimizers as optim
 import numpy as np
 
 from mlx_sparse_nn.core.blocks import block_places
-from mlx_sparse_nn.core.pattern import CSRPattern, check_size, from_coordinates
+from mlx_sparse_nn.core.checks import (
+    check_absent,
+    check_features,
+    check_floating,
+    check_fraction,
+    check_name,
+    check_seed,
+)
+from mlx_sparse_nn.core.pattern import CSRPattern, from_coordinates
 from mlx_sparse_nn.core.scores import Score, block_scores, check_score, grid_scores, strongest
 from mlx_sparse_nn.layers.layer_calls import sparse_layers, watched
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
 from mlx_sparse_nn.surgery.prune import (
     change_pattern,
-    check_fraction,
     moments_of,
     n_places,
 )
@@ -190,30 +197,24 @@ def _check(layer, fraction, criterion, x, cotangent, seed) -> None:
         kind = type(layer).__name__
         raise TypeError(f"[regrow] layer must be a BlockSparseLinear, got {kind}")
     check_fraction("regrow", "fraction", fraction)
-    if criterion not in ("gradient", "random"):
-        raise ValueError(f"[regrow] criterion must be 'gradient' or 'random', got {criterion!r}")
-    arrays = {"x": (x, layer.input_dims), "cotangent": (cotangent, layer.output_dims)}
+    check_name("regrow", "criterion", criterion, ("gradient", "random"))
     if criterion == "random":
-        if given := [name for name, (value, _) in arrays.items() if value is not None]:
-            raise ValueError(f"[regrow] {given[0]} is for criterion 'gradient', not 'random'")
+        check_absent("regrow", "it is for criterion 'gradient'", x=x, cotangent=cotangent)
         if seed is not None:
-            check_size("regrow", "seed", seed)
+            check_seed("regrow", seed)
         return
-    if seed is not None:
-        raise ValueError("[regrow] seed is for criterion 'random', not 'gradient'")
-    for name, (value, dims) in arrays.items():
+    check_absent("regrow", "it is for criterion 'random'", seed=seed)
+    for name, value, label, size in (
+        ("x", x, "input_dims", layer.input_dims),
+        ("cotangent", cotangent, "output_dims", layer.output_dims),
+    ):
         if value is None:
             raise ValueError(
                 f"[regrow] criterion 'gradient' needs {name}; activations(model, loss_fn, ...) "
                 "gives x and cotangent of each layer"
             )
-        if not isinstance(value, mx.array) or not mx.issubdtype(value.dtype, mx.floating):
-            kind = value.dtype if isinstance(value, mx.array) else type(value).__name__
-            raise TypeError(f"[regrow] {name} must be a floating mx.array, got {kind}")
-        if value.ndim == 0 or value.shape[-1] != dims:
-            raise ValueError(
-                f"[regrow] {name} has shape {value.shape}, its last axis must be {dims}"
-            )
+        check_floating("regrow", name, value)
+        check_features("regrow", name, value, label, size)
     if x.shape[:-1] != cotangent.shape[:-1]:
         raise ValueError(
             f"[regrow] leading axes differ: x {x.shape[:-1]}, cotangent {cotangent.shape[:-1]}"

@@ -248,7 +248,7 @@ class TestBadInput:
             ({"tol": 0.0}, ValueError, "tol must be in (0, 1), got 0.0"),
             ({"tol": float("nan")}, ValueError, "tol must be in (0, 1), got nan"),
             ({"tol": "small"}, TypeError, "tol must be a number, got 'small'"),
-            ({"seed": -1}, ValueError, "seed must be in [0, 2**31 - 1], got -1"),
+            ({"seed": -1}, ValueError, "seed must be in [0, 2**64 - 1], got -1"),
         ],
     )
     def test_arguments(self, arguments, error, message):
