@@ -15,7 +15,7 @@ from mlx_sparse_nn.core.checks import (
     check_shape,
     check_size,
 )
-from mlx_sparse_nn.core.pattern import CSRPattern, from_coordinates
+from mlx_sparse_nn.core.pattern import CSRPattern
 
 
 def block_diagonal(features: int, blocks: int) -> CSRPattern:
@@ -43,10 +43,11 @@ def bidiagonal_blocks(features: int, blocks: int) -> CSRPattern:
         ValueError: ``blocks`` does not divide ``features``.
     """
     size = _block_of("patterns.bidiagonal_blocks", features, blocks)
-    rows = np.repeat(np.arange(features), 2)
-    cols = rows + np.tile([0, 1], features)
+    rows = np.arange(features)[:, None]
+    cols = rows + np.arange(2)  # (features, 2)
     inside = rows // size == cols // size
-    return from_coordinates(rows[inside], cols[inside], (features, features), 1)
+    indptr = np.concatenate([[0], np.cumsum(inside.sum(axis=1))])
+    return CSRPattern(indptr, cols[inside], (features, features))
 
 
 def banded(n_rows: int, n_cols: int, bandwidth: int, block_size: int = 32) -> CSRPattern:
@@ -179,8 +180,7 @@ def _where(owner: str, mask: np.ndarray, block_size: int) -> CSRPattern:
     n_rows, n_cols = mask.shape
     shape, n_block_rows, n_block_cols = _grid(owner, n_rows, n_cols, block_size)
     blocks = mask.reshape(n_block_rows, block_size, n_block_cols, block_size).any(axis=(1, 3))
-    rows, cols = np.nonzero(blocks)
-    return from_coordinates(rows, cols, shape, block_size)
+    return CSRPattern.from_places(np.flatnonzero(blocks), shape, block_size)
 
 
 def _balanced(

@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_sparse_nn.core.arrays import COOArray, CSRArray
 from mlx_sparse_nn.core.checks import ArrayLike, check_data, check_matrix, check_shape, check_size
-from mlx_sparse_nn.core.pattern import CSRPattern, from_coordinates
+from mlx_sparse_nn.core.pattern import CSRPattern
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -95,9 +95,9 @@ def from_dense(w: ArrayLike, block_size: int = 1) -> CSRArray:
     block = check_size("from_dense", "block_size", block_size, minimum=1)
     n_rows, n_cols = check_shape("from_dense", w.shape, block)
     blocks = w.reshape(n_rows // block, block, n_cols // block, block).swapaxes(1, 2)
-    rows, cols = np.nonzero(np.array((blocks != 0).any(axis=(2, 3))))
-    pattern = from_coordinates(rows, cols, (n_rows, n_cols), block)
-    data = blocks[mx.array(rows.astype(np.int32)), mx.array(cols.astype(np.int32))]
+    places = np.flatnonzero(np.array((blocks != 0).any(axis=(2, 3))))
+    pattern = CSRPattern.from_places(places, (n_rows, n_cols), block)
+    data = blocks[mx.array(pattern.row_indices), mx.array(pattern.indices)]
     return CSRArray(data.reshape(pattern.data_shape), pattern)
 
 

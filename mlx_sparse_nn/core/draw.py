@@ -90,7 +90,7 @@ def svg(pattern: CSRPattern) -> str:
     """
     merge = _merge(pattern, _SVG_CELLS, _SVG_CELLS)
     density = local_density(pattern, merge)
-    n_rows, n_cols = (max(1, n // pattern.block_size) for n in pattern.shape)
+    n_rows, n_cols = (max(1, n) for n in pattern.grid)
     level = np.ceil(density / max(density.max(), 1e-300) * _SVG_LEVELS).astype(int)
     paths = []
     for value in np.unique(level[level > 0]):
@@ -118,14 +118,13 @@ def svg(pattern: CSRPattern) -> str:
 
 def local_density(pattern: CSRPattern, merge: int) -> np.ndarray:
     """Return the stored fraction of each cell of ``merge x merge`` blocks; at least one cell."""
-    n_rows, n_cols = (n // pattern.block_size for n in pattern.shape)
-    places = pattern.row_indices * np.int64(n_cols) + pattern.indices
+    places = pattern.places
     if not pattern.is_canonical:
         places = np.unique(places)  # a block that comes twice covers its place once
-    counts = _sum_cells(pattern, merge, *np.divmod(places, max(1, n_cols)))
+    counts = _sum_cells(pattern, merge, *np.divmod(places, max(1, pattern.grid[1])))
     rows, cols = (
         np.clip(n - merge * np.arange(cells), 1, merge)
-        for n, cells in zip((n_rows, n_cols), counts.shape, strict=True)
+        for n, cells in zip(pattern.grid, counts.shape, strict=True)
     )
     return counts / (rows[:, None] * cols)
 
@@ -140,14 +139,14 @@ def _root_mean_square(pattern: CSRPattern, merge: int, values: mx.array) -> np.n
 
 
 def _sum_cells(pattern: CSRPattern, merge: int, rows, cols, weights=None) -> np.ndarray:
-    height, width = (max(1, -(-n // (pattern.block_size * merge))) for n in pattern.shape)
+    height, width = (max(1, -(-n // merge)) for n in pattern.grid)
     cell = rows // merge * np.int64(width) + cols // merge
     return np.bincount(cell, weights, minlength=height * width).reshape(height, width)
 
 
 def _merge(pattern: CSRPattern, most_rows: int, most_cols: int) -> int:
     """Return how many blocks go into a cell a side, so that there are no more cells than these."""
-    n_rows, n_cols = (n // pattern.block_size for n in pattern.shape)
+    n_rows, n_cols = pattern.grid
     return max(1, -(-n_rows // most_rows), -(-n_cols // most_cols))
 
 

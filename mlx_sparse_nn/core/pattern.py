@@ -97,6 +97,74 @@ class CSRPattern:
             object.__setattr__(self, name, value)
         indptr.flags.writeable = indices.flags.writeable = False
 
+    @classmethod
+    def from_places(
+        cls, places: ArrayLike, shape: Sequence[int], block_size: int = 1
+    ) -> CSRPattern:
+        """Return the pattern that stores the blocks at these places, numbered as in :attr:`places`.
+
+        Blocks are stored row by row. Those of one block-row keep the order in which they are given,
+        so sorted places make a canonical pattern; a place that comes twice is stored twice.
+
+        Args:
+            places: ``(n_blocks,)`` integers in ``[0, n_places)``, in any order.
+            shape: ``(n_rows, n_cols)`` in scalars.
+            block_size: Side of the square blocks.
+
+        Raises:
+            TypeError, ValueError: As for the class.
+
+        Example:
+            >>> CSRPattern.from_places([0, 1, 3], (64, 64), 32).indices
+            array([0, 1, 1], dtype=int32)
+        """
+        owner = "CSRPattern.from_places"
+        block_size = check_size(owner, "block_size", block_size, minimum=1)
+        n_rows, n_cols = check_shape(owner, shape, block_size)
+        n_block_rows, n_block_cols = n_rows // block_size, n_cols // block_size
+        places = check_indices(owner, "places", places, np.int64)
+        check_range(owner, "places", places, n_block_rows * n_block_cols)
+        rows, cols = np.divmod(places, max(1, n_block_cols))
+        order = np.argsort(rows, kind="stable")
+        lengths = np.bincount(rows, minlength=n_block_rows)
+        indptr = np.concatenate([[0], np.cumsum(lengths)])
+        return cls(indptr, cols[order], (n_rows, n_cols), block_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """``(n_block_rows, n_block_cols)``: the shape of the matrix in blocks."""
+        return self.shape[0] // self.block_size, self.shape[1] // self.block_size
+
+    @property
+    def n_places(self) -> int:
+        """Number of blocks that the dense matrix has."""
+        n_block_rows, n_block_cols = self.grid
+        return n_block_rows * n_block_cols
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """``row * n_block_cols + column`` of each stored block: ``(n_blocks,)`` int64."""
+        places = self.row_indices * np.int64(self.grid[1]) + self.indices
+        places.flags.writeable = False
+        return places
+
+    def check_unique(self, owner: str) -> None:
+        """Raise if a block is stored more than once.
+
+        Args:
+            owner: Name shown in the error message.
+
+        Raises:
+            ValueError: One is. Names the first.
+        """
+        if self.is_canonical:
+            return
+        unique, first = np.unique(self.places, return_index=True)
+        if unique.size < self.n_blocks:
+            repeated = np.setdiff1d(np.arange(self.n_blocks), first)[0]
+            block = int(self.row_indices[repeated]), int(self.indices[repeated])
+            raise ValueError(f"[{owner}] the pattern stores block {block} more than once")
+
     @property
     def n_blocks(self) -> int:
         """Number of stored blocks (for ``block_size=1``, of stored values)."""
@@ -121,7 +189,7 @@ class CSRPattern:
     @cached_property
     def host(self) -> HostIndex:
         """The index arrays in one place that the layout can share."""
-        return HostIndex(self.indptr, self.indices, self.shape[1] // self.block_size)
+        return HostIndex(self.indptr, self.indices, self.grid[1])
 
     @property
     def row_indices(self) -> np.ndarray:
@@ -166,7 +234,7 @@ class CSRPattern:
     def tomask(self) -> mx.array:
         """Return the ``(n_rows, n_cols)`` bool array that is true where a value is stored."""
         block = self.block_size
-        mask = np.zeros((self.shape[0] // block, self.shape[1] // block), dtype=bool)
+        mask = np.zeros(self.grid, dtype=bool)
         mask[self.row_indices, self.indices] = True
         return mx.array(np.kron(mask, np.ones((block, block), dtype=bool)).astype(bool))
 
@@ -216,11 +284,8 @@ class CSRPattern:
             return NotImplemented
         if (self.shape, self.block_size) != (other.shape, other.block_size):
             raise ValueError(f"[CSRPattern] {self!r} {symbol} {other!r}: sizes differ")
-        n_block_cols = max(1, self.shape[1] // self.block_size)
-        flat = [p.row_indices * np.int64(n_block_cols) + p.indices for p in (self, other)]
-        return from_coordinates(
-            *np.divmod(combine(*flat), n_block_cols), self.shape, self.block_size
-        )
+        places = combine(self.places, other.places)
+        return CSRPattern.from_places(places, self.shape, self.block_size)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, CSRPattern):
@@ -251,14 +316,6 @@ class CSRPattern:
             f"CSRPattern({self.shape[0]} x {self.shape[1]}, block_size={self.block_size}, "
             f"{self.n_blocks} {noun}{'s' * (self.n_blocks != 1)}, density {self.density:.3g})"
         )
-
-
-def from_coordinates(
-    rows: np.ndarray, cols: np.ndarray, shape: tuple[int, int], block_size: int
-) -> CSRPattern:
-    """Return the pattern of blocks at ``(rows[j], cols[j])``, which are ordered by row already."""
-    counts = np.bincount(rows, minlength=shape[0] // block_size)
-    return CSRPattern(np.concatenate([[0], np.cumsum(counts)]), cols, shape, block_size)
 
 
 def check_pattern(owner: str, pattern: object) -> None:

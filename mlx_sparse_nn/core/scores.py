@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_sparse_nn.core.blocks import split_blocks
 from mlx_sparse_nn.core.checks import check_density, check_floating, check_name, check_size
-from mlx_sparse_nn.core.pattern import CSRPattern, from_coordinates
+from mlx_sparse_nn.core.pattern import CSRPattern
 
 Score: TypeAlias = Literal["l1", "l2", "max"] | Callable[[mx.array], mx.array]
 Balance: TypeAlias = Literal["row", "global"]
@@ -137,7 +137,7 @@ def strongest_pattern(
     rows = np.repeat(np.arange(n_block_rows), n_block_cols)
     kept = strongest(scores.reshape(-1), rows, count, balance)
     shape = (n_block_rows * block_size, n_block_cols * block_size)
-    return from_coordinates(*np.divmod(kept, n_block_cols), shape, block_size)
+    return CSRPattern.from_places(kept, shape, block_size)
 
 
 def share_by_score(scores: Sequence[np.ndarray], budget: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_sparse_nn.core import draw, ops
-from mlx_sparse_nn.core.blocks import block_places, block_sources, move_blocks, split_blocks
+from mlx_sparse_nn.core.blocks import block_sources, move_blocks, split_blocks
 from mlx_sparse_nn.core.checks import check_absent, check_density, check_dims, check_size
 from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
 from mlx_sparse_nn.core.scores import (
@@ -198,7 +198,7 @@ class BlockSparseLinear(PatternModule):
             options = dict(block_size=block_size, density=density, score=score, balance=balance)
             check_absent(owner, PATTERN_DECIDES, **options)
             check_layer_pattern(owner, pattern, (output_dims, input_dims))
-            block_places(owner, pattern)  # raises where one repeats
+            pattern.check_unique(owner)
         places = mx.array(pattern.row_indices), mx.array(pattern.indices)
         weight = split_blocks(linear.weight, pattern.block_size)[places]
         layer = cls.__new__(cls)  # cls() would draw random numbers

@@ -8,7 +8,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sparse_nn.core import ops
-from mlx_sparse_nn.core.blocks import block_places
 from mlx_sparse_nn.core.checks import check_size
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
 from mlx_sparse_nn.layers.quantized import QuantizedBlockSparseLinear
@@ -87,7 +86,7 @@ class LoRABlockSparseLinear(nn.Module):
         quantized = isinstance(linear, QuantizedBlockSparseLinear)
         lora_b, bias = self.scale * self.lora_b, "bias" in linear
         if keep_pattern:
-            block_places("LoRABlockSparseLinear.fuse", linear.pattern)  # raises where one repeats
+            linear.pattern.check_unique("LoRABlockSparseLinear.fuse")
             weight = linear.dequantized_weight() if quantized else linear.weight
             delta = ops.sddmm(linear.pattern, lora_b, self.lora_a.T)
             fused = BlockSparseLinear(

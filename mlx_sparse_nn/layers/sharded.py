@@ -15,7 +15,7 @@ from mlx.nn.layers.distributed import sum_gradients
 
 from mlx_sparse_nn.core import ops
 from mlx_sparse_nn.core.checks import check_indices, check_model, check_name, check_tiled
-from mlx_sparse_nn.core.pattern import CSRPattern, from_coordinates
+from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
 from mlx_sparse_nn.layers.pattern_module import PatternModule, carry_mode
 from mlx_sparse_nn.layers.quantized import QuantizedBlockSparseLinear
@@ -91,9 +91,7 @@ def shard_boundaries(
     for axis, layers in enumerate((outputs_of, inputs_of)):
         for layer in layers:
             _check_layer(owner, layer)
-            sides.append(
-                (_places(layer.pattern, axis), layer.pattern.shape[axis], layer.block_size)
-            )
+            sides.append((_along(layer.pattern, axis), layer.pattern.shape[axis], layer.block_size))
     if not sides:
         raise ValueError(f"[{owner}] no layer is given")
     sizes = sorted({features for _, features, _ in sides})
@@ -108,8 +106,8 @@ def shard_boundaries(
             f"the {n_ranks} ranks"
         )
     stored = np.zeros(n_units, np.int64)
-    for places, _, block in sides:
-        stored += np.bincount(places * block // unit, minlength=n_units) * block**2
+    for block_indices, _, block in sides:
+        stored += np.bincount(block_indices * block // unit, minlength=n_units) * block**2
     return tuple(int(cut) * unit for cut in _cuts(stored, n_ranks))
 
 
@@ -282,17 +280,22 @@ def _cuts(stored: np.ndarray, n_ranks: int) -> list[int]:
     return [*cuts, stored.size]
 
 
-def _places(pattern: CSRPattern, axis: int) -> np.ndarray:
+def _along(pattern: CSRPattern, axis: int) -> np.ndarray:
     """Return the block-row (axis 0) or block-column (axis 1) of each stored block."""
     return pattern.row_indices if axis == 0 else pattern.indices
 
 
 def _slice(pattern: CSRPattern, axis: int, start: int, stop: int) -> tuple[CSRPattern, np.ndarray]:
     """Return the pattern of a range of rows or columns, and where its blocks are stored."""
-    block, places = pattern.block_size, _places(pattern, axis)
-    stored = np.flatnonzero((places * block >= start) & (places * block < stop)).astype(np.int32)
-    coordinates, shape = [pattern.row_indices[stored], pattern.indices[stored]], [*pattern.shape]
-    coordinates[axis] = coordinates[axis] - start // block
-    shape[axis] = stop - start
-    rows, cols = coordinates
-    return from_coordinates(rows, cols, (shape[0], shape[1]), block), stored
+    block = pattern.block_size
+    scalars = _along(pattern, axis) * block  # where each block begins
+    inside = (scalars >= start) & (scalars < stop)
+    before = np.concatenate([[0], np.cumsum(inside)])[pattern.indptr]  # each block-row
+    if axis == 0:
+        indptr, shape = before[start // block : stop // block + 1], (stop - start, pattern.shape[1])
+        indices = pattern.indices[inside]
+    else:
+        indptr, shape = before, (pattern.shape[0], stop - start)
+        indices = pattern.indices[inside] - start // block
+    part = CSRPattern(indptr, indices, shape, block)
+    return part, np.flatnonzero(inside).astype(np.int32)

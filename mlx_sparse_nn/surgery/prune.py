@@ -11,9 +11,9 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from mlx_sparse_nn.core.blocks import block_places, move_blocks
+from mlx_sparse_nn.core.blocks import move_blocks
 from mlx_sparse_nn.core.checks import check_density, check_name, check_size
-from mlx_sparse_nn.core.pattern import CSRPattern, from_coordinates
+from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.scores import (
     Balance,
     Score,
@@ -149,7 +149,7 @@ def prune(
     check_name("prune", "scope", scope, ("layer", "global"))
     layers = sparse_layers("prune", model)
     for layer in layers.values():
-        block_places("prune", layer.pattern)  # none comes twice
+        layer.pattern.check_unique("prune")
     moments = {path: moments_of("prune", optimizer, model, layer) for path, layer in layers.items()}
     scores = {
         path: block_scores(layer.weight, score, owner=f"prune {path}".rstrip())
@@ -158,7 +158,7 @@ def prune(
     before = {path: layer.pattern.n_blocks for path, layer in layers.items()}
     if scope == "layer":
         counts = {
-            path: min(before[path], blocks_for(density, n_places(layer.pattern)))
+            path: min(before[path], blocks_for(density, layer.pattern.n_places))
             for path, layer in layers.items()
         }
     else:
@@ -224,11 +224,6 @@ def change_pattern(
                 state[name] = move_blocks(value, source)
 
 
-def n_places(pattern: CSRPattern) -> int:
-    """Return how many blocks the dense matrix has."""
-    return (pattern.shape[0] // pattern.block_size) * (pattern.shape[1] // pattern.block_size)
-
-
 def _global_counts(
     layers: dict[str, BlockSparseLinear], scores: dict[str, np.ndarray], density: float
 ) -> dict[str, int]:
@@ -240,7 +235,7 @@ def _global_counts(
             "prune the layers one by one"
         )
     n_stored = sum(layer_scores.size for layer_scores in scores.values())
-    places = sum(n_places(layer.pattern) for layer in layers.values())
+    places = sum(layer.pattern.n_places for layer in layers.values())
     budget = min(n_stored, max(len(layers), blocks_for(density, places)))
     counts = share_by_score(list(scores.values()), budget)
     return dict(zip(layers, counts.tolist(), strict=True))
@@ -251,9 +246,7 @@ def _subpattern(
 ) -> CSRPattern:
     """Return the ``count`` strongest blocks of a pattern, in their order."""
     kept = strongest(scores, pattern.row_indices, count, balance)
-    return from_coordinates(
-        pattern.row_indices[kept], pattern.indices[kept], pattern.shape, pattern.block_size
-    )
+    return CSRPattern.from_places(pattern.places[kept], pattern.shape, pattern.block_size)
 
 
 def _states(optimizer: optim.Optimizer) -> Iterator[dict[str, Any]]:

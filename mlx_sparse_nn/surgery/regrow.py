@@ -11,7 +11,6 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from mlx_sparse_nn.core.blocks import block_places
 from mlx_sparse_nn.core.checks import (
     check_absent,
     check_features,
@@ -20,14 +19,13 @@ from mlx_sparse_nn.core.checks import (
     check_name,
     check_seed,
 )
-from mlx_sparse_nn.core.pattern import CSRPattern, from_coordinates
+from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.scores import Score, block_scores, check_score, grid_scores, strongest
 from mlx_sparse_nn.layers.layer_calls import sparse_layers, watched
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
 from mlx_sparse_nn.surgery.prune import (
     change_pattern,
     moments_of,
-    n_places,
 )
 
 Criterion: TypeAlias = Literal["gradient", "random"]
@@ -105,9 +103,10 @@ def regrow(
     check_score("regrow", score)
     moments = _moments(layer, model, optimizer)
     pattern = layer.pattern
-    stored = block_places("regrow", pattern)
+    pattern.check_unique("regrow")
+    stored = pattern.places
     strength = block_scores(layer.weight, score, owner="regrow")
-    count = min(round(fraction * stored.size), n_places(pattern) - stored.size)
+    count = min(round(fraction * stored.size), pattern.n_places - stored.size)
     if criterion == "random":
         grown = _random_places(pattern, np.sort(stored), count, seed)
     else:
@@ -115,8 +114,7 @@ def regrow(
     kept = strongest(strength, pattern.row_indices, stored.size - count, "global")
     if count:
         places = np.sort(np.concatenate([stored[kept], grown]))
-        rows, cols = _coordinates(places, pattern).T
-        new = from_coordinates(rows, cols, pattern.shape, pattern.block_size)
+        new = CSRPattern.from_places(places, pattern.shape, pattern.block_size)
         change_pattern(layer, new, moments)
     dropped = np.sort(np.delete(stored, kept))
     return Regrown(
@@ -239,7 +237,7 @@ def _random_places(
     """Draw ``count`` places, given the sorted ones that are stored."""
     if seed is None:
         seed = int(mx.random.randint(0, 2**31 - 1).item())  # type: ignore[arg-type]
-    n_free = n_places(pattern) - stored.size
+    n_free = pattern.n_places - stored.size
     drawn = np.random.default_rng(seed).choice(n_free, count, replace=False)
     free_before = stored - np.arange(stored.size)  # empty places before each stored one
     return drawn + np.searchsorted(free_before, drawn, side="right")
@@ -258,7 +256,7 @@ def _steepest_places(
     It is computed some block-rows at a time, and of each tile only the places that may still be
     chosen are kept. Among equals the first place wins.
     """
-    block, n_block_cols = pattern.block_size, pattern.shape[1] // pattern.block_size
+    block, n_block_cols = pattern.block_size, pattern.grid[1]
     dtype = mx.result_type(x, cotangent, mx.float32)  # 16-bit types accumulate in float32
     x = x.reshape(-1, x.shape[-1]).astype(dtype)
     cotangent = cotangent.reshape(-1, cotangent.shape[-1])
@@ -283,5 +281,4 @@ def _steepest_places(
 
 def _coordinates(places: np.ndarray, pattern: CSRPattern) -> np.ndarray:
     """Return block-row and block-column of each place, ``(n, 2)``."""
-    n_block_cols = max(1, pattern.shape[1] // pattern.block_size)
-    return np.stack(np.divmod(places, n_block_cols), axis=1)
+    return np.stack(np.divmod(places, pattern.grid[1]), axis=1)

@@ -11,7 +11,6 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_sparse_nn.core.blocks import block_places
 from mlx_sparse_nn.core.checks import (
     check_absent,
     check_dims,
@@ -204,7 +203,7 @@ class _Options:
             check_dims(owner, output_dims, input_dims, self.block_size)
         else:
             check_layer_pattern(owner, self.pattern, shape)
-            block_places(owner, self.pattern)  # raises where one repeats
+            self.pattern.check_unique(owner)
 
 
 _OPTION_NAMES = ("block_size", "density", "pattern", "score", "balance")

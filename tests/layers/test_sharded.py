@@ -197,7 +197,8 @@ BAD = [
     (
         lambda: shard_block_sparse(LAYER, "rows", **SHARD),
         ValueError,
-        "[shard_block_sparse] sharding must be one of ('all-to-sharded', 'sharded-to-all'), got 'rows'",
+        "[shard_block_sparse] sharding must be one of ('all-to-sharded', 'sharded-to-all'), "
+        "got 'rows'",
     ),
     (
         lambda: shard_block_sparse(LAYER, "all-to-sharded", boundaries=[0, 32], **SHARD),
