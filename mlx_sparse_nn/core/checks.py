@@ -85,11 +85,11 @@ def check_shape(owner: str, shape: Sequence[int], block_size: int) -> tuple[int,
     return n_rows, n_cols
 
 
-def check_dims(owner: str, output_dims: int, input_dims: int, block_size: int) -> None:
-    """Raise unless a layer of these dims is one whole block at least."""
-    for name, size in (("output_dims", output_dims), ("input_dims", input_dims)):
+def check_dims(owner: str, shape: Sequence[int], block_size: int = 1) -> None:
+    """Raise unless a weight ``(output_dims, input_dims)`` is made of blocks, one at least."""
+    for name, size in zip(("output_dims", "input_dims"), shape, strict=True):
         check_size(owner, name, size)
-    if reason := why_no_blocks((output_dims, input_dims), block_size):
+    if reason := why_no_blocks(shape, block_size):
         raise ValueError(f"[{owner}] {reason}")
 
 

@@ -141,9 +141,13 @@ class CSRPattern:
         n_block_rows, n_block_cols = self.grid
         return n_block_rows * n_block_cols
 
-    @cached_property
+    @property
     def places(self) -> np.ndarray:
         """``row * n_block_cols + column`` of each stored block: ``(n_blocks,)`` int64."""
+        return self._places
+
+    @cached_property
+    def _places(self) -> np.ndarray:
         places = self.row_indices * np.int64(self.grid[1]) + self.indices
         places.flags.writeable = False
         return places

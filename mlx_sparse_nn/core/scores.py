@@ -12,7 +12,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.core.blocks import split_blocks
-from mlx_sparse_nn.core.checks import check_density, check_floating, check_name, check_size
+from mlx_sparse_nn.core.checks import (
+    check_density,
+    check_dims,
+    check_floating,
+    check_name,
+    check_size,
+)
 from mlx_sparse_nn.core.pattern import CSRPattern
 
 Score: TypeAlias = Literal["l1", "l2", "max"] | Callable[[mx.array], mx.array]
@@ -138,6 +144,27 @@ def strongest_pattern(
     kept = strongest(scores.reshape(-1), rows, count, balance)
     shape = (n_block_rows * block_size, n_block_cols * block_size)
     return CSRPattern.from_places(kept, shape, block_size)
+
+
+def choose_blocks(
+    owner: str,
+    weight: mx.array,
+    block_size: int,
+    density: float,
+    score: Score,
+    balance: Balance,
+) -> CSRPattern:
+    """Return the pattern of the strongest blocks of a dense weight, or raise.
+
+    Args:
+        owner: Name shown in error messages.
+        weight: ``(output_dims, input_dims)``.
+        block_size, density, score, balance: As in ``BlockSparseLinear.from_linear``.
+    """
+    check_choice(owner, block_size, density, score, balance)
+    check_dims(owner, weight.shape, block_size)
+    scores = grid_scores(weight, block_size, score, owner=owner)
+    return strongest_pattern(scores, blocks_for(density, scores.size), block_size, balance)
 
 
 def share_by_score(scores: Sequence[np.ndarray], budget: int) -> np.ndarray:

@@ -1,9 +1,8 @@
-"""BlockSparseLinear: a linear layer whose weight is sparse, trainable, and of fixed pattern."""
+"""Linear layers whose weight stores only some blocks: BlockSparseLinear and its quantized form."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,27 +12,20 @@ from mlx_sparse_nn.core import draw, ops
 from mlx_sparse_nn.core.blocks import block_sources, move_blocks, split_blocks
 from mlx_sparse_nn.core.checks import check_absent, check_density, check_dims, check_size
 from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
-from mlx_sparse_nn.core.scores import (
-    Balance,
-    Score,
-    blocks_for,
-    check_choice,
-    grid_scores,
-    strongest_pattern,
-)
-from mlx_sparse_nn.layers.pattern_module import PatternModule, carry_mode
+from mlx_sparse_nn.core.scores import Balance, Score, choose_blocks
+from mlx_sparse_nn.layers.lora import SparseLinear
+from mlx_sparse_nn.layers.pattern_module import carry_mode, check_layer_pattern
 from mlx_sparse_nn.patterns import covering
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from mlx_sparse_nn.layers.lora import LoRABlockSparseLinear
-    from mlx_sparse_nn.layers.quantized import QuantizedBlockSparseLinear
-
 PATTERN_DECIDES = "pattern says which blocks are stored"
+GROUP_SIZES = (64, 32, 128)  # the first that divides the block size is the default
+BITS = (2, 3, 4, 5, 6, 8)
 
 
-class BlockSparseLinear(PatternModule):
+class BlockSparseLinear(SparseLinear):
     r"""Applies a linear transformation whose weight stores only some square blocks.
 
     .. math:: y = x A^\top + b
@@ -90,7 +82,7 @@ class BlockSparseLinear(PatternModule):
             block_size = 32 if block_size is None else block_size
             density = 0.1 if density is None else density
             check_size(owner, "block_size", block_size, minimum=1)
-            check_dims(owner, output_dims, input_dims, block_size)
+            check_dims(owner, (output_dims, input_dims), block_size)
             check_density(owner, density)
             # On the host: a pattern is drawn there, once, when a layer is made.
             seed = int(mx.random.randint(0, 2**31 - 1).item())  # type: ignore[arg-type]
@@ -113,6 +105,13 @@ class BlockSparseLinear(PatternModule):
         self.weight = weight
         if bias is not None:
             self.bias = bias
+
+    @classmethod
+    def _of(cls, pattern: CSRPattern, weight: mx.array, bias: mx.array | None) -> BlockSparseLinear:
+        """Return the layer of these arrays. The class itself would draw random numbers."""
+        layer = cls.__new__(cls)
+        layer._initialise(pattern, weight, bias)
+        return layer
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return ``x Aᵀ + b``: ``(..., input_dims)`` -> ``(..., output_dims)``."""
@@ -183,26 +182,23 @@ class BlockSparseLinear(PatternModule):
         owner = f"{cls.__name__}.from_linear"
         if reason := why_not_linear(linear):
             raise TypeError(f"[{owner}] linear must be an nn.Linear: {reason}")
-        output_dims, input_dims = linear.weight.shape
         if pattern is None:
-            block_size = 32 if block_size is None else block_size
-            density = 0.1 if density is None else density
-            score = "l2" if score is None else score
-            balance = "row" if balance is None else balance
-            check_choice(owner, block_size, density, score, balance)
-            check_dims(owner, output_dims, input_dims, block_size)
-            scores = grid_scores(linear.weight, block_size, score, owner=owner)
-            count = blocks_for(density, scores.size)
-            pattern = strongest_pattern(scores, count, block_size, balance)
+            pattern = choose_blocks(
+                owner,
+                linear.weight,
+                32 if block_size is None else block_size,
+                0.1 if density is None else density,
+                "l2" if score is None else score,
+                "row" if balance is None else balance,
+            )
         else:
             options = dict(block_size=block_size, density=density, score=score, balance=balance)
             check_absent(owner, PATTERN_DECIDES, **options)
-            check_layer_pattern(owner, pattern, (output_dims, input_dims))
+            check_layer_pattern(owner, pattern, linear.weight.shape)
             pattern.check_unique(owner)
         places = mx.array(pattern.row_indices), mx.array(pattern.indices)
         weight = split_blocks(linear.weight, pattern.block_size)[places]
-        layer = cls.__new__(cls)  # cls() would draw random numbers
-        layer._initialise(pattern, weight.reshape(pattern.data_shape), linear.get("bias"))
+        layer = cls._of(pattern, weight.reshape(pattern.data_shape), linear.get("bias"))
         return carry_mode(linear, layer)
 
     def to_linear(self) -> nn.Linear:
@@ -210,23 +206,12 @@ class BlockSparseLinear(PatternModule):
 
         The bias, the dtype, the training mode and what is frozen are those of this layer.
         """
-        linear = nn.Linear.__new__(nn.Linear)  # nn.Linear() would draw random numbers
-        nn.Module.__init__(linear)
-        linear.weight = self.todense()
-        if "bias" in self:
-            linear.bias = self.bias
-        return carry_mode(self, linear)
+        return carry_mode(self, super().to_linear())
 
-    def to_lora(
-        self, r: int = 8, dropout: float = 0.0, scale: float = 20.0
-    ) -> LoRABlockSparseLinear:
-        """Freeze this layer and return it under low-rank adapters; mlx-lm calls this.
-
-        See :class:`LoRABlockSparseLinear` for the arguments.
-        """
-        from mlx_sparse_nn.layers.lora import LoRABlockSparseLinear
-
-        return LoRABlockSparseLinear(self, r, dropout, scale)
+    def to_block_sparse(self) -> BlockSparseLinear:
+        """Return another layer of the same arrays, in the same mode."""
+        layer = BlockSparseLinear._of(self._pattern, self.weight, self.get("bias"))
+        return carry_mode(self, layer)
 
     def to_quantized(
         self, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
@@ -235,8 +220,6 @@ class BlockSparseLinear(PatternModule):
 
         See :class:`QuantizedBlockSparseLinear` for the arguments.
         """
-        from mlx_sparse_nn.layers.quantized import QuantizedBlockSparseLinear
-
         return QuantizedBlockSparseLinear.from_linear(self, group_size, bits, mode)
 
     def set_pattern(self, pattern: CSRPattern) -> np.ndarray:
@@ -259,7 +242,7 @@ class BlockSparseLinear(PatternModule):
         """
         source = block_sources("BlockSparseLinear", self._pattern, pattern)
         weight = move_blocks(self.weight, source)
-        self.__dict__.pop("_replaced", None)
+        self.__dict__.pop("_rollback", None)  # arrays of the old shapes cannot come back
         self._pattern = pattern
         # Not through PatternModule's __setitem__, which holds every array to its present shape.
         dict.__setitem__(self, "weight", weight)
@@ -269,16 +252,116 @@ class BlockSparseLinear(PatternModule):
         return source
 
 
-def check_layer_pattern(owner: str, pattern: CSRPattern, shape: Sequence[int]) -> None:
-    """Raise unless ``pattern`` is one of a weight of ``shape``, ``(output_dims, input_dims)``."""
-    check_pattern(owner, pattern)
-    output_dims, input_dims = shape
-    check_dims(owner, output_dims, input_dims, block_size=1)
-    if pattern.shape != tuple(shape):
-        raise ValueError(
-            f"[{owner}] pattern has shape {pattern.shape}, "
-            f"expected (output_dims, input_dims) = {tuple(shape)}"
+class QuantizedBlockSparseLinear(SparseLinear):
+    r"""Applies :math:`y = x A^\top + b` with quantized blocks: a sparse ``nn.QuantizedLinear``.
+
+    Each row of a stored block is quantized in groups along the input axis, by ``mx.quantize`` in
+    its affine mode. The product dequantizes all stored blocks first: it saves memory at rest, not
+    time. Gradients go to ``x`` and, unless it is frozen, to ``bias``; the quantized blocks stay
+    frozen whatever is unfrozen.
+
+    It holds zeros until :meth:`from_linear` or ``load_weights`` fills it.
+
+    Args:
+        pattern: Which blocks are stored. Its ``block_size`` is a multiple of ``group_size``.
+        bias: Whether there is a bias.
+        group_size: 32, 64 or 128 values that share a scale. By default 64, or 32 where 64 does not
+            divide the block size.
+        bits: Bits of a value: 2 to 6 or 8. By default 4.
+
+    Attributes:
+        weight: ``(n_blocks, block_size, block_size * bits / 32)`` uint32, packed.
+        scales, biases: ``(n_blocks, block_size, block_size / group_size)``.
+        bias: ``(output_dims,)``, if there is one.
+
+    Raises:
+        TypeError: ``pattern`` is not a CSRPattern.
+        ValueError: ``group_size`` or ``bits`` is not one of these, or ``group_size`` does not
+            divide the block size.
+    """
+
+    def __init__(
+        self,
+        pattern: CSRPattern,
+        *,
+        bias: bool = True,
+        group_size: int | None = None,
+        bits: int | None = None,
+    ):
+        owner = "QuantizedBlockSparseLinear"
+        check_pattern(owner, pattern)
+        check_dims(owner, pattern.shape)
+        super().__init__(pattern, pinned=("weight", "scales", "biases"))
+        n_blocks, block = pattern.n_blocks, pattern.block_size
+        self.group_size = _group_size(block, group_size)
+        self.bits = 4 if bits is None else check_size(owner, "bits", bits)
+        if self.bits not in BITS:
+            raise ValueError(f"[{owner}] bits must be one of {BITS}, got {bits!r}")
+        self.weight = mx.zeros((n_blocks, block, block * self.bits // 32), mx.uint32)
+        self.scales = mx.zeros((n_blocks, block, block // self.group_size))
+        self.biases = mx.zeros(self.scales.shape)
+        if bias:
+            self.bias = mx.zeros((pattern.shape[0],))
+        self.freeze()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: BlockSparseLinear,
+        group_size: int | None = None,
+        bits: int | None = None,
+        mode: str = "affine",
+    ) -> QuantizedBlockSparseLinear:
+        """Quantize the blocks of a layer. What ``nn.quantize`` calls, through ``to_quantized``.
+
+        Raises:
+            ValueError: ``mode`` is not "affine", or as for the class.
+        """
+        if mode != "affine":
+            raise ValueError(
+                f"[QuantizedBlockSparseLinear] mode must be 'affine', got {mode!r}; "
+                "leave the layer out with nn.quantize's class_predicate"
+            )
+        layer = cls(linear.pattern, bias=False, group_size=group_size, bits=bits)
+        layer.weight, layer.scales, layer.biases = mx.quantize(
+            linear.weight, layer.group_size, layer.bits
         )
+        if "bias" in linear:
+            layer.bias = linear.bias
+        layer.freeze()
+        return carry_mode(linear, layer)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Return ``x Aᵀ + b``: ``(..., input_dims)`` -> ``(..., output_dims)``."""
+        x = self._checked_input(x)
+        return ops.spmm(self.dequantized_weight(), self._bound_layout(), x, self.get("bias"))
+
+    def dequantized_weight(self) -> mx.array:
+        """Return the stored blocks, ``(n_blocks, block_size, block_size)`` of the scales' dtype."""
+        if self.pattern.n_blocks == 0:  # mx.dequantize refuses empty arrays
+            return mx.zeros(self.pattern.data_shape, self.scales.dtype)
+        return mx.dequantize(self.weight, self.scales, self.biases, self.group_size, self.bits)
+
+    def todense(self) -> mx.array:
+        """Return the dense ``(output_dims, input_dims)`` weight, dequantized."""
+        return ops.todense(self.dequantized_weight(), self._bound_layout())
+
+    def to_block_sparse(self) -> BlockSparseLinear:
+        """Return the layer of the dequantized blocks, all of it trainable."""
+        layer = BlockSparseLinear._of(self._pattern, self.dequantized_weight(), self.get("bias"))
+        layer.train(self.training)
+        return layer
+
+    def _extra_repr(self) -> str:
+        return f"{super()._extra_repr()}, group_size={self.group_size}, bits={self.bits}"
+
+    def _checked(self, key: str, current: mx.array, value: Any) -> mx.array:
+        value = super()._checked(key, current, value)
+        if key == "weight" and value.dtype != mx.uint32:
+            raise TypeError(
+                f"[QuantizedBlockSparseLinear] weight must stay uint32, got {value.dtype}"
+            )
+        return value
 
 
 def why_not_linear(module: nn.Module) -> str | None:
@@ -293,3 +376,25 @@ def why_not_linear(module: nn.Module) -> str | None:
     if isinstance(module, nn.Linear):
         return f"{kind.__name__}, a subclass of nn.Linear, may compute something else"
     return f"got {kind.__name__}"
+
+
+def _group_size(block_size: int, group_size: int | None) -> int:
+    """Return the group size to use, or raise."""
+    owner = "QuantizedBlockSparseLinear"
+    fitting = [size for size in GROUP_SIZES if block_size % size == 0]
+    if not fitting:
+        raise ValueError(
+            f"[{owner}] block_size {block_size} is not a multiple of 32, the smallest group; "
+            "leave the layer out with nn.quantize's class_predicate"
+        )
+    if group_size is None:
+        return fitting[0]
+    check_size(owner, "group_size", group_size)
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"[{owner}] group_size must be 32, 64 or 128, got {group_size!r}")
+    if group_size not in fitting:
+        raise ValueError(
+            f"[{owner}] group_size {group_size} does not divide block_size {block_size}; "
+            f"it can be {' or '.join(map(str, sorted(fitting)))}"
+        )
+    return group_size

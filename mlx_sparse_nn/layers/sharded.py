@@ -17,8 +17,8 @@ from mlx_sparse_nn.core import ops
 from mlx_sparse_nn.core.checks import check_indices, check_model, check_name, check_tiled
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
+from mlx_sparse_nn.layers.lora import SparseLinear
 from mlx_sparse_nn.layers.pattern_module import PatternModule, carry_mode
-from mlx_sparse_nn.layers.quantized import QuantizedBlockSparseLinear
 
 Sharding: TypeAlias = Literal["all-to-sharded", "sharded-to-all"]
 
@@ -215,7 +215,7 @@ def _describe(model: nn.Module) -> list[tuple[str, str, str]]:
     """Return path, sizes and a digest of every pattern in a model."""
     described = []
     for path, module in model.named_modules():
-        if isinstance(module, BlockSparseLinear | QuantizedBlockSparseLinear):
+        if isinstance(module, SparseLinear):
             pattern = module.pattern
             digest = hashlib.sha256(pattern.indptr.tobytes() + pattern.indices.tobytes())
             described.append((path, repr(pattern), digest.hexdigest()))

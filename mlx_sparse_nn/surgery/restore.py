@@ -11,9 +11,9 @@ from mlx.utils import tree_unflatten
 
 from mlx_sparse_nn.core.checks import check_array, check_model
 from mlx_sparse_nn.core.pattern import CSRPattern
-from mlx_sparse_nn.layers.linear import BlockSparseLinear
+from mlx_sparse_nn.layers.linear import BlockSparseLinear, QuantizedBlockSparseLinear
+from mlx_sparse_nn.layers.lora import SparseLinear
 from mlx_sparse_nn.layers.pattern_module import carry_mode
-from mlx_sparse_nn.layers.quantized import QuantizedBlockSparseLinear
 
 Weights: TypeAlias = "str | Path | dict[str, mx.array]"
 
@@ -148,7 +148,7 @@ def _sparse_layer(module: nn.Module, arrays: dict[str, mx.array]) -> nn.Module:
 
 def _weight_shape(module: nn.Module) -> tuple[int, int]:
     """Return ``(output_dims, input_dims)`` of a linear layer, dense or block-sparse."""
-    if isinstance(module, BlockSparseLinear | QuantizedBlockSparseLinear):
+    if isinstance(module, SparseLinear):
         return module.pattern.shape
     if type(module) is nn.Linear:
         output_dims, input_dims = module.weight.shape

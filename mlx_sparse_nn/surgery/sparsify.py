@@ -28,12 +28,8 @@ from mlx_sparse_nn.core.scores import (
     share_by_score,
     strongest_pattern,
 )
-from mlx_sparse_nn.layers.linear import (
-    PATTERN_DECIDES,
-    BlockSparseLinear,
-    check_layer_pattern,
-    why_not_linear,
-)
+from mlx_sparse_nn.layers.linear import PATTERN_DECIDES, BlockSparseLinear, why_not_linear
+from mlx_sparse_nn.layers.pattern_module import check_layer_pattern
 
 Scope: TypeAlias = Literal["layer", "global", "erdos-renyi"]
 Predicate: TypeAlias = Callable[[str, nn.Module], "bool | dict[str, Any]"]
@@ -199,8 +195,7 @@ class _Options:
         """Raise unless they fit a weight ``(output_dims, input_dims)``."""
         check_choice(owner, self.block_size, self.density, self.score, self.balance)
         if self.pattern is None:
-            output_dims, input_dims = shape
-            check_dims(owner, output_dims, input_dims, self.block_size)
+            check_dims(owner, shape, self.block_size)
         else:
             check_layer_pattern(owner, self.pattern, shape)
             self.pattern.check_unique(owner)
