@@ -23,10 +23,7 @@ from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.scores import Score, block_scores, check_score, grid_scores, strongest
 from mlx_sparse_nn.layers.layer_calls import sparse_layers, watched
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
-from mlx_sparse_nn.surgery.prune import (
-    change_pattern,
-    moments_of,
-)
+from mlx_sparse_nn.surgery.optimizer_state import change_pattern, moments_of
 
 Criterion: TypeAlias = Literal["gradient", "random"]
 
