@@ -21,7 +21,7 @@ from mlx_sparse_nn.diagnostics.verify import (
     matmul_uses_tf32,
     products_of,
 )
-from mlx_sparse_nn.layers.linear import BlockSparseLinear
+from mlx_sparse_nn.layers.linear import BlockSparseLinear, check_layer
 
 SPARSE, MASKED, DENSE = METHODS = ("sparse", "mx.block_masked_mm", "dense")
 TASKS = ("forward", "training step")
@@ -158,8 +158,7 @@ def advise(
     Example:
         >>> advise(BlockSparseLinear(1024, 1024, density=0.1), (1, 64))
     """
-    if not isinstance(layer, BlockSparseLinear):
-        raise TypeError(f"[advise] layer must be a BlockSparseLinear, got {type(layer).__name__}")
+    check_layer("advise", layer)
     if isinstance(batch_sizes, str) or not isinstance(batch_sizes, Sequence):
         raise TypeError(f"[advise] batch_sizes must be integers, got {batch_sizes!r}")
     sizes = [check_size("advise", "batch_sizes", n, minimum=1) for n in batch_sizes]

@@ -364,6 +364,12 @@ class QuantizedBlockSparseLinear(SparseLinear):
         return value
 
 
+def check_layer(owner: str, layer: object) -> None:
+    """Raise unless ``layer`` is a :class:`BlockSparseLinear`."""
+    if not isinstance(layer, BlockSparseLinear):
+        raise TypeError(f"[{owner}] layer must be a BlockSparseLinear, got {type(layer).__name__}")
+
+
 def why_not_linear(module: nn.Module) -> str | None:
     """Return in words why ``from_linear`` does not take a module, or None if it does."""
     kind = type(module)

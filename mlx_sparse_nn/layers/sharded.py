@@ -16,7 +16,7 @@ from mlx.nn.layers.distributed import sum_gradients
 from mlx_sparse_nn.core import ops
 from mlx_sparse_nn.core.checks import check_indices, check_model, check_name, check_tiled
 from mlx_sparse_nn.core.pattern import CSRPattern
-from mlx_sparse_nn.layers.linear import BlockSparseLinear
+from mlx_sparse_nn.layers.linear import BlockSparseLinear, check_layer
 from mlx_sparse_nn.layers.lora import SparseLinear
 from mlx_sparse_nn.layers.pattern_module import PatternModule, carry_mode
 
@@ -90,7 +90,7 @@ def shard_boundaries(
     owner, sides = "shard_boundaries", []  # (block of features of each stored block, features, B)
     for axis, layers in enumerate((outputs_of, inputs_of)):
         for layer in layers:
-            _check_layer(owner, layer)
+            check_layer(owner, layer)
             sides.append((_along(layer.pattern, axis), layer.pattern.shape[axis], layer.block_size))
     if not sides:
         raise ValueError(f"[{owner}] no layer is given")
@@ -136,7 +136,7 @@ def shard_block_sparse(
         ValueError: ``sharding`` is another word, or ``boundaries`` do not fit.
     """
     owner = "shard_block_sparse"
-    _check_layer(owner, layer)
+    check_layer(owner, layer)
     check_name(owner, "sharding", sharding, tuple(_SHARDED))
     group = group or mx.distributed.init()
     axis, kind = _SHARDED[sharding]
@@ -246,11 +246,6 @@ def _disagreement(described: list[list[list[str]]]) -> str:
 def _gather(values: np.ndarray, group: mx.distributed.Group) -> np.ndarray:
     """Return the ``(n,)`` values of every rank, ``(n_ranks, n)``."""
     return np.array(mx.distributed.all_gather(mx.array(values)[None], group=group))
-
-
-def _check_layer(owner: str, layer: BlockSparseLinear) -> None:
-    if not isinstance(layer, BlockSparseLinear):
-        raise TypeError(f"[{owner}] layer must be a BlockSparseLinear, got {type(layer).__name__}")
 
 
 def _check_boundaries(

@@ -22,7 +22,7 @@ from mlx_sparse_nn.core.checks import (
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.scores import Score, block_scores, check_score, grid_scores, strongest
 from mlx_sparse_nn.layers.layer_calls import sparse_layers, watched
-from mlx_sparse_nn.layers.linear import BlockSparseLinear
+from mlx_sparse_nn.layers.linear import BlockSparseLinear, check_layer
 from mlx_sparse_nn.surgery.optimizer_state import change_pattern, moments_of
 
 Criterion: TypeAlias = Literal["gradient", "random"]
@@ -188,9 +188,7 @@ def activations(
 
 
 def _check(layer, fraction, criterion, x, cotangent, seed) -> None:
-    if not isinstance(layer, BlockSparseLinear):
-        kind = type(layer).__name__
-        raise TypeError(f"[regrow] layer must be a BlockSparseLinear, got {kind}")
+    check_layer("regrow", layer)
     check_fraction("regrow", "fraction", fraction)
     check_name("regrow", "criterion", criterion, ("gradient", "random"))
     if criterion == "random":
