@@ -379,6 +379,12 @@ REST = [
     ),
     (
         "QuantizedBlockSparseLinear",
+        lambda: QuantizedBlockSparseLinear.from_linear(LINEAR),
+        TypeError,
+        "linear must be a BlockSparseLinear, got Linear",
+    ),
+    (
+        "QuantizedBlockSparseLinear",
         lambda: layer().to_quantized(bits="4"),
         TypeError,
         "bits must be an integer, got '4'",

@@ -275,9 +275,9 @@ class QuantizedBlockSparseLinear(SparseLinear):
         bias: ``(output_dims,)``, if there is one.
 
     Raises:
-        TypeError: ``pattern`` is not a CSRPattern.
-        ValueError: ``group_size`` or ``bits`` is not one of these, or ``group_size`` does not
-            divide the block size.
+        TypeError: ``pattern`` is not a CSRPattern, or ``group_size`` or ``bits`` not an integer.
+        ValueError: ``group_size`` or ``bits`` is not one of these, ``group_size`` does not divide
+            the block size, or ``pattern`` has no rows or no columns.
     """
 
     def __init__(
@@ -315,8 +315,10 @@ class QuantizedBlockSparseLinear(SparseLinear):
         """Quantize the blocks of a layer. What ``nn.quantize`` calls, through ``to_quantized``.
 
         Raises:
+            TypeError: ``linear`` is not a BlockSparseLinear, or as for the class.
             ValueError: ``mode`` is not "affine", or as for the class.
         """
+        check_layer("QuantizedBlockSparseLinear", linear, "linear")
         if mode != "affine":
             raise ValueError(
                 f"[QuantizedBlockSparseLinear] mode must be 'affine', got {mode!r}; "
@@ -364,10 +366,11 @@ class QuantizedBlockSparseLinear(SparseLinear):
         return value
 
 
-def check_layer(owner: str, layer: object) -> None:
+def check_layer(owner: str, layer: object, name: str = "layer") -> None:
     """Raise unless ``layer`` is a :class:`BlockSparseLinear`."""
     if not isinstance(layer, BlockSparseLinear):
-        raise TypeError(f"[{owner}] layer must be a BlockSparseLinear, got {type(layer).__name__}")
+        kind = type(layer).__name__
+        raise TypeError(f"[{owner}] {name} must be a BlockSparseLinear, got {kind}")
 
 
 def why_not_linear(module: nn.Module) -> str | None:

@@ -285,7 +285,7 @@ def _slice(pattern: CSRPattern, axis: int, start: int, stop: int) -> tuple[CSRPa
     block = pattern.block_size
     scalars = _along(pattern, axis) * block  # where each block begins
     inside = (scalars >= start) & (scalars < stop)
-    before = np.concatenate([[0], np.cumsum(inside)])[pattern.indptr]  # each block-row
+    before = np.concatenate([[0], np.cumsum(inside)])[pattern.indptr]  # inside, by block-row
     if axis == 0:
         indptr, shape = before[start // block : stop // block + 1], (stop - start, pattern.shape[1])
         indices = pattern.indices[inside]
