@@ -23,9 +23,8 @@ from mlx_sparse_nn.diagnostics.advise import AdviceReport, MethodTiming, advise
 from mlx_sparse_nn.diagnostics.products import ProductCheck
 from mlx_sparse_nn.diagnostics.summary import LayerSummary, SummaryReport, summary
 from mlx_sparse_nn.diagnostics.verify import MismatchError, VerifyReport, verify
-from mlx_sparse_nn.layers.linear import BlockSparseLinear
+from mlx_sparse_nn.layers.linear import BlockSparseLinear, QuantizedBlockSparseLinear
 from mlx_sparse_nn.layers.lora import LoRABlockSparseLinear
-from mlx_sparse_nn.layers.quantized import QuantizedBlockSparseLinear
 from mlx_sparse_nn.layers.sharded import check_same_pattern, shard_block_sparse, shard_boundaries
 from mlx_sparse_nn.surgery.prune import PruneReport, cubic_density, prune
 from mlx_sparse_nn.surgery.regrow import RegrowReport, activations, regrow

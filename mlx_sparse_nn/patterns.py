@@ -5,14 +5,17 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core.arrays import check_data
-from mlx_sparse_nn.core.pattern import (
+from mlx_sparse_nn.core.checks import (
     ArrayLike,
-    CSRPattern,
+    check_data,
+    check_density,
+    check_fraction,
+    check_matrix,
+    check_seed,
     check_shape,
     check_size,
-    from_coordinates,
 )
+from mlx_sparse_nn.core.pattern import CSRPattern
 
 
 def block_diagonal(features: int, blocks: int) -> CSRPattern:
@@ -25,7 +28,7 @@ def block_diagonal(features: int, blocks: int) -> CSRPattern:
     Raises:
         ValueError: ``blocks`` does not divide ``features``.
     """
-    size = _block_of("block_diagonal", features, blocks)
+    size = _block_of("patterns.block_diagonal", features, blocks)
     return CSRPattern(np.arange(blocks + 1), np.arange(blocks), (features, features), size)
 
 
@@ -39,11 +42,12 @@ def bidiagonal_blocks(features: int, blocks: int) -> CSRPattern:
     Raises:
         ValueError: ``blocks`` does not divide ``features``.
     """
-    size = _block_of("bidiagonal_blocks", features, blocks)
-    rows = np.repeat(np.arange(features), 2)
-    cols = rows + np.tile([0, 1], features)
+    size = _block_of("patterns.bidiagonal_blocks", features, blocks)
+    rows = np.arange(features)[:, None]
+    cols = rows + np.arange(2)  # (features, 2)
     inside = rows // size == cols // size
-    return from_coordinates(rows[inside], cols[inside], (features, features), 1)
+    indptr = np.concatenate([[0], np.cumsum(inside.sum(axis=1))])
+    return CSRPattern(indptr, cols[inside], (features, features))
 
 
 def banded(n_rows: int, n_cols: int, bandwidth: int, block_size: int = 32) -> CSRPattern:
@@ -57,8 +61,8 @@ def banded(n_rows: int, n_cols: int, bandwidth: int, block_size: int = 32) -> CS
     Raises:
         ValueError: ``block_size`` does not divide the shape, or ``bandwidth`` is negative.
     """
-    shape, n_block_rows, n_block_cols = _grid("banded", n_rows, n_cols, block_size)
-    bandwidth = check_size("banded", "bandwidth", bandwidth)
+    shape, n_block_rows, n_block_cols = _grid("patterns.banded", n_rows, n_cols, block_size)
+    bandwidth = check_size("patterns.banded", "bandwidth", bandwidth)
     rows = np.arange(n_block_rows)
     first = np.minimum(np.maximum(rows - bandwidth, 0), n_block_cols)
     counts = np.minimum(rows + bandwidth + 1, n_block_cols) - first
@@ -82,10 +86,11 @@ def butterfly(n: int, block_size: int = 32) -> CSRPattern:
     Raises:
         ValueError: ``n / block_size`` is not a power of two.
     """
-    shape, size, _ = _grid("butterfly", n, n, block_size)
+    shape, size, _ = _grid("patterns.butterfly", n, n, block_size)
     if size == 0 or size & (size - 1):
         raise ValueError(
-            f"[butterfly] n / block_size must be a power of two, got {n} / {block_size} = {size}"
+            "[patterns.butterfly] n / block_size must be a power of two, "
+            f"got {n} / {block_size} = {size}"
         )
     flips = np.concatenate([[0], 1 << np.arange(size.bit_length() - 1)])
     cols = np.sort(np.arange(size)[:, None] ^ flips, axis=1)
@@ -108,11 +113,13 @@ def random(
         seed: Seed of the generator; equal seeds give equal patterns.
 
     Raises:
-        ValueError: ``block_size`` does not divide the shape, or ``density`` is not in [0, 1].
+        TypeError: ``density`` is not a number, or another argument not an integer.
+        ValueError: ``block_size`` does not divide the shape, ``density`` is not in [0, 1], or
+            ``seed`` is negative.
     """
-    shape, n_block_rows, n_block_cols = _grid("random", n_rows, n_cols, block_size)
-    if not 0 <= density <= 1:
-        raise ValueError(f"[random] density must be in [0, 1], got {density}")
+    shape, n_block_rows, n_block_cols = _grid("patterns.random", n_rows, n_cols, block_size)
+    check_fraction("patterns.random", "density", density)
+    seed = check_seed("patterns.random", seed)
     n_blocks = round(density * n_block_rows * n_block_cols)
     return _balanced(shape, block_size, n_blocks, np.random.default_rng(seed))
 
@@ -124,10 +131,13 @@ def covering(
 
     Where ``density`` asks for fewer blocks than that takes, the pattern is denser than asked for.
     This is what ``BlockSparseLinear`` uses: no input is ignored and no output is constant.
+
+    Raises:
+        TypeError, ValueError: As :func:`random`; ``density`` is in (0, 1] here.
     """
-    shape, n_block_rows, n_block_cols = _grid("covering", n_rows, n_cols, block_size)
-    if not 0 < density <= 1:
-        raise ValueError(f"[covering] density must be in (0, 1], got {density}")
+    shape, n_block_rows, n_block_cols = _grid("patterns.covering", n_rows, n_cols, block_size)
+    check_density("patterns.covering", density)
+    seed = check_seed("patterns.covering", seed)
     n_blocks = round(density * n_block_rows * n_block_cols)
     if n_block_rows and n_block_cols:
         n_blocks = max(n_blocks, n_block_rows, n_block_cols)
@@ -144,18 +154,12 @@ def from_mask(mask: ArrayLike, block_size: int = 32) -> CSRPattern:
     Raises:
         ValueError: ``mask`` is not a matrix, or ``block_size`` does not divide it.
     """
+    owner = "patterns.from_mask"
     mask = np.asarray(mask)
-    if mask.ndim != 2:
-        raise ValueError(f"[from_mask] mask must be a matrix, got shape {mask.shape}")
-    n_rows, n_cols = mask.shape
+    check_matrix(owner, "mask", mask)
     if mask.dtype != np.bool_:
-        raise TypeError(
-            f"[from_mask] mask must be bool, got {mask.dtype}; use from_dense for values"
-        )
-    shape, n_block_rows, n_block_cols = _grid("from_mask", n_rows, n_cols, block_size)
-    blocks = mask.reshape(n_block_rows, block_size, n_block_cols, block_size).any(axis=(1, 3))
-    rows, cols = np.nonzero(blocks)
-    return from_coordinates(rows, cols, shape, block_size)
+        raise TypeError(f"[{owner}] mask must be bool, got {mask.dtype}; use from_dense for values")
+    return _where(owner, mask, block_size)
 
 
 def from_dense(w: ArrayLike, block_size: int = 32) -> CSRPattern:
@@ -165,8 +169,18 @@ def from_dense(w: ArrayLike, block_size: int = 32) -> CSRPattern:
         TypeError: ``w`` is not numeric.
         ValueError: ``w`` is not a matrix, or ``block_size`` does not divide it.
     """
-    w = check_data("from_dense", w)
-    return from_mask(np.array(w != mx.zeros((), w.dtype)), block_size)
+    owner = "patterns.from_dense"
+    w = check_data(owner, w, "w")
+    check_matrix(owner, "w", w)
+    return _where(owner, np.array(w != mx.zeros((), w.dtype)), block_size)
+
+
+def _where(owner: str, mask: np.ndarray, block_size: int) -> CSRPattern:
+    """Return the blocks in which any entry of a bool matrix is true."""
+    n_rows, n_cols = mask.shape
+    shape, n_block_rows, n_block_cols = _grid(owner, n_rows, n_cols, block_size)
+    blocks = mask.reshape(n_block_rows, block_size, n_block_cols, block_size).any(axis=(1, 3))
+    return CSRPattern.from_places(np.flatnonzero(blocks), shape, block_size)
 
 
 def _balanced(
@@ -196,6 +210,7 @@ def _balanced(
 
 
 def _block_of(owner: str, features: int, blocks: int) -> int:
+    """Return the block size of so many equal blocks, or raise."""
     features = check_size(owner, "features", features)
     blocks = check_size(owner, "blocks", blocks, minimum=1)
     if features % blocks or features == 0:

@@ -131,10 +131,15 @@ def dense_weight(pattern: CSRPattern, data: mx.array) -> mx.array:
 
 
 @st.composite
-def patterns(draw: st.DrawFn, block_sizes: tuple[int, ...] = (1, 2, 4, 8)) -> CSRPattern:
-    """Draw any valid pattern: unsorted and repeated columns, empty rows, 0 rows or columns."""
+def patterns(
+    draw: st.DrawFn, block_sizes: tuple[int, ...] = (1, 2, 4, 8), fewest: int = 0
+) -> CSRPattern:
+    """Draw any valid pattern: unsorted and repeated columns, empty rows, 0 rows or columns.
+
+    ``fewest`` is the smallest number of block-rows and of block-columns: a layer has 1.
+    """
     block = draw(st.sampled_from(block_sizes))
-    n_rows, n_cols = draw(st.integers(0, 6)), draw(st.integers(0, 6))
+    n_rows, n_cols = draw(st.integers(fewest, 6)), draw(st.integers(fewest, 6))
     column = st.integers(0, max(0, n_cols - 1))
     row = st.lists(column, max_size=9 if n_cols else 0)
     return pattern_of(draw(st.lists(row, min_size=n_rows, max_size=n_rows)), n_cols, block)

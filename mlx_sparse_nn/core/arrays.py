@@ -11,13 +11,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.core import ops
-from mlx_sparse_nn.core.pattern import (
+from mlx_sparse_nn.core.checks import (
     ArrayLike,
-    CSRPattern,
+    check_data,
     check_indices,
     check_range,
     check_shape,
 )
+from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
 from mlx_sparse_nn.core.transforms import defer_to
 
 
@@ -46,10 +47,7 @@ class CSRArray:
 
     def __init__(self, data: ArrayLike, pattern: CSRPattern):
         defer_to(CSRArray)
-        if not isinstance(pattern, CSRPattern):
-            raise TypeError(
-                f"[CSRArray] pattern must be a CSRPattern, got {type(pattern).__name__}"
-            )
+        check_pattern("CSRArray", pattern)
         data = check_data("CSRArray", data)
         if tuple(data.shape) != pattern.data_shape:
             raise ValueError(
@@ -299,17 +297,6 @@ def csr_matmul(A: CSRArray, x: mx.array) -> mx.array:
     if x.ndim == 1:
         return ops.spmm(A.data, A.pattern, x)
     return ops.spmm(A.data, A.pattern, x.swapaxes(-1, -2)).swapaxes(-1, -2)
-
-
-def check_data(owner: str, data: ArrayLike) -> mx.array:
-    """Return ``data`` as an MLX array, or raise if it is not numeric."""
-    if isinstance(data, mx.array):
-        return data
-    array = np.asarray(data)
-    if array.dtype.kind not in "biufc":
-        raise TypeError(f"[{owner}] data must be numeric, got {array.dtype}")
-    values = mx.array(data if isinstance(data, list | tuple) else array)
-    return values if values.size else mx.zeros(array.shape, values.dtype)
 
 
 def _coordinates(name: str, values: ArrayLike, size: int) -> np.ndarray:

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.core.layout import Layout, Side
-from mlx_sparse_nn.core.pattern import CSRPattern
+from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
 
 
 def split_blocks(weight: mx.array, block_size: int) -> mx.array:
@@ -26,35 +26,20 @@ def block_sources(owner: str, old: CSRPattern, new: CSRPattern) -> np.ndarray:
         TypeError: ``new`` is not a CSRPattern.
         ValueError: Shapes or block sizes differ, or a pattern repeats a block.
     """
-    if not isinstance(new, CSRPattern):
-        raise TypeError(f"[{owner}] pattern must be a CSRPattern, got {type(new).__name__}")
+    check_pattern(owner, new)
     if (new.shape, new.block_size) != (old.shape, old.block_size):
         raise ValueError(
             f"[{owner}] pattern has shape {new.shape} and block_size {new.block_size}, "
             f"expected {old.shape} and {old.block_size}"
         )
+    old.check_unique(owner)
+    new.check_unique(owner)
     _, in_old, in_new = np.intersect1d(
-        block_places(owner, old), block_places(owner, new), assume_unique=True, return_indices=True
+        old.places, new.places, assume_unique=True, return_indices=True
     )
     source = np.full(new.n_blocks, -1, dtype=np.int64)
     source[in_new] = in_old
     return source
-
-
-def block_places(owner: str, pattern: CSRPattern) -> np.ndarray:
-    """Return ``row * n_block_cols + column`` of each stored block, ``(n_blocks,)`` int64.
-
-    Raises:
-        ValueError: A block comes twice.
-    """
-    n_block_cols = pattern.shape[1] // pattern.block_size
-    places = pattern.row_indices * np.int64(n_block_cols) + pattern.indices
-    unique, first = np.unique(places, return_index=True)
-    if unique.size < places.size:
-        repeated = np.setdiff1d(np.arange(places.size), first)[0]
-        row, column = pattern.row_indices[repeated], pattern.indices[repeated]
-        raise ValueError(f"[{owner}] the pattern stores block ({row}, {column}) more than once")
-    return places
 
 
 def move_blocks(blocks: mx.array, source: np.ndarray) -> mx.array:

@@ -7,14 +7,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core.arrays import COOArray, CSRArray, check_data
-from mlx_sparse_nn.core.pattern import (
-    ArrayLike,
-    CSRPattern,
-    check_shape,
-    check_size,
-    from_coordinates,
-)
+from mlx_sparse_nn.core.arrays import COOArray, CSRArray
+from mlx_sparse_nn.core.checks import ArrayLike, check_data, check_matrix, check_shape, check_size
+from mlx_sparse_nn.core.pattern import CSRPattern
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -74,7 +69,7 @@ def bsr_array(arg: tuple[ArrayLike, ArrayLike, ArrayLike], shape: tuple[int, int
         ValueError: The blocks are not square, or the indices do not describe such a matrix.
     """
     blocks, indices, indptr = _unpack("bsr_array", "(blocks, indices, indptr)", arg, 3)
-    blocks = check_data("bsr_array", blocks)
+    blocks = check_data("bsr_array", blocks, "blocks")
     if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2] or blocks.shape[1] == 0:
         raise ValueError(f"[bsr_array] blocks must be (n_blocks, B, B), got shape {blocks.shape}")
     block_size = blocks.shape[1]
@@ -95,15 +90,14 @@ def from_dense(w: ArrayLike, block_size: int = 1) -> CSRArray:
         TypeError: ``w`` is not numeric.
         ValueError: ``w`` is not a matrix, or ``block_size`` does not divide it.
     """
-    w = check_data("from_dense", w)
-    if w.ndim != 2:
-        raise ValueError(f"[from_dense] w must be a matrix, got shape {w.shape}")
+    w = check_data("from_dense", w, "w")
+    check_matrix("from_dense", "w", w)
     block = check_size("from_dense", "block_size", block_size, minimum=1)
     n_rows, n_cols = check_shape("from_dense", w.shape, block)
     blocks = w.reshape(n_rows // block, block, n_cols // block, block).swapaxes(1, 2)
-    rows, cols = np.nonzero(np.array((blocks != 0).any(axis=(2, 3))))
-    pattern = from_coordinates(rows, cols, (n_rows, n_cols), block)
-    data = blocks[mx.array(rows.astype(np.int32)), mx.array(cols.astype(np.int32))]
+    places = np.flatnonzero(np.array((blocks != 0).any(axis=(2, 3))))
+    pattern = CSRPattern.from_places(places, (n_rows, n_cols), block)
+    data = blocks[mx.array(pattern.row_indices), mx.array(pattern.indices)]
     return CSRArray(data.reshape(pattern.data_shape), pattern)
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from mlx_sparse_nn.core.pattern import CSRPattern
 
 _PLOT_CELLS = 1024  # a side, at most
 _SVG_CELLS = 128
@@ -21,8 +19,27 @@ _BLUE = "#3b7dd8"  # legible on white and on black, as is the grey
 _GREY = "#808080"
 
 
+class Drawable(Protocol):
+    """What is drawn of a :class:`CSRPattern`, under the same names. Its repr is the caption."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def grid(self) -> tuple[int, int]: ...
+    @property
+    def n_blocks(self) -> int: ...
+    @property
+    def row_indices(self) -> np.ndarray: ...
+    @property
+    def indices(self) -> np.ndarray: ...
+    @property
+    def places(self) -> np.ndarray: ...
+
+
 def plot(
-    pattern: CSRPattern,
+    pattern: Drawable,
     ax: Axes | None = None,
     *,
     cmap: str = "Blues",
@@ -66,7 +83,7 @@ def plot(
     return axes
 
 
-def spy(pattern: CSRPattern, width: int) -> str:
+def spy(pattern: Drawable, width: int) -> str:
     """Return a pattern drawn in half blocks, two cells to a character; see
     :meth:`CSRPattern.spy`."""
     merge = _merge(pattern, 2 * width, width)
@@ -82,7 +99,7 @@ def spy(pattern: CSRPattern, width: int) -> str:
     )
 
 
-def svg(pattern: CSRPattern) -> str:
+def svg(pattern: Drawable) -> str:
     """Return a pattern as an SVG document of at most 128 x 128 cells, to scale.
 
     Cells that merge several blocks are the more opaque the denser they are. One path holds the
@@ -90,7 +107,7 @@ def svg(pattern: CSRPattern) -> str:
     """
     merge = _merge(pattern, _SVG_CELLS, _SVG_CELLS)
     density = local_density(pattern, merge)
-    n_rows, n_cols = (max(1, n // pattern.block_size) for n in pattern.shape)
+    n_rows, n_cols = (max(1, n) for n in pattern.grid)
     level = np.ceil(density / max(density.max(), 1e-300) * _SVG_LEVELS).astype(int)
     paths = []
     for value in np.unique(level[level > 0]):
@@ -116,21 +133,18 @@ def svg(pattern: CSRPattern) -> str:
     )
 
 
-def local_density(pattern: CSRPattern, merge: int) -> np.ndarray:
+def local_density(pattern: Drawable, merge: int) -> np.ndarray:
     """Return the stored fraction of each cell of ``merge x merge`` blocks; at least one cell."""
-    n_rows, n_cols = (n // pattern.block_size for n in pattern.shape)
-    places = pattern.row_indices * np.int64(n_cols) + pattern.indices
-    if not pattern.is_canonical:
-        places = np.unique(places)  # a block that comes twice covers its place once
-    counts = _sum_cells(pattern, merge, *np.divmod(places, max(1, n_cols)))
+    places = np.unique(pattern.places)  # a block that comes twice covers its place once
+    counts = _sum_cells(pattern, merge, *np.divmod(places, max(1, pattern.grid[1])))
     rows, cols = (
         np.clip(n - merge * np.arange(cells), 1, merge)
-        for n, cells in zip((n_rows, n_cols), counts.shape, strict=True)
+        for n, cells in zip(pattern.grid, counts.shape, strict=True)
     )
     return counts / (rows[:, None] * cols)
 
 
-def _root_mean_square(pattern: CSRPattern, merge: int, values: mx.array) -> np.ndarray:
+def _root_mean_square(pattern: Drawable, merge: int, values: mx.array) -> np.ndarray:
     """Return the root mean square of the stored values in each cell, 0 where there is none."""
     blocks = values.astype(mx.float32).reshape(pattern.n_blocks, pattern.block_size**2)
     squares = np.array(mx.square(blocks).mean(axis=1))
@@ -139,15 +153,15 @@ def _root_mean_square(pattern: CSRPattern, merge: int, values: mx.array) -> np.n
     return np.sqrt(sums / np.maximum(1, _sum_cells(pattern, merge, *stored)))
 
 
-def _sum_cells(pattern: CSRPattern, merge: int, rows, cols, weights=None) -> np.ndarray:
-    height, width = (max(1, -(-n // (pattern.block_size * merge))) for n in pattern.shape)
+def _sum_cells(pattern: Drawable, merge: int, rows, cols, weights=None) -> np.ndarray:
+    height, width = (max(1, -(-n // merge)) for n in pattern.grid)
     cell = rows // merge * np.int64(width) + cols // merge
     return np.bincount(cell, weights, minlength=height * width).reshape(height, width)
 
 
-def _merge(pattern: CSRPattern, most_rows: int, most_cols: int) -> int:
+def _merge(pattern: Drawable, most_rows: int, most_cols: int) -> int:
     """Return how many blocks go into a cell a side, so that there are no more cells than these."""
-    n_rows, n_cols = (n // pattern.block_size for n in pattern.shape)
+    n_rows, n_cols = pattern.grid
     return max(1, -(-n_rows // most_rows), -(-n_cols // most_cols))
 
 

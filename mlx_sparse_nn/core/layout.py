@@ -111,7 +111,7 @@ class Side:
     def derived_bytes(self) -> int:
         """Bytes of what backends have derived from them so far."""
         kept = [array for _, array in tree_flatten(list(self._kept.values()))]
-        return sum(array.nbytes for array in kept if array is not None)
+        return sum(array.nbytes for array in kept if isinstance(array, mx.array))
 
     def keep(self, make: Callable[[Side], _T]) -> _T:
         """Return what ``make`` derives from the index arrays, made once for this side.

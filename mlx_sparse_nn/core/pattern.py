@@ -6,20 +6,25 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.core import draw
+from mlx_sparse_nn.core.checks import (
+    INT32_MAX,
+    ArrayLike,
+    check_indices,
+    check_indptr,
+    check_range,
+    check_shape,
+    check_size,
+)
 from mlx_sparse_nn.core.layout import HostIndex, Layout, ascend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-ArrayLike: TypeAlias = "mx.array | np.ndarray | Sequence"
-
-INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -92,6 +97,78 @@ class CSRPattern:
             object.__setattr__(self, name, value)
         indptr.flags.writeable = indices.flags.writeable = False
 
+    @classmethod
+    def from_places(
+        cls, places: ArrayLike, shape: Sequence[int], block_size: int = 1
+    ) -> CSRPattern:
+        """Return the pattern that stores the blocks at these places, numbered as in :attr:`places`.
+
+        Blocks are stored row by row. Those of one block-row keep the order in which they are given,
+        so sorted places make a canonical pattern; a place that comes twice is stored twice.
+
+        Args:
+            places: ``(n_blocks,)`` integers in ``[0, n_places)``, in any order.
+            shape: ``(n_rows, n_cols)`` in scalars.
+            block_size: Side of the square blocks.
+
+        Raises:
+            TypeError, ValueError: As for the class.
+
+        Example:
+            >>> CSRPattern.from_places([0, 1, 3], (64, 64), 32).indices
+            array([0, 1, 1], dtype=int32)
+        """
+        owner = "CSRPattern.from_places"
+        block_size = check_size(owner, "block_size", block_size, minimum=1)
+        n_rows, n_cols = check_shape(owner, shape, block_size)
+        n_block_rows, n_block_cols = n_rows // block_size, n_cols // block_size
+        places = check_indices(owner, "places", places, np.int64)
+        check_range(owner, "places", places, n_block_rows * n_block_cols)
+        rows, cols = np.divmod(places, max(1, n_block_cols))
+        order = np.argsort(rows, kind="stable")
+        lengths = np.bincount(rows, minlength=n_block_rows)
+        indptr = np.concatenate([[0], np.cumsum(lengths)])
+        return cls(indptr, cols[order], (n_rows, n_cols), block_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """``(n_block_rows, n_block_cols)``: the shape of the matrix in blocks."""
+        return self.shape[0] // self.block_size, self.shape[1] // self.block_size
+
+    @property
+    def n_places(self) -> int:
+        """Number of blocks that the dense matrix has."""
+        n_block_rows, n_block_cols = self.grid
+        return n_block_rows * n_block_cols
+
+    @property
+    def places(self) -> np.ndarray:
+        """``row * n_block_cols + column`` of each stored block: ``(n_blocks,)`` int64."""
+        return self._places
+
+    @cached_property
+    def _places(self) -> np.ndarray:
+        places = self.row_indices * np.int64(self.grid[1]) + self.indices
+        places.flags.writeable = False
+        return places
+
+    def check_unique(self, owner: str) -> None:
+        """Raise if a block is stored more than once.
+
+        Args:
+            owner: Name shown in the error message.
+
+        Raises:
+            ValueError: One is. Names the first.
+        """
+        if self.is_canonical:
+            return
+        unique, first = np.unique(self.places, return_index=True)
+        if unique.size < self.n_blocks:
+            repeated = np.setdiff1d(np.arange(self.n_blocks), first)[0]
+            block = int(self.row_indices[repeated]), int(self.indices[repeated])
+            raise ValueError(f"[{owner}] the pattern stores block {block} more than once")
+
     @property
     def n_blocks(self) -> int:
         """Number of stored blocks (for ``block_size=1``, of stored values)."""
@@ -116,7 +193,7 @@ class CSRPattern:
     @cached_property
     def host(self) -> HostIndex:
         """The index arrays in one place that the layout can share."""
-        return HostIndex(self.indptr, self.indices, self.shape[1] // self.block_size)
+        return HostIndex(self.indptr, self.indices, self.grid[1])
 
     @property
     def row_indices(self) -> np.ndarray:
@@ -161,7 +238,7 @@ class CSRPattern:
     def tomask(self) -> mx.array:
         """Return the ``(n_rows, n_cols)`` bool array that is true where a value is stored."""
         block = self.block_size
-        mask = np.zeros((self.shape[0] // block, self.shape[1] // block), dtype=bool)
+        mask = np.zeros(self.grid, dtype=bool)
         mask[self.row_indices, self.indices] = True
         return mx.array(np.kron(mask, np.ones((block, block), dtype=bool)).astype(bool))
 
@@ -211,11 +288,8 @@ class CSRPattern:
             return NotImplemented
         if (self.shape, self.block_size) != (other.shape, other.block_size):
             raise ValueError(f"[CSRPattern] {self!r} {symbol} {other!r}: sizes differ")
-        n_block_cols = max(1, self.shape[1] // self.block_size)
-        flat = [p.row_indices * np.int64(n_block_cols) + p.indices for p in (self, other)]
-        return from_coordinates(
-            *np.divmod(combine(*flat), n_block_cols), self.shape, self.block_size
-        )
+        places = combine(self.places, other.places)
+        return CSRPattern.from_places(places, self.shape, self.block_size)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, CSRPattern):
@@ -248,77 +322,10 @@ class CSRPattern:
         )
 
 
-def from_coordinates(
-    rows: np.ndarray, cols: np.ndarray, shape: tuple[int, int], block_size: int
-) -> CSRPattern:
-    """Return the pattern of blocks at ``(rows[j], cols[j])``, which are ordered by row already."""
-    counts = np.bincount(rows, minlength=shape[0] // block_size)
-    return CSRPattern(np.concatenate([[0], np.cumsum(counts)]), cols, shape, block_size)
-
-
-def check_size(owner: str, name: str, value: int, minimum: int = 0) -> int:
-    """Return ``value`` as an int of at least ``minimum``, or raise."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"[{owner}] {name} must be an integer, got {value!r}")
-    if not minimum <= value <= INT32_MAX:
-        raise ValueError(f"[{owner}] {name} must be in [{minimum}, 2**31 - 1], got {value}")
-    return int(value)
-
-
-def check_shape(owner: str, shape: Sequence[int], block_size: int) -> tuple[int, int]:
-    """Return ``shape`` as two ints that ``block_size`` divides, or raise."""
-    if not isinstance(shape, Sequence) or len(shape) != 2:
-        raise ValueError(f"[{owner}] shape must be (n_rows, n_cols), got {shape!r}")
-    n_rows = check_size(owner, "n_rows", shape[0])
-    n_cols = check_size(owner, "n_cols", shape[1])
-    for name, size in (("n_rows", n_rows), ("n_cols", n_cols)):
-        if size % block_size:
-            raise ValueError(
-                f"[{owner}] {name} {size} is not a multiple of block_size {block_size}"
-            )
-    return n_rows, n_cols
-
-
-def check_indices(owner: str, name: str, values: ArrayLike) -> np.ndarray:
-    """Return ``values`` as a new one-dimensional int32 NumPy array, or raise."""
-    array = np.asarray(values)
-    if array.ndim != 1:
-        raise ValueError(f"[{owner}] {name} must be one-dimensional, got shape {array.shape}")
-    if array.size == 0:
-        return np.zeros(0, dtype=np.int32)
-    if not np.issubdtype(array.dtype, np.integer):
-        raise TypeError(f"[{owner}] {name} must be integers, got {array.dtype}")
-    if array.dtype.itemsize >= 4 and array.dtype != np.int32:
-        low, high = int(array.min()), int(array.max())
-        if low < -INT32_MAX or high > INT32_MAX:
-            worst = high if high > INT32_MAX else low
-            raise ValueError(f"[{owner}] {name} holds {worst}, which does not fit 32 bits")
-    return array.astype(np.int32)
-
-
-def check_indptr(owner: str, indptr: np.ndarray, n_blocks: int) -> None:
-    """Raise unless ``indptr`` rises from 0 to ``n_blocks``."""
-    if indptr[0] != 0:
-        raise ValueError(f"[{owner}] indptr must start at 0, got {indptr[0]}")
-    if (steps := np.diff(indptr.astype(np.int64))).size and steps.min() < 0:
-        row = int(np.argmax(steps < 0))
-        raise ValueError(
-            f"[{owner}] indptr decreases from {indptr[row]} to {indptr[row + 1]} at row {row}"
-        )
-    if indptr[-1] != n_blocks:
-        raise ValueError(
-            f"[{owner}] indptr must end at {n_blocks}, the number of stored blocks, "
-            f"got {indptr[-1]}"
-        )
-
-
-def check_range(owner: str, name: str, indices: np.ndarray, limit: int) -> None:
-    """Raise unless every index lies in ``[0, limit)``."""
-    if indices.size and (indices.min() < 0 or indices.max() >= limit):
-        position = int(np.argmax((indices < 0) | (indices >= limit)))
-        raise ValueError(
-            f"[{owner}] {name}[{position}] is {indices[position]}, outside [0, {limit})"
-        )
+def check_pattern(owner: str, pattern: object) -> None:
+    """Raise unless ``pattern`` is a :class:`CSRPattern`."""
+    if not isinstance(pattern, CSRPattern):
+        raise TypeError(f"[{owner}] pattern must be a CSRPattern, got {type(pattern).__name__}")
 
 
 def _length(values: ArrayLike) -> int:

@@ -6,14 +6,20 @@ All of this runs on the host, once for each change of a pattern, and never on a 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Real
 from typing import Literal, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.core.blocks import split_blocks
-from mlx_sparse_nn.core.pattern import CSRPattern, check_size, from_coordinates
+from mlx_sparse_nn.core.checks import (
+    check_density,
+    check_dims,
+    check_floating,
+    check_name,
+    check_size,
+)
+from mlx_sparse_nn.core.pattern import CSRPattern
 
 Score: TypeAlias = Literal["l1", "l2", "max"] | Callable[[mx.array], mx.array]
 Balance: TypeAlias = Literal["row", "global"]
@@ -35,7 +41,7 @@ def block_scores(
         blocks: ``(n_blocks, B, B)``, or ``(nnz,)`` for block size 1, of any floating dtype.
         score: ``"l1"``, ``"l2"`` or ``"max"``, the norm of a block's entries; or a function from
             ``(n_blocks, B, B)`` float32 to ``(n_blocks,)`` finite numbers.
-        owner: Who errors speak for.
+        owner: Name shown in error messages.
 
     Returns:
         ``(n_blocks,)`` float64 on the host; norms are computed in float32.
@@ -47,9 +53,7 @@ def block_scores(
             unknown name, or its result has another shape or is not finite.
     """
     check_score(owner, score)
-    if not isinstance(blocks, mx.array) or not mx.issubdtype(blocks.dtype, mx.floating):
-        kind = blocks.dtype if isinstance(blocks, mx.array) else type(blocks).__name__
-        raise TypeError(f"[{owner}] weights must be a floating mx.array, got {kind}")
+    check_floating(owner, "weights", blocks)
     if blocks.ndim == 1:
         blocks = blocks.reshape(-1, 1, 1)
     if blocks.ndim != 3:
@@ -139,7 +143,28 @@ def strongest_pattern(
     rows = np.repeat(np.arange(n_block_rows), n_block_cols)
     kept = strongest(scores.reshape(-1), rows, count, balance)
     shape = (n_block_rows * block_size, n_block_cols * block_size)
-    return from_coordinates(*np.divmod(kept, n_block_cols), shape, block_size)
+    return CSRPattern.from_places(kept, shape, block_size)
+
+
+def choose_blocks(
+    owner: str,
+    weight: mx.array,
+    block_size: int,
+    density: float,
+    score: Score,
+    balance: Balance,
+) -> CSRPattern:
+    """Return the pattern of the strongest blocks of a dense weight, or raise.
+
+    Args:
+        owner: Name shown in error messages.
+        weight: ``(output_dims, input_dims)``.
+        block_size, density, score, balance: As in ``BlockSparseLinear.from_linear``.
+    """
+    check_choice(owner, block_size, density, score, balance)
+    check_dims(owner, weight.shape, block_size)
+    scores = grid_scores(weight, block_size, score, owner=owner)
+    return strongest_pattern(scores, blocks_for(density, scores.size), block_size, balance)
 
 
 def share_by_score(scores: Sequence[np.ndarray], budget: int) -> np.ndarray:
@@ -164,16 +189,6 @@ def blocks_for(density: float, places: int) -> int:
     return max(1, round(density * places))
 
 
-def misfit(shape: Sequence[int], block_size: int) -> str | None:
-    """Return in words why blocks do not tile a weight ``(output_dims, input_dims)``, or None."""
-    for name, dims in zip(("output_dims", "input_dims"), shape, strict=True):
-        if dims == 0:
-            return f"{name} is 0"
-        if dims % block_size:
-            return f"{name} {dims} is not a multiple of block_size {block_size}"
-    return None
-
-
 def check_choice(
     owner: str, block_size: int, density: float, score: Score, balance: Balance
 ) -> None:
@@ -182,12 +197,6 @@ def check_choice(
     check_density(owner, density)
     check_score(owner, score)
     check_balance(owner, balance)
-
-
-def check_fits(owner: str, shape: Sequence[int], block_size: int) -> None:
-    """Raise unless blocks tile a weight ``(output_dims, input_dims)``."""
-    if reason := misfit(shape, block_size):
-        raise ValueError(f"[{owner}] {reason}")
 
 
 def check_score(owner: str, score: Score) -> None:
@@ -199,24 +208,6 @@ def check_score(owner: str, score: Score) -> None:
 def check_balance(owner: str, balance: Balance) -> None:
     """Raise unless ``balance`` is a known name."""
     check_name(owner, "balance", balance, _BALANCES)
-
-
-def check_density(owner: str, density: float) -> None:
-    """Raise unless ``density`` is a number in (0, 1]."""
-    if isinstance(density, bool) or not isinstance(density, Real):
-        raise TypeError(f"[{owner}] density must be a number, got {density!r}")
-    if not 0 < density <= 1:
-        raise ValueError(f"[{owner}] density must be in (0, 1], got {density}")
-
-
-def check_name(
-    owner: str, name: str, value: object, known: tuple[str, ...], or_else: str = ""
-) -> None:
-    """Raise unless ``value`` is one of the ``known`` names."""
-    if not isinstance(value, str):
-        raise TypeError(f"[{owner}] {name} must be one of {known}{or_else}, got {value!r}")
-    if value not in known:
-        raise ValueError(f"[{owner}] {name} must be one of {known}{or_else}, got {value!r}")
 
 
 def _on_host(owner: str, scores: object) -> np.ndarray:

@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from mlx_sparse_nn.core.backends import plain
 from mlx_sparse_nn.core.blocks import sample
-from mlx_sparse_nn.core.pattern import check_size
+from mlx_sparse_nn.core.checks import check_number, check_seed, check_size
 from mlx_sparse_nn.core.table import Report, Table
 from mlx_sparse_nn.diagnostics.products import (
     MLX,
@@ -22,7 +22,7 @@ from mlx_sparse_nn.diagnostics.products import (
     matmul_uses_tf32,
     products_of,
 )
-from mlx_sparse_nn.layers.linear import BlockSparseLinear
+from mlx_sparse_nn.layers.linear import BlockSparseLinear, check_layer
 
 SPARSE, MASKED, DENSE = METHODS = ("sparse", "mx.block_masked_mm", "dense")
 TASKS = ("forward", "training step")
@@ -161,23 +161,22 @@ def advise(
     Raises:
         TypeError: ``layer`` is not a BlockSparseLinear, or a batch size is not an integer.
         ValueError: A batch size is less than 1 or there is none, ``seconds`` is not positive, or
-            the layer has no inputs or no outputs.
+            ``seed`` is negative.
         ArithmeticError: The result of the layer, or of ``nn.Linear``, is wrong.
 
     Example:
         >>> advise(BlockSparseLinear(1024, 1024, density=0.1), (1, 64))
     """
-    if not isinstance(layer, BlockSparseLinear):
-        raise TypeError(f"[advise] layer must be a BlockSparseLinear, got {type(layer).__name__}")
+    check_layer("advise", layer)
     if isinstance(batch_sizes, str) or not isinstance(batch_sizes, Sequence):
         raise TypeError(f"[advise] batch_sizes must be integers, got {batch_sizes!r}")
     sizes = [check_size("advise", "batch_sizes", n, minimum=1) for n in batch_sizes]
     if not sizes:
         raise ValueError("[advise] batch_sizes is empty")
+    check_number("advise", "seconds", seconds)
     if not seconds > 0:
         raise ValueError(f"[advise] seconds must be positive, got {seconds}")
-    if 0 in layer.pattern.shape:
-        raise ValueError(f"[advise] the layer's weight is {layer.pattern.shape}: nothing to time")
+    seed = check_seed("advise", seed)
     end = time.perf_counter() + seconds
     contestants: dict[str, nn.Module] = {SPARSE: layer}
     left_out = {}

@@ -10,8 +10,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_sparse_nn.core.pattern import CSRPattern, check_size
+from mlx_sparse_nn.core.checks import check_model, check_size
 from mlx_sparse_nn.core.table import Report, Table, fold
+from mlx_sparse_nn.layers.pattern_module import PatternModule
 
 _INDICES = ("indptr", "indices")
 
@@ -148,8 +149,7 @@ def summary(model: nn.Module, *, optimizer_arrays: int = 2) -> SummaryReport:
     Example:
         >>> print(summary(model))
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"[summary] model must be an nn.Module, got {type(model).__name__}")
+    check_model("summary", model)
     check_size("summary", "optimizer_arrays", optimizer_arrays)
     counted: set[int] = set()
     rows = []
@@ -182,9 +182,9 @@ def _own_arrays(module: nn.Module) -> dict[str, mx.array]:
 
 def _row(path: str, module: nn.Module, arrays: dict[str, mx.array], optimizer_arrays: int) -> dict:
     """Return the fields of a :class:`LayerSummary`, less ``share``."""
-    pattern = getattr(module, "pattern", None)
     index_bytes, block, dead_inputs, dead_outputs = 0, None, None, None
-    if isinstance(pattern, CSRPattern):
+    if isinstance(module, PatternModule):
+        pattern = module.pattern
         layout = [array for _, array in tree_flatten(module["_layout"])]
         index_bytes = sum(a.nbytes for a in [*layout, *(module[name] for name in _INDICES)])
         index_bytes += pattern.layout.derived_bytes

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sparse_nn.core.backends import plain
+from mlx_sparse_nn.core.checks import check_seed
 from mlx_sparse_nn.core.table import Report, Table, fold
 from mlx_sparse_nn.diagnostics.products import (
     PRODUCTS,
@@ -125,6 +126,7 @@ def verify(model: nn.Module, *inputs: Any, seed: int = 0) -> VerifyReport:
         2 sparse layers on Device(cpu, 0): errors within their bounds, in % of the bounds
         ...
     """
+    seed = check_seed("verify", seed)
     layers = {
         path or type(layer).__name__: layer
         for path, layer in sparse_layers("verify", model).items()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_sparse_nn.core.checks import check_model
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
 
 
@@ -18,8 +19,7 @@ def sparse_layers(owner: str, model: nn.Module) -> dict[str, BlockSparseLinear]:
         TypeError: ``model`` is not a module.
         ValueError: There is none.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"[{owner}] model must be an nn.Module, got {type(model).__name__}")
+    check_model(owner, model)
     layers, seen = {}, set()
     for path, module in reversed(model.named_modules()):
         if isinstance(module, BlockSparseLinear) and id(module) not in seen:

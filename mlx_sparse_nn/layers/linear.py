@@ -1,39 +1,31 @@
-"""BlockSparseLinear: a linear layer whose weight is sparse, trainable, and of fixed pattern."""
+"""Linear layers whose weight stores only some blocks: BlockSparseLinear and its quantized form."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_sparse_nn.core import draw, ops
-from mlx_sparse_nn.core.blocks import block_places, block_sources, move_blocks, split_blocks
-from mlx_sparse_nn.core.pattern import CSRPattern, check_size
-from mlx_sparse_nn.core.scores import (
-    Balance,
-    Score,
-    blocks_for,
-    check_choice,
-    check_fits,
-    grid_scores,
-    strongest_pattern,
-)
-from mlx_sparse_nn.layers.pattern_module import PatternModule
+from mlx_sparse_nn.core.blocks import block_sources, move_blocks, split_blocks
+from mlx_sparse_nn.core.checks import check_absent, check_density, check_dims, check_size
+from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
+from mlx_sparse_nn.core.scores import Balance, Score, choose_blocks
+from mlx_sparse_nn.layers.lora import SparseLinear
+from mlx_sparse_nn.layers.pattern_module import carry_mode, check_layer_pattern
 from mlx_sparse_nn.patterns import covering
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from mlx_sparse_nn.layers.lora import LoRABlockSparseLinear
-    from mlx_sparse_nn.layers.quantized import QuantizedBlockSparseLinear
+PATTERN_DECIDES = "pattern says which blocks are stored"
+GROUP_SIZES = (64, 32, 128)  # the first that divides the block size is the default
+BITS = (2, 3, 4, 5, 6, 8)
 
-_Layer = TypeVar("_Layer", bound=nn.Module)
 
-
-class BlockSparseLinear(PatternModule):
+class BlockSparseLinear(SparseLinear):
     r"""Applies a linear transformation whose weight stores only some square blocks.
 
     .. math:: y = x A^\top + b
@@ -53,9 +45,9 @@ class BlockSparseLinear(PatternModule):
         pattern: Which blocks to store, of shape ``(output_dims, input_dims)``; its ``block_size``
             is the layer's. By default a balanced random one with a block in every block-row and
             every block-column, drawn with MLX's random seed.
-        block_size: Side of the blocks of the default pattern.
-        density: Stored fraction of the default pattern; higher where covering every block-row and
-            block-column needs more blocks.
+        block_size: Side of the blocks of the default pattern, 32 by default.
+        density: Stored fraction of the default pattern, 0.1 by default; higher where covering every
+            block-row and block-column needs more blocks.
         bias: Whether to add a trainable bias.
 
     Attributes:
@@ -63,9 +55,11 @@ class BlockSparseLinear(PatternModule):
         bias: ``(output_dims,)``, if there is one.
 
     Raises:
-        TypeError: A size is not an integer, or ``pattern`` is not a CSRPattern.
-        ValueError: ``block_size`` does not divide the dims, ``density`` is not in (0, 1], or
-            ``pattern`` has another shape.
+        TypeError: A size is not an integer, ``density`` is not a number, or ``pattern`` is not a
+            CSRPattern.
+        ValueError: ``block_size`` does not divide the dims, a dim is 0, ``density`` is not in
+            (0, 1], ``pattern`` has another shape, or ``block_size`` or ``density`` is given with
+            it.
 
     Example:
         >>> layer = BlockSparseLinear(512, 256, block_size=32, density=0.125)
@@ -79,13 +73,23 @@ class BlockSparseLinear(PatternModule):
         output_dims: int,
         pattern: CSRPattern | None = None,
         *,
-        block_size: int = 32,
-        density: float = 0.1,
+        block_size: int | None = None,
+        density: float | None = None,
         bias: bool = True,
     ):
+        owner = "BlockSparseLinear"
         if pattern is None:
-            pattern = _default_pattern(input_dims, output_dims, block_size, density)
-        check_pattern("BlockSparseLinear", (output_dims, input_dims), pattern)
+            block_size = 32 if block_size is None else block_size
+            density = 0.1 if density is None else density
+            check_size(owner, "block_size", block_size, minimum=1)
+            check_dims(owner, (output_dims, input_dims), block_size)
+            check_density(owner, density)
+            # On the host: a pattern is drawn there, once, when a layer is made.
+            seed = int(mx.random.randint(0, 2**31 - 1).item())  # type: ignore[arg-type]
+            pattern = covering(output_dims, input_dims, density, block_size, seed)
+        else:
+            check_absent(owner, PATTERN_DECIDES, block_size=block_size, density=density)
+            check_layer_pattern(owner, pattern, (output_dims, input_dims))
         stored_inputs = np.maximum(1, np.diff(pattern.indptr) * pattern.block_size)
         bound = mx.array((1 / np.sqrt(stored_inputs)).astype(np.float32))  # (block rows,)
         blocks = mx.random.uniform(-1, 1, (pattern.n_blocks, pattern.block_size**2))
@@ -94,13 +98,20 @@ class BlockSparseLinear(PatternModule):
         if bias:
             bound = mx.repeat(bound, pattern.block_size)
             biases = mx.random.uniform(-1, 1, (output_dims,)) * bound
-        self._hold(pattern, blocks.reshape(pattern.data_shape), biases)
+        self._initialise(pattern, blocks.reshape(pattern.data_shape), biases)
 
-    def _hold(self, pattern: CSRPattern, weight: mx.array, bias: mx.array | None) -> None:
+    def _initialise(self, pattern: CSRPattern, weight: mx.array, bias: mx.array | None) -> None:
         super().__init__(pattern)
         self.weight = weight
         if bias is not None:
             self.bias = bias
+
+    @classmethod
+    def _of(cls, pattern: CSRPattern, weight: mx.array, bias: mx.array | None) -> BlockSparseLinear:
+        """Return the layer of these arrays. The class itself would draw random numbers."""
+        layer = cls.__new__(cls)
+        layer._initialise(pattern, weight, bias)
+        return layer
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return ``x Aᵀ + b``: ``(..., input_dims)`` -> ``(..., output_dims)``."""
@@ -132,11 +143,11 @@ class BlockSparseLinear(PatternModule):
         cls,
         linear: nn.Linear,
         *,
-        block_size: int = 32,
-        density: float = 0.1,
+        block_size: int | None = None,
+        density: float | None = None,
         pattern: CSRPattern | None = None,
-        score: Score = "l2",
-        balance: Balance = "row",
+        score: Score | None = None,
+        balance: Balance | None = None,
     ) -> BlockSparseLinear:
         """Return the layer that keeps the strongest blocks of a dense one, values unchanged.
 
@@ -146,20 +157,22 @@ class BlockSparseLinear(PatternModule):
         Args:
             linear: An ``nn.Linear``. Not a subclass, which may compute something else, and not a
                 quantized layer: dequantize it first.
-            block_size: Side of the blocks; it divides both dims.
-            density: Stored fraction, in (0, 1], rounded to whole blocks and to at least one.
-            pattern: Store exactly these blocks, ``(output_dims, input_dims)``; the other options
-                are not used then.
-            score: What makes a block strong: ``"l1"``, ``"l2"`` or ``"max"``, the norm of its
-                entries, or a function from ``(n_blocks, B, B)`` float32 to ``(n_blocks,)``.
-            balance: ``"row"`` keeps the same number of blocks in every block-row, give or take one;
-                ``"global"`` keeps the strongest wherever they lie. Either may leave a block-row
-                or a block-column without blocks.
+            block_size: Side of the blocks, 32 by default; it divides both dims.
+            density: Stored fraction, in (0, 1], 0.1 by default, rounded to whole blocks and to at
+                least one.
+            pattern: Store exactly these blocks, ``(output_dims, input_dims)``, in place of the
+                strongest; the other options are left out then.
+            score: What makes a block strong: ``"l1"``, ``"l2"`` (the default) or ``"max"``, the
+                norm of its entries, or a function from ``(n_blocks, B, B)`` float32 to
+                ``(n_blocks,)``.
+            balance: ``"row"``, the default, keeps the same number of blocks in every block-row,
+                give or take one; ``"global"`` keeps the strongest wherever they lie. Either may
+                leave a block-row or a block-column without blocks.
 
         Raises:
             TypeError: ``linear`` is not an ``nn.Linear``, or an option is of the wrong type.
-            ValueError: An option is out of range or does not fit the weight, or the weight is not
-                finite.
+            ValueError: An option is out of range, does not fit the weight or is given beside
+                ``pattern``, or the weight is not finite.
 
         Example:
             >>> linear = nn.Linear(512, 256)
@@ -167,44 +180,38 @@ class BlockSparseLinear(PatternModule):
             CSRPattern(256 x 512, block_size=32, 32 blocks, density 0.25)
         """
         owner = f"{cls.__name__}.from_linear"
-        if reason := not_linear(linear):
+        if reason := why_not_linear(linear):
             raise TypeError(f"[{owner}] linear must be an nn.Linear: {reason}")
         if pattern is None:
-            check_choice(owner, block_size, density, score, balance)
-            check_fits(owner, linear.weight.shape, block_size)
-            scores = grid_scores(linear.weight, block_size, score, owner=owner)
-            count = blocks_for(density, scores.size)
-            pattern = strongest_pattern(scores, count, block_size, balance)
+            pattern = choose_blocks(
+                owner,
+                linear.weight,
+                32 if block_size is None else block_size,
+                0.1 if density is None else density,
+                "l2" if score is None else score,
+                "row" if balance is None else balance,
+            )
         else:
-            check_unique_pattern(owner, linear.weight.shape, pattern)
+            options = dict(block_size=block_size, density=density, score=score, balance=balance)
+            check_absent(owner, PATTERN_DECIDES, **options)
+            check_layer_pattern(owner, pattern, linear.weight.shape)
+            pattern.check_unique(owner)
         places = mx.array(pattern.row_indices), mx.array(pattern.indices)
         weight = split_blocks(linear.weight, pattern.block_size)[places]
-        layer = cls.__new__(cls)  # cls() would draw random numbers
-        layer._hold(pattern, weight.reshape(pattern.data_shape), linear.get("bias"))
-        return _carry_mode(linear, layer)
+        layer = cls._of(pattern, weight.reshape(pattern.data_shape), linear.get("bias"))
+        return carry_mode(linear, layer)
 
     def to_linear(self) -> nn.Linear:
         """Return the ``nn.Linear`` of the same product: its weight is :meth:`todense`, exactly.
 
         The bias, the dtype, the training mode and what is frozen are those of this layer.
         """
-        linear = nn.Linear.__new__(nn.Linear)  # nn.Linear() would draw random numbers
-        nn.Module.__init__(linear)
-        linear.weight = self.todense()
-        if "bias" in self:
-            linear.bias = self.bias
-        return _carry_mode(self, linear)
+        return carry_mode(self, super().to_linear())
 
-    def to_lora(
-        self, r: int = 8, dropout: float = 0.0, scale: float = 20.0
-    ) -> LoRABlockSparseLinear:
-        """Freeze this layer and return it under low-rank adapters; mlx-lm calls this.
-
-        See :class:`LoRABlockSparseLinear` for the arguments.
-        """
-        from mlx_sparse_nn.layers.lora import LoRABlockSparseLinear
-
-        return LoRABlockSparseLinear(self, r, dropout, scale)
+    def to_block_sparse(self) -> BlockSparseLinear:
+        """Return another layer of the same arrays, in the same mode."""
+        layer = BlockSparseLinear._of(self._pattern, self.weight, self.get("bias"))
+        return carry_mode(self, layer)
 
     def to_quantized(
         self, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
@@ -213,8 +220,6 @@ class BlockSparseLinear(PatternModule):
 
         See :class:`QuantizedBlockSparseLinear` for the arguments.
         """
-        from mlx_sparse_nn.layers.quantized import QuantizedBlockSparseLinear
-
         return QuantizedBlockSparseLinear.from_linear(self, group_size, bits, mode)
 
     def set_pattern(self, pattern: CSRPattern) -> np.ndarray:
@@ -237,31 +242,135 @@ class BlockSparseLinear(PatternModule):
         """
         source = block_sources("BlockSparseLinear", self._pattern, pattern)
         weight = move_blocks(self.weight, source)
-        self.__dict__.pop("_replaced", None)
+        self.__dict__.pop("_rollback", None)  # arrays of the old shapes cannot come back
         # Not through PatternModule's __setitem__, which holds every array to its present shape.
         dict.__setitem__(self, "weight", weight)
         self._lay_out(pattern)
         return source
 
 
-def check_pattern(owner: str, shape: Sequence[int], pattern: CSRPattern) -> None:
-    """Raise unless ``pattern`` is one of a weight of ``shape``, ``(output_dims, input_dims)``."""
-    if not isinstance(pattern, CSRPattern):
-        raise TypeError(f"[{owner}] pattern must be a CSRPattern, got {type(pattern).__name__}")
-    if pattern.shape != tuple(shape):
-        raise ValueError(
-            f"[{owner}] pattern has shape {pattern.shape}, "
-            f"expected (output_dims, input_dims) = {tuple(shape)}"
+class QuantizedBlockSparseLinear(SparseLinear):
+    r"""Applies :math:`y = x A^\top + b` with quantized blocks: a sparse ``nn.QuantizedLinear``.
+
+    Each row of a stored block is quantized in groups along the input axis, by ``mx.quantize`` in
+    its affine mode. The product dequantizes all stored blocks first: it saves memory at rest, not
+    time. Gradients go to ``x`` and, unless it is frozen, to ``bias``; the quantized blocks stay
+    frozen whatever is unfrozen.
+
+    It holds zeros until :meth:`from_linear` or ``load_weights`` fills it.
+
+    Args:
+        pattern: Which blocks are stored. Its ``block_size`` is a multiple of ``group_size``.
+        bias: Whether there is a bias.
+        group_size: 32, 64 or 128 values that share a scale. By default 64, or 32 where 64 does not
+            divide the block size.
+        bits: Bits of a value: 2 to 6 or 8. By default 4.
+
+    Attributes:
+        weight: ``(n_blocks, block_size, block_size * bits / 32)`` uint32, packed.
+        scales, biases: ``(n_blocks, block_size, block_size / group_size)``.
+        bias: ``(output_dims,)``, if there is one.
+
+    Raises:
+        TypeError: ``pattern`` is not a CSRPattern, or ``group_size`` or ``bits`` not an integer.
+        ValueError: ``group_size`` or ``bits`` is not one of these, ``group_size`` does not divide
+            the block size, or ``pattern`` has no rows or no columns.
+    """
+
+    def __init__(
+        self,
+        pattern: CSRPattern,
+        *,
+        bias: bool = True,
+        group_size: int | None = None,
+        bits: int | None = None,
+    ):
+        owner = "QuantizedBlockSparseLinear"
+        check_pattern(owner, pattern)
+        check_dims(owner, pattern.shape)
+        super().__init__(pattern, pinned=("weight", "scales", "biases"))
+        n_blocks, block = pattern.n_blocks, pattern.block_size
+        self.group_size = _group_size(block, group_size)
+        self.bits = 4 if bits is None else check_size(owner, "bits", bits)
+        if self.bits not in BITS:
+            raise ValueError(f"[{owner}] bits must be one of {BITS}, got {bits!r}")
+        self.weight = mx.zeros((n_blocks, block, block * self.bits // 32), mx.uint32)
+        self.scales = mx.zeros((n_blocks, block, block // self.group_size))
+        self.biases = mx.zeros(self.scales.shape)
+        if bias:
+            self.bias = mx.zeros((pattern.shape[0],))
+        self.freeze()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: BlockSparseLinear,
+        group_size: int | None = None,
+        bits: int | None = None,
+        mode: str = "affine",
+    ) -> QuantizedBlockSparseLinear:
+        """Quantize the blocks of a layer. What ``nn.quantize`` calls, through ``to_quantized``.
+
+        Raises:
+            TypeError: ``linear`` is not a BlockSparseLinear, or as for the class.
+            ValueError: ``mode`` is not "affine", or as for the class.
+        """
+        check_layer("QuantizedBlockSparseLinear", linear, "linear")
+        if mode != "affine":
+            raise ValueError(
+                f"[QuantizedBlockSparseLinear] mode must be 'affine', got {mode!r}; "
+                "leave the layer out with nn.quantize's class_predicate"
+            )
+        layer = cls(linear.pattern, bias=False, group_size=group_size, bits=bits)
+        layer.weight, layer.scales, layer.biases = mx.quantize(
+            linear.weight, layer.group_size, layer.bits
         )
+        if "bias" in linear:
+            layer.bias = linear.bias
+        layer.freeze()
+        return carry_mode(linear, layer)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Return ``x Aᵀ + b``: ``(..., input_dims)`` -> ``(..., output_dims)``."""
+        x = self._checked_input(x)
+        return ops.spmm(self.dequantized_weight(), self._bound_layout(), x, self.get("bias"))
+
+    def dequantized_weight(self) -> mx.array:
+        """Return the stored blocks, ``(n_blocks, block_size, block_size)`` of the scales' dtype."""
+        if self.pattern.n_blocks == 0:  # mx.dequantize refuses empty arrays
+            return mx.zeros(self.pattern.data_shape, self.scales.dtype)
+        return mx.dequantize(self.weight, self.scales, self.biases, self.group_size, self.bits)
+
+    def todense(self) -> mx.array:
+        """Return the dense ``(output_dims, input_dims)`` weight, dequantized."""
+        return ops.todense(self.dequantized_weight(), self._bound_layout())
+
+    def to_block_sparse(self) -> BlockSparseLinear:
+        """Return the layer of the dequantized blocks, all of it trainable."""
+        layer = BlockSparseLinear._of(self._pattern, self.dequantized_weight(), self.get("bias"))
+        layer.train(self.training)
+        return layer
+
+    def _extra_repr(self) -> str:
+        return f"{super()._extra_repr()}, group_size={self.group_size}, bits={self.bits}"
+
+    def _checked(self, key: str, current: mx.array, value: Any) -> mx.array:
+        value = super()._checked(key, current, value)
+        if key == "weight" and value.dtype != mx.uint32:
+            raise TypeError(
+                f"[QuantizedBlockSparseLinear] weight must stay uint32, got {value.dtype}"
+            )
+        return value
 
 
-def check_unique_pattern(owner: str, shape: Sequence[int], pattern: CSRPattern) -> None:
-    """:func:`check_pattern`, and raise where ``pattern`` repeats a block: its values would add."""
-    check_pattern(owner, shape, pattern)
-    block_places(owner, pattern)
+def check_layer(owner: str, layer: object, name: str = "layer") -> None:
+    """Raise unless ``layer`` is a :class:`BlockSparseLinear`."""
+    if not isinstance(layer, BlockSparseLinear):
+        kind = type(layer).__name__
+        raise TypeError(f"[{owner}] {name} must be a BlockSparseLinear, got {kind}")
 
 
-def not_linear(module: nn.Module) -> str | None:
+def why_not_linear(module: nn.Module) -> str | None:
     """Return in words why ``from_linear`` does not take a module, or None if it does."""
     kind = type(module)
     if kind is nn.Linear:
@@ -275,25 +384,23 @@ def not_linear(module: nn.Module) -> str | None:
     return f"got {kind.__name__}"
 
 
-def _carry_mode(source: nn.Module, layer: _Layer) -> _Layer:
-    """Freeze in ``layer`` what is frozen in ``source``, and put it in the same training mode."""
-    layer.freeze(keys=[key for key in ("weight", "bias") if key in source._no_grad])
-    layer.train(source.training)
-    return layer
-
-
-def _default_pattern(
-    input_dims: int, output_dims: int, block_size: int, density: float
-) -> CSRPattern:
-    owner = "BlockSparseLinear"
-    block_size = check_size(owner, "block_size", block_size, minimum=1)
-    for name, value in (("input_dims", input_dims), ("output_dims", output_dims)):
-        if check_size(owner, name, value) % block_size:
-            raise ValueError(
-                f"[{owner}] {name} {value} is not a multiple of block_size {block_size}"
-            )
-    if not 0 < density <= 1:
-        raise ValueError(f"[{owner}] density must be in (0, 1], got {density}")
-    # On the host: a pattern is drawn there, once, when a layer is made.
-    seed = int(mx.random.randint(0, 2**31 - 1).item())  # type: ignore[arg-type]
-    return covering(output_dims, input_dims, density, block_size, seed)
+def _group_size(block_size: int, group_size: int | None) -> int:
+    """Return the group size to use, or raise."""
+    owner = "QuantizedBlockSparseLinear"
+    fitting = [size for size in GROUP_SIZES if block_size % size == 0]
+    if not fitting:
+        raise ValueError(
+            f"[{owner}] block_size {block_size} is not a multiple of 32, the smallest group; "
+            "leave the layer out with nn.quantize's class_predicate"
+        )
+    if group_size is None:
+        return fitting[0]
+    check_size(owner, "group_size", group_size)
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"[{owner}] group_size must be 32, 64 or 128, got {group_size!r}")
+    if group_size not in fitting:
+        raise ValueError(
+            f"[{owner}] group_size {group_size} does not divide block_size {block_size}; "
+            f"it can be {' or '.join(map(str, sorted(fitting)))}"
+        )
+    return group_size

@@ -3,15 +3,48 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sparse_nn.core import ops
-from mlx_sparse_nn.core.blocks import block_places
-from mlx_sparse_nn.core.pattern import check_size
-from mlx_sparse_nn.layers.linear import BlockSparseLinear
-from mlx_sparse_nn.layers.quantized import QuantizedBlockSparseLinear
+from mlx_sparse_nn.core.checks import check_size
+from mlx_sparse_nn.layers.pattern_module import PatternModule
+
+
+class SparseLinear(PatternModule):
+    """The base of whole block-sparse layers, quantized or not: what adapters can lie over.
+
+    The part of a layer that a rank holds is a :class:`PatternModule` and no such layer.
+    """
+
+    def todense(self) -> mx.array:
+        """Return the dense ``(output_dims, input_dims)`` weight."""
+        raise NotImplementedError
+
+    def to_block_sparse(self) -> SparseLinear:
+        """Return a new layer of the same pattern and bias, whose blocks are not quantized."""
+        raise NotImplementedError
+
+    def to_linear(self) -> nn.Linear:
+        """Return a dense layer whose weight is :meth:`todense`, in the same training mode."""
+        linear = nn.Linear.__new__(nn.Linear)  # nn.Linear() would draw random numbers
+        nn.Module.__init__(linear)
+        linear.weight = self.todense()
+        if "bias" in self:
+            linear.bias = self["bias"]
+        linear.train(self.training)
+        return linear
+
+    def to_lora(
+        self, r: int = 8, dropout: float = 0.0, scale: float = 20.0
+    ) -> LoRABlockSparseLinear:
+        """Freeze this layer and return it under low-rank adapters; mlx-lm calls this.
+
+        See :class:`LoRABlockSparseLinear` for the arguments.
+        """
+        return LoRABlockSparseLinear(self, r, dropout, scale)
 
 
 class LoRABlockSparseLinear(nn.Module):
@@ -41,13 +74,13 @@ class LoRABlockSparseLinear(nn.Module):
 
     def __init__(
         self,
-        linear: BlockSparseLinear | QuantizedBlockSparseLinear,
+        linear: SparseLinear,
         r: int = 8,
         dropout: float = 0.0,
         scale: float = 20.0,
     ):
         super().__init__()
-        if not isinstance(linear, BlockSparseLinear | QuantizedBlockSparseLinear):
+        if not isinstance(linear, SparseLinear):
             raise TypeError(
                 "[LoRABlockSparseLinear] linear must be a BlockSparseLinear or a "
                 f"QuantizedBlockSparseLinear, got {type(linear).__name__}"
@@ -83,24 +116,17 @@ class LoRABlockSparseLinear(nn.Module):
         Raises:
             ValueError: With ``keep_pattern``, the pattern stores a block more than once.
         """
-        linear = self.linear
-        quantized = isinstance(linear, QuantizedBlockSparseLinear)
-        lora_b, bias = self.scale * self.lora_b, "bias" in linear
+        linear, lora_b = self.linear, self.scale * self.lora_b
         if keep_pattern:
-            block_places("LoRABlockSparseLinear.fuse", linear.pattern)  # raises where one repeats
-            weight = linear.dequantized_weight() if quantized else linear.weight
+            linear.pattern.check_unique("LoRABlockSparseLinear.fuse")
+            fused: Any = linear.to_block_sparse()
             delta = ops.sddmm(linear.pattern, lora_b, self.lora_a.T)
-            fused = BlockSparseLinear(
-                linear.input_dims, linear.output_dims, linear.pattern, bias=bias
-            )
         else:
-            weight = linear.todense()
+            fused = linear.to_linear()
             delta = lora_b.T @ self.lora_a.T
-            fused = nn.Linear(linear.input_dims, linear.output_dims, bias=bias)
-        fused.weight = weight + delta.astype(weight.dtype)
-        if bias:
-            fused.bias = linear.bias
-        if quantized and not dequantize:
+        fused.weight = fused.weight + delta.astype(fused.weight.dtype)
+        fused.unfreeze()  # the adapters had frozen it
+        if "scales" in linear and not dequantize:
             return fused.to_quantized(linear.group_size, linear.bits)
         return fused
 

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_sparse_nn.core.checks import (
+    check_dims,
+    check_features,
+    check_indices,
+    check_indptr,
+    check_range,
+)
 from mlx_sparse_nn.core.layout import Layout
-from mlx_sparse_nn.core.pattern import CSRPattern, check_indices, check_indptr, check_range
+from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
 from mlx_sparse_nn.core.transforms import transforming
 
 _INDICES = ("indptr", "indices")
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 class PatternModule(nn.Module):
@@ -68,12 +77,9 @@ class PatternModule(nn.Module):
 
     def _checked_input(self, x: mx.array) -> mx.array:
         """Return ``x``, or raise unless it is ``(..., input_dims)``. Every call begins here."""
-        if x.shape[-1:] != self._pattern.shape[1:]:
-            raise ValueError(
-                f"[{type(self).__name__}] x has shape {x.shape}, "
-                f"its last axis must be input_dims = {self.input_dims}"
-            )
-        self.__dict__.pop("_replaced", None)
+        check_features(type(self).__name__, "x", x, "input_dims", self._pattern.shape[1])
+        # Who calls the layer goes on with what was written: a later error must not take it back.
+        self.__dict__.pop("_rollback", None)
         return x
 
     def _bound_layout(self) -> Layout:
@@ -109,27 +115,23 @@ class PatternModule(nn.Module):
         )
 
     # load_weights, update and apply write into a module item by item, through __setitem__, in any
-    # order. Each item is checked by itself, since any valid indptr goes with any valid indices;
-    # when one is refused, those that came just before it are put back.
+    # order. Each item is checked by itself, since any valid indptr goes with any valid indices.
 
     def __setitem__(self, key: str, value: Any) -> None:
         current = self.get(key)
         if "_layout" not in self or key[0] == "_" or not isinstance(current, mx.array):
             super().__setitem__(key, value)
             return
-        replaced = self.__dict__.setdefault("_replaced", {})
-        if key in replaced:
-            replaced.clear()
+        rollback = self.__dict__.setdefault("_rollback", Rollback())
+        rollback.begin(key)
         try:
             value = self._checked(key, current, value)
         except (TypeError, ValueError):
-            for name, reference_to in replaced.items():
-                if (previous := reference_to()) is not None:
-                    super().__setitem__(name, previous)
+            for name, previous in rollback.replaced():
+                super().__setitem__(name, previous)
             self._follow_indices()
             raise
-        # Weak: load_weights holds what it replaces until it is done, and nobody else need.
-        replaced[key] = weakref.ref(current)
+        rollback.note(key, current)
         super().__setitem__(key, value)
         if key in _INDICES:
             self._follow_indices()
@@ -155,7 +157,7 @@ class PatternModule(nn.Module):
         if key == "indptr":
             check_indptr(owner, host, self._pattern.n_blocks)
         else:
-            check_range(owner, key, host, self.input_dims // self.block_size)
+            check_range(owner, key, host, self._pattern.grid[1])
         return value if value.dtype == mx.int32 else mx.array(host)
 
     def _follow_indices(self) -> None:
@@ -166,8 +168,58 @@ class PatternModule(nn.Module):
             self._lay_out(pattern)
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("_replaced", "_laid_out")
+        derived = ("_rollback", "_laid_out")
         return {key: value for key, value in self.__dict__.items() if key not in derived}
+
+
+class Rollback:
+    """What the latest writes into a module replaced, to be put back if one of them is refused.
+
+    ``load_weights`` writes one array after another and does not say where it begins or ends. A bad
+    checkpoint is often noticed at its second array, when the first one is already in the module;
+    new weights on an old pattern would compute without an error. So the writes since the last call
+    of the layer, or since one name was written for the second time, count as one, and an error in
+    it takes all of it back.
+
+    The references are weak: ``load_weights`` holds what it replaces until it is done. Held by the
+    module, the weights before each step of an optimizer would live on beside the new ones.
+    """
+
+    def __init__(self):
+        self._references: dict[str, weakref.ref[mx.array]] = {}
+
+    def begin(self, key: str) -> None:
+        """Begin anew if ``key`` was written before: it belongs to another load then."""
+        if key in self._references:
+            self._references.clear()
+
+    def note(self, key: str, replaced: mx.array) -> None:
+        """Remember what a write of ``key`` is about to replace."""
+        self._references[key] = weakref.ref(replaced)
+
+    def replaced(self) -> Iterator[tuple[str, mx.array]]:
+        """Yield what was replaced, by name, as far as somebody holds it."""
+        for key, reference in self._references.items():
+            if (array := reference()) is not None:
+                yield key, array
+
+
+def check_layer_pattern(owner: str, pattern: CSRPattern, shape: Sequence[int]) -> None:
+    """Raise unless ``pattern`` is one of a weight of ``shape``, ``(output_dims, input_dims)``."""
+    check_pattern(owner, pattern)
+    check_dims(owner, shape)
+    if pattern.shape != tuple(shape):
+        raise ValueError(
+            f"[{owner}] pattern has shape {pattern.shape}, "
+            f"expected (output_dims, input_dims) = {tuple(shape)}"
+        )
+
+
+def carry_mode(source: nn.Module, layer: _Layer) -> _Layer:
+    """Freeze in ``layer`` what is frozen in ``source``, and put it in the same training mode."""
+    layer.freeze(keys=[key for key in ("weight", "bias") if key in source._no_grad])
+    layer.train(source.training)
+    return layer
 
 
 class PinnedKeys(set):

@@ -14,10 +14,11 @@ import numpy as np
 from mlx.nn.layers.distributed import sum_gradients
 
 from mlx_sparse_nn.core import ops
-from mlx_sparse_nn.core.pattern import CSRPattern, check_indices, from_coordinates
-from mlx_sparse_nn.layers.linear import BlockSparseLinear
-from mlx_sparse_nn.layers.pattern_module import PatternModule
-from mlx_sparse_nn.layers.quantized import QuantizedBlockSparseLinear
+from mlx_sparse_nn.core.checks import check_indices, check_model, check_name, check_tiled
+from mlx_sparse_nn.core.pattern import CSRPattern
+from mlx_sparse_nn.layers.linear import BlockSparseLinear, check_layer
+from mlx_sparse_nn.layers.lora import SparseLinear
+from mlx_sparse_nn.layers.pattern_module import PatternModule, carry_mode
 
 Sharding: TypeAlias = Literal["all-to-sharded", "sharded-to-all"]
 
@@ -35,8 +36,10 @@ def check_same_pattern(model: nn.Module, group: mx.distributed.Group | None = No
         group: The processes that compare theirs, all of them by default.
 
     Raises:
+        TypeError: ``model`` is not a module.
         ValueError: Ranks disagree. Says on which layer.
     """
+    check_model("check_same_pattern", model)
     group = group or mx.distributed.init()
     if group.size() == 1:
         return
@@ -87,10 +90,8 @@ def shard_boundaries(
     owner, sides = "shard_boundaries", []  # (block of features of each stored block, features, B)
     for axis, layers in enumerate((outputs_of, inputs_of)):
         for layer in layers:
-            _check_layer(owner, layer)
-            sides.append(
-                (_places(layer.pattern, axis), layer.pattern.shape[axis], layer.block_size)
-            )
+            check_layer(owner, layer)
+            sides.append((_along(layer.pattern, axis), layer.pattern.shape[axis], layer.block_size))
     if not sides:
         raise ValueError(f"[{owner}] no layer is given")
     sizes = sorted({features for _, features, _ in sides})
@@ -105,8 +106,8 @@ def shard_boundaries(
             f"the {n_ranks} ranks"
         )
     stored = np.zeros(n_units, np.int64)
-    for places, _, block in sides:
-        stored += np.bincount(places * block // unit, minlength=n_units) * block**2
+    for block_indices, _, block in sides:
+        stored += np.bincount(block_indices * block // unit, minlength=n_units) * block**2
     return tuple(int(cut) * unit for cut in _cuts(stored, n_ranks))
 
 
@@ -135,11 +136,8 @@ def shard_block_sparse(
         ValueError: ``sharding`` is another word, or ``boundaries`` do not fit.
     """
     owner = "shard_block_sparse"
-    _check_layer(owner, layer)
-    if sharding not in _SHARDED:
-        raise ValueError(
-            f"[{owner}] sharding must be 'all-to-sharded' or 'sharded-to-all', got {sharding!r}"
-        )
+    check_layer(owner, layer)
+    check_name(owner, "sharding", sharding, tuple(_SHARDED))
     group = group or mx.distributed.init()
     axis, kind = _SHARDED[sharding]
     if boundaries is None:
@@ -153,10 +151,7 @@ def shard_block_sparse(
     bias = layer.get("bias")
     if bias is not None and axis == 0:
         bias = bias[start:stop]
-    part = kind(pattern, layer.weight[mx.array(stored)], bias, group)
-    part.freeze(keys=[name for name in ("weight", "bias") if name in layer._no_grad])
-    part.train(layer.training)
-    return part
+    return carry_mode(layer, kind(pattern, layer.weight[mx.array(stored)], bias, group))
 
 
 class _Sharded(PatternModule):
@@ -220,7 +215,7 @@ def _describe(model: nn.Module) -> list[tuple[str, str, str]]:
     """Return path, sizes and a digest of every pattern in a model."""
     described = []
     for path, module in model.named_modules():
-        if isinstance(module, BlockSparseLinear | QuantizedBlockSparseLinear):
+        if isinstance(module, SparseLinear):
             pattern = module.pattern
             digest = hashlib.sha256(pattern.indptr.tobytes() + pattern.indices.tobytes())
             described.append((path, repr(pattern), digest.hexdigest()))
@@ -253,11 +248,6 @@ def _gather(values: np.ndarray, group: mx.distributed.Group) -> np.ndarray:
     return np.array(mx.distributed.all_gather(mx.array(values)[None], group=group))
 
 
-def _check_layer(owner: str, layer: BlockSparseLinear) -> None:
-    if not isinstance(layer, BlockSparseLinear):
-        raise TypeError(f"[{owner}] layer must be a BlockSparseLinear, got {type(layer).__name__}")
-
-
 def _check_boundaries(
     boundaries: Sequence[int], n_ranks: int, features: int, block_size: int
 ) -> tuple[int, ...]:
@@ -271,10 +261,7 @@ def _check_boundaries(
     if cuts[0] != 0 or cuts[-1] != features or sorted(set(cuts)) != cuts:
         raise ValueError(f"[{owner}] boundaries must rise from 0 to {features}, got {cuts}")
     for cut in cuts:
-        if cut % block_size:
-            raise ValueError(
-                f"[{owner}] boundary {cut} is not a multiple of block_size {block_size}"
-            )
+        check_tiled(owner, "boundary", cut, block_size)
     return tuple(cuts)
 
 
@@ -288,17 +275,22 @@ def _cuts(stored: np.ndarray, n_ranks: int) -> list[int]:
     return [*cuts, stored.size]
 
 
-def _places(pattern: CSRPattern, axis: int) -> np.ndarray:
+def _along(pattern: CSRPattern, axis: int) -> np.ndarray:
     """Return the block-row (axis 0) or block-column (axis 1) of each stored block."""
     return pattern.row_indices if axis == 0 else pattern.indices
 
 
 def _slice(pattern: CSRPattern, axis: int, start: int, stop: int) -> tuple[CSRPattern, np.ndarray]:
     """Return the pattern of a range of rows or columns, and where its blocks are stored."""
-    block, places = pattern.block_size, _places(pattern, axis)
-    stored = np.flatnonzero((places * block >= start) & (places * block < stop)).astype(np.int32)
-    coordinates, shape = [pattern.row_indices[stored], pattern.indices[stored]], [*pattern.shape]
-    coordinates[axis] = coordinates[axis] - start // block
-    shape[axis] = stop - start
-    rows, cols = coordinates
-    return from_coordinates(rows, cols, (shape[0], shape[1]), block), stored
+    block = pattern.block_size
+    scalars = _along(pattern, axis) * block  # where each block begins
+    inside = (scalars >= start) & (scalars < stop)
+    before = np.concatenate([[0], np.cumsum(inside)])[pattern.indptr]  # inside, by block-row
+    if axis == 0:
+        indptr, shape = before[start // block : stop // block + 1], (stop - start, pattern.shape[1])
+        indices = pattern.indices[inside]
+    else:
+        indptr, shape = before, (pattern.shape[0], stop - start)
+        indices = pattern.indices[inside] - start // block
+    part = CSRPattern(indptr, indices, shape, block)
+    return part, np.flatnonzero(inside).astype(np.int32)

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core.pattern import check_size
+from mlx_sparse_nn.core.checks import check_size
 from mlx_sparse_nn.core.transforms import transforming
 from mlx_sparse_nn.physics.precision import epsilon, pairwise_sum
 

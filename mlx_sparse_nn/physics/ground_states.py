@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core.pattern import check_size
+from mlx_sparse_nn.core.checks import check_seed, check_size
 from mlx_sparse_nn.physics.checks import (
     check_basis_memory,
     check_hamiltonian,
@@ -99,7 +99,7 @@ def lanczos(
     max_iter = 1000 if max_iter is None else check_size(owner, "max_iter", max_iter, minimum=1)
     if max_iter < k:
         raise ValueError(f"[{owner}] max_iter must be at least k = {k}, got {max_iter}")
-    seed = check_size(owner, "seed", seed)
+    seed = check_seed(owner, seed)
     if v0 is not None:
         v0 = scaled(check_state(owner, "v0", v0, dim))
     dtype = work_dtype(H, v0)

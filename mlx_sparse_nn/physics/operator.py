@@ -5,8 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core.arrays import check_data
-from mlx_sparse_nn.core.pattern import ArrayLike
+from mlx_sparse_nn.core.checks import ArrayLike, check_data
 from mlx_sparse_nn.physics.checks import (
     Values,
     check_chain,

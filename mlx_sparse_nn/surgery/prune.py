@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from mlx_sparse_nn.core.blocks import block_places, move_blocks
-from mlx_sparse_nn.core.pattern import CSRPattern, check_size, from_coordinates
+from mlx_sparse_nn.core.checks import check_density, check_name, check_size
+from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.scores import (
     Balance,
     Score,
     block_scores,
     blocks_for,
     check_balance,
-    check_density,
     check_score,
     share_by_score,
     strongest,
@@ -28,6 +26,7 @@ from mlx_sparse_nn.core.scores import (
 from mlx_sparse_nn.core.table import NOT_MEASURED, Report, Table, fold
 from mlx_sparse_nn.layers.layer_calls import sparse_layers
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
+from mlx_sparse_nn.surgery.optimizer_state import change_pattern, moments_of
 
 Scope: TypeAlias = Literal["layer", "global"]
 
@@ -64,10 +63,10 @@ def cubic_density(
         [1.0, 0.2125, 0.1]
     """
     owner = "cubic_density"
-    check_fraction(owner, "init", init)
-    check_fraction(owner, "end", end)
-    if not 0 < end <= init:
-        raise ValueError(f"[{owner}] end must be in (0, init = {init}], got {end}")
+    check_density(owner, init, "init")
+    check_density(owner, end, "end")
+    if end > init:
+        raise ValueError(f"[{owner}] end must be at most init = {init}, got {end}")
     check_size(owner, "steps", steps, minimum=1)
     check_size(owner, "start", start)
 
@@ -154,11 +153,10 @@ def prune(
     check_density("prune", density)
     check_score("prune", score)
     check_balance("prune", balance)
-    if scope not in ("layer", "global"):
-        raise ValueError(f"[prune] scope must be 'layer' or 'global', got {scope!r}")
+    check_name("prune", "scope", scope, ("layer", "global"))
     layers = sparse_layers("prune", model)
     for layer in layers.values():
-        block_places("prune", layer.pattern)  # none comes twice
+        layer.pattern.check_unique("prune")
     moments = {path: moments_of("prune", optimizer, model, layer) for path, layer in layers.items()}
     scores = {
         path: block_scores(layer.weight, score, owner=f"prune {path}".rstrip())
@@ -167,7 +165,7 @@ def prune(
     before = {path: layer.pattern.n_blocks for path, layer in layers.items()}
     if scope == "layer":
         counts = {
-            path: min(before[path], blocks_for(density, n_places(layer.pattern)))
+            path: min(before[path], blocks_for(density, layer.pattern.n_places))
             for path, layer in layers.items()
         }
     else:
@@ -182,70 +180,6 @@ def prune(
     return PruneReport(before, counts, _density(layers))
 
 
-def moments_of(
-    owner: str, optimizer: optim.Optimizer | None, model: nn.Module, layer: BlockSparseLinear
-) -> list[dict[str, Any]]:
-    """Return what ``optimizer`` keeps for the weight of ``layer``: the dicts in its own state.
-
-    All optimizers of MLX keep arrays whose first axis runs over the blocks: of the weight's shape,
-    or, for Adafactor, its means over an axis of each block.
-
-    Raises:
-        TypeError: ``optimizer`` is not an Optimizer.
-        ValueError: It has been used, but not for this layer in this model, or it keeps an array
-            that does not run over the blocks.
-    """
-    if optimizer is None:
-        return []
-    if not isinstance(optimizer, optim.Optimizer):
-        kind = type(optimizer).__name__
-        raise TypeError(f"[{owner}] optimizer must be an mlx Optimizer, got {kind}")
-    paths = [path for path, module in model.named_modules() if module is layer]
-    weights = [f"{path}.weight".lstrip(".") for path in paths]
-    trees = list(_states(optimizer))
-    found = [leaf for tree in trees for weight in weights if (leaf := _at(tree, weight))]
-    used = any(isinstance(value, dict | list) for tree in trees for value in tree.values())
-    if used and not found and "weight" in layer.trainable_parameters():
-        raise ValueError(
-            f"[{owner}] optimizer.state has nothing for {weights[0]}: "
-            "pass the optimizer that updates this model"
-        )
-    for state in found:
-        for name, value in state.items():
-            shape = getattr(value, "shape", None)
-            if shape is None or (shape and shape[0] != layer.pattern.n_blocks):
-                raise ValueError(
-                    f"[{owner}] optimizer.state of {weights[0]} holds {name} of shape {shape}, "
-                    f"whose first axis does not run over the {layer.pattern.n_blocks} blocks: "
-                    "it cannot follow the new pattern"
-                )
-    return found
-
-
-def change_pattern(
-    layer: BlockSparseLinear, pattern: CSRPattern, moments: list[dict[str, Any]]
-) -> None:
-    """Give ``layer`` another pattern, and move the arrays of :func:`moments_of` along, in place."""
-    source = layer.set_pattern(pattern)
-    for state in moments:
-        for name, value in state.items():
-            if value.ndim:
-                state[name] = move_blocks(value, source)
-
-
-def n_places(pattern: CSRPattern) -> int:
-    """Return how many blocks the dense matrix has."""
-    return (pattern.shape[0] // pattern.block_size) * (pattern.shape[1] // pattern.block_size)
-
-
-def check_fraction(owner: str, name: str, value: float) -> None:
-    """Raise unless ``value`` is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"[{owner}] {name} must be a number, got {value!r}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"[{owner}] {name} must be in [0, 1], got {value}")
-
-
 def _global_counts(
     layers: dict[str, BlockSparseLinear], scores: dict[str, np.ndarray], density: float
 ) -> dict[str, int]:
@@ -257,7 +191,7 @@ def _global_counts(
             "prune the layers one by one"
         )
     n_stored = sum(layer_scores.size for layer_scores in scores.values())
-    places = sum(n_places(layer.pattern) for layer in layers.values())
+    places = sum(layer.pattern.n_places for layer in layers.values())
     budget = min(n_stored, max(len(layers), blocks_for(density, places)))
     counts = share_by_score(list(scores.values()), budget)
     return dict(zip(layers, counts.tolist(), strict=True))
@@ -268,30 +202,7 @@ def _subpattern(
 ) -> CSRPattern:
     """Return the ``count`` strongest blocks of a pattern, in their order."""
     kept = strongest(scores, pattern.row_indices, count, balance)
-    return from_coordinates(
-        pattern.row_indices[kept], pattern.indices[kept], pattern.shape, pattern.block_size
-    )
-
-
-def _states(optimizer: optim.Optimizer) -> Iterator[dict[str, Any]]:
-    """Yield the states of an optimizer, or of all those that a MultiOptimizer is made of."""
-    if isinstance(optimizer, optim.MultiOptimizer):
-        for part in optimizer.optimizers:
-            yield from _states(part)
-    else:
-        yield optimizer.state
-
-
-def _at(tree: Any, path: str) -> dict[str, Any] | None:
-    """Return what lies at a dotted path of dicts and lists; None if nothing does."""
-    for key in path.split("."):
-        if isinstance(tree, dict):
-            tree = tree.get(key)
-        elif isinstance(tree, list | tuple):
-            tree = tree[int(key)] if int(key) < len(tree) else None
-        else:
-            return None
-    return tree
+    return CSRPattern.from_places(pattern.places[kept], pattern.shape, pattern.block_size)
 
 
 def _density(layers: dict[str, BlockSparseLinear]) -> float:

@@ -11,18 +11,20 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from mlx_sparse_nn.core.blocks import block_places
-from mlx_sparse_nn.core.pattern import CSRPattern, check_size, from_coordinates
+from mlx_sparse_nn.core.checks import (
+    check_absent,
+    check_features,
+    check_floating,
+    check_fraction,
+    check_name,
+    check_seed,
+)
+from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.scores import Score, block_scores, check_score, grid_scores, strongest
 from mlx_sparse_nn.core.table import NOT_MEASURED, Report, Table
 from mlx_sparse_nn.layers.layer_calls import sparse_layers, watched
-from mlx_sparse_nn.layers.linear import BlockSparseLinear
-from mlx_sparse_nn.surgery.prune import (
-    change_pattern,
-    check_fraction,
-    moments_of,
-    n_places,
-)
+from mlx_sparse_nn.layers.linear import BlockSparseLinear, check_layer
+from mlx_sparse_nn.surgery.optimizer_state import change_pattern, moments_of
 
 Criterion: TypeAlias = Literal["gradient", "random"]
 
@@ -106,9 +108,10 @@ def regrow(
     check_score("regrow", score)
     moments = _moments(layer, model, optimizer)
     pattern = layer.pattern
-    stored = block_places("regrow", pattern)
+    pattern.check_unique("regrow")
+    stored = pattern.places
     strength = block_scores(layer.weight, score, owner="regrow")
-    count = min(round(fraction * stored.size), n_places(pattern) - stored.size)
+    count = min(round(fraction * stored.size), pattern.n_places - stored.size)
     if criterion == "random":
         grown = _random_places(pattern, np.sort(stored), count, seed)
     else:
@@ -116,8 +119,7 @@ def regrow(
     kept = strongest(strength, pattern.row_indices, stored.size - count, "global")
     if count:
         places = np.sort(np.concatenate([stored[kept], grown]))
-        rows, cols = _coordinates(places, pattern).T
-        new = from_coordinates(rows, cols, pattern.shape, pattern.block_size)
+        new = CSRPattern.from_places(places, pattern.shape, pattern.block_size)
         change_pattern(layer, new, moments)
     dropped = np.sort(np.delete(stored, kept))
     return RegrowReport(
@@ -194,34 +196,26 @@ def activations(
 
 
 def _check(layer, fraction, criterion, x, cotangent, seed) -> None:
-    if not isinstance(layer, BlockSparseLinear):
-        kind = type(layer).__name__
-        raise TypeError(f"[regrow] layer must be a BlockSparseLinear, got {kind}")
+    check_layer("regrow", layer)
     check_fraction("regrow", "fraction", fraction)
-    if criterion not in ("gradient", "random"):
-        raise ValueError(f"[regrow] criterion must be 'gradient' or 'random', got {criterion!r}")
-    arrays = {"x": (x, layer.input_dims), "cotangent": (cotangent, layer.output_dims)}
+    check_name("regrow", "criterion", criterion, ("gradient", "random"))
     if criterion == "random":
-        if given := [name for name, (value, _) in arrays.items() if value is not None]:
-            raise ValueError(f"[regrow] {given[0]} is for criterion 'gradient', not 'random'")
+        check_absent("regrow", "it is for criterion 'gradient'", x=x, cotangent=cotangent)
         if seed is not None:
-            check_size("regrow", "seed", seed)
+            check_seed("regrow", seed)
         return
-    if seed is not None:
-        raise ValueError("[regrow] seed is for criterion 'random', not 'gradient'")
-    for name, (value, dims) in arrays.items():
+    check_absent("regrow", "it is for criterion 'random'", seed=seed)
+    for name, value, label, size in (
+        ("x", x, "input_dims", layer.input_dims),
+        ("cotangent", cotangent, "output_dims", layer.output_dims),
+    ):
         if value is None:
             raise ValueError(
                 f"[regrow] criterion 'gradient' needs {name}; activations(model, loss_fn, ...) "
                 "gives x and cotangent of each layer"
             )
-        if not isinstance(value, mx.array) or not mx.issubdtype(value.dtype, mx.floating):
-            kind = value.dtype if isinstance(value, mx.array) else type(value).__name__
-            raise TypeError(f"[regrow] {name} must be a floating mx.array, got {kind}")
-        if value.ndim == 0 or value.shape[-1] != dims:
-            raise ValueError(
-                f"[regrow] {name} has shape {value.shape}, its last axis must be {dims}"
-            )
+        check_floating("regrow", name, value)
+        check_features("regrow", name, value, label, size)
     if x.shape[:-1] != cotangent.shape[:-1]:
         raise ValueError(
             f"[regrow] leading axes differ: x {x.shape[:-1]}, cotangent {cotangent.shape[:-1]}"
@@ -246,7 +240,7 @@ def _random_places(
     """Draw ``count`` places, given the sorted ones that are stored."""
     if seed is None:
         seed = int(mx.random.randint(0, 2**31 - 1).item())  # type: ignore[arg-type]
-    n_free = n_places(pattern) - stored.size
+    n_free = pattern.n_places - stored.size
     drawn = np.random.default_rng(seed).choice(n_free, count, replace=False)
     free_before = stored - np.arange(stored.size)  # empty places before each stored one
     return drawn + np.searchsorted(free_before, drawn, side="right")
@@ -265,7 +259,7 @@ def _steepest_places(
     It is computed some block-rows at a time, and of each tile only the places that may still be
     chosen are kept. Among equals the first place wins.
     """
-    block, n_block_cols = pattern.block_size, pattern.shape[1] // pattern.block_size
+    block, n_block_cols = pattern.block_size, pattern.grid[1]
     dtype = mx.result_type(x, cotangent, mx.float32)  # 16-bit types accumulate in float32
     x = x.reshape(-1, x.shape[-1]).astype(dtype)
     cotangent = cotangent.reshape(-1, cotangent.shape[-1])
@@ -290,5 +284,4 @@ def _steepest_places(
 
 def _coordinates(places: np.ndarray, pattern: CSRPattern) -> np.ndarray:
     """Return block-row and block-column of each place, ``(n, 2)``."""
-    n_block_cols = max(1, pattern.shape[1] // pattern.block_size)
-    return np.stack(np.divmod(places, n_block_cols), axis=1)
+    return np.stack(np.divmod(places, pattern.grid[1]), axis=1)

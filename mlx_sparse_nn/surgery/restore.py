@@ -9,9 +9,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from mlx_sparse_nn.core.checks import check_array, check_model
 from mlx_sparse_nn.core.pattern import CSRPattern
-from mlx_sparse_nn.layers.linear import BlockSparseLinear
-from mlx_sparse_nn.layers.quantized import QuantizedBlockSparseLinear
+from mlx_sparse_nn.layers.linear import BlockSparseLinear, QuantizedBlockSparseLinear
+from mlx_sparse_nn.layers.lora import SparseLinear
+from mlx_sparse_nn.layers.pattern_module import carry_mode
 
 Weights: TypeAlias = "str | Path | dict[str, mx.array]"
 
@@ -36,15 +38,17 @@ def restore(model: nn.Module, weights: Weights) -> nn.Module:
 
     Raises:
         FileNotFoundError: A directory holds no ``model*.safetensors``.
-        TypeError: An array has the wrong dtype, or the file is not a dict of arrays.
+        TypeError: ``model`` is not a module, an array has the wrong dtype, or the file is not a
+            dict of arrays.
         ValueError: A sparse layer of the checkpoint does not fit the model or itself, or a name is
             missing or left over.
 
     Example:
         >>> restore(model, "sparse.safetensors")  # saved by model.save_weights
     """
-    weights = _read(weights)
-    replaced = _replace(model, weights)
+    check_model("restore", model)
+    weights = _read("restore", weights)
+    replaced = _replace("restore", model, weights)
     try:
         return model.load_weights(list(weights.items()))
     except Exception:
@@ -59,31 +63,31 @@ def restore_patterns(model: nn.Module, weights: Weights) -> nn.Module:
 
     Args, Returns, Raises: As :func:`restore`.
     """
-    _replace(model, _read(weights))
+    check_model("restore_patterns", model)
+    _replace("restore_patterns", model, _read("restore_patterns", weights))
     return model
 
 
-def _read(weights: Weights) -> dict[str, mx.array]:
+def _read(owner: str, weights: Weights) -> dict[str, mx.array]:
     if isinstance(weights, str | Path):
         path = Path(weights)
         files = sorted(path.glob("model*.safetensors")) if path.is_dir() else [path]
         if not files:
-            raise FileNotFoundError(f"[restore] no model*.safetensors in {path}")
+            raise FileNotFoundError(f"[{owner}] no model*.safetensors in {path}")
         weights = {}
         for file in files:
             arrays = mx.load(str(file))
             if not isinstance(arrays, dict):
-                raise TypeError(f"[restore] {file} holds an array without a name")
+                raise TypeError(f"[{owner}] {file} holds an array without a name")
             weights |= arrays
     if not isinstance(weights, dict):
-        raise TypeError(f"[restore] weights must be a path or a dict, got {type(weights).__name__}")
+        raise TypeError(f"[{owner}] weights must be a path or a dict, got {type(weights).__name__}")
     for name, array in weights.items():
-        if not isinstance(array, mx.array):
-            raise TypeError(f"[restore] {name} must be an mx.array, got {type(array).__name__}")
+        check_array(owner, name, array)
     return weights
 
 
-def _replace(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, nn.Module]:
+def _replace(owner: str, model: nn.Module, weights: dict[str, mx.array]) -> dict[str, nn.Module]:
     """Put the sparse layers of a checkpoint into a model, and return those that were there."""
     modules = dict(model.named_modules())
     layers: dict[str, nn.Module] = {}
@@ -95,7 +99,7 @@ def _replace(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, nn.Mod
                 raise ValueError("the model has no such layer")
             layer = _sparse_layer(modules[path], arrays)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"[restore] {path} is sparse in the checkpoint: {error}") from error
+            raise type(error)(f"[{owner}] {path} is sparse in the checkpoint: {error}") from error
         layers[path] = made.setdefault(id(modules[path]), layer)
     _update(model, layers)
     return {path: modules[path] for path in layers}
@@ -139,14 +143,12 @@ def _sparse_layer(module: nn.Module, arrays: dict[str, mx.array]) -> nn.Module:
             raise ValueError(f"{name} has shape {array.shape}, expected {expected.shape}")
         if mx.issubdtype(expected.dtype, mx.floating) != mx.issubdtype(array.dtype, mx.inexact):
             raise TypeError(f"{name} has dtype {array.dtype}, expected {expected.dtype}")
-    layer.train(module.training)
-    layer.freeze(keys=[name for name in ("weight", "bias") if name in module._no_grad])
-    return layer
+    return carry_mode(module, layer)
 
 
 def _weight_shape(module: nn.Module) -> tuple[int, int]:
     """Return ``(output_dims, input_dims)`` of a linear layer, dense or block-sparse."""
-    if isinstance(module, BlockSparseLinear | QuantizedBlockSparseLinear):
+    if isinstance(module, SparseLinear):
         return module.pattern.shape
     if type(module) is nn.Linear:
         output_dims, input_dims = module.weight.shape

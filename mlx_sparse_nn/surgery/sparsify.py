@@ -11,21 +11,26 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
+from mlx_sparse_nn.core.checks import (
+    check_absent,
+    check_dims,
+    check_model,
+    check_name,
+    why_no_blocks,
+)
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.scores import (
     Balance,
     Score,
     blocks_for,
     check_choice,
-    check_fits,
-    check_name,
     grid_scores,
-    misfit,
     share_by_score,
     strongest_pattern,
 )
 from mlx_sparse_nn.core.table import NOT_MEASURED, Report, Table, fold
-from mlx_sparse_nn.layers.linear import BlockSparseLinear, check_unique_pattern, not_linear
+from mlx_sparse_nn.layers.linear import PATTERN_DECIDES, BlockSparseLinear, why_not_linear
+from mlx_sparse_nn.layers.pattern_module import check_layer_pattern
 
 Scope: TypeAlias = Literal["layer", "global", "erdos-renyi"]
 Predicate: TypeAlias = Callable[[str, nn.Module], "bool | dict[str, Any]"]
@@ -113,8 +118,9 @@ def sparsify(
             layer keeps at least one block, also where the density asks for fewer.
         predicate: Called with ``(path, module)`` for each ``nn.Linear``. Returns ``False`` to leave
             it dense, ``True`` to make it sparse, or a dict of options of its own: ``block_size``,
-            ``density``, ``pattern``, ``score``, ``balance``. By default every layer is made sparse
-            whose dims are multiples of ``block_size``.
+            ``density``, ``score``, ``balance``, or ``pattern`` alone, which takes the place of
+            these. By default every layer is made sparse whose dims are multiples of
+            ``block_size``.
         score, balance: As in :meth:`BlockSparseLinear.from_linear`.
         scope: How many blocks each layer keeps:
 
@@ -204,16 +210,21 @@ class _Options:
             raise ValueError(
                 f"[{owner}] unknown option {unknown[0]!r}; the options are {_OPTION_NAMES}"
             )
-        shared = self.shared and "density" not in own and own.get("pattern") is None
+        others = {key: value for key, value in own.items() if key != "pattern"}
+        has_pattern = own.get("pattern") is not None
+        if has_pattern:
+            check_absent(owner, PATTERN_DECIDES, **others)
+        shared = self.shared and "density" not in own and not has_pattern
         return replace(self, **own, shared=shared)
 
     def check(self, owner: str, shape: Sequence[int]) -> None:
         """Raise unless they fit a weight ``(output_dims, input_dims)``."""
         check_choice(owner, self.block_size, self.density, self.score, self.balance)
         if self.pattern is None:
-            check_fits(owner, shape, self.block_size)
+            check_dims(owner, shape, self.block_size)
         else:
-            check_unique_pattern(owner, shape, self.pattern)
+            check_layer_pattern(owner, self.pattern, shape)
+            self.pattern.check_unique(owner)
 
 
 _OPTION_NAMES = ("block_size", "density", "pattern", "score", "balance")
@@ -262,10 +273,10 @@ def _decide(
     path: str, module: Any, predicate: Predicate | None, defaults: _Options
 ) -> _Options | str:
     """Return what is wanted of a linear layer, or in words why it is left alone."""
-    if reason := not_linear(module):
+    if reason := why_not_linear(module):
         return reason
     if predicate is None:
-        return misfit(module.weight.shape, defaults.block_size) or defaults
+        return why_no_blocks(module.weight.shape, defaults.block_size) or defaults
     answer, owner = predicate(path, module), f"sparsify {path}"
     if not isinstance(answer, bool | np.bool_ | dict):
         raise TypeError(f"[{owner}] predicate must return a bool or a dict, got {answer!r}")
@@ -332,8 +343,7 @@ def _share_by_erdos_renyi(scores: list[np.ndarray], budget: int) -> np.ndarray:
 
 def _check_model(owner: str, model: nn.Module, kinds: _Kinds, instead: str) -> None:
     """Raise unless ``model`` is a module in which layers of these kinds can be replaced."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"[{owner}] model must be an nn.Module, got {type(model).__name__}")
+    check_model(owner, model)
     if isinstance(model, kinds):
         raise TypeError(
             f"[{owner}] model is itself a {type(model).__name__}, which nothing can replace in "

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 from support import dense_of, integers, patterns
 
 from mlx_sparse_nn import CSRPattern, spmm, spmm_t
@@ -38,6 +39,45 @@ def test_counts_and_mask(pattern):
     )
     if pattern.is_canonical and mask.size:
         assert pattern.density == pytest.approx(mask.mean())
+
+
+@given(patterns(), st.randoms(use_true_random=False))
+def test_places_number_the_blocks_of_the_grid(pattern, random):
+    """A pattern comes back from its places, and a shuffled grid is stored row by row."""
+    filled = np.array(pattern.tomask())[:: pattern.block_size, :: pattern.block_size]
+    assert pattern.grid == filled.shape
+    assert pattern.n_places == filled.size
+    assert np.array_equal(np.unique(pattern.places), np.flatnonzero(filled))
+    assert pattern.places.dtype == np.int64
+    sizes = pattern.shape, pattern.block_size
+    assert CSRPattern.from_places(pattern.places, *sizes) == pattern
+    places = pattern.places.tolist()
+    random.shuffle(places)
+    shuffled = CSRPattern.from_places(places, *sizes)
+    assert np.array_equal(shuffled.indptr, pattern.indptr)
+    n_cols = max(1, pattern.grid[1])
+    in_order = [p % n_cols for row in range(pattern.grid[0]) for p in places if p // n_cols == row]
+    assert shuffled.indices.tolist() == in_order
+    assert CSRPattern.from_places(np.flatnonzero(filled), *sizes).is_canonical
+
+
+def test_places_of_a_grid_past_32_bits():
+    pattern = CSRPattern.from_places([2**40 + 3], (2**21, 2**21))
+    assert (pattern.row_indices.tolist()[0], pattern.indices.tolist()[0]) == (2**19, 3)
+    assert pattern.places.tolist() == [2**40 + 3]
+
+
+@given(patterns())
+def test_a_repeated_block_is_named(pattern):
+    places = pattern.places.tolist()
+    repeated = [j for j, place in enumerate(places) if place in places[:j]]
+    if not repeated:
+        pattern.check_unique("prune")
+        return
+    block = pattern.row_indices[repeated[0]], pattern.indices[repeated[0]]
+    message = rf"^\[prune\] the pattern stores block \({block[0]}, {block[1]}\) more than once$"
+    with pytest.raises(ValueError, match=message):
+        pattern.check_unique("prune")
 
 
 def _rows(pattern):
@@ -148,3 +188,18 @@ BAD = [
 def test_bad_patterns_are_refused(change, error, message):
     with pytest.raises(error, match=r"^\[CSRPattern\] .*" + message):
         CSRPattern(**{**VALID, **change})
+
+
+BAD_PLACES = [
+    ([0, 6], ValueError, r"places\[1\] is 6, outside \[0, 6\)"),
+    ([-1], ValueError, r"places\[0\] is -1, outside \[0, 6\)"),
+    ([0.0], TypeError, "places must be integers, got float64"),
+    ([[0]], ValueError, r"places must be one-dimensional, got shape \(1, 1\)"),
+    (np.array([2**63], np.uint64), ValueError, "places holds 9223372036854775808.* 64 bits"),
+]
+
+
+@pytest.mark.parametrize(("places", "error", "message"), BAD_PLACES)
+def test_bad_places_are_refused(places, error, message):
+    with pytest.raises(error, match=r"^\[CSRPattern.from_places\] " + message):
+        CSRPattern.from_places(places, (4, 6), 2)

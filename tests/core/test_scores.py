@@ -10,7 +10,6 @@ from support import integers, to_numpy, tolerance
 from mlx_sparse_nn.core.scores import (
     block_scores,
     blocks_for,
-    check_density,
     grid_scores,
     share_by_score,
     split_blocks,
@@ -163,10 +162,6 @@ BAD = [
     (lambda: strongest(SCORES, ROWS, -1), ValueError, r"count must be in \[0, 4\], got -1"),
     (lambda: strongest(SCORES, ROWS, 2, "column"), ValueError, "balance must be one of.*'column'"),
     (lambda: strongest(SCORES, ROWS, 2, None), TypeError, "balance must be one of.*got None"),
-    (lambda: check_density("strongest", "0.1"), TypeError, "density must be a number, got '0.1'"),
-    (lambda: check_density("strongest", True), TypeError, "density must be a number, got True"),
-    (lambda: check_density("strongest", 1.5), ValueError, r"density must be in \(0, 1\], got 1.5"),
-    (lambda: check_density("strongest", float("nan")), ValueError, "density must be in .* got nan"),
 ]
 
 

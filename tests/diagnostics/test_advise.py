@@ -196,11 +196,8 @@ BAD = [
     (lambda: advise(LAYER, []), ValueError, "batch_sizes is empty"),
     (lambda: advise(LAYER, seconds=0), ValueError, "seconds must be positive, got 0"),
     (lambda: advise(LAYER, seconds=float("nan")), ValueError, "seconds must be positive, got nan"),
-    (
-        lambda: advise(BlockSparseLinear(0, 64)),
-        ValueError,
-        r"the layer's weight is \(64, 0\): nothing to time",
-    ),
+    (lambda: advise(LAYER, seconds="1"), TypeError, "seconds must be a number, got '1'"),
+    (lambda: advise(LAYER, seed=-1), ValueError, r"seed must be in \[0"),
 ]
 
 

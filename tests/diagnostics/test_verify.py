@@ -33,7 +33,7 @@ class Model(nn.Module):
 
 
 @given(
-    patterns(),
+    patterns(fewest=1),
     st.lists(st.integers(1, 3), max_size=3).map(tuple),
     st.booleans(),
     st.sampled_from([mx.float32, mx.float16, mx.bfloat16]),
@@ -42,8 +42,6 @@ class Model(nn.Module):
 )
 def test_right_products_pass(pattern, leading, bias, dtype, x_dtype, scale):
     """Also with mixed dtypes, repeated blocks, and values that float16 can hardly hold."""
-    if not pattern.shape[1]:
-        return
     layer = BlockSparseLinear(pattern.shape[1], pattern.shape[0], pattern, bias=bias)
     layer.set_dtype(dtype)
     x = (mx.random.normal((*leading, pattern.shape[1])) * scale).astype(x_dtype)

@@ -9,8 +9,8 @@ from mlx.utils import tree_flatten
 from support import assert_close, assert_equal, integers, random_pattern, to_numpy
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern
+from mlx_sparse_nn.layers.linear import QuantizedBlockSparseLinear
 from mlx_sparse_nn.layers.lora import LoRABlockSparseLinear
-from mlx_sparse_nn.layers.quantized import QuantizedBlockSparseLinear
 
 
 def make_layer(block_size=8, bias=True, dtype=mx.float32):

@@ -20,8 +20,8 @@ from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from support import assert_equal
 
 from mlx_sparse_nn import BlockSparseLinear
+from mlx_sparse_nn.layers.linear import QuantizedBlockSparseLinear
 from mlx_sparse_nn.layers.lora import LoRABlockSparseLinear
-from mlx_sparse_nn.layers.quantized import QuantizedBlockSparseLinear
 from mlx_sparse_nn.surgery.restore import restore
 from mlx_sparse_nn.surgery.sparsify import densify, sparsify
 

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten, tree_map
 from support import assert_close, assert_equal, integers, random_pattern, to_numpy
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern
-from mlx_sparse_nn.layers.quantized import BITS, QuantizedBlockSparseLinear
+from mlx_sparse_nn.layers.linear import BITS, QuantizedBlockSparseLinear
 
 
 def make_layer(block_size=32, bias=True, dtype=mx.float32):

@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 from support import assert_equal
 
 from mlx_sparse_nn import BlockSparseLinear
-from mlx_sparse_nn.layers.quantized import QuantizedBlockSparseLinear
+from mlx_sparse_nn.layers.linear import QuantizedBlockSparseLinear
 from mlx_sparse_nn.surgery.restore import restore, restore_patterns
 
 

@@ -1,0 +1,213 @@
+"""The rules about arguments, each once: every public function refuses the same in the same words.
+
+``owner`` is the public name that the user called. Messages begin with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+ArrayLike: TypeAlias = "mx.array | np.ndarray | Sequence"
+
+INT32_MAX = 2**31 - 1
+SEED_MAX = 2**64 - 1  # of mx.random.key
+
+
+def check_size(owner: str, name: str, value: int, minimum: int = 0) -> int:
+    """Return ``value`` as an int of at least ``minimum``, or raise."""
+    value = _check_integer(owner, name, value)
+    if not minimum <= value <= INT32_MAX:
+        raise ValueError(f"[{owner}] {name} must be in [{minimum}, 2**31 - 1], got {value}")
+    return value
+
+
+def check_seed(owner: str, seed: int) -> int:
+    """Return ``seed`` as an int that NumPy and MLX take, or raise."""
+    seed = _check_integer(owner, "seed", seed)
+    if not 0 <= seed <= SEED_MAX:
+        raise ValueError(f"[{owner}] seed must be in [0, 2**64 - 1], got {seed}")
+    return seed
+
+
+def check_number(owner: str, name: str, value: float) -> None:
+    """Raise unless ``value`` is a real number of Python or NumPy."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"[{owner}] {name} must be a number, got {value!r}")
+
+
+def check_density(owner: str, density: float, name: str = "density") -> None:
+    """Raise unless ``density`` is a number in (0, 1]."""
+    check_number(owner, name, density)
+    if not 0 < density <= 1:
+        raise ValueError(f"[{owner}] {name} must be in (0, 1], got {density}")
+
+
+def check_fraction(owner: str, name: str, value: float) -> None:
+    """Raise unless ``value`` is a number in [0, 1]."""
+    check_number(owner, name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"[{owner}] {name} must be in [0, 1], got {value}")
+
+
+def check_name(
+    owner: str, name: str, value: object, known: Sequence[str], or_else: str = ""
+) -> None:
+    """Raise unless ``value`` is one of the ``known`` words."""
+    message = f"[{owner}] {name} must be one of {tuple(known)}{or_else}, got {value!r}"
+    if not isinstance(value, str):
+        raise TypeError(message)
+    if value not in known:
+        raise ValueError(message)
+
+
+def check_absent(owner: str, why: str, **arguments: object) -> None:
+    """Raise unless all ``arguments`` are None: ``why`` says what leaves them no meaning."""
+    for name, value in arguments.items():
+        if value is not None:
+            got = type(value).__name__ if isinstance(value, mx.array) else repr(value)
+            raise ValueError(f"[{owner}] {name} must be left out, got {got}: {why}")
+
+
+def check_shape(owner: str, shape: Sequence[int], block_size: int) -> tuple[int, int]:
+    """Return the shape of a matrix as two ints that ``block_size`` divides, or raise."""
+    if not isinstance(shape, Sequence) or len(shape) != 2:
+        raise ValueError(f"[{owner}] shape must be (n_rows, n_cols), got {shape!r}")
+    n_rows = check_size(owner, "n_rows", shape[0])
+    n_cols = check_size(owner, "n_cols", shape[1])
+    for name, size in (("n_rows", n_rows), ("n_cols", n_cols)):
+        check_tiled(owner, name, size, block_size)
+    return n_rows, n_cols
+
+
+def check_dims(owner: str, shape: Sequence[int], block_size: int = 1) -> None:
+    """Raise unless a weight ``(output_dims, input_dims)`` is made of blocks, one at least."""
+    for name, size in zip(("output_dims", "input_dims"), shape, strict=True):
+        check_size(owner, name, size)
+    if reason := why_no_blocks(shape, block_size):
+        raise ValueError(f"[{owner}] {reason}")
+
+
+def check_tiled(owner: str, name: str, size: int, block_size: int) -> None:
+    """Raise unless ``block_size`` divides ``size``."""
+    if reason := _why_not_tiled(name, size, block_size):
+        raise ValueError(f"[{owner}] {reason}")
+
+
+def why_no_blocks(shape: Sequence[int], block_size: int) -> str | None:
+    """Return in words why a weight ``(output_dims, input_dims)`` is not made of blocks, or None."""
+    for name, size in zip(("output_dims", "input_dims"), shape, strict=True):
+        if size == 0:
+            return f"{name} is 0: a layer has at least one block-row and one block-column"
+        if reason := _why_not_tiled(name, size, block_size):
+            return reason
+    return None
+
+
+def check_indices(
+    owner: str, name: str, values: ArrayLike, dtype: type[np.signedinteger] = np.int32
+) -> np.ndarray:
+    """Return ``values`` as a new one-dimensional NumPy array of ``dtype``, or raise."""
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise ValueError(f"[{owner}] {name} must be one-dimensional, got shape {array.shape}")
+    if array.size == 0:
+        return np.zeros(0, dtype)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"[{owner}] {name} must be integers, got {array.dtype}")
+    if not np.can_cast(array.dtype, dtype):
+        low, high, limits = int(array.min()), int(array.max()), np.iinfo(dtype)
+        if low < limits.min or high > limits.max:
+            worst = high if high > limits.max else low
+            raise ValueError(
+                f"[{owner}] {name} holds {worst}, which does not fit {limits.bits} bits"
+            )
+    return array.astype(dtype)
+
+
+def check_indptr(owner: str, indptr: np.ndarray, n_blocks: int) -> None:
+    """Raise unless ``indptr`` rises from 0 to ``n_blocks``."""
+    if indptr[0] != 0:
+        raise ValueError(f"[{owner}] indptr must start at 0, got {indptr[0]}")
+    if (steps := np.diff(indptr.astype(np.int64))).size and steps.min() < 0:
+        row = int(np.argmax(steps < 0))
+        raise ValueError(
+            f"[{owner}] indptr decreases from {indptr[row]} to {indptr[row + 1]} at row {row}"
+        )
+    if indptr[-1] != n_blocks:
+        raise ValueError(
+            f"[{owner}] indptr must end at {n_blocks}, the number of stored blocks, "
+            f"got {indptr[-1]}"
+        )
+
+
+def check_range(owner: str, name: str, indices: np.ndarray, limit: int) -> None:
+    """Raise unless every index lies in ``[0, limit)``."""
+    if indices.size and (indices.min() < 0 or indices.max() >= limit):
+        position = int(np.argmax((indices < 0) | (indices >= limit)))
+        raise ValueError(
+            f"[{owner}] {name}[{position}] is {indices[position]}, outside [0, {limit})"
+        )
+
+
+def check_array(owner: str, name: str, value: object) -> None:
+    """Raise unless ``value`` is an MLX array."""
+    if not isinstance(value, mx.array):
+        raise TypeError(f"[{owner}] {name} must be an mx.array, got {type(value).__name__}")
+
+
+def check_floating(owner: str, name: str, value: object) -> None:
+    """Raise unless ``value`` is an MLX array of real floating numbers."""
+    if not isinstance(value, mx.array) or not mx.issubdtype(value.dtype, mx.floating):
+        kind = value.dtype if isinstance(value, mx.array) else type(value).__name__
+        raise TypeError(f"[{owner}] {name} must be a floating mx.array, got {kind}")
+
+
+def check_features(owner: str, name: str, value: mx.array, label: str, size: int) -> None:
+    """Raise unless ``value`` is an MLX array whose last axis has ``size`` elements."""
+    if isinstance(value, mx.array) and value.shape[-1:] == (size,):
+        return
+    check_array(owner, name, value)
+    raise ValueError(
+        f"[{owner}] {name} has shape {value.shape}, its last axis must be {label} = {size}"
+    )
+
+
+def check_data(owner: str, data: ArrayLike, name: str = "data") -> mx.array:
+    """Return ``data`` as an MLX array, or raise if it is not numeric."""
+    if isinstance(data, mx.array):
+        return data
+    array = np.asarray(data)
+    if array.dtype.kind not in "biufc":
+        raise TypeError(f"[{owner}] {name} must be numeric, got {array.dtype}")
+    values = mx.array(data if isinstance(data, list | tuple) else array)
+    return values if values.size else mx.zeros(array.shape, values.dtype)
+
+
+def check_matrix(owner: str, name: str, value: Any) -> None:
+    """Raise unless an array has two axes."""
+    if value.ndim != 2:
+        raise ValueError(f"[{owner}] {name} must be a matrix, got shape {tuple(value.shape)}")
+
+
+def check_model(owner: str, model: object) -> None:
+    """Raise unless ``model`` is a module of MLX."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"[{owner}] model must be an nn.Module, got {type(model).__name__}")
+
+
+def _check_integer(owner: str, name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"[{owner}] {name} must be an integer, got {value!r}")
+    return int(value)
+
+
+def _why_not_tiled(name: str, size: int, block_size: int) -> str | None:
+    if size % block_size:
+        return f"{name} {size} is not a multiple of block_size {block_size}"
+    return None

@@ -1,0 +1,503 @@
+"""Bad input at every public door: one rule, one text, and the name of what the user called.
+
+Rules that many functions share are tried at each of them. The last table holds what is left, so
+that every public function and class has a row; more rows are beside the tests of each file.
+"""
+
+import dataclasses
+import inspect
+import re
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+
+import mlx_sparse_nn as sparse
+from mlx_sparse_nn import BlockSparseLinear, CSRPattern, QuantizedBlockSparseLinear, patterns
+from mlx_sparse_nn import physics as ph
+
+NAN = float("nan")
+PATTERN = patterns.banded(64, 64, 0)
+EMPTY = CSRPattern([0], [], (0, 64), 32)
+REPEATED = CSRPattern([0, 2], [0, 0], (32, 32), 32)
+LINEAR = nn.Linear(64, 64)
+MODULE = nn.Sequential(nn.Linear(64, 64))
+X = mx.ones((2, 64))
+
+
+def layer():
+    return BlockSparseLinear(64, 64, density=0.5)
+
+
+def ask(**options):
+    """Sparsify a model whose predicate answers with these options."""
+    return sparse.sparsify(nn.Sequential(nn.Linear(64, 64)), predicate=lambda *_: options)
+
+
+def at_every_door(doors, values):
+    return [
+        pytest.param(owner, call, *row, id=f"{owner}-{row[0]!r:.20}")
+        for owner, call in doors.items()
+        for row in values
+    ]
+
+
+def refused(owner, call, error, message):
+    with pytest.raises(error, match=rf"^\[{re.escape(owner)}\] {message}"):
+        call()
+
+
+DENSITY_DOORS = {
+    "BlockSparseLinear": lambda d: BlockSparseLinear(64, 64, density=d),
+    "BlockSparseLinear.from_linear": lambda d: BlockSparseLinear.from_linear(LINEAR, density=d),
+    "sparsify": lambda d: sparse.sparsify(MODULE, density=d),
+    "sparsify layers.0": lambda d: ask(density=d),
+    "prune": lambda d: sparse.prune(layer(), d),
+    "patterns.random": lambda d: patterns.random(64, 64, d),
+    "patterns.covering": lambda d: patterns.covering(64, 64, d),
+}
+DEFAULT_DENSITY = ("BlockSparseLinear", "BlockSparseLinear.from_linear")  # None there means 0.1
+
+
+@pytest.mark.parametrize(
+    ("owner", "call", "density", "error"),
+    at_every_door(
+        DENSITY_DOORS,
+        [
+            ("0.5", TypeError),
+            (None, TypeError),
+            (True, TypeError),
+            (mx.array(0.5), TypeError),
+            (7, ValueError),
+            (-0.5, ValueError),
+            (0, ValueError),
+            (NAN, ValueError),
+        ],
+    ),
+)
+def test_density(owner, call, density, error):
+    if density is None and owner in DEFAULT_DENSITY:
+        assert call(None).pattern.n_blocks == call(0.1).pattern.n_blocks
+    elif density == 0 and owner == "patterns.random":
+        assert call(0).n_blocks == 0
+    else:
+        text = r"must be a number" if error is TypeError else r"must be in [\[(]0, 1\]"
+        refused(owner, lambda: call(density), error, f"density {text}, got ")
+
+
+@pytest.mark.parametrize("name", ["init", "end"])
+@pytest.mark.parametrize(
+    ("density", "error"),
+    [("0.5", TypeError), (None, TypeError), (True, TypeError), (7, ValueError), (0, ValueError)],
+)
+def test_densities_of_a_schedule(name, density, error):
+    options = {"init": 1.0, "end": 0.1, "steps": 10, name: density}
+    refused("cubic_density", lambda: sparse.cubic_density(**options), error, f"{name} must be ")
+
+
+SEED_DOORS = {
+    "patterns.random": lambda seed: patterns.random(64, 64, seed=seed),
+    "patterns.covering": lambda seed: patterns.covering(64, 64, seed=seed),
+    "verify": lambda seed: sparse.verify(layer(), X, seed=seed),
+    "advise": lambda seed: sparse.advise(layer(), [1], seconds=1e-3, seed=seed),
+    "regrow": lambda seed: sparse.regrow(layer(), 0.5, "random", seed=seed),
+    "lanczos": lambda seed: ph.lanczos(ph.IsingOperator(2, 1.0), seed=seed),
+}
+
+
+@pytest.mark.parametrize(
+    ("owner", "call", "seed", "error"),
+    at_every_door(
+        SEED_DOORS,
+        [
+            (-1, ValueError),
+            (2**64, ValueError),
+            (True, TypeError),
+            (1.5, TypeError),
+            ("0", TypeError),
+            (mx.array(0), TypeError),
+        ],
+    ),
+)
+def test_seed(owner, call, seed, error):
+    text = "must be an integer" if error is TypeError else r"must be in \[0, 2\*\*64 - 1\]"
+    refused(owner, lambda: call(seed), error, f"seed {text}, got ")
+
+
+@pytest.mark.parametrize(("owner", "call"), SEED_DOORS.items(), ids=SEED_DOORS)
+@pytest.mark.parametrize("seed", [0, np.int64(3), 2**64 - 1])
+def test_every_seed_in_range_is_taken(owner, call, seed):
+    call(seed)
+
+
+WORD_DOORS = {
+    ("sparsify", "scope"): lambda word: sparse.sparsify(MODULE, scope=word),
+    ("prune", "scope"): lambda word: sparse.prune(layer(), 0.5, scope=word),
+    ("sparsify", "balance"): lambda word: sparse.sparsify(MODULE, balance=word),
+    ("sparsify layers.0", "balance"): lambda word: ask(balance=word),
+    ("prune", "balance"): lambda word: sparse.prune(layer(), 0.5, balance=word),
+    ("sparsify", "score"): lambda word: sparse.sparsify(MODULE, score=word),
+    ("sparsify layers.0", "score"): lambda word: ask(score=word),
+    ("prune", "score"): lambda word: sparse.prune(layer(), 0.5, score=word),
+    ("regrow", "score"): lambda word: sparse.regrow(layer(), 0.5, "random", score=word),
+    ("regrow", "criterion"): lambda word: sparse.regrow(layer(), 0.5, word),
+    ("shard_block_sparse", "sharding"): lambda word: sparse.shard_block_sparse(layer(), word),
+    ("BlockSparseLinear.from_linear", "score"): lambda word: BlockSparseLinear.from_linear(
+        LINEAR, score=word
+    ),
+    ("BlockSparseLinear.from_linear", "balance"): lambda word: BlockSparseLinear.from_linear(
+        LINEAR, balance=word
+    ),
+}
+
+
+@pytest.mark.parametrize(("door", "call"), WORD_DOORS.items(), ids=map("-".join, WORD_DOORS))
+@pytest.mark.parametrize(
+    ("word", "error"), [("whole", ValueError), (3, TypeError), (["row"], TypeError)]
+)
+def test_words(door, call, word, error):
+    owner, name = door
+    message = rf"{name} must be one of \('.*'\).*, got {re.escape(repr(word))}$"
+    refused(owner, lambda: call(word), error, message)
+
+
+SIZE_DOORS = {
+    "BlockSparseLinear": lambda size: BlockSparseLinear(64, 64, block_size=size),
+    "BlockSparseLinear.from_linear": lambda size: BlockSparseLinear.from_linear(
+        LINEAR, block_size=size
+    ),
+    "sparsify": lambda size: sparse.sparsify(MODULE, block_size=size),
+    "sparsify layers.0": lambda size: ask(block_size=size),
+    "patterns.banded": lambda size: patterns.banded(64, 64, 1, size),
+    "patterns.butterfly": lambda size: patterns.butterfly(64, size),
+    "patterns.random": lambda size: patterns.random(64, 64, 0.1, size),
+    "patterns.covering": lambda size: patterns.covering(64, 64, 0.1, size),
+    "patterns.from_mask": lambda size: patterns.from_mask(np.ones((64, 64), bool), size),
+    "patterns.from_dense": lambda size: patterns.from_dense(np.ones((64, 64)), size),
+    "from_dense": lambda size: sparse.from_dense(np.ones((64, 64)), size),
+    "CSRPattern": lambda size: CSRPattern([0, 1], [0], (64, 64), size),
+    "CSRPattern.from_places": lambda size: CSRPattern.from_places([0], (64, 64), size),
+}
+
+
+@pytest.mark.parametrize(
+    ("owner", "call", "size", "error", "message"),
+    at_every_door(
+        SIZE_DOORS,
+        [
+            (0, ValueError, r"block_size must be in \[1, 2\*\*31 - 1\], got 0"),
+            (True, TypeError, "block_size must be an integer, got True"),
+            (2.0, TypeError, "block_size must be an integer, got 2.0"),
+            (7, ValueError, r"\w+ 64 is not a multiple of block_size 7"),
+        ],
+    ),
+)
+def test_block_size(owner, call, size, error, message):
+    if (owner, size) == ("sparsify", 7):  # leaves such layers out
+        assert re.fullmatch(message, call(size).skipped["layers.0"])
+    else:
+        refused(owner, lambda: call(size), error, message)
+
+
+LAYERS = {
+    "BlockSparseLinear": layer(),
+    "QuantizedBlockSparseLinear": layer().to_quantized(),
+    "AllToShardedBlockSparseLinear": sparse.shard_block_sparse(layer(), "all-to-sharded"),
+    "ShardedToAllBlockSparseLinear": sparse.shard_block_sparse(layer(), "sharded-to-all"),
+}
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        ([1.0] * 64, TypeError, "x must be an mx.array, got list"),
+        (np.ones(64, np.float32), TypeError, "x must be an mx.array, got ndarray"),
+        (None, TypeError, "x must be an mx.array, got NoneType"),
+        (mx.ones((2, 63)), ValueError, r"x has shape \(2, 63\), .* must be input_dims = 64"),
+        (mx.array(1.0), ValueError, r"x has shape \(\), its last axis must be input_dims = 64"),
+    ],
+)
+@pytest.mark.parametrize(("owner", "called"), LAYERS.items(), ids=LAYERS)
+def test_what_a_layer_is_called_with(owner, called, x, error, message):
+    refused(owner, lambda: called(x), error, message)
+    if owner == "BlockSparseLinear":
+        refused(owner, lambda: layer().to_lora()(x), error, message)
+
+
+BESIDE = {"block_size": 32, "density": 7, "score": "l2", "balance": "row"}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_options_beside_a_pattern(name):
+    options = {"pattern": PATTERN, name: BESIDE[name]}
+    message = rf"{name} must be left out, got .*: pattern says which blocks are stored"
+    if name in ("block_size", "density"):
+        call = lambda: BlockSparseLinear(64, 64, **options)
+        refused("BlockSparseLinear", call, ValueError, message)
+    call = lambda: BlockSparseLinear.from_linear(LINEAR, **options)
+    refused("BlockSparseLinear.from_linear", call, ValueError, message)
+    refused("sparsify layers.0", lambda: ask(**options), ValueError, message)
+
+
+def test_options_for_all_layers_may_stand_beside_one_layers_pattern():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    own = {"layers.0": {"pattern": PATTERN}}
+    done = sparse.sparsify(
+        model, block_size=16, density=0.5, predicate=lambda path, _: own.get(path, True)
+    )
+    assert [layer.block_size for layer in done.sparse.values()] == [32, 16]
+
+
+PATTERN_DOORS = {
+    "BlockSparseLinear": lambda p: BlockSparseLinear(64, 64, p),
+    "BlockSparseLinear.from_linear": lambda p: BlockSparseLinear.from_linear(LINEAR, pattern=p),
+    "sparsify layers.0": lambda p: ask(pattern=p),
+    "QuantizedBlockSparseLinear": QuantizedBlockSparseLinear,
+    "CSRArray": lambda p: sparse.CSRArray(mx.ones(2), p),
+    "spmm": lambda p: sparse.spmm(mx.ones(2), p, X),
+    "spmm_t": lambda p: sparse.spmm_t(mx.ones(2), p, X),
+    "sddmm": lambda p: sparse.sddmm(p, X, X),
+}
+
+
+@pytest.mark.parametrize(
+    ("owner", "call", "pattern"),
+    at_every_door(PATTERN_DOORS, [("banded",), (LINEAR,), (np.ones((2, 2), bool),)]),
+)
+def test_a_pattern_of_another_type(owner, call, pattern):
+    kind = type(pattern).__name__
+    message = f"pattern must be a CSRPattern, got {kind}$"
+    refused(owner, lambda: call(pattern), TypeError, message)
+
+
+@pytest.mark.parametrize(
+    ("owner", "call", "name"),
+    [
+        ("BlockSparseLinear", lambda: BlockSparseLinear(0, 64), "input_dims"),
+        ("BlockSparseLinear", lambda: BlockSparseLinear(64, 0), "output_dims"),
+        ("BlockSparseLinear", lambda: BlockSparseLinear(64, 0, EMPTY), "output_dims"),
+        (
+            "BlockSparseLinear.from_linear",
+            lambda: BlockSparseLinear.from_linear(nn.Linear(64, 0)),
+            "output_dims",
+        ),
+        (
+            "BlockSparseLinear.from_linear",
+            lambda: BlockSparseLinear.from_linear(nn.Linear(64, 0), pattern=EMPTY),
+            "output_dims",
+        ),
+        ("QuantizedBlockSparseLinear", lambda: QuantizedBlockSparseLinear(EMPTY), "output_dims"),
+        (
+            "sparsify layers.0",
+            lambda: sparse.sparsify(nn.Sequential(nn.Linear(64, 0)), predicate=lambda *_: True),
+            "output_dims",
+        ),
+    ],
+)
+def test_a_layer_has_a_block(owner, call, name):
+    refused(owner, call, ValueError, f"{name} is 0: a layer has at least one block-row and one")
+
+
+def test_sparsify_leaves_out_what_a_layer_refuses():
+    done = sparse.sparsify(nn.Sequential(nn.Linear(64, 0)))
+    assert done.skipped["layers.0"].startswith("output_dims is 0")
+
+
+MODEL_DOORS = {
+    "sparsify": sparse.sparsify,
+    "densify": sparse.densify,
+    "prune": lambda model: sparse.prune(model, 0.5),
+    "regrow": lambda model: sparse.regrow(
+        layer(), 0.5, "random", model=model, optimizer=optim.SGD(0.1)
+    ),
+    "activations": lambda model: sparse.activations(model, lambda: mx.array(0.0)),
+    "verify": lambda model: sparse.verify(model, X),
+    "summary": sparse.summary,
+    "restore": lambda model: sparse.restore(model, {}),
+    "restore_patterns": lambda model: sparse.restore_patterns(model, {}),
+    "check_same_pattern": sparse.check_same_pattern,
+}
+
+
+@pytest.mark.parametrize(
+    ("owner", "call", "model"), at_every_door(MODEL_DOORS, [("model",), ([nn.ReLU()],), (X,)])
+)
+def test_a_model_of_another_type(owner, call, model):
+    message = f"model must be an nn.Module, got {type(model).__name__}$"
+    refused(owner, lambda: call(model), TypeError, message)
+
+
+LAYER_DOORS = {
+    "advise": sparse.advise,
+    "regrow": lambda layer: sparse.regrow(layer, 0.5),
+    "shard_block_sparse": lambda layer: sparse.shard_block_sparse(layer, "all-to-sharded"),
+    "shard_boundaries": lambda layer: sparse.shard_boundaries([layer]),
+}
+
+
+@pytest.mark.parametrize(
+    ("owner", "call", "given"),
+    at_every_door(LAYER_DOORS, [(LINEAR,), (LAYERS["QuantizedBlockSparseLinear"],), (None,)]),
+)
+def test_a_layer_of_another_type(owner, call, given):
+    message = f"layer must be a BlockSparseLinear, got {type(given).__name__}$"
+    refused(owner, lambda: call(given), TypeError, message)
+
+
+ISING = ph.IsingOperator(2, 1.0)
+STATE = "psi must be an mx.array, got list"
+REST = [
+    ("COOArray", lambda: sparse.COOArray(["a"], [0], [0], (1, 1)), TypeError, "data must be num"),
+    ("bsr_array", lambda: sparse.bsr_array(3, (2, 2)), TypeError, r"takes \(blocks, indices, ind"),
+    ("coo_array", lambda: sparse.coo_array(3, (2, 2)), TypeError, r"takes \(data, \(row, col\)\)"),
+    ("csr_array", lambda: sparse.csr_array(3, (2, 2)), TypeError, r"takes \(data, indices, indpt"),
+    ("csr_matmul", lambda: sparse.csr_matmul(X, X), TypeError, "A must be a CSRArray, got array"),
+    ("from_dense", lambda: sparse.from_dense(X[0]), ValueError, r"w must be a matrix, got .*\(64,"),
+    ("from_dense", lambda: sparse.from_dense([["a"]]), TypeError, "w must be numeric, got <U1"),
+    ("from_scipy", lambda: sparse.from_scipy(3), TypeError, "takes csr, coo or bsr, got int"),
+    ("to_scipy", lambda: sparse.to_scipy(X), TypeError, "takes a CSRArray or COOArray, got array"),
+    ("use_device", lambda: sparse.use_device("tpu"), ValueError, "device must be 'cpu' or 'gpu'"),
+    (
+        "LoRABlockSparseLinear",
+        lambda: sparse.LoRABlockSparseLinear(LINEAR),
+        TypeError,
+        "linear must be a BlockSparseLinear or a QuantizedBlockSparseLinear, got Linear",
+    ),
+    (
+        "LoRABlockSparseLinear",
+        lambda: sparse.LoRABlockSparseLinear(LAYERS["AllToShardedBlockSparseLinear"]),
+        TypeError,
+        "linear must be a BlockSparseLinear .* got AllToSharded",
+    ),
+    (
+        "BlockSparseLinear",
+        lambda: layer().set_pattern("banded"),
+        TypeError,
+        "pattern must be a CSRPattern, got str",
+    ),
+    (
+        "QuantizedBlockSparseLinear",
+        lambda: QuantizedBlockSparseLinear.from_linear(LINEAR),
+        TypeError,
+        "linear must be a BlockSparseLinear, got Linear",
+    ),
+    (
+        "QuantizedBlockSparseLinear",
+        lambda: layer().to_quantized(bits="4"),
+        TypeError,
+        "bits must be an integer, got '4'",
+    ),
+    (
+        "QuantizedBlockSparseLinear",
+        lambda: layer().to_quantized(32.0),
+        TypeError,
+        "group_size must be an integer, got 32.0",
+    ),
+    (
+        "sparsify layers.0",
+        lambda: sparse.sparsify(
+            nn.Sequential(nn.Linear(32, 32)), predicate=lambda *_: {"pattern": REPEATED}
+        ),
+        ValueError,
+        r"the pattern stores block \(0, 0\) more than once",
+    ),
+    ("restore", lambda: sparse.restore(MODULE, 3), TypeError, "weights must be a path or a dict"),
+    (
+        "restore_patterns",
+        lambda: sparse.restore_patterns(MODULE, {"a": [1]}),
+        TypeError,
+        "a must be an mx.array, got list",
+    ),
+    ("advise", lambda: sparse.advise(layer(), seconds="1"), TypeError, "seconds must be a number"),
+    (
+        "patterns.block_diagonal",
+        lambda: patterns.block_diagonal(10, 3),
+        ValueError,
+        "features 10 is not a multiple of blocks 3",
+    ),
+    (
+        "patterns.bidiagonal_blocks",
+        lambda: patterns.bidiagonal_blocks("8", 2),
+        TypeError,
+        "features must be an integer, got '8'",
+    ),
+    (
+        "patterns.from_mask",
+        lambda: patterns.from_mask(np.ones((4, 4)), 2),
+        TypeError,
+        "mask must be bool, got float64",
+    ),
+    (
+        "patterns.from_dense",
+        lambda: patterns.from_dense(mx.ones(4), 2),
+        ValueError,
+        r"w must be a matrix, got shape \(4,\)",
+    ),
+    (
+        "patterns.from_dense",
+        lambda: patterns.from_dense([["a"]], 1),
+        TypeError,
+        "w must be numeric, got <U1",
+    ),
+    ("IsingOperator", lambda: ph.IsingOperator(2.0, 1), TypeError, "n_qubits must be an integer"),
+    ("correlation", lambda: ph.correlation([1.0], 0, 1), TypeError, STATE),
+    ("entanglement_entropy", lambda: ph.entanglement_entropy([1.0], 1), TypeError, STATE),
+    ("evolve", lambda: ph.evolve(ISING, [1.0], 1.0), TypeError, STATE),
+    ("exact_ground_energy", lambda: ph.exact_ground_energy(0, 1), ValueError, "n_qubits must be"),
+    ("expectation", lambda: ph.expectation(ISING, [1.0]), TypeError, STATE),
+    ("fidelity", lambda: ph.fidelity([1.0], X[0]), TypeError, "a must be an mx.array, got list"),
+    (
+        "lanczos",
+        lambda: ph.lanczos(3),
+        TypeError,
+        "H must be a CSRArray, an IsingOperator or an mx.array, got int",
+    ),
+    ("magnetization", lambda: ph.magnetization([1.0]), TypeError, STATE),
+    (
+        "transverse_field_ising",
+        lambda: ph.transverse_field_ising(True, 1),
+        TypeError,
+        "n_qubits must be an integer, got True",
+    ),
+    ("variance", lambda: ph.variance(ISING, [1.0]), TypeError, STATE),
+]
+
+
+@pytest.mark.parametrize(("owner", "call", "error", "message"), REST)
+def test_bad_input_is_refused(owner, call, error, message):
+    refused(owner, call, error, message)
+
+
+def public_names():
+    """Return all that a user calls with arguments, by the name that errors give it."""
+    builders = {
+        f"patterns.{name}": value
+        for name, value in vars(patterns).items()
+        if getattr(value, "__module__", None) == patterns.__name__ and name[0] != "_"
+    }
+    names = {name: getattr(sparse, name) for name in sparse.__all__}
+    names |= builders | {name: getattr(ph, name) for name in ph.__all__}
+    made_by_the_package = lambda value: (
+        isinstance(value, type)
+        and (
+            issubclass(value, Exception)
+            or (dataclasses.is_dataclass(value) and value is not CSRPattern)
+        )
+    )
+    return {
+        name
+        for name, value in names.items()
+        if callable(value)
+        and not made_by_the_package(value)
+        and inspect.signature(value).parameters
+    }
+
+
+def test_every_public_name_has_a_row():
+    tables = (DENSITY_DOORS, SEED_DOORS, SIZE_DOORS, PATTERN_DOORS, MODEL_DOORS, LAYER_DOORS)
+    owners = {owner for table in tables for owner in table} | {row[0] for row in REST}
+    owners |= {"cubic_density", *(owner for owner, _ in WORD_DOORS)}
+    assert len(public_names()) > 40
+    assert public_names() - owners == set()
