@@ -99,7 +99,7 @@ class CSRArray:
 
     def todense(self) -> mx.array:
         """Return the dense ``(n_rows, n_cols)`` array; repeated entries add up."""
-        return ops.todense(self.data, self.pattern)
+        return ops.todense(self.data, self.pattern.layout)
 
     def tocsr(self) -> CSRArray:
         """Return the same matrix with ``block_size`` 1, rows kept in stored order."""

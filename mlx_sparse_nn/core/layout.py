@@ -59,6 +59,10 @@ class Side:
         groups: The block-rows by length, the shortest first; together they are all.
         is_in_order: Whether the columns of every block-row ascend, and none repeats; False of
             scalars, where nobody asks.
+        longest_row: Number of blocks in the longest block-row.
+        is_padded: Whether a group holds block-rows of several lengths.
+        is_uniform: Whether all block-rows are equally long.
+        nbytes: Bytes of the index arrays.
     """
 
     def __init__(
@@ -83,29 +87,17 @@ class Side:
             RowGroup(n_rows, longest, even == 1)
             for n_rows, longest, even in zip(sizes[::3], sizes[1::3], sizes[2::3], strict=True)
         )
+        self.longest_row = max((group.longest for group in self.groups), default=0)
+        self.is_padded = not all(group.is_even for group in self.groups)
+        self.is_uniform = len(self.groups) <= 1 and not self.is_padded
+        self.nbytes = sum(a.nbytes for a in (indptr, indices, perm) if a is not None)
         self._is_constant = is_constant
         self._kept: dict[Callable, object] = {}
-
-    @cached_property
-    def longest_row(self) -> int:
-        """Number of blocks in the longest block-row."""
-        return max((group.longest for group in self.groups), default=0)
-
-    @cached_property
-    def is_uniform(self) -> bool:
-        """Whether all block-rows are equally long."""
-        return len(self.groups) <= 1 and all(group.is_even for group in self.groups)
 
     @property
     def row_of_block(self) -> mx.array:
         """Block-row of each block, ``(n_blocks,)`` uint32."""
         return self.keep(_row_of_block)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the index arrays."""
-        arrays = (self.indptr, self.indices, self.perm)
-        return sum(array.nbytes for array in arrays if array is not None)
 
     @property
     def derived_bytes(self) -> int:

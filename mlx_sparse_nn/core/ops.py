@@ -9,15 +9,14 @@ import math
 
 import mlx.core as mx
 
-from mlx_sparse_nn.core import derivatives
+from mlx_sparse_nn.core import derivatives, tuned
+from mlx_sparse_nn.core.checks import check_array, check_features
 from mlx_sparse_nn.core.layout import Layout
-from mlx_sparse_nn.core.pattern import CSRPattern
-
-_COMMON = (mx.bfloat16, mx.float32, mx.float16)  # dtypes of nearly every call
+from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
 
 
 def spmm(
-    data: mx.array, pattern: CSRPattern | Layout, x: mx.array, bias: mx.array | None = None
+    data: mx.array, pattern: CSRPattern, x: mx.array, bias: mx.array | None = None
 ) -> mx.array:
     """Multiply by a sparse matrix: ``y[..., r] = sum_c A[r, c] x[..., c] + bias[r]``.
 
@@ -34,10 +33,15 @@ def spmm(
         TypeError: An operand is not an array, or the promoted dtype has no product.
         ValueError: A shape does not fit the pattern.
     """
-    layout = _layout("spmm", pattern)
+    check_pattern("spmm", pattern)
+    return multiply(data, pattern.layout, x, bias)
+
+
+def multiply(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
+    """Return :func:`spmm` by a layout: what layers call, whose arrays may be those of a trace."""
     n_rows, n_cols = layout.shape
     _check_shape("spmm", "data", data, layout.data_shape)
-    _check_features("spmm", "x", x, "n_cols", n_cols)
+    check_features("spmm", "x", x, "n_cols", n_cols)
     if bias is not None:
         _check_shape("spmm", "bias", bias, (n_rows,))
     data, x = _promote("spmm", layout, ("data", "x"), data, x)
@@ -51,7 +55,7 @@ def spmm(
     return y if rows is x else y.reshape(*x.shape[:-1], n_rows)
 
 
-def spmm_t(data: mx.array, pattern: CSRPattern | Layout, y: mx.array) -> mx.array:
+def spmm_t(data: mx.array, pattern: CSRPattern, y: mx.array) -> mx.array:
     """Multiply by the transpose: ``x[..., c] = sum_r A[r, c] y[..., r]``.
 
     Args:
@@ -65,14 +69,15 @@ def spmm_t(data: mx.array, pattern: CSRPattern | Layout, y: mx.array) -> mx.arra
     Raises:
         TypeError, ValueError: As :func:`spmm`.
     """
-    layout = _layout("spmm_t", pattern)
+    check_pattern("spmm_t", pattern)
+    layout = pattern.layout
     _check_shape("spmm_t", "data", data, layout.data_shape)
-    _check_features("spmm_t", "y", y, "n_rows", layout.shape[0])
+    check_features("spmm_t", "y", y, "n_rows", layout.shape[0])
     data, y = _promote("spmm_t", layout, ("data", "y"), data, y)
     return derivatives.spmm_t(layout, data, _merge(y)).reshape(*y.shape[:-1], layout.shape[1])
 
 
-def sddmm(pattern: CSRPattern | Layout, y: mx.array, x: mx.array) -> mx.array:
+def sddmm(pattern: CSRPattern, y: mx.array, x: mx.array) -> mx.array:
     """Sample the product of two dense matrices: ``data[j] = sum y[..., row(j)] x[..., col(j)]``.
 
     The sum runs over all leading axes. This is the gradient of :func:`spmm` to its data.
@@ -88,26 +93,26 @@ def sddmm(pattern: CSRPattern | Layout, y: mx.array, x: mx.array) -> mx.array:
     Raises:
         TypeError, ValueError: As :func:`spmm`.
     """
-    layout = _layout("sddmm", pattern)
-    _check_features("sddmm", "y", y, "n_rows", layout.shape[0])
-    _check_features("sddmm", "x", x, "n_cols", layout.shape[1])
+    check_pattern("sddmm", pattern)
+    layout = pattern.layout
+    check_features("sddmm", "y", y, "n_rows", layout.shape[0])
+    check_features("sddmm", "x", x, "n_cols", layout.shape[1])
     if y.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"[sddmm] leading axes differ: y {y.shape[:-1]}, x {x.shape[:-1]}")
     y, x = _promote("sddmm", layout, ("y", "x"), y, x)
     return derivatives.sddmm(layout, _merge(y), _merge(x))
 
 
-def todense(data: mx.array, pattern: CSRPattern | Layout) -> mx.array:
+def todense(data: mx.array, layout: Layout) -> mx.array:
     """Return the dense ``(n_rows, n_cols)`` matrix; repeated entries add up.
 
     Args:
         data: Stored values, ``(nnz,)`` or ``(n_blocks, B, B)``.
-        pattern: Where they lie.
+        layout: Layout of the pattern.
 
     Raises:
         TypeError, ValueError: As :func:`spmm`.
     """
-    layout = _layout("todense", pattern)
     _check_shape("todense", "data", data, layout.data_shape)
     return derivatives.todense(layout, data[None]).reshape(layout.shape)
 
@@ -117,31 +122,11 @@ def _merge(a: mx.array) -> mx.array:
     return a if a.ndim == 2 else a.reshape(math.prod(a.shape[:-1]), a.shape[-1])
 
 
-def _layout(op: str, pattern: CSRPattern | Layout) -> Layout:
-    if isinstance(pattern, Layout):
-        return pattern
-    if isinstance(pattern, CSRPattern):
-        return pattern.layout
-    raise TypeError(f"[{op}] pattern must be a CSRPattern, got {type(pattern).__name__}")
-
-
-def _check_array(op: str, name: str, a: mx.array) -> None:
-    if not isinstance(a, mx.array):
-        raise TypeError(f"[{op}] {name} must be an mx.array, got {type(a).__name__}")
-
-
 def _check_shape(op: str, name: str, a: mx.array, shape: tuple[int, ...]) -> None:
     if isinstance(a, mx.array) and a.shape == shape:
         return
-    _check_array(op, name, a)
+    check_array(op, name, a)
     raise ValueError(f"[{op}] {name} has shape {a.shape}, the pattern needs {shape}")
-
-
-def _check_features(op: str, name: str, a: mx.array, label: str, size: int) -> None:
-    if isinstance(a, mx.array) and a.shape[-1:] == (size,):
-        return
-    _check_array(op, name, a)
-    raise ValueError(f"[{op}] {name} has shape {a.shape}, its last axis must be {label} = {size}")
 
 
 def _promote(
@@ -149,7 +134,7 @@ def _promote(
 ) -> tuple[mx.array, mx.array]:
     """Cast both operands to the dtype that MLX promotes them to, if it has a product."""
     dtype = a.dtype
-    if dtype == b.dtype and dtype in _COMMON:  # as it is in nearly every call
+    if dtype == b.dtype and dtype in tuned.KERNEL_DTYPES:  # as it is in nearly every call
         return a, b
     dtype = mx.result_type(a, b)
     if not mx.issubdtype(dtype, mx.inexact):

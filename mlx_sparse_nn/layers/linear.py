@@ -116,7 +116,7 @@ class BlockSparseLinear(SparseLinear):
     def __call__(self, x: mx.array) -> mx.array:
         """Return ``x Aᵀ + b``: ``(..., input_dims)`` -> ``(..., output_dims)``."""
         x = self._checked_input(x)
-        return ops.spmm(self["weight"], self._bound_layout(), x, self.get("bias"))
+        return ops.multiply(self["weight"], self._bound_layout(), x, self.get("bias"))
 
     def todense(self) -> mx.array:
         """Return the dense ``(output_dims, input_dims)`` weight."""
@@ -333,7 +333,7 @@ class QuantizedBlockSparseLinear(SparseLinear):
     def __call__(self, x: mx.array) -> mx.array:
         """Return ``x Aᵀ + b``: ``(..., input_dims)`` -> ``(..., output_dims)``."""
         x = self._checked_input(x)
-        return ops.spmm(self.dequantized_weight(), self._bound_layout(), x, self.get("bias"))
+        return ops.multiply(self.dequantized_weight(), self._bound_layout(), x, self.get("bias"))
 
     def dequantized_weight(self) -> mx.array:
         """Return the stored blocks, ``(n_blocks, block_size, block_size)`` of the scales' dtype."""

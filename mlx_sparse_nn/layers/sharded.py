@@ -184,7 +184,7 @@ class AllToShardedBlockSparseLinear(_Sharded):
     def __call__(self, x: mx.array) -> mx.array:
         """Return this rank's outputs: ``(..., input_dims)`` -> ``(..., output_dims)``."""
         x = sum_gradients(self.group)(self._checked_input(x))  # pyright: ignore[reportCallIssue]
-        return ops.spmm(self.weight, self._bound_layout(), x, self.get("bias"))
+        return ops.multiply(self.weight, self._bound_layout(), x, self.get("bias"))
 
 
 class ShardedToAllBlockSparseLinear(_Sharded):
@@ -199,7 +199,7 @@ class ShardedToAllBlockSparseLinear(_Sharded):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return all outputs on every rank: ``(..., input_dims)`` -> ``(..., output_dims)``."""
-        y = ops.spmm(self.weight, self._bound_layout(), self._checked_input(x))
+        y = ops.multiply(self.weight, self._bound_layout(), self._checked_input(x))
         y = mx.distributed.all_sum(y, group=self.group)
         return y + self.bias if "bias" in self else y
 

@@ -144,13 +144,18 @@ def test_16_bit_products_err_no_more_than_dense_ones(dtype, block_size, n):
     draw = lambda *shape: mx.array(rng.normal(size=shape).astype(np.float32)).astype(dtype)
     data, x, y = draw(*pattern.data_shape), draw(n, size), draw(n, size)
     bias = 10 * draw(size)  # about as large as what it is added to
-    dense = todense(data, pattern)
+    dense = todense(data, pattern.layout)
     stored = pattern.tomask()
     results = {
         "spmm": (spmm(data, pattern, x), x @ dense.T, x, dense.T),
         "affine": (spmm(data, pattern, x, bias), mx.addmm(bias, x, dense.T), x, dense.T),
         "spmm_t": (spmm_t(data, pattern, y), y @ dense, y, dense),
-        "sddmm": (todense(sddmm(pattern, y, x), pattern), mx.where(stored, y.T @ x, 0), y.T, x),
+        "sddmm": (
+            todense(sddmm(pattern, y, x), pattern.layout),
+            mx.where(stored, y.T @ x, 0),
+            y.T,
+            x,
+        ),
     }
     for name, (actual, by_mlx, a, b) in results.items():
         expected = to_numpy(a) @ to_numpy(b)

@@ -51,10 +51,5 @@ def buckets_of(side: Side) -> Buckets:
     return Buckets(rows, mx.argsort(rows), columns, stored)
 
 
-def is_padded(side: Side) -> bool:
-    """Return whether some slot is empty."""
-    return not all(group.is_even for group in side.groups)
-
-
 def _append(a: mx.array, value: int) -> mx.array:
     return mx.concatenate([a, mx.array([value], a.dtype)])

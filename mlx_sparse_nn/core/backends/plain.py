@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import schedule
-from mlx_sparse_nn.core.backends.buckets import Buckets, buckets_of, is_padded
+from mlx_sparse_nn.core.backends.buckets import Buckets, buckets_of
 from mlx_sparse_nn.core.backends.schedule import Index, Result, Step, depend_on
 from mlx_sparse_nn.core.layout import Layout, Side
 
@@ -133,7 +133,7 @@ def _many_rows(
             xs = _take(columns, y.wait(step.columns), n_matrices).reshape(*shape, n)
             a = a.reshape(*shape, block_size).swapaxes(1, 2)
             part = _multiply_add(a, xs, added, step, n_matrices).astype(x.dtype)  # (V * m, B, N)
-        y.write(step.start, part)
+        y.write(step.rows.start, part)
     out = _in_matrix_order(y, buckets, n_matrices)
     return out.reshape(*x.shape[:-2], -1, n).swapaxes(-1, -2)
 
@@ -186,7 +186,7 @@ def _few_rows(
             if added is not None:
                 part = part + _take(added, step.rows, n_matrices)
             part = part.astype(x.dtype)  # (V * m, N, B)
-        y.write(step.start, part)
+        y.write(step.rows.start, part)
     out = _in_matrix_order(y, buckets, n_matrices)
     return out.reshape(n_matrices, side.n_block_rows, n, block_size).swapaxes(1, 2)
 
@@ -277,7 +277,7 @@ def _bias_blocks(
 
 def _with_zeros(side: Side, n_matrices: int, *arrays: mx.array) -> list[mx.array]:
     """Return each ``(V * n, ...)`` with a zero after each of V parts, for slots that are empty."""
-    if not is_padded(side):
+    if not side.is_padded:
         return list(arrays)
     parts = [a.reshape(n_matrices, -1, *a.shape[1:]) for a in arrays]
     parts = [mx.concatenate([a, mx.zeros_like(a[:, :1])], axis=1) for a in parts]

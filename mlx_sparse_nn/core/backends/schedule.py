@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeAlias
 import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
-from mlx_sparse_nn.core.backends.buckets import Buckets, is_padded
+from mlx_sparse_nn.core.backends.buckets import Buckets
 from mlx_sparse_nn.core.layout import Side
 
 Index: TypeAlias = "mx.array | slice"
@@ -42,16 +42,11 @@ class Step(NamedTuple):
     """Some block-rows of one width, and what they read."""
 
     stream: AbstractContextManager
-    start: int  # position of its first row among all, group by group
+    rows: slice  # their positions among all, group by group
     n_rows: int
     width: int  # slots of a row
     columns: mx.array  # (n_rows * width,) block-columns
     blocks: Index  # (n_rows * width,) where the blocks lie in the stored data
-
-    @property
-    def rows(self) -> slice:
-        """Positions of its rows."""
-        return slice(self.start, self.start + self.n_rows)
 
 
 class Result:
@@ -105,7 +100,8 @@ def steps(side: Side, buckets: Buckets, cost: Cost) -> list[Step]:
             with stream:
                 columns = buckets.columns[slots]
                 blocks = slots if buckets.blocks is None else buckets.blocks[slots]
-            found.append(Step(stream, first_row + start, stop - start, width, columns, blocks))
+            rows = slice(first_row + start, first_row + stop)
+            found.append(Step(stream, rows, stop - start, width, columns, blocks))
         first_row += n_rows
         first_slot += n_rows * width
     return found
@@ -142,7 +138,7 @@ def many_rows(side: Side, data: mx.array, x: mx.array, dtype: mx.Dtype, n_matric
     bytes_per_block = n_matrices * gathered * block_size * dtype.size
     y_bytes = n_matrices * n_x * side.n_block_rows * block_size * x.itemsize
     copied = x.size * dtype.size + (0 if side.is_uniform else y_bytes)
-    copied += data.nbytes if is_padded(side) else 0
+    copied += data.nbytes if side.is_padded else 0
     held = data.nbytes + x.nbytes + y_bytes
     total = side.n_blocks * bytes_per_block
     bytes_per_step = _bytes_per_step(side, total, held, copied)
@@ -155,7 +151,7 @@ def few_rows(side: Side, data: mx.array, x: mx.array, dtype: mx.Dtype, n_matrice
     product_bytes = n_matrices * n_x * block_size * dtype.size
     bytes_per_block, copied = 2 * product_bytes, 2 * side.n_blocks * product_bytes
     if block_size == 1:
-        bytes_per_block, copied = 3 * product_bytes, data.nbytes if is_padded(side) else 0
+        bytes_per_block, copied = 3 * product_bytes, data.nbytes if side.is_padded else 0
     elif (n_x == 1 and block_size < tuned.MIN_MATMUL_BLOCK) or x.dtype != dtype:
         bytes_per_block += n_matrices * block_size**2 * dtype.size  # what is as large as a block
     held = data.nbytes + x.nbytes + n_matrices * n_x * side.n_block_rows * block_size * x.itemsize
