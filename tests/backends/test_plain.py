@@ -1,7 +1,9 @@
 """The CPU path: several streams, steps, threads, buckets of rows, and the memory that it takes."""
 
 import itertools
+import sys
 import threading
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import assert_equal, dense_of, integers, pattern_of, patterns, random_pattern
 
+import mlx_sparse_nn
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern, sddmm, spmm, spmm_t
 from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import schedule
@@ -256,3 +259,23 @@ def test_buckets_hold_every_block_once(pattern, transposed):
             slot += width
         first_row += n_rows
     assert slot == columns.size
+
+
+def test_a_forward_call_is_a_short_walk(monkeypatch):
+    """Calls inside the package, and changes of file, of a default layer: what a reader follows."""
+    package, calls = str(Path(mlx_sparse_nn.__file__).parent), []
+
+    def note(frame, event, arg):
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            calls.append(frame.f_code.co_filename)
+
+    helper = [mx.new_thread_local_stream(mx.cpu)]
+    monkeypatch.setattr(schedule, "_n_streams", lambda: 2)  # on any machine
+    monkeypatch.setattr(schedule, "_more_streams", lambda: helper)
+    layer, x = BlockSparseLinear(256, 256, block_size=16), mx.ones((64, 256))
+    mx.eval(layer(x), layer(x))
+    sys.setprofile(note)
+    layer(x)
+    sys.setprofile(None)
+    assert 20 < len(calls) <= 60
+    assert sum(a != b for a, b in itertools.pairwise(calls)) <= 30

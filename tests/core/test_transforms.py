@@ -4,6 +4,9 @@ Data are small whole numbers and every function is a polynomial, so sums are exa
 the comparison is for equality.
 """
 
+import subprocess
+import sys
+
 import mlx.core as mx
 import pytest
 from hypothesis import given
@@ -315,3 +318,27 @@ def test_products_stay_lazy(monkeypatch):
     step = mx.grad(lambda data, x: (spmm(data, pattern, x) ** 2).sum(), argnums=(0, 1))
     monkeypatch.setattr(mx, "eval", lambda *args: pytest.fail("mx.eval on a forward path"))
     mx.compile(step)(data, x)
+
+
+UNTOUCHED = """
+import mlx.core as mx
+before = mx.vmap, mx.array.__matmul__, mx.array.__mul__
+import mlx_sparse_nn
+from mlx_sparse_nn import physics, patterns
+assert (mx.vmap, mx.array.__matmul__, mx.array.__mul__) == before
+pattern = patterns.banded(8, 8, 1, 4)
+mlx_sparse_nn.spmm(mx.ones(pattern.data_shape), pattern, mx.ones(8))
+assert mx.vmap is not before[0]
+assert (mx.array.__matmul__, mx.array.__mul__) == before[1:]
+A = mlx_sparse_nn.from_dense(mx.ones((2, 2)))
+assert (mx.ones(2) @ A).tolist() == [2, 2]
+assert (mx.array(2.0) * A).data.tolist() == [2, 2, 2, 2]
+methods = mx.array.__matmul__, mx.array.__mul__
+mlx_sparse_nn.from_dense(mx.ones((2, 2)))
+assert (mx.array.__matmul__, mx.array.__mul__) == methods
+"""
+
+
+def test_importing_changes_nothing_in_mlx():
+    """Nothing that a dense model pays for: sparse arrays replace methods when they need it, once."""
+    subprocess.run([sys.executable, "-W", "error", "-c", UNTOUCHED], check=True, timeout=60)

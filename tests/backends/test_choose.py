@@ -1,0 +1,161 @@
+"""The rule that chooses a backend: what it looks at, and that a layer follows it at every call."""
+
+import types
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+from support import assert_equal, computing, integers, pattern_of, random_pattern
+
+from mlx_sparse_nn import BlockSparseLinear, CSRPattern, sddmm, spmm, spmm_t
+from mlx_sparse_nn.core.backends import choose, cuda, metal, naive, plain
+
+OPS = ("spmm", "spmm_t", "sddmm")
+
+
+def name_of(op, block_size, n_x, dtype, n_blocks=1):
+    pattern = CSRPattern([0, n_blocks], [0] * n_blocks, (block_size, block_size), block_size)
+    return choose.choose(op, pattern.layout, n_x, dtype).NAME
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("block_size", "n_x", "dtype", "name"),
+    [
+        (1, 1, mx.float32, "cuda"),
+        (4, 4096, mx.float32, "cuda"),
+        (8, 16, mx.float32, "cuda"),
+        (8, 17, mx.float32, "plain"),
+        (128, 64, mx.float32, "plain"),
+        (64, 64, mx.bfloat16, "cuda"),
+        (16, 0, mx.bfloat16, "plain"),
+        (1, 8, mx.complex64, "plain"),
+        (1, 8, mx.float64, "plain"),
+    ],
+)
+def test_cuda_takes_what_it_has_kernels_for(op, block_size, n_x, dtype, name):
+    with computing(cuda, plain):
+        assert name_of(op, block_size, n_x, dtype) == name
+
+
+def test_gradients_of_16_bit_blocks_need_a_kernel_of_their_size():
+    with computing(cuda, plain):
+        for block_size, name in ((8, "plain"), (16, "cuda"), (48, "plain"), (128, "cuda")):
+            assert name_of("sddmm", block_size, 64, mx.float16) == name
+            assert name_of("spmm", block_size, 64, mx.float16) == "cuda"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_metal_takes_its_dtypes_and_whatever_has_elements(op):
+    with computing(metal, plain):
+        for block_size in (1, 3, 8, 48, 128):
+            for dtype in (mx.float32, mx.float16, mx.bfloat16):
+                assert name_of(op, block_size, 100, dtype) == "metal"
+        assert name_of(op, 1, 5, mx.complex64) == "plain"
+        assert name_of(op, 8, 0, mx.float32) == "plain"
+        assert name_of(op, 8, 5, mx.float32, n_blocks=0) == "plain"
+
+
+def test_the_default_device_decides_at_each_call(metal):
+    assert name_of("spmm", 8, 5, mx.float32) == "metal"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+        assert name_of("spmm", 8, 5, mx.float32) == "plain"
+
+
+def test_a_kernel_is_not_chosen_while_vmap_traces():
+    seen = []
+
+    def f(x):
+        seen.append(name_of("spmm", 8, 5, mx.float32))
+        return x
+
+    with computing(cuda, plain):
+        mx.vmap(f)(mx.ones((2, 3)))
+        f(mx.ones(3))
+    assert seen == ["plain", "cuda"]
+
+
+def test_a_fifth_backend_is_a_module_in_the_list():
+    """It needs no more than this: a name, what it takes, and three products."""
+    pattern, calls = random_pattern(3, 4, 8, density=0.8), []
+    data, x = integers(pattern.data_shape, 1), integers((5, pattern.shape[1]), 2)
+    y = integers((5, pattern.shape[0]), 3)
+
+    def counted(op):
+        return lambda *args: calls.append(op) or getattr(plain, op)(*args)
+
+    fifth = types.ModuleType("fifth")
+    fifth.__dict__.update(
+        NAME="fifth",
+        is_available=lambda: True,
+        takes=lambda op, layout, n_x, dtype, n_matrices: op != "sddmm",
+        **{op: counted(op) for op in OPS},
+    )
+    with computing(fifth, plain):
+        assert_equal(spmm(data, pattern, x), naive.spmm(data, pattern, x))
+        assert_equal(spmm_t(data, pattern, y), naive.spmm_t(data, pattern, y))
+        assert_equal(sddmm(pattern, y, x), naive.sddmm(pattern, y, x))
+        assert [name_of(op, 8, 5, mx.float32) for op in OPS] == ["fifth", "fifth", "plain"]
+    assert calls == ["spmm", "spmm_t"]
+
+
+def test_a_layer_may_change_device_and_pattern(metal):
+    """What plain MLX derives of the index arrays is that of the pattern at hand."""
+    patterns = [
+        pattern_of(lists, 4, 16) for lists in ([[0, 1], [2], [3, 0, 1]], [[3], [1, 2], [0, 2, 3]])
+    ]
+    layer = BlockSparseLinear(64, 48, patterns[0])
+    twin = BlockSparseLinear(64, 48, patterns[1])
+    x = integers((3, 64), 1)
+    layer.weight, twin.weight = (integers(p.data_shape, i) for i, p in enumerate(patterns))
+    layer.bias, twin.bias = integers((48,), 5), integers((48,), 6)
+
+    def on_both(layer, pattern):
+        expected = naive.spmm(layer.weight, pattern, x, layer.bias)
+        launched = len(metal.launches)
+        assert_equal(layer(x), expected)
+        assert len(metal.launches) == launched + 1
+        with computing(plain):
+            assert_equal(layer(x), expected)
+        assert len(metal.launches) == launched + 1
+
+    on_both(layer, patterns[0])
+    layer.load_weights(tree_flatten(twin.parameters()))
+    on_both(layer, patterns[1])
+    layer.set_pattern(patterns[0])
+    on_both(layer, patterns[0])
+
+
+@pytest.mark.parametrize("block_size", [1, 8])
+@pytest.mark.parametrize("n", [1, 20])
+def test_a_step_compiled_before_a_load_uses_the_buckets_of_the_new_pattern(block_size, n):
+    """Of the same sizes, so that MLX runs the graph that it traced for the old one."""
+    lists = [[0, 1, 2], [3], [], [1, 2]]
+    patterns = [
+        pattern_of(rows, 4, block_size) for rows in (lists, lists[::-1], [*lists[2:], *lists[:2]])
+    ]
+    size, traces = 4 * block_size, []
+    layer = BlockSparseLinear(size, size, patterns[0])
+    x, g = integers((n, size), 1), integers((n, size), 2)
+
+    def step(x):
+        traces.append(x)
+        loss = lambda x: (layer(x) * g).sum()
+        value, grads = nn.value_and_grad(layer, loss)(x)
+        return value, grads["weight"], mx.grad(loss)(x)
+
+    state = [layer.state]
+    compiled = mx.compile(step, inputs=state, outputs=state)
+    for i, pattern in enumerate(patterns * 2):
+        source = BlockSparseLinear(size, size, pattern)
+        source.weight, source.bias = integers(pattern.data_shape, i), integers((size,), i + 9)
+        layer.load_weights(tree_flatten(source.parameters()))
+        value, d_weight, d_x = compiled(x)
+        y = naive.spmm(source.weight, pattern, x, source.bias)
+        assert_equal(value, (y * g).sum())
+        assert_equal(d_weight, naive.sddmm(pattern, g, x))
+        assert_equal(d_x, naive.spmm_t(source.weight, pattern, g))
+        assert_equal(layer(x), y)
+    assert len(traces) == 1
