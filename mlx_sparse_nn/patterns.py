@@ -221,6 +221,6 @@ def _block_of(owner: str, features: int, blocks: int) -> int:
 def _grid(
     owner: str, n_rows: int, n_cols: int, block_size: int
 ) -> tuple[tuple[int, int], int, int]:
-    block = check_size(owner, "block_size", block_size, minimum=1)
-    shape = check_shape(owner, (n_rows, n_cols), block)
-    return shape, shape[0] // block, shape[1] // block
+    block_size = check_size(owner, "block_size", block_size, minimum=1)
+    shape = check_shape(owner, (n_rows, n_cols), block_size)
+    return shape, shape[0] // block_size, shape[1] // block_size

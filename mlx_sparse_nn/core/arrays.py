@@ -103,16 +103,19 @@ class CSRArray:
 
     def tocsr(self) -> CSRArray:
         """Return the same matrix with ``block_size`` 1, rows kept in stored order."""
-        block = self.block_size
-        if block == 1:
+        block_size = self.block_size
+        if block_size == 1:
             return self
-        lengths = np.repeat(np.diff(self.pattern.indptr), block).astype(np.int64) * block
+        lengths = np.repeat(np.diff(self.pattern.indptr), block_size).astype(np.int64) * block_size
         indptr = np.concatenate([[0], np.cumsum(lengths)])
         # Value (j, r, c) of block-row R comes before (j + 1, r, c): sort by row, keep the rest.
-        row = self.pattern.row_indices[:, None, None] * np.int64(block) + np.arange(block)[:, None]
+        row = (
+            self.pattern.row_indices[:, None, None] * np.int64(block_size)
+            + np.arange(block_size)[:, None]
+        )
         row = np.broadcast_to(row, self.pattern.data_shape).reshape(-1)
         order = np.argsort(row, kind="stable")
-        cols = self.pattern.indices[:, None, None] * np.int64(block) + np.arange(block)
+        cols = self.pattern.indices[:, None, None] * np.int64(block_size) + np.arange(block_size)
         cols = np.broadcast_to(cols, self.pattern.data_shape).reshape(-1)[order]
         data = _gather(self.data.reshape(-1), order)
         return CSRArray(data, CSRPattern(indptr, cols, self.shape))
@@ -139,10 +142,12 @@ class CSRArray:
 
     def diagonal(self) -> mx.array:
         """Return the main diagonal, ``(min(n_rows, n_cols),)``; repeated entries add up."""
-        pattern, block, length = self.pattern, self.block_size, min(self.shape)
+        pattern, block_size, length = self.pattern, self.block_size, min(self.shape)
         stored = np.flatnonzero(pattern.row_indices == pattern.indices)
-        places = (stored[:, None] * block + np.arange(block)) * block + np.arange(block)
-        rows = (pattern.indices[stored, None] * block + np.arange(block)).reshape(-1)
+        places = (stored[:, None] * block_size + np.arange(block_size)) * block_size + np.arange(
+            block_size
+        )
+        rows = (pattern.indices[stored, None] * block_size + np.arange(block_size)).reshape(-1)
         counts = np.bincount(rows, minlength=length)
         order = places.reshape(-1)[np.argsort(rows, kind="stable")]
         return _gather(self.data.reshape(-1), order, np.cumsum(counts) - counts)
@@ -319,8 +324,8 @@ def _gather(data: mx.array, order: np.ndarray, starts: np.ndarray | None = None)
         out = mx.zeros((starts.size, *data.shape[1:]), data.dtype)
         return out.at[mx.array(segment)].add(gathered)
     selector = CSRPattern(indptr, order, (starts.size, data.shape[0]))
-    block = math.prod(data.shape[1:])
-    values = data.reshape(data.shape[0], block).swapaxes(0, 1)  # (B * B, n_blocks)
+    n_each = math.prod(data.shape[1:])
+    values = data.reshape(data.shape[0], n_each).swapaxes(0, 1)  # (B * B, n_blocks)
     gathered = ops.spmm(mx.ones(order.size, data.dtype), selector, values).swapaxes(0, 1)
     return gathered.reshape(starts.size, *data.shape[1:])
 

@@ -51,24 +51,26 @@ def move_blocks(blocks: mx.array, source: np.ndarray) -> mx.array:
 
 def todense(layout: Layout, data: mx.array) -> mx.array:
     """Return the dense ``(V, n_rows, n_cols)`` matrices; repeated entries add up in float32."""
-    (n_rows, n_cols), block, n_batch = layout.shape, layout.block_size, data.shape[0]
-    shape = (n_batch, n_rows // block, n_cols // block, block, block)
+    (n_rows, n_cols), block_size, n_matrices = layout.shape, layout.block_size, data.shape[0]
+    shape = (n_matrices, n_rows // block_size, n_cols // block_size, block_size, block_size)
     wide = mx.float32 if data.dtype in (mx.float16, mx.bfloat16) else data.dtype
     blocks = mx.zeros(shape, wide)
     if data.size:
-        values = data.astype(wide).reshape(n_batch, -1, block, block)
+        values = data.astype(wide).reshape(n_matrices, -1, block_size, block_size)
         blocks = blocks.at[_places(layout.rows)].add(values)
-    return blocks.swapaxes(2, 3).reshape(n_batch, n_rows, n_cols).astype(data.dtype)
+    return blocks.swapaxes(2, 3).reshape(n_matrices, n_rows, n_cols).astype(data.dtype)
 
 
 def sample(layout: Layout, dense: mx.array) -> mx.array:
     """Return the values of ``dense (V, n_rows, n_cols)`` at the stored places: :func:`todense`'s
     transpose, of shape ``(V, n_blocks)`` or ``(V, n_blocks, B, B)``."""
-    (n_rows, n_cols), block, n_batch = layout.shape, layout.block_size, dense.shape[0]
-    shape = (n_batch, *layout.data_shape)
+    (n_rows, n_cols), block_size, n_matrices = layout.shape, layout.block_size, dense.shape[0]
+    shape = (n_matrices, *layout.data_shape)
     if 0 in shape:
         return mx.zeros(shape, dense.dtype)
-    blocks = dense.reshape(n_batch, n_rows // block, block, n_cols // block, block)
+    blocks = dense.reshape(
+        n_matrices, n_rows // block_size, block_size, n_cols // block_size, block_size
+    )
     return blocks.swapaxes(2, 3)[_places(layout.rows)].reshape(shape)
 
 

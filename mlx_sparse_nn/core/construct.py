@@ -92,11 +92,13 @@ def from_dense(w: ArrayLike, block_size: int = 1) -> CSRArray:
     """
     w = check_data("from_dense", w, "w")
     check_matrix("from_dense", "w", w)
-    block = check_size("from_dense", "block_size", block_size, minimum=1)
-    n_rows, n_cols = check_shape("from_dense", w.shape, block)
-    blocks = w.reshape(n_rows // block, block, n_cols // block, block).swapaxes(1, 2)
+    block_size = check_size("from_dense", "block_size", block_size, minimum=1)
+    n_rows, n_cols = check_shape("from_dense", w.shape, block_size)
+    blocks = w.reshape(n_rows // block_size, block_size, n_cols // block_size, block_size).swapaxes(
+        1, 2
+    )
     places = np.flatnonzero(np.array((blocks != 0).any(axis=(2, 3))))
-    pattern = CSRPattern.from_places(places, (n_rows, n_cols), block)
+    pattern = CSRPattern.from_places(places, (n_rows, n_cols), block_size)
     data = blocks[mx.array(pattern.row_indices), mx.array(pattern.indices)]
     return CSRArray(data.reshape(pattern.data_shape), pattern)
 

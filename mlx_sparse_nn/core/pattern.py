@@ -187,8 +187,8 @@ class CSRPattern:
     @cached_property
     def data_shape(self) -> tuple[int, ...]:
         """Shape of the values that fill this pattern: ``(nnz,)`` or ``(n_blocks, B, B)``."""
-        block = self.block_size
-        return (self.n_blocks,) if block == 1 else (self.n_blocks, block, block)
+        block_size = self.block_size
+        return (self.n_blocks,) if block_size == 1 else (self.n_blocks, block_size, block_size)
 
     @cached_property
     def host(self) -> HostIndex:
@@ -237,10 +237,10 @@ class CSRPattern:
 
     def tomask(self) -> mx.array:
         """Return the ``(n_rows, n_cols)`` bool array that is true where a value is stored."""
-        block = self.block_size
+        block_size = self.block_size
         mask = np.zeros(self.grid, dtype=bool)
         mask[self.row_indices, self.indices] = True
-        return mx.array(np.kron(mask, np.ones((block, block), dtype=bool)).astype(bool))
+        return mx.array(np.kron(mask, np.ones((block_size, block_size), dtype=bool)).astype(bool))
 
     def plot(self, ax: Axes | None = None, *, cmap: str = "Blues") -> Axes:
         """Draw the pattern on matplotlib's axes, to scale, and return them.

@@ -182,21 +182,23 @@ def _own_arrays(module: nn.Module) -> dict[str, mx.array]:
 
 def _row(path: str, module: nn.Module, arrays: dict[str, mx.array], optimizer_arrays: int) -> dict:
     """Return the fields of a :class:`LayerSummary`, less ``share``."""
-    index_bytes, block, dead_inputs, dead_outputs = 0, None, None, None
+    index_bytes, block_size, dead_inputs, dead_outputs = 0, None, None, None
     if isinstance(module, PatternModule):
         pattern = module.pattern
         layout = [array for _, array in tree_flatten(module["_layout"])]
         index_bytes = sum(a.nbytes for a in [*layout, *(module[name] for name in _INDICES)])
         index_bytes += pattern.layout.derived_bytes
         arrays = {name: array for name, array in arrays.items() if name not in _INDICES}
-        shape, block, density, macs = (
+        shape, block_size, density, macs = (
             pattern.shape,
             pattern.block_size,
             pattern.density,
             pattern.nnz,
         )
         lengths = np.diff(pattern.indptr), np.diff(pattern.T.indptr)
-        dead_outputs, dead_inputs = (block * np.count_nonzero(counts == 0) for counts in lengths)
+        dead_outputs, dead_inputs = (
+            block_size * np.count_nonzero(counts == 0) for counts in lengths
+        )
         unstored = shape[0] * shape[1] - macs
     else:
         shape, unstored = _linear_shape(module), 0
@@ -207,7 +209,7 @@ def _row(path: str, module: nn.Module, arrays: dict[str, mx.array], optimizer_ar
         "path": path,
         "type": type(module).__name__,
         "shape": shape,
-        "block_size": block,
+        "block_size": block_size,
         "density": density,
         "parameters": parameters,
         "dense_parameters": parameters + unstored,

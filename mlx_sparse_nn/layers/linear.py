@@ -289,13 +289,13 @@ class QuantizedBlockSparseLinear(SparseLinear):
         check_pattern(owner, pattern)
         check_dims(owner, pattern.shape)
         super().__init__(pattern, pinned=("weight", "scales", "biases"))
-        n_blocks, block = pattern.n_blocks, pattern.block_size
-        self.group_size = _group_size(block, group_size)
+        n_blocks, block_size = pattern.n_blocks, pattern.block_size
+        self.group_size = _group_size(block_size, group_size)
         self.bits = 4 if bits is None else check_size(owner, "bits", bits)
         if self.bits not in BITS:
             raise ValueError(f"[{owner}] bits must be one of {BITS}, got {bits!r}")
-        self.weight = mx.zeros((n_blocks, block, block * self.bits // 32), mx.uint32)
-        self.scales = mx.zeros((n_blocks, block, block // self.group_size))
+        self.weight = mx.zeros((n_blocks, block_size, block_size * self.bits // 32), mx.uint32)
+        self.scales = mx.zeros((n_blocks, block_size, block_size // self.group_size))
         self.biases = mx.zeros(self.scales.shape)
         if bias:
             self.bias = mx.zeros((pattern.shape[0],))

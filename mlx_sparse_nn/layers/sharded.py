@@ -97,7 +97,7 @@ def shard_boundaries(
     sizes = sorted({features for _, features, _ in sides})
     if len(sizes) > 1:
         raise ValueError(f"[{owner}] layers have different numbers of these features: {sizes}")
-    unit = math.lcm(*(block for _, _, block in sides))
+    unit = math.lcm(*(block_size for _, _, block_size in sides))
     n_ranks = (group or mx.distributed.init()).size()
     n_units = sizes[0] // unit
     if n_units < n_ranks:
@@ -106,8 +106,8 @@ def shard_boundaries(
             f"the {n_ranks} ranks"
         )
     stored = np.zeros(n_units, np.int64)
-    for block_indices, _, block in sides:
-        stored += np.bincount(block_indices * block // unit, minlength=n_units) * block**2
+    for block_indices, _, block_size in sides:
+        stored += np.bincount(block_indices * block_size // unit, minlength=n_units) * block_size**2
     return tuple(int(cut) * unit for cut in _cuts(stored, n_ranks))
 
 
@@ -282,15 +282,18 @@ def _along(pattern: CSRPattern, axis: int) -> np.ndarray:
 
 def _slice(pattern: CSRPattern, axis: int, start: int, stop: int) -> tuple[CSRPattern, np.ndarray]:
     """Return the pattern of a range of rows or columns, and where its blocks are stored."""
-    block = pattern.block_size
-    scalars = _along(pattern, axis) * block  # where each block begins
+    block_size = pattern.block_size
+    scalars = _along(pattern, axis) * block_size  # where each block begins
     inside = (scalars >= start) & (scalars < stop)
     before = np.concatenate([[0], np.cumsum(inside)])[pattern.indptr]  # inside, by block-row
     if axis == 0:
-        indptr, shape = before[start // block : stop // block + 1], (stop - start, pattern.shape[1])
+        indptr, shape = (
+            before[start // block_size : stop // block_size + 1],
+            (stop - start, pattern.shape[1]),
+        )
         indices = pattern.indices[inside]
     else:
         indptr, shape = before, (pattern.shape[0], stop - start)
-        indices = pattern.indices[inside] - start // block
-    part = CSRPattern(indptr, indices, shape, block)
+        indices = pattern.indices[inside] - start // block_size
+    part = CSRPattern(indptr, indices, shape, block_size)
     return part, np.flatnonzero(inside).astype(np.int32)

@@ -259,11 +259,11 @@ def _steepest_places(
     It is computed some block-rows at a time, and of each tile only the places that may still be
     chosen are kept. Among equals the first place wins.
     """
-    block, n_block_cols = pattern.block_size, pattern.grid[1]
+    block_size, n_block_cols = pattern.block_size, pattern.grid[1]
     dtype = mx.result_type(x, cotangent, mx.float32)  # 16-bit types accumulate in float32
     x = x.reshape(-1, x.shape[-1]).astype(dtype)
     cotangent = cotangent.reshape(-1, cotangent.shape[-1])
-    rows = max(1, TILE // max(1, block * pattern.shape[1])) * block
+    rows = max(1, TILE // max(1, block_size * pattern.shape[1])) * block_size
     best, best_scores = np.zeros(0, dtype=np.int64), np.zeros(0)
     for first in range(0, pattern.shape[0], rows):
         gradient = cotangent[:, first : first + rows].T.astype(dtype) @ x
@@ -271,8 +271,8 @@ def _steepest_places(
             raise ValueError(
                 "[regrow] the gradient cotangentᵀ x must be finite, got nan or infinity"
             )
-        scores = grid_scores(gradient, block, score, owner="regrow").reshape(-1)
-        begin = first // block * n_block_cols
+        scores = grid_scores(gradient, block_size, score, owner="regrow").reshape(-1)
+        begin = first // block_size * n_block_cols
         free = np.setdiff1d(np.arange(begin, begin + scores.size), stored, assume_unique=True)
         places = np.concatenate([best, free])
         strengths = np.concatenate([best_scores, scores[free - begin]])

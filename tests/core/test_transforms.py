@@ -340,5 +340,5 @@ assert (mx.array.__matmul__, mx.array.__mul__) == methods
 
 
 def test_importing_changes_nothing_in_mlx():
-    """Nothing that a dense model pays for: sparse arrays replace methods when they need it, once."""
+    """Nothing that a dense model pays for: sparse arrays replace methods once they need it."""
     subprocess.run([sys.executable, "-W", "error", "-c", UNTOUCHED], check=True, timeout=60)

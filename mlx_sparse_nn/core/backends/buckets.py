@@ -40,9 +40,9 @@ def buckets_of(side: Side) -> Buckets:
     starts, lengths = (mx.take_along_axis(a, rows, axis=0) for a in (side.indptr[:-1], lengths))
     slots, first = [], 0
     for n_rows, longest, _ in side.groups:
-        members, slot = slice(first, first + n_rows), mx.arange(longest)
-        is_full = slot < lengths[members, None]
-        slots.append(mx.where(is_full, starts[members, None] + slot, side.n_blocks).reshape(-1))
+        group, slot = slice(first, first + n_rows), mx.arange(longest)
+        stored = mx.where(slot < lengths[group, None], starts[group, None] + slot, side.n_blocks)
+        slots.append(stored.reshape(-1))
         first += n_rows
     stored = mx.concatenate(slots).view(mx.uint32)
     columns = mx.take_along_axis(_append(indices, side.n_block_cols), stored, axis=0)

@@ -53,11 +53,11 @@ def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``plain.sddmm``."""
-    n, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
+    n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
     if layout.block_size not in tuned.GRADIENT_TILES or x.dtype == mx.float32:
-        kernel, n_splits = _gradient_by_scalars(layout, n, n_matrices)
-    elif _takes_gradient_panels(layout, n):
-        kernel, n_splits = _gradient_panels(layout, n, n_matrices)
+        kernel, n_splits = _gradient_by_scalars(layout, n_x, n_matrices)
+    elif _takes_gradient_panels(layout, n_x):
+        kernel, n_splits = _gradient_panels(layout, n_x, n_matrices)
     else:
         launched = prepare(NAME, "sddmm", _gradient_tiles(layout, n_matrices), x.dtype, T=x.dtype)
         side = layout.rows
@@ -71,17 +71,17 @@ def _product(
 ) -> mx.array:
     """Launch the kernel of a product with a side of the matrix."""
     shape, dtype, transposed = x.shape, x.dtype, side.perm is not None
-    n, n_matrices = shape[-2], shape[0] if len(shape) == 3 else 1
+    n_x, n_matrices = shape[-2], shape[0] if len(shape) == 3 else 1
     block_size = data.shape[-1] if data.ndim > 2 else 1
     if block_size in tuned.TILED_BLOCKS and dtype != mx.float32:
-        even = n > tuned.CUDA_FEW_ROWS and _is_even(side)
-        panels = n > tuned.CUDA_FEW_ROWS and _takes_panels(side, block_size, n_out, shape[-1])
-        choice = _by_tensor_cores, n, n_matrices, block_size, n_out, transposed, even, panels
-    elif _takes_streaming(side, block_size, n):
+        even = n_x > tuned.CUDA_FEW_ROWS and _is_even(side)
+        panels = n_x > tuned.CUDA_FEW_ROWS and _takes_panels(side, block_size, n_out, shape[-1])
+        choice = _by_tensor_cores, n_x, n_matrices, block_size, n_out, transposed, even, panels
+    elif _takes_streaming(side, block_size, n_x):
         choice = _streaming, n_matrices, n_out
     else:
         lanes = lanes_per_row(side, block_size)
-        choice = _by_scalars, n, n_matrices, block_size, n_out, transposed, lanes
+        choice = _by_scalars, n_x, n_matrices, block_size, n_out, transposed, lanes
     launched = _prepared(dtype, bias is not None, *choice)
     return launch_spmm(launched, data, side, x, n_out, bias)
 
@@ -94,9 +94,9 @@ def _prepared(
     return prepare(NAME, "spmm", choose_kernel(*sizes), dtype, T=dtype, BIAS=int(has_bias))
 
 
-def _takes_streaming(side: Side, block_size: int, n: int) -> bool:
+def _takes_streaming(side: Side, block_size: int, n_x: int) -> bool:
     """Return whether one thread adds up each row: short rows of scalars times one row of x."""
-    is_vector = block_size * n == 1 and side.perm is None
+    is_vector = block_size * n_x == 1 and side.perm is None
     return is_vector and side.longest_row <= tuned.MAX_STREAMED_ROW
 
 
@@ -107,11 +107,11 @@ def _streaming(n_matrices: int, n_out: int) -> Kernel:
 
 
 def _by_scalars(
-    n: int, n_matrices: int, block_size: int, n_out: int, transposed: bool, lanes: int
+    n_x: int, n_matrices: int, block_size: int, n_out: int, transposed: bool, lanes: int
 ) -> Kernel:
     """Return the kernel of all else, which reads blocks by scalars."""
-    rows, threads = 1 if n == 1 else 4, tuned.GROUP_THREADS
-    grid = (round_up(n_out * lanes, threads), -(-n // rows), n_matrices)
+    rows, threads = 1 if n_x == 1 else 4, tuned.GROUP_THREADS
+    grid = (round_up(n_out * lanes, threads), -(-n_x // rows), n_matrices)
     template = {"B": block_size, "ROWS": rows, "LANES": lanes, "TRANSPOSED": int(transposed)}
     return Kernel("spmm_csr", template, grid, threads)
 
@@ -133,26 +133,32 @@ def _takes_panels(side: Side, block_size: int, n_out: int, n_in: int) -> bool:
 
 
 def _by_tensor_cores(
-    n: int, n_matrices: int, block_size: int, n_out: int, transposed: bool, even: bool, panels: bool
+    n_x: int,
+    n_matrices: int,
+    block_size: int,
+    n_out: int,
+    transposed: bool,
+    even: bool,
+    panels: bool,
 ) -> Kernel:
     """Return the kernel of 16-bit blocks: few rows of x, many on Hopper, or many."""
     n_block_rows, filling = n_out // block_size, tuned.BLOCKS_TO_FILL_GPU
-    if n <= tuned.CUDA_FEW_ROWS and not transposed:
+    if n_x <= tuned.CUDA_FEW_ROWS and not transposed:
         # Enough thread blocks to fill the GPU: strips of 16 outputs, and 8 warps along k.
-        grid = (n_out // min(16, block_size) * 256, -(-n // 16), n_matrices)
+        grid = (n_out // min(16, block_size) * 256, -(-n_x // 16), n_matrices)
         return Kernel("spmm_few", {"B": block_size}, grid, 256)
     hopper, width = _architecture() == tuned.HOPPER, n_block_rows
-    if hopper and panels and -(-n_out // 256) * -(-n // 128) * n_matrices >= filling:
+    if hopper and panels and -(-n_out // 256) * -(-n_x // 128) * n_matrices >= filling:
         rows, stages, threads, width = 128, 4, 640, -(-n_out // 256)
         name, template = "spmm_panels", {}
         shared_memory = stages * 32_768 + 65_536 + 1024
-    elif hopper and n > 64 and block_size in tuned.WGMMA_STAGES:
-        rows = 256 if n_block_rows * -(-n // 256) * n_matrices >= filling else 128
+    elif hopper and n_x > 64 and block_size in tuned.WGMMA_STAGES:
+        rows = 256 if n_block_rows * -(-n_x // 256) * n_matrices >= filling else 128
         stages, threads = tuned.WGMMA_STAGES[block_size][rows], 384
         name, template = "spmm_wgmma", {"ROWS": rows}
         shared_memory = stages * (rows + block_size) * 128 + 1024
     else:
-        many = n > 64 and _architecture() in tuned.LARGE_SHARED_MEMORY
+        many = n_x > 64 and _architecture() in tuned.LARGE_SHARED_MEMORY
         tile = (tuned.MANY_ROWS_TILES if many else tuned.SOME_ROWS_TILES)[block_size]
         rows, stages, threads = tile.rows, tile.stages, 32 * tile.warps_n * tile.warps_o
         name = "spmm_tiles"
@@ -161,43 +167,43 @@ def _by_tensor_cores(
         shared_memory = 2 * stages * (rows + block_size) * tile.depth
     # A thread block takes up to 8 tiles of rows, fewer where that would leave the GPU idle, and one
     # where some block-row would keep it busy much longer than others.
-    tiles = -(-n // rows)
+    tiles = -(-n_x // rows)
     shares = max(-(-tiles // 8), -(-filling // (width * n_matrices))) if even else tiles
     shares = min(tiles, shares)
     template |= {"B": block_size, "STAGES": stages, "TRANSPOSED": int(transposed)}
     return Kernel(name, template, (width * threads, shares, n_matrices), threads, shared_memory)
 
 
-def _gradient_by_scalars(layout: Layout, n: int, n_matrices: int) -> tuple[Kernel, int]:
+def _gradient_by_scalars(layout: Layout, n_x: int, n_matrices: int) -> tuple[Kernel, int]:
     """Return the kernel of weight gradients by scalars, and in how many parts the rows go."""
     lanes, threads = min(32, lanes_per_row(layout.rows, layout.block_size)), tuned.GROUP_THREADS
     width = round_up(layout.shape[0] * lanes, threads)
     groups = width // threads * n_matrices
-    n_splits = max(1, min(tuned.CUDA_GRADIENT_GROUPS // groups, n // tuned.CUDA_ROWS_PER_SPLIT))
+    n_splits = max(1, min(tuned.CUDA_GRADIENT_GROUPS // groups, n_x // tuned.CUDA_ROWS_PER_SPLIT))
     template = {"B": layout.block_size, "LANES": lanes}
     return Kernel("sddmm_csr", template, (width, 1, n_matrices), threads), n_splits
 
 
-def _takes_gradient_panels(layout: Layout, n: int) -> bool:
+def _takes_gradient_panels(layout: Layout, n_x: int) -> bool:
     """Return whether blocks are small, so that their gradients share the columns of y and of x.
 
     No block may be stored twice.
     """
-    small = layout.block_size in tuned.GRADIENT_PANELS and n >= tuned.GRADIENT_PANEL_ROWS
+    small = layout.block_size in tuned.GRADIENT_PANELS and n_x >= tuned.GRADIENT_PANEL_ROWS
     if not small or not layout.rows.is_in_order:
         return False
     columns = layout.shape[1] // layout.block_size
     return 8 * columns <= tuned.GRADIENT_PANEL_SHARED and _architecture() == tuned.HOPPER
 
 
-def _gradient_panels(layout: Layout, n: int, n_matrices: int) -> tuple[Kernel, int]:
+def _gradient_panels(layout: Layout, n_x: int, n_matrices: int) -> tuple[Kernel, int]:
     """Return ``sddmm_panels``, in thread blocks enough to fill a GPU, and the parts of the rows."""
     block_size, side, filling = layout.block_size, layout.rows, tuned.BLOCKS_TO_FILL_GPU
     panel_rows = 256 // block_size
     panels = -(-side.n_block_rows // panel_rows)
     shares = -(-_most_blocks(side, panel_rows) // (32_768 // block_size**2))
     n_splits = filling // (panels * shares * n_matrices)
-    n_splits = max(1, min(n_splits, n // tuned.GRADIENT_PANEL_ROWS))
+    n_splits = max(1, min(n_splits, n_x // tuned.GRADIENT_PANEL_ROWS))
     shares = max(shares, filling // (panels * n_splits * n_matrices))
     shared_memory = tuned.GRADIENT_PANEL_SHARED
     template = {"B": block_size, "SHARED": shared_memory}

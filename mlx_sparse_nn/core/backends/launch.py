@@ -136,9 +136,9 @@ def launch_sddmm(
         x: ``(N, n_cols)`` or ``(V, N, n_cols)``.
         n_splits: Parts that the N rows are cut into.
     """
-    n, side, dtype = x.shape[-2], layout.rows, x.dtype
-    rows_per_split = -(-n // n_splits)
-    n_splits = -(-n // rows_per_split)
+    n_x, side, dtype = x.shape[-2], layout.rows, x.dtype
+    rows_per_split = -(-n_x // n_splits)
+    n_splits = -(-n_x // rows_per_split)
     shape = (*x.shape[:-2], *layout.data_shape)
     out_dtype = dtype if n_splits == 1 else mx.float32
     kernel = kernel._replace(grid=(kernel.grid[0], n_splits, kernel.grid[2]))

@@ -42,11 +42,11 @@ def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``plain.sddmm``."""
-    n, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
+    n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
     kernel = _sampling_kernel(layout, n_matrices)
     # Few groups and many rows: split the rows, so that the whole GPU has work, and sum in order.
     groups = kernel.grid[0] // kernel.threads * n_matrices
-    n_splits = max(1, min(tuned.METAL_GRADIENT_GROUPS // groups, n // tuned.METAL_ROWS_PER_SPLIT))
+    n_splits = max(1, min(tuned.METAL_GRADIENT_GROUPS // groups, n_x // tuned.METAL_ROWS_PER_SPLIT))
     return launch_sddmm(NAME, kernel, layout, y, x, n_splits)
 
 
@@ -68,9 +68,9 @@ def _product(
     data: mx.array, side: Side, x: mx.array, n_out: int, bias: mx.array | None
 ) -> mx.array:
     """Launch the kernel of a product with a side of the matrix."""
-    n, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
+    n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
     block_size = data.shape[-1] if data.ndim > 2 else 1
-    kernel = _product_kernel(side, block_size, n, n_out, n_matrices)
+    kernel = _product_kernel(side, block_size, n_x, n_out, n_matrices)
     options = {
         "T": x.dtype,
         "B": block_size,
@@ -81,20 +81,20 @@ def _product(
     return launch_spmm(launched, data, side, x, n_out, bias)
 
 
-def _product_kernel(side: Side, block_size: int, n: int, n_out: int, n_matrices: int) -> Kernel:
+def _product_kernel(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
     """Choose the kernel of ``spmm`` or ``spmm_t``: by scalars, of few rows of x, or by tiles."""
     if block_size not in tuned.TILED_BLOCKS:
-        rows, lanes = 1 if n == 1 else 4, lanes_per_row(side, block_size)
+        rows, lanes = 1 if n_x == 1 else 4, lanes_per_row(side, block_size)
         threads = tuned.GROUP_THREADS
         name, template = "spmm_csr", {"ROWS": rows, "LANES": lanes}
         width = round_up(n_out * lanes, threads)
-    elif n <= tuned.METAL_FEW_ROWS:
+    elif n_x <= tuned.METAL_FEW_ROWS:
         # One simdgroup for every four blocks of the longest block-row, 8 at most.
-        rows, simdgroups = power_of_two(n), min(8, power_of_two(-(-side.longest_row // 4)))
+        rows, simdgroups = power_of_two(n_x), min(8, power_of_two(-(-side.longest_row // 4)))
         name, template, threads = "spmm_few", {"ROWS": rows, "GROUPS": simdgroups}, 32 * simdgroups
         width = n_out // min(block_size, 16) * threads
     else:
-        rows = 16 if n <= 16 else 32 if n <= 32 or block_size == 128 else 64
+        rows = 16 if n_x <= 16 else 32 if n_x <= 32 or block_size == 128 else 64
         name, template, threads = "spmm_tiles", {"ROWS": rows}, 64 if block_size == 8 else 128
         width = n_out // block_size * threads
-    return Kernel(name, template, (width, -(-n // rows), n_matrices), threads)
+    return Kernel(name, template, (width, -(-n_x // rows), n_matrices), threads)

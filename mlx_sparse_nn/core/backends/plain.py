@@ -19,6 +19,7 @@ from mlx_sparse_nn.core.backends.schedule import Index, Result, Step, depend_on
 from mlx_sparse_nn.core.layout import Layout, Side
 
 NAME = "plain"
+_NARROW = (mx.bfloat16, mx.float16)
 
 
 def is_available() -> bool:
@@ -62,27 +63,24 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     Returns:
         ``(n_blocks,)`` or ``(n_blocks, B, B)``, or ``(V, ...)``, of the same dtype.
     """
-    n, block_size, side = x.shape[-2], layout.block_size, layout.rows
+    side, block_size, n_matrices = layout.rows, layout.block_size, _n_matrices(x)
     shape = (*x.shape[:-2], *layout.data_shape)
-    if 0 in (*shape, n):
+    if 0 in (*shape, x.shape[-2]):
         return mx.zeros(shape, x.dtype)
-    n_matrices, dtype = _n_matrices(x), _product_dtype(x.dtype, block_size)
-    x_blocks, y_blocks = (_row_blocks(a, block_size).astype(dtype) for a in (x, y))
+    dtype = x.dtype if block_size > 1 else _wide(x.dtype)
+    ys, xs = (_row_blocks(a, block_size).astype(dtype) for a in (y, x))
     rows, columns = side.row_of_block, side.indices.view(mx.uint32)
     cost = schedule.sampled(side, y, x, dtype, block_size)
     data = Result(side.n_blocks, n_matrices)
-    for stream, start, stop in schedule.cut(side.n_blocks, 1, cost):
-        with stream:
-            ys = _take(y_blocks, rows[start:stop], n_matrices)  # (V * m, N, B)
-            xs = _take(x_blocks, data.wait(columns[start:stop]), n_matrices)
-            if n == 1:
-                part = ys.swapaxes(1, 2) * xs
-            elif block_size == 1:
-                part = (ys * xs).sum(axis=1)
-            else:
-                part = ys.swapaxes(1, 2) @ xs
+    for cut in schedule.cut(side.n_blocks, 1, cost):
+        blocks = slice(cut.start, cut.stop)
+        with cut.stream:
+            part = _outer(
+                _take(ys, rows[blocks], n_matrices),
+                _take(xs, data.wait(columns[blocks]), n_matrices),
+            )
             part = part.reshape(-1, *layout.data_shape[1:]).astype(x.dtype)
-        data.write(start, part)
+        data.write(cut.start, part)
     return data.rows().reshape(shape)
 
 
@@ -90,13 +88,13 @@ def _product(
     data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None, transposed: bool
 ) -> mx.array:
     """Return the product with the matrix, or with its transpose."""
-    n, block_size = x.shape[-2], layout.block_size
+    n_x, block_size = x.shape[-2], layout.block_size
     shape = (*x.shape[:-1], layout.shape[1 if transposed else 0])
     if 0 in (*shape, data.size):
         y = mx.zeros(shape, x.dtype)
         return y if bias is None else y + bias
     data = data.reshape(-1, block_size, block_size)
-    if block_size * n == 1 or (n < tuned.PLAIN_FEW_ROWS and 2 * n <= block_size):
+    if block_size * n_x == 1 or (n_x < tuned.PLAIN_FEW_ROWS and 2 * n_x <= block_size):
         return _few_rows(data, layout, x, bias, transposed).reshape(shape)
     return _many_rows(data, layout.cols if transposed else layout.rows, x, bias, transposed)
 
@@ -112,12 +110,12 @@ def _many_rows(
     Returns:
         ``(N, n_rows)`` or ``(V, N, n_rows)``.
     """
-    n, block_size, n_matrices = x.shape[-2], data.shape[-1], _n_matrices(x)
-    dtype = _product_dtype(x.dtype, block_size)
+    n_x, block_size, n_matrices = x.shape[-2], data.shape[-1], _n_matrices(x)
+    dtype = x.dtype if block_size > 1 else _wide(x.dtype)
     cost = schedule.many_rows(side, data, x, dtype, n_matrices)
-    if bias is not None and _wide(dtype) != dtype:
+    if bias is not None and dtype in _NARROW:
         x = depend_on(x, bias)  # MLX (0.32.4) cannot map addmm by its first argument alone
-    if (n_pieces := schedule.n_pieces(side, cost, n, block_size)) > 1:
+    if (n_pieces := schedule.n_pieces(side, cost, n_x, block_size)) > 1:
         return _in_pieces(n_pieces, data, side, x, bias, transposed)
     buckets = side.keep(buckets_of)
     columns = _column_blocks(x, block_size).astype(dtype)
@@ -126,16 +124,14 @@ def _many_rows(
     y = Result(side.n_block_rows, n_matrices)
     for step in schedule.steps(side, buckets, cost):
         with step.stream:
-            a = _take(blocks, step.blocks, n_matrices).astype(dtype)  # (V * m * width, B, B)
-            if block_size > 1 and not transposed:
-                a = mx.contiguous(a.swapaxes(1, 2))  # (in, out), as they lie in the transpose
-            shape = n_matrices * step.n_rows, step.width * block_size
-            xs = _take(columns, y.wait(step.columns), n_matrices).reshape(*shape, n)
-            a = a.reshape(*shape, block_size).swapaxes(1, 2)
+            a = _take(blocks, step.blocks, n_matrices).astype(dtype)
+            a = _side_by_side(a, step, n_matrices, transposed)  # (V * m, B, width * B)
+            xs = _take(columns, y.wait(step.columns), n_matrices)
+            xs = xs.reshape(a.shape[0], a.shape[2], n_x)
             part = _multiply_add(a, xs, added, step, n_matrices).astype(x.dtype)  # (V * m, B, N)
         y.write(step.rows.start, part)
-    out = _in_matrix_order(y, buckets, n_matrices)
-    return out.reshape(*x.shape[:-2], -1, n).swapaxes(-1, -2)
+    y = _in_matrix_order(y, buckets, n_matrices)
+    return y.reshape(*x.shape[:-2], -1, n_x).swapaxes(-1, -2)
 
 
 def _in_pieces(
@@ -147,8 +143,8 @@ def _in_pieces(
     transposed: bool,
 ) -> mx.array:
     """Return :func:`_many_rows` of some rows of x after the other."""
-    n, ys = x.shape[-2], []
-    for piece in mx.split(x, [n * i // n_pieces for i in range(1, n_pieces)], axis=-2):
+    n_x, ys = x.shape[-2], []
+    for piece in mx.split(x, [n_x * i // n_pieces for i in range(1, n_pieces)], axis=-2):
         if ys:
             piece = depend_on(piece, ys[-1])
         ys.append(_many_rows(data, side, piece, bias, transposed))
@@ -165,7 +161,7 @@ def _few_rows(
     Returns:
         ``(V, N, n_block_rows, B)``.
     """
-    n, block_size, n_matrices = x.shape[-2], data.shape[-1], _n_matrices(x)
+    n_x, block_size, n_matrices = x.shape[-2], data.shape[-1], _n_matrices(x)
     side, dtype = layout.cols if transposed else layout.rows, _wide(x.dtype)
     cost, buckets = schedule.few_rows(side, data, x, dtype, n_matrices), side.keep(buckets_of)
     terms, xs = data, _row_blocks(x, block_size)  # xs (V * C, N, B)
@@ -179,16 +175,16 @@ def _few_rows(
         with step.stream:
             part = _take(terms, step.blocks, n_matrices).astype(dtype)
             if block_size == 1:
-                is_gathered = not isinstance(step.blocks, slice)
-                columns = y.wait(step.columns) if is_gathered else step.columns
+                in_place = isinstance(step.blocks, slice)  # then there is room for all of x
+                columns = step.columns if in_place else y.wait(step.columns)
                 part = part * _take(xs, columns, n_matrices).astype(dtype)
-            part = part.reshape(n_matrices * step.n_rows, step.width, n, block_size).sum(axis=1)
+            part = part.reshape(n_matrices * step.n_rows, step.width, n_x, block_size).sum(axis=1)
             if added is not None:
                 part = part + _take(added, step.rows, n_matrices)
             part = part.astype(x.dtype)  # (V * m, N, B)
         y.write(step.rows.start, part)
-    out = _in_matrix_order(y, buckets, n_matrices)
-    return out.reshape(n_matrices, side.n_block_rows, n, block_size).swapaxes(1, 2)
+    y = _in_matrix_order(y, buckets, n_matrices)
+    return y.reshape(n_matrices, side.n_block_rows, n_x, block_size).swapaxes(1, 2)
 
 
 def _terms(
@@ -203,19 +199,37 @@ def _terms(
         cost: Of the product.
         transposed: Whether blocks are read transposed.
     """
-    n_blocks, (_, n, block_size) = columns.size, xs.shape
+    n_blocks, (_, n_x, block_size) = columns.size, xs.shape
     terms = Result(n_blocks, data.shape[0] // n_blocks)
     for stream, start, stop in schedule.cut(n_blocks, 1, cost):
         with stream:
             a = _take(data, slice(start, stop), terms.n_matrices).astype(xs.dtype)
             part = _take(xs, terms.wait(columns[start:stop]), terms.n_matrices)  # (V * m, N, B)
-            if n == 1 and block_size < tuned.MIN_MATMUL_BLOCK:
+            if n_x == 1 and block_size < tuned.MIN_MATMUL_BLOCK:
                 part = part.swapaxes(1, 2) if transposed else part
                 part = (part * a).sum(axis=1 if transposed else 2).reshape(-1, 1, block_size)
             else:
                 part = part @ (a if transposed else a.swapaxes(1, 2))
         terms.write(start, part)
     return terms.rows()
+
+
+def _side_by_side(a: mx.array, step: Step, n_matrices: int, transposed: bool) -> mx.array:
+    """Return blocks ``(V * m * width, B, B)``, those of a block-row side by side:
+    ``(V * m, B, width * B)``."""
+    block_size = a.shape[-1]
+    if block_size > 1 and not transposed:
+        a = mx.contiguous(a.swapaxes(1, 2))  # (in, out), as they lie in the transpose
+    a = a.reshape(n_matrices * step.n_rows, step.width * block_size, block_size)
+    return a.swapaxes(1, 2)
+
+
+def _outer(ys: mx.array, xs: mx.array) -> mx.array:
+    """Return the sums of ``ys (m, N, B)`` times ``xs (m, N, B)`` over the N rows, ``(m, B, B)``."""
+    _, n_x, block_size = xs.shape
+    if n_x == 1:
+        return ys.swapaxes(1, 2) * xs
+    return (ys * xs).sum(axis=1) if block_size == 1 else ys.swapaxes(1, 2) @ xs
 
 
 def _multiply_add(
@@ -225,9 +239,7 @@ def _multiply_add(
     if added is None:
         return a @ xs
     added = _take(added, step.rows, n_matrices)
-    if _wide(a.dtype) == a.dtype:
-        return a @ xs + added
-    return mx.addmm(added, a, xs)
+    return mx.addmm(added, a, xs) if a.dtype in _NARROW else a @ xs + added
 
 
 def _in_matrix_order(y: Result, buckets: Buckets, n_matrices: int) -> mx.array:
@@ -242,29 +254,24 @@ def _n_matrices(x: mx.array) -> int:
 
 
 def _wide(dtype: mx.Dtype) -> mx.Dtype:
-    return mx.float32 if dtype in (mx.float16, mx.bfloat16) else dtype
-
-
-def _product_dtype(dtype: mx.Dtype, block_size: int) -> mx.Dtype:
-    """Return the dtype in which blocks, or scalars, times many rows of x are multiplied."""
-    return dtype if block_size > 1 else _wide(dtype)
+    return mx.float32 if dtype in _NARROW else dtype
 
 
 def _row_blocks(x: mx.array, block_size: int) -> mx.array:
     """Return ``(V, N, C * B)`` as ``(V * C, N, B)``."""
-    n, width = x.shape[-2:]
-    if n > 1:
-        x = mx.contiguous(x.reshape(-1, n, width // block_size, block_size).swapaxes(1, 2))
-    return x.reshape(-1, n, block_size)
+    n_x, width = x.shape[-2:]
+    if n_x > 1:
+        x = mx.contiguous(x.reshape(-1, n_x, width // block_size, block_size).swapaxes(1, 2))
+    return x.reshape(-1, n_x, block_size)
 
 
 def _column_blocks(x: mx.array, block_size: int) -> mx.array:
     """Return ``(V, N, C * B)`` as ``(V * C, B, N)``."""
-    n = x.shape[-2]
+    n_x = x.shape[-2]
     if x.size > tuned.MAX_CACHED_VALUES and block_size > 1:
         # Strides of whole rows of x would miss the cache: first by blocks, then within each.
         return mx.contiguous(_row_blocks(x, block_size).swapaxes(1, 2))
-    return mx.contiguous(x.swapaxes(-1, -2)).reshape(-1, block_size, n)
+    return mx.contiguous(x.swapaxes(-1, -2)).reshape(-1, block_size, n_x)
 
 
 def _bias_blocks(
@@ -287,10 +294,10 @@ def _with_zeros(side: Side, n_matrices: int, *arrays: mx.array) -> list[mx.array
 def _take(values: mx.array, index: Index, n_matrices: int) -> mx.array:
     """Return ``(V * m, ...)``: what ``index (m,)`` names of each of V parts of ``(V * n, ...)``."""
     if n_matrices > 1:
-        n = values.shape[0] // n_matrices
+        n_each = values.shape[0] // n_matrices
         if isinstance(index, slice):
             index = mx.arange(index.start, index.stop)
-        index = (index + n * mx.arange(n_matrices, dtype=index.dtype)[:, None]).reshape(-1)
+        index = (index + n_each * mx.arange(n_matrices, dtype=index.dtype)[:, None]).reshape(-1)
     if isinstance(index, slice):
         return values[index]
     if values.size > values.shape[0]:

@@ -115,10 +115,12 @@ def cut(count: int, width: int, cost: Cost) -> list[Cut]:
         streams += _more_streams()
     n_steps = max(1, -(-count * width * cost.bytes_per_block // cost.bytes_per_step))
     n_steps = min(count, -(-n_steps // len(streams)) * len(streams))
-    bounds = [count * i // n_steps for i in range(n_steps + 1)]
-    taken = [streams[i % len(streams)] for i in range(n_steps)]
-    contexts = [nullcontext() if stream is None else mx.stream(stream) for stream in taken]
-    return [Cut(*step) for step in zip(contexts, bounds, bounds[1:], strict=False)]
+    cuts = []
+    for i in range(n_steps):
+        stream = streams[i % len(streams)]
+        context = nullcontext() if stream is None else mx.stream(stream)
+        cuts.append(Cut(context, count * i // n_steps, count * (i + 1) // n_steps))
+    return cuts
 
 
 def n_pieces(side: Side, cost: Cost, n_x: int, block_size: int) -> int:
@@ -139,9 +141,9 @@ def many_rows(side: Side, data: mx.array, x: mx.array, dtype: mx.Dtype, n_matric
     y_bytes = n_matrices * n_x * side.n_block_rows * block_size * x.itemsize
     copied = x.size * dtype.size + (0 if side.is_uniform else y_bytes)
     copied += data.nbytes if side.is_padded else 0
-    held = data.nbytes + x.nbytes + y_bytes
+    operand_bytes = data.nbytes + x.nbytes + y_bytes
     total = side.n_blocks * bytes_per_block
-    bytes_per_step = _bytes_per_step(side, total, held, copied)
+    bytes_per_step = _bytes_per_step(side, total, operand_bytes, copied)
     return Cost(bytes_per_block, n_matrices * n_x * block_size**2, bytes_per_step)
 
 
@@ -154,9 +156,11 @@ def few_rows(side: Side, data: mx.array, x: mx.array, dtype: mx.Dtype, n_matrice
         bytes_per_block, copied = 3 * product_bytes, data.nbytes if side.is_padded else 0
     elif (n_x == 1 and block_size < tuned.MIN_MATMUL_BLOCK) or x.dtype != dtype:
         bytes_per_block += n_matrices * block_size**2 * dtype.size  # what is as large as a block
-    held = data.nbytes + x.nbytes + n_matrices * n_x * side.n_block_rows * block_size * x.itemsize
+    operand_bytes = (
+        data.nbytes + x.nbytes + n_matrices * n_x * side.n_block_rows * block_size * x.itemsize
+    )
     total = side.n_blocks * bytes_per_block * 2 // 3  # other steps take little at the same time
-    bytes_per_step = _bytes_per_step(side, total, held, copied)
+    bytes_per_step = _bytes_per_step(side, total, operand_bytes, copied)
     return Cost(bytes_per_block, n_matrices * n_x * block_size**2, bytes_per_step)
 
 
@@ -164,26 +168,26 @@ def sampled(side: Side, y: mx.array, x: mx.array, dtype: mx.Dtype, block_size: i
     """Return the cost of gathering, for each block, the blocks of y and x whose product it is."""
     n_x, n_matrices = x.shape[-2], x.size // max(1, x.shape[-2] * x.shape[-1])
     bytes_per_block = n_matrices * block_size * dtype.size * n_x
-    held = x.nbytes + y.nbytes + n_matrices * side.n_blocks * block_size**2 * x.itemsize
+    operand_bytes = x.nbytes + y.nbytes + n_matrices * side.n_blocks * block_size**2 * x.itemsize
     copied = (x.size + y.size) * dtype.size
     total = side.n_blocks * bytes_per_block
     multiplies = n_matrices * n_x * block_size**2 if n_x > 1 else 0  # one row: streams do not pay
-    return Cost(bytes_per_block, multiplies, _bytes_per_step(side, total, held, copied))
+    return Cost(bytes_per_block, multiplies, _bytes_per_step(side, total, operand_bytes, copied))
 
 
-def _bytes_per_step(side: Side, total: int, held: int, copied: int) -> int:
+def _bytes_per_step(side: Side, total: int, operand_bytes: int, copied: int) -> int:
     """Return the bytes of a step.
 
     Args:
-        side: Its arrays count as held.
+        side: Its arrays count as operands.
         total: Bytes of all steps together.
-        held: Bytes of operands and result.
+        operand_bytes: Bytes of operands and result.
         copied: Bytes of copies of them that are there throughout.
     """
     if not _on_cpu():
         return tuned.GPU_STEP_BYTES
-    held += 2 * side.nbytes
-    room = 4 * max(held, tuned.MIN_OPERAND_BYTES) - held - copied
+    operand_bytes += 2 * side.nbytes
+    room = 4 * max(operand_bytes, tuned.MIN_OPERAND_BYTES) - operand_bytes - copied
     if total <= room // 2:
         return tuned.CPU_STEP_BYTES
     share = room // (_n_streams() + tuned.STEPS_IN_FLIGHT)
