@@ -24,8 +24,9 @@ help:
 demo: $(VENV)/installed-examples
 	$(BIN)/python examples/train_char_lm.py
 
+# A test process for each core; what NumPy computes in one keeps to that core.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 test-metal: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --hypothesis-profile full tests/backends/test_metal*.py tests/emulators

@@ -17,12 +17,14 @@ import pytest
 import sharded_worker
 from hypothesis import given
 from hypothesis import strategies as st
-from support import assert_equal, integers, patterns, random_pattern
+from support import ROOT, assert_equal, integers, patterns, random_pattern
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern
 from mlx_sparse_nn.layers.sharded import check_same_pattern, shard_block_sparse, shard_boundaries
 
-TESTS = Path(__file__).parent
+WORKER = "layers.sharded_worker"
+# One worker of pytest-xdist runs them all, so that no other takes a port that was found free.
+pytestmark = pytest.mark.xdist_group("ports")
 TIMEOUT = 300  # seconds for all checks; they take three, on a GPU's first kernels some hundred
 
 
@@ -53,8 +55,8 @@ def run_on_ranks(n_ranks, folder):
     with ExitStack() as opened:
         processes = [
             subprocess.Popen(
-                [sys.executable, "-W", "error", "sharded_worker.py", str(results[rank])],
-                cwd=TESTS,
+                [sys.executable, "-W", "error", "-m", WORKER, str(results[rank])],
+                cwd=ROOT / "tests",  # which puts it on the path, as pytest does
                 env={**os.environ, "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)},
                 stdout=opened.enter_context(logs[rank].open("w")),
                 stderr=subprocess.STDOUT,
@@ -86,7 +88,7 @@ def test_on_several_processes(outcomes, check):
 
 
 def test_the_documented_script_and_command(tmp_path):
-    text = (TESTS.parent / "docs" / "distributed.md").read_text()
+    text = (ROOT / "docs" / "distributed.md").read_text()
     (tmp_path / "train.py").write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1))
     command = re.search(r"```shell\n(mlx\.launch -n 2 --backend ring) -- python train\.py", text)
     launch, *arguments = command.group(1).split()
