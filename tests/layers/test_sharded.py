@@ -23,8 +23,6 @@ from mlx_sparse_nn import BlockSparseLinear, CSRPattern
 from mlx_sparse_nn.layers.sharded import check_same_pattern, shard_block_sparse, shard_boundaries
 
 WORKER = "layers.sharded_worker"
-# One worker of pytest-xdist runs them all, so that no other takes a port that was found free.
-pytestmark = pytest.mark.xdist_group("ports")
 TIMEOUT = 300  # seconds for all checks; they take three, on a GPU's first kernels some hundred
 
 
