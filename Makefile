@@ -27,8 +27,10 @@ help:
 demo: $(VENV)/installed-examples
 	$(BIN)/python examples/train_char_lm.py
 
+# A process for each core; what NumPy computes in one keeps to that core. The functions of a file
+# stay in one process, and so share fixtures, ports and peaks of memory.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadscope
 
 test-metal: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --hypothesis-profile full tests/backends/test_metal*.py tests/emulators

@@ -8,14 +8,15 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from scripts import command, run_alone, run_here
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 SENTENCES = ("the cat sat on the mat. ", "a dog ran off. ", "sparse blocks, dense days!\n")
 
 # A run of a second or two on the text of the fixture `folder`.
@@ -44,43 +45,35 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def command(script: str, *arguments: object) -> list[str]:
-    return [sys.executable, "-W", "error", str(EXAMPLES / script), *map(str, arguments)]
-
-
-def training(*flags: str, **options: object) -> list[str]:
-    """Return the command of a small training run; underscores in names become hyphens."""
+def training(*flags: str, **options: object) -> list[object]:
+    """Return script and arguments of a small run; underscores in names become hyphens."""
     merged = SMALL | {name.replace("_", "-"): value for name, value in options.items()}
     pairs = [part for name, value in merged.items() for part in (f"--{name}", value)]
-    return command("train_char_lm.py", *pairs, *flags)
+    return ["train_char_lm.py", *pairs, *flags]
 
 
-def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=60)
-
-
-def succeed(arguments: list[str], folder: Path) -> str:
-    result = run(arguments, folder)
+def succeed(arguments: list, folder: Path, run: Callable = run_here) -> str:
+    result = run(*arguments, folder=folder)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
-def fail(arguments: list[str], folder: Path, message: str) -> None:
+def fail(arguments: list, folder: Path, message: str, run: Callable = run_here) -> None:
     """Check for exit status 2 and one line on stderr that holds ``message``."""
-    result = run(arguments, folder)
-    script = Path(arguments[3]).name
+    result = run(*arguments, folder=folder)
     assert result.returncode == 2, result.stderr
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1, result.stderr
-    assert result.stderr.startswith(f"{script}: error: ")
+    assert result.stderr.startswith(f"{arguments[0]}: error: ")
     assert message in result.stderr
 
 
-def stop(arguments: list[str], folder: Path, signum: int, after: int) -> tuple[int, str, str]:
+def stop(arguments: list, folder: Path, signum: int, after: int) -> tuple[int, str, str]:
     """Start a run, send it a signal once it has validated ``after`` times, return how it ended."""
     pipe = subprocess.PIPE
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may inherit SIG_IGN
-    with subprocess.Popen(arguments, cwd=folder, stdout=pipe, stderr=pipe, text=True) as process:
+    started = command(*arguments)
+    with subprocess.Popen(started, cwd=folder, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         for _ in range(after):
@@ -127,7 +120,7 @@ def sampled(stdout: str) -> str:
 
 @pytest.mark.parametrize("script", ["sparse_linear_layer.py", "train_char_lm.py"])
 def test_help(script: str, tmp_path: Path):
-    out = succeed(command(script, "--help"), tmp_path)
+    out = succeed([script, "--help"], tmp_path, run_alone)
     assert "--device {auto,cpu,gpu}" in out
     assert "--seed" in out
 
@@ -136,7 +129,7 @@ def test_help(script: str, tmp_path: Path):
 
 
 def test_sparse_linear_layer(tmp_path: Path):
-    out = succeed(command("sparse_linear_layer.py", "--device", "cpu"), tmp_path)
+    out = succeed(["sparse_linear_layer.py", "--device", "cpu"], tmp_path, run_alone)
     assert "64 x 64" in out
     assert "120 stored values, density 0.0293" in out
     assert "(64, 64) @ (4, 64, 1) -> (4, 64, 1)" in out
@@ -147,7 +140,7 @@ def test_sparse_linear_layer(tmp_path: Path):
 @pytest.mark.parametrize(("features", "blocks", "batch"), [(1, 1, 1), (30, 30, 2), (30, 1, 3)])
 def test_sparse_linear_layer_sizes(features: int, blocks: int, batch: int, tmp_path: Path):
     sizes = ("--features", features, "--blocks", blocks, "--batch", batch, "--seed", 3)
-    out = succeed(command("sparse_linear_layer.py", *sizes), tmp_path)
+    out = succeed(["sparse_linear_layer.py", *sizes], tmp_path)
     assert f"{2 * features - blocks} stored values" in out
 
 
@@ -165,23 +158,23 @@ def test_sparse_linear_layer_sizes(features: int, blocks: int, batch: int, tmp_p
     ],
 )
 def test_sparse_linear_layer_refuses(arguments: tuple, message: str, tmp_path: Path):
-    fail(command("sparse_linear_layer.py", *arguments), tmp_path, message)
+    fail(["sparse_linear_layer.py", *arguments], tmp_path, message)
 
 
 def test_the_gpu_is_used_or_said_to_be_missing(tmp_path: Path):
-    arguments = command("sparse_linear_layer.py", "--device", "gpu")
+    arguments = ["sparse_linear_layer.py", "--device", "gpu"]
     if mx.metal.is_available() or mx.cuda.is_available():
-        assert "120 stored values" in succeed(arguments, tmp_path)
+        assert "120 stored values" in succeed(arguments, tmp_path, run_alone)
     else:
-        fail(arguments, tmp_path, "no GPU")
-        fail(command("train_char_lm.py", "--device", "gpu"), tmp_path, "no GPU")
+        fail(arguments, tmp_path, "no GPU", run_alone)
+        fail(["train_char_lm.py", "--device", "gpu"], tmp_path, "no GPU", run_alone)
 
 
 # train_char_lm.py
 
 
 def test_training_learns_and_reports(folder: Path):
-    out = succeed(training(steps=150, interval=50), folder)
+    out = succeed(training(steps=150, interval=50), folder, run_alone)
     assert [line.split(":")[0] for line in out.splitlines()[:3]] == [
         "step 50",
         "step 100",
@@ -217,20 +210,20 @@ def test_manual_is_the_default_text(tmp_path: Path):
     options = {**SMALL, "steps": 2, "layers": 1, "context": 8, "sample": 0}
     del options["text"]
     pairs = [part for name, value in options.items() for part in (f"--{name}", value)]
-    out = succeed(command("train_char_lm.py", *pairs), tmp_path)
+    out = succeed(["train_char_lm.py", *pairs], tmp_path)
     assert final_loss(out) < 6
     assert "writes" not in out
 
 
 def test_seed(folder: Path):
-    first = succeed(training("--seed", "1"), folder)
+    first = succeed(training("--seed", "1"), folder, run_alone)
     assert sampled(succeed(training("--seed", "1"), folder)) == sampled(first)
     assert sampled(succeed(training("--seed", "2"), folder)) != sampled(first)
 
 
 def test_killed_runs_resume_to_the_same_end(folder: Path):
     """An epoch is 78 batches, so the 200 steps cross two, and kills land anywhere in them."""
-    whole = succeed(training("--sparse-attention", steps=200, interval=200), folder)
+    whole = succeed(training("--sparse-attention", steps=200, interval=200), folder, run_alone)
     # Validating and saving at each step: a kill is as likely within a save as anywhere.
     parts = {"steps": 200, "interval": 1, "checkpoint": "parts"}
     resumed, done = [], 0
@@ -241,7 +234,7 @@ def test_killed_runs_resume_to_the_same_end(folder: Path):
         _, progress = load(folder, "parts")
         assert done + after <= progress["step"] < 200
         resumed, done = ["--resume"], progress["step"]
-    out = succeed(training("--sparse-attention", "--resume", **parts), folder)
+    out = succeed(training("--sparse-attention", "--resume", **parts), folder, run_alone)
     assert out.startswith(f"step {done + 1}:")
     assert final_loss(out) == final_loss(whole)
     assert sampled(out) == sampled(whole)
@@ -276,9 +269,9 @@ sys.argv = sys.argv[1:]
 sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-    arguments = training(steps=20, interval=4)
-    i = next(i for i, argument in enumerate(arguments) if argument.endswith("train_char_lm.py"))
-    result = run([*arguments[:i], "-c", driver, *arguments[i:]], folder)
+    python, *flags, script = command("train_char_lm.py")
+    line = [python, *flags, "-c", driver, script, *map(str, training(steps=20, interval=4)[1:])]
+    result = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
     assert result.stderr.endswith(f"stopped; --resume goes on from step {step}\n")
     assert load(folder)[1]["step"] == step

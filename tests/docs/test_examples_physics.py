@@ -2,22 +2,18 @@
 
 import math
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from scripts import EXAMPLES, run_alone, run_here
 
 from mlx_sparse_nn.physics import exact_ground_energy
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 HAMILTONIAN, NEURAL = "quantum_hamiltonian.py", "neural_quantum_state.py"
 
 
-def run(*arguments, script=HAMILTONIAN):
-    command = [sys.executable, "-W", "error", str(EXAMPLES / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def run(*arguments):
+    return run_here(HAMILTONIAN, *arguments)
 
 
 def energies(output):
@@ -42,18 +38,18 @@ def test_prints_the_size_and_the_energies(arguments, ground):
 
 
 def test_defaults_are_eight_qubits_at_field_0_7():
-    assert energies(run().stdout)[-1] == (-8.30561, -1.03820)
+    assert energies(run_alone(HAMILTONIAN).stdout)[-1] == (-8.30561, -1.03820)
 
 
 def test_one_seed_gives_one_random_state():
-    first, second, other = (
-        energies(run("--device", "cpu", "--seed", seed).stdout)[1] for seed in ("1", "1", "2")
-    )
+    arguments = ("--device", "cpu", "--seed")
+    first = energies(run_alone(HAMILTONIAN, *arguments, 1).stdout)[1]
+    second, other = (energies(run(*arguments, seed).stdout)[1] for seed in (1, 2))
     assert first == second != other
 
 
 def test_help():
-    result = run("--help")
+    result = run_alone(HAMILTONIAN, "--help")
     assert (result.returncode, result.stderr) == (0, "")
     for option in ("--qubits", "--field", "--periodic", "--device", "--seed"):
         assert option in result.stdout
@@ -89,7 +85,7 @@ def test_a_bad_argument_is_one_line_and_status_2(arguments, message):
 
 
 def test_a_gpu_is_used_or_its_absence_is_one_line_and_status_2():
-    result = run("--device", "gpu")
+    result = run_alone(HAMILTONIAN, "--device", "gpu")
     if mx.metal.is_available() or mx.cuda.is_available():
         assert (result.returncode, result.stderr) == (0, "")
     else:
@@ -135,7 +131,7 @@ def test_sweep_gap_against_the_known_spectrum():
 def test_neural_quantum_state_reaches_the_ground_energy(tmp_path):
     picture = tmp_path / "error.png"
     arguments = ["--qubits", "10", "--steps", "150", "--device", "cpu", "--plot", str(picture)]
-    result = run(*arguments, script=NEURAL)
+    result = run_alone(NEURAL, *arguments)
     assert result.returncode == 0, result.stderr
     assert "150/150" in result.stderr  # the progress bar
     found = re.search(r"error +(\S+) relative", result.stdout)
@@ -164,7 +160,7 @@ def test_neural_quantum_state_reaches_the_ground_energy(tmp_path):
     ],
 )
 def test_a_bad_argument_of_the_neural_state(arguments, message):
-    assert_one_line_error(run(*arguments, script=NEURAL), message, NEURAL)
+    assert_one_line_error(run_here(NEURAL, *arguments), message, NEURAL)
 
 
 def test_the_page_on_physics(capsys):

@@ -1,22 +1,15 @@
 """The script sparsify_and_finetune.py, run as a user runs it."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from scripts import run_alone, run_here
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "sparsify_and_finetune.py"
+SCRIPT = "sparsify_and_finetune.py"
 METHODS = ["fine-tuned", "pruned", "sparse", "regrown"]
 # A run of a second or two.
 SMALL = ["--steps", "20", "--finetune", "20", "--batch", "16", "--width", "32", "--device", "cpu"]
-
-
-def run(*arguments):
-    command = [sys.executable, "-W", "error", str(SCRIPT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def table(output):
@@ -31,7 +24,7 @@ def table(output):
 
 def test_it_compares_the_methods_and_draws_them(tmp_path):
     picture = tmp_path / "sparsify.png"
-    result = run(*SMALL, "--densities", "1", "0.5", "--plot", str(picture))
+    result = run_alone(SCRIPT, *SMALL, "--densities", "1", "0.5", "--plot", str(picture))
     assert result.returncode == 0, result.stderr
     assert "280/280" in result.stderr  # the progress bar
     dense, losses = table(result.stdout)
@@ -46,12 +39,13 @@ def test_it_compares_the_methods_and_draws_them(tmp_path):
 
 def test_one_seed_gives_one_table():
     arguments = [*SMALL, "--densities", "0.5", "--steps", "5", "--finetune", "5"]
-    first, again, other = (table(run(*arguments, "--seed", s).stdout) for s in ("1", "1", "2"))
+    first = table(run_alone(SCRIPT, *arguments, "--seed", 1).stdout)
+    again, other = (table(run_here(SCRIPT, *arguments, "--seed", s).stdout) for s in (1, 2))
     assert first == again != other
 
 
 def test_help():
-    result = run("--help")
+    result = run_alone(SCRIPT, "--help")
     assert (result.returncode, result.stderr) == (0, "")
     for option in ("--densities", "--steps", "--finetune", "--block-size", "--plot", "--seed"):
         assert option in result.stdout
@@ -78,15 +72,15 @@ def test_help():
     ],
 )
 def test_a_bad_argument_is_one_line_and_status_2(arguments, message):
-    result = run(*arguments)
+    result = run_here(SCRIPT, *arguments)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("sparsify_and_finetune.py: error: ")
+    assert result.stderr.startswith(f"{SCRIPT}: error: ")
     assert result.stderr.count("\n") == 1
     assert message in result.stderr
 
 
 def test_a_gpu_is_used_or_its_absence_is_one_line_and_status_2():
-    result = run(*SMALL, "--densities", "0.5", "--device", "gpu")
+    result = run_alone(SCRIPT, *SMALL, "--densities", "0.5", "--device", "gpu")
     if mx.metal.is_available() or mx.cuda.is_available():
         assert result.returncode == 0, result.stderr
     else:

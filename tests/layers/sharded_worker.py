@@ -1,6 +1,6 @@
-"""What each process of test_distributed.py runs: every check, on all ranks at once.
+"""What each process of test_sharded.py runs: every check, on all ranks at once.
 
-Usage: ``MLX_HOSTFILE=... MLX_RANK=... python sharded_worker.py results.json``. After a check
+Usage: ``MLX_HOSTFILE=... MLX_RANK=... python -m layers.sharded_worker results.json``. After a check
 fails the process writes what it has and exits, since the ranks are out of step from then on.
 """
 

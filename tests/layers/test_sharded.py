@@ -22,6 +22,7 @@ from support import ROOT, assert_equal, integers, patterns, random_pattern
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern
 from mlx_sparse_nn.layers.sharded import check_same_pattern, shard_block_sparse, shard_boundaries
 
+WORKER = "layers.sharded_worker"
 TIMEOUT = 300  # seconds for all checks; they take three, on a GPU's first kernels some hundred
 
 
@@ -52,14 +53,9 @@ def run_on_ranks(n_ranks, folder):
     with ExitStack() as opened:
         processes = [
             subprocess.Popen(
-                [sys.executable, "-W", "error", "sharded_worker.py", str(results[rank])],
-                cwd=Path(__file__).parent,
-                env={
-                    **os.environ,
-                    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-                    "MLX_HOSTFILE": str(hosts),
-                    "MLX_RANK": str(rank),
-                },
+                [sys.executable, "-W", "error", "-m", WORKER, str(results[rank])],
+                cwd=ROOT / "tests",  # which puts it on the path, as pytest does
+                env={**os.environ, "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)},
                 stdout=opened.enter_context(logs[rank].open("w")),
                 stderr=subprocess.STDOUT,
             )

@@ -122,6 +122,13 @@ struct Fiber {
   Product products[64];
   int n_products, product_group;
 };
+// A fiber goes on when this word changes: until then no switch to it is needed to ask.
+struct Wait {
+  const int* word;
+  int mask, value;
+  bool goes_on() const { return !word || (*word & mask) != value; }
+};
+static Wait waits[kMaxThreads];
 static Fiber* fibers;
 static char* stacks;
 static void* scheduler;
@@ -132,6 +139,12 @@ static void yield() {
   if (!scheduling) emu_switch(&self->sp, scheduler);
 }
 static bool failed() { return launch->fault[0]; }
+static void wait_while(const int* word, int mask, int value) {
+  Wait& wait = waits[self - fibers];
+  wait = {word, mask, value};
+  while (!wait.goes_on()) yield();
+  wait.word = nullptr;
+}
 // Say what is wrong, the first time, and do not come back.
 static void fail(const char* what) {
   if (!failed()) {
@@ -150,7 +163,7 @@ static void __syncthreads() {
     block_arrived = 0;
     block_generation++;
   }
-  while (block_generation == generation) yield();
+  wait_while(&block_generation, ~0, generation);
 }
 static void __syncwarp() {
   const int warp = threadIdx.x / 32;
@@ -159,7 +172,7 @@ static void __syncwarp() {
     warp_arrived[warp] = 0;
     warp_generation[warp]++;
   }
-  while (warp_generation[warp] == generation) yield();
+  wait_while(&warp_generation[warp], ~0, generation);
 }
 
 // What the lanes of a warp show one another.
@@ -278,7 +291,7 @@ static void arrive_copied(unsigned long long* barrier) {
   self->copies[self->begun++ % kCopies] = {nullptr, nullptr, 0, barrier, self->group};
 }
 static void wait_barrier(unsigned long long* barrier, int parity) {
-  while (int(*barrier & 1) == parity) yield();
+  wait_while((const int*)barrier, 1, parity);  // its low half
 }
 template <int COUNT>
 void give_registers() {
@@ -361,10 +374,14 @@ template <typename T, int COLS, int A_ACROSS, int B_ACROSS>
 struct Warpgroup {
   static void run(float* acc, unsigned long long a, unsigned long long b) {
     const int lane = threadIdx.x % 32, first = threadIdx.x / 32 % 4 * 16 + lane / 4;
-    for (int i = 0; i < COLS / 2; i++) {
-      const int row = first + i / 2 % 2 * 8, col = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      for (int k = 0; k < 16; k++)
-        acc[i] += operand<T>(a, A_ACROSS, row, k) * operand<T>(b, B_ACROSS, col, k);
+    float rows[2][16], column[16];
+    for (int i = 0; i < 2; i++)
+      for (int k = 0; k < 16; k++) rows[i][k] = operand<T>(a, A_ACROSS, first + i * 8, k);
+    for (int j = 0; j < COLS / 4; j++) {
+      const int col = j / 2 * 8 + lane % 4 * 2 + j % 2;
+      for (int k = 0; k < 16; k++) column[k] = operand<T>(b, B_ACROSS, col, k);
+      for (int i = 0; i < 2; i++)
+        for (int k = 0; k < 16; k++) acc[j / 2 * 4 + i * 2 + j % 2] += rows[i][k] * column[k];
     }
   }
   static void multiply(float (&acc)[COLS / 2], unsigned long long a, unsigned long long b) {
@@ -411,6 +428,7 @@ static void run_block() {
     f.done = false;
     f.late = random_number() % 2;
     f.copied = f.begun = f.group = f.n_products = f.product_group = 0;
+    waits[t].word = nullptr;
     f.sp = fiber_stack(stacks + (t + 1) * kStack - t % 31 * 192, entry);
   }
   unsigned running = ~0u;
@@ -424,6 +442,7 @@ static void run_block() {
       const int w = (first + i) % warps;
       if (!(running >> w & 1)) continue;
       for (int t = 32 * w; t < 32 * w + 32 && !failed(); t++) {
+        if (!waits[t].goes_on()) continue;
         self = fibers + t;
         if (self->done) continue;
         threadIdx.x = t;

@@ -16,6 +16,8 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+import ziglang
+
 SHIM = Path(__file__).parent / "shim"
 TARGETS = {
     "x86_64": ["-target", "x86_64-linux-gnu", "-mcpu=x86_64_v3"],
@@ -86,7 +88,8 @@ def build(source: str, flags: list[str]) -> Path:
         path = Path(folder, "kernel.cpp")
         path.write_text(source)
         output = Path(folder, library.name)
-        command = [sys.executable, "-m", "ziglang", "c++", *flags, "-I", str(SHIM)]
+        compiler = Path(ziglang.__file__).with_name("zig")
+        command = [str(compiler), "c++", *flags, "-I", str(SHIM)]
         zig = str(cache_folder() / "zig")
         result = subprocess.run(
             [*command, "-o", str(output), str(path)],
