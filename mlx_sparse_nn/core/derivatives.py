@@ -137,11 +137,6 @@ def _linear(itself: Callable, transpose: Callable, layout: Layout, operand: mx.a
 # The values, by the backend that computes them.
 
 
-def _backend(op: str, layout: Layout, x: mx.array) -> ModuleType:
-    n_matrices = x.shape[0] if x.ndim == 3 else 1
-    return choose(op, layout, x.shape[-2], x.dtype, n_matrices)
-
-
 def _spmm(layout: Layout, data: mx.array, x: mx.array, bias: mx.array | None = None) -> mx.array:
     return _backend("spmm", layout, x).spmm(data, layout, x, bias)
 
@@ -152,6 +147,11 @@ def _spmm_t(layout: Layout, data: mx.array, y: mx.array) -> mx.array:
 
 def _sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     return _backend("sddmm", layout, x).sddmm(layout, y, x)
+
+
+def _backend(op: str, layout: Layout, x: mx.array) -> ModuleType:
+    *matrices, n_x, _ = x.shape
+    return choose(op, layout, n_x, x.dtype, *matrices)
 
 
 def _with_rules(

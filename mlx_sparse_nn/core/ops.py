@@ -37,14 +37,28 @@ def spmm(
     return multiply(data, pattern.layout, x, bias)
 
 
-def multiply(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
-    """Return :func:`spmm` by a layout: what layers call, whose arrays may be those of a trace."""
+def multiply(
+    data: mx.array,
+    layout: Layout,
+    x: mx.array,
+    bias: mx.array | None = None,
+    owner: str = "spmm",
+    width: str = "n_cols",
+) -> mx.array:
+    """Return :func:`spmm` by a layout: what layers call, whose arrays may be those of a trace.
+
+    Args:
+        data, x, bias: As in :func:`spmm`.
+        layout: Layout of the pattern.
+        owner: Name shown in error messages.
+        width: What ``owner`` calls the size of the last axis of ``x``.
+    """
     n_rows, n_cols = layout.shape
-    _check_shape("spmm", "data", data, layout.data_shape)
-    check_features("spmm", "x", x, "n_cols", n_cols)
+    _check_shape(owner, "data", data, layout.data_shape)
+    check_features(owner, "x", x, width, n_cols)
     if bias is not None:
-        _check_shape("spmm", "bias", bias, (n_rows,))
-    data, x = _promote("spmm", layout, ("data", "x"), data, x)
+        _check_shape(owner, "bias", bias, (n_rows,))
+    data, x = _promote(owner, layout, ("data", "x"), data, x)
     rows = _merge(x)
     if bias is None:
         y = derivatives.spmm(layout, data, rows)

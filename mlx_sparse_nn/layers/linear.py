@@ -115,8 +115,7 @@ class BlockSparseLinear(SparseLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return ``x Aᵀ + b``: ``(..., input_dims)`` -> ``(..., output_dims)``."""
-        x = self._checked_input(x)
-        return ops.multiply(self["weight"], self._bound_layout(), x, self.get("bias"))
+        return self._multiply(self["weight"], x, self.get("bias"))
 
     def todense(self) -> mx.array:
         """Return the dense ``(output_dims, input_dims)`` weight."""
@@ -332,8 +331,7 @@ class QuantizedBlockSparseLinear(SparseLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return ``x Aᵀ + b``: ``(..., input_dims)`` -> ``(..., output_dims)``."""
-        x = self._checked_input(x)
-        return ops.multiply(self.dequantized_weight(), self._bound_layout(), x, self.get("bias"))
+        return self._multiply(self.dequantized_weight(), x, self.get("bias"))
 
     def dequantized_weight(self) -> mx.array:
         """Return the stored blocks, ``(n_blocks, block_size, block_size)`` of the scales' dtype."""

@@ -10,9 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_sparse_nn.core import ops
 from mlx_sparse_nn.core.checks import (
     check_dims,
-    check_features,
     check_indices,
     check_indptr,
     check_range,
@@ -75,12 +75,12 @@ class PatternModule(nn.Module):
     def _repr_svg_(self) -> str:
         return self._pattern._repr_svg_()
 
-    def _checked_input(self, x: mx.array) -> mx.array:
-        """Return ``x``, or raise unless it is ``(..., input_dims)``. Every call begins here."""
-        check_features(type(self).__name__, "x", x, "input_dims", self._pattern.shape[1])
+    def _multiply(self, weight: mx.array, x: mx.array, bias: mx.array | None = None) -> mx.array:
+        """Return ``x Aᵀ + bias`` for the stored values of A. Every call of a layer comes here."""
         # Who calls the layer goes on with what was written: a later error must not take it back.
         self.__dict__.pop("_rollback", None)
-        return x
+        owner = type(self).__name__
+        return ops.multiply(weight, self._bound_layout(), x, bias, owner, "input_dims")
 
     def _bound_layout(self) -> Layout:
         """Return the layout of the arrays in the module's state.

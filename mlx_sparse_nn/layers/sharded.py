@@ -13,8 +13,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx.nn.layers.distributed import sum_gradients
 
-from mlx_sparse_nn.core import ops
-from mlx_sparse_nn.core.checks import check_indices, check_model, check_name, check_tiled
+from mlx_sparse_nn.core.checks import (
+    check_features,
+    check_indices,
+    check_model,
+    check_name,
+    check_tiled,
+)
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.layers.linear import BlockSparseLinear, check_layer
 from mlx_sparse_nn.layers.lora import SparseLinear
@@ -183,8 +188,9 @@ class AllToShardedBlockSparseLinear(_Sharded):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return this rank's outputs: ``(..., input_dims)`` -> ``(..., output_dims)``."""
-        x = sum_gradients(self.group)(self._checked_input(x))  # pyright: ignore[reportCallIssue]
-        return ops.multiply(self.weight, self._bound_layout(), x, self.get("bias"))
+        check_features(type(self).__name__, "x", x, "input_dims", self.input_dims)
+        x = sum_gradients(self.group)(x)  # pyright: ignore[reportCallIssue]
+        return self._multiply(self.weight, x, self.get("bias"))
 
 
 class ShardedToAllBlockSparseLinear(_Sharded):
@@ -199,8 +205,7 @@ class ShardedToAllBlockSparseLinear(_Sharded):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return all outputs on every rank: ``(..., input_dims)`` -> ``(..., output_dims)``."""
-        y = ops.multiply(self.weight, self._bound_layout(), self._checked_input(x))
-        y = mx.distributed.all_sum(y, group=self.group)
+        y = mx.distributed.all_sum(self._multiply(self.weight, x), group=self.group)
         return y + self.bias if "bias" in self else y
 
 

@@ -57,13 +57,6 @@ def test_metal_takes_its_dtypes_and_whatever_has_elements(op):
         assert name_of(op, 8, 5, mx.float32, n_blocks=0) == "plain"
 
 
-def test_the_default_device_decides_at_each_call(metal):
-    assert name_of("spmm", 8, 5, mx.float32) == "metal"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
-        assert name_of("spmm", 8, 5, mx.float32) == "plain"
-
-
 def test_a_kernel_is_not_chosen_while_vmap_traces():
     seen = []
 
@@ -99,33 +92,6 @@ def test_a_fifth_backend_is_a_module_in_the_list():
         assert_equal(sddmm(pattern, y, x), naive.sddmm(pattern, y, x))
         assert [name_of(op, 8, 5, mx.float32) for op in OPS] == ["fifth", "fifth", "plain"]
     assert calls == ["spmm", "spmm_t"]
-
-
-def test_a_layer_may_change_device_and_pattern(metal):
-    """What plain MLX derives of the index arrays is that of the pattern at hand."""
-    patterns = [
-        pattern_of(lists, 4, 16) for lists in ([[0, 1], [2], [3, 0, 1]], [[3], [1, 2], [0, 2, 3]])
-    ]
-    layer = BlockSparseLinear(64, 48, patterns[0])
-    twin = BlockSparseLinear(64, 48, patterns[1])
-    x = integers((3, 64), 1)
-    layer.weight, twin.weight = (integers(p.data_shape, i) for i, p in enumerate(patterns))
-    layer.bias, twin.bias = integers((48,), 5), integers((48,), 6)
-
-    def on_both(layer, pattern):
-        expected = naive.spmm(layer.weight, pattern, x, layer.bias)
-        launched = len(metal.launches)
-        assert_equal(layer(x), expected)
-        assert len(metal.launches) == launched + 1
-        with computing(plain):
-            assert_equal(layer(x), expected)
-        assert len(metal.launches) == launched + 1
-
-    on_both(layer, patterns[0])
-    layer.load_weights(tree_flatten(twin.parameters()))
-    on_both(layer, patterns[1])
-    layer.set_pattern(patterns[0])
-    on_both(layer, patterns[0])
 
 
 @pytest.mark.parametrize("block_size", [1, 8])

@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import assert_equal, check_products, integers, pattern_of
+from mlx.utils import tree_flatten
+from support import assert_equal, check_products, computing, integers, pattern_of
 
 # The same tests of every transform, which run here on the kernels.
 from test_transforms import TestBias, TestOneProduct  # noqa: F401
 
-from mlx_sparse_nn import CSRPattern, sddmm, spmm, spmm_t
-from mlx_sparse_nn.core.backends import naive
+from mlx_sparse_nn import BlockSparseLinear, CSRPattern, sddmm, spmm, spmm_t
+from mlx_sparse_nn.core.backends import choose, naive, plain
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 BLOCK_SIZES = (1, 2, 3, 4, 8, 16, 32, 64, 128)
@@ -136,8 +137,6 @@ def test_an_offset_slice_is_read_where_it_begins():
 
 
 def test_the_layer_is_one_launch(metal):
-    from mlx_sparse_nn import BlockSparseLinear
-
     layer = BlockSparseLinear(64, 96, block_size=16, density=0.3)
     mx.eval(layer(mx.ones((4, 64))))
     assert [launch.kernel for launch in metal.launches] == ["mlx_sparse_nn_spmm_few"]
@@ -152,3 +151,39 @@ def test_what_no_kernel_takes_goes_to_plain_mlx(metal):
     assert_equal(spmm(mx.zeros(0), empty, mx.ones((4, 3))), mx.zeros((4, 2)))
     assert not metal.launches
     spmm(mx.ones(1), pattern, mx.ones(1))
+
+
+def test_the_default_device_decides_at_each_call(metal):
+    pattern = CSRPattern([0, 1], [0], (8, 8), 8)
+    mx.eval(spmm(mx.ones((1, 8, 8)), pattern, mx.ones(8)))
+    assert choose.choose("spmm", pattern.layout, 5, mx.float32).NAME == "metal"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+        assert choose.choose("spmm", pattern.layout, 5, mx.float32).NAME == "plain"
+
+
+def test_a_layer_may_change_device_and_pattern(metal):
+    """What plain MLX derives of the index arrays is that of the pattern at hand."""
+    patterns = [
+        pattern_of(lists, 4, 16) for lists in ([[0, 1], [2], [3, 0, 1]], [[3], [1, 2], [0, 2, 3]])
+    ]
+    layer = BlockSparseLinear(64, 48, patterns[0])
+    twin = BlockSparseLinear(64, 48, patterns[1])
+    x = integers((3, 64), 1)
+    layer.weight, twin.weight = (integers(p.data_shape, i) for i, p in enumerate(patterns))
+    layer.bias, twin.bias = integers((48,), 5), integers((48,), 6)
+
+    def on_both(layer, pattern):
+        expected = naive.spmm(layer.weight, pattern, x, layer.bias)
+        launched = len(metal.launches)
+        assert_equal(layer(x), expected)
+        assert len(metal.launches) == launched + 1
+        with computing(plain):
+            assert_equal(layer(x), expected)
+        assert len(metal.launches) == launched + 1
+
+    on_both(layer, patterns[0])
+    layer.load_weights(tree_flatten(twin.parameters()))
+    on_both(layer, patterns[1])
+    layer.set_pattern(patterns[0])
+    on_both(layer, patterns[0])
