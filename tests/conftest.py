@@ -1,10 +1,12 @@
 """Settings for all tests, and the emulated Metal backend."""
 
+import os
 import platform
 
 import mlx.core as mx
 import pytest
 from hypothesis import HealthCheck, settings
+from support import own_folder
 
 settings.register_profile(
     "ci",
@@ -14,6 +16,9 @@ settings.register_profile(
 )
 settings.register_profile("full", settings.get_profile("ci"), max_examples=400)
 settings.load_profile("ci")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["TMPDIR"] = own_folder(os.environ["PYTEST_XDIST_WORKER"])
 
 if platform.system() == "Linux":
     import metal_emulator

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -17,6 +19,17 @@ from mlx_sparse_nn.core.backends import choose, cuda, launch, naive
 from mlx_sparse_nn.diagnostics.rounding import to_numpy, tolerance
 
 ROOT = Path(__file__).parents[1]  # of the repository
+
+
+def own_folder(name: str) -> str:
+    """Return the ``TMPDIR`` of one of the processes that run at once.
+
+    MLX writes there what it compiles for the CPU, and loads what it finds there, be it half written
+    by another process.
+    """
+    folder = Path(tempfile.gettempdir(), f"mlx_sparse_nn-{getpass.getuser()}", name)
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
 
 
 def device_of(dtype: mx.Dtype) -> AbstractContextManager:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_sparse_nn.core.backends import plain
 from mlx_sparse_nn.core.blocks import sample
@@ -285,7 +285,7 @@ def _time_in_turns(
         if time.perf_counter() > until:
             break
     return [
-        MethodTiming(task, rows, method, statistics.median(s), min(s), max(s), len(s))
+        MethodTiming(task, rows, method, float(np.median(s)), min(s), max(s), len(s))
         for method, s in samples.items()
     ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -50,7 +49,7 @@ def check_same_pattern(model: nn.Module, group: mx.distributed.Group | None = No
         return
     # Sizes that all ranks know, so that none waits for more than another sends.
     text = json.dumps(_describe(model)).encode()
-    digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint8)
+    digest = np.frombuffer(_sha256(text), np.uint8)
     if (_gather(digest, group) == digest).all(axis=1).all():
         return
     longest = int(_gather(np.array([len(text)], np.int32), group).max())
@@ -222,9 +221,15 @@ def _describe(model: nn.Module) -> list[tuple[str, str, str]]:
     for path, module in model.named_modules():
         if isinstance(module, SparseLinear):
             pattern = module.pattern
-            digest = hashlib.sha256(pattern.indptr.tobytes() + pattern.indices.tobytes())
-            described.append((path, repr(pattern), digest.hexdigest()))
+            digest = _sha256(pattern.indptr.tobytes() + pattern.indices.tobytes())
+            described.append((path, repr(pattern), digest.hex()))
     return sorted(described)
+
+
+def _sha256(data: bytes) -> bytes:
+    import hashlib  # loads OpenSSL, which several ranks need and no other user
+
+    return hashlib.sha256(data).digest()
 
 
 def _disagreement(described: list[list[list[str]]]) -> str:

@@ -17,7 +17,7 @@ import pytest
 import sharded_worker
 from hypothesis import given
 from hypothesis import strategies as st
-from support import ROOT, assert_equal, integers, patterns, random_pattern
+from support import ROOT, assert_equal, integers, own_folder, patterns, random_pattern
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern
 from mlx_sparse_nn.layers.sharded import check_same_pattern, shard_block_sparse, shard_boundaries
@@ -55,7 +55,12 @@ def run_on_ranks(n_ranks, folder):
             subprocess.Popen(
                 [sys.executable, "-W", "error", "-m", WORKER, str(results[rank])],
                 cwd=ROOT / "tests",  # which puts it on the path, as pytest does
-                env={**os.environ, "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)},
+                env={
+                    **os.environ,
+                    "MLX_HOSTFILE": str(hosts),
+                    "MLX_RANK": str(rank),
+                    "TMPDIR": own_folder(f"rank{rank}"),
+                },
                 stdout=opened.enter_context(logs[rank].open("w")),
                 stderr=subprocess.STDOUT,
             )
