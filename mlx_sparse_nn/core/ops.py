@@ -38,7 +38,7 @@ def spmm(
 
 
 def multiply(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
-    """Return :func:`spmm` by a layout: what layers call, whose arrays may be those of a trace."""
+    """Return :func:`spmm` by a layout. Layers call this: their layout may hold tracers."""
     n_rows, n_cols = layout.shape
     _check_shape("spmm", "data", data, layout.data_shape)
     check_features("spmm", "x", x, "n_cols", n_cols)
