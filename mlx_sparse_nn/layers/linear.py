@@ -116,7 +116,7 @@ class BlockSparseLinear(SparseLinear):
     def __call__(self, x: mx.array) -> mx.array:
         """Return ``x Aᵀ + b``: ``(..., input_dims)`` -> ``(..., output_dims)``."""
         x = self._checked_input(x)
-        # By key: as an attribute, Python would look for it in the class first, and fail.
+        # By key: for self.weight, Python would first search the class in vain.
         return ops.multiply(self["weight"], self._bound_layout(), x, self.get("bias"))
 
     def todense(self) -> mx.array:
