@@ -210,7 +210,7 @@ def _balanced(
 
 
 def _block_of(owner: str, features: int, blocks: int) -> int:
-    """Return the block size of so many equal blocks, or raise."""
+    """Return the size of ``blocks`` equal blocks, or raise."""
     features = check_size(owner, "features", features)
     blocks = check_size(owner, "blocks", blocks, minimum=1)
     if features % blocks or features == 0:

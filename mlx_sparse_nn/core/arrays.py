@@ -313,8 +313,8 @@ def _coordinates(name: str, values: ArrayLike, size: int) -> np.ndarray:
 def _gather(data: mx.array, order: np.ndarray, starts: np.ndarray | None = None) -> mx.array:
     """Return ``data[order]``, or the sums of its runs that begin at ``starts``.
 
-    A gather and a sum are products with a sparse matrix of ones: they sum in a fixed order and can
-    be differentiated to any order, where MLX's own gather cannot.
+    Both are products with a sparse matrix of ones: the order of sums is fixed, and they can be
+    differentiated to any order. MLX's own gather has no second derivative.
     """
     starts = np.arange(order.size) if starts is None else starts
     indptr = np.append(starts, order.size)

@@ -80,7 +80,7 @@ def bsr_array(arg: tuple[ArrayLike, ArrayLike, ArrayLike], shape: tuple[int, int
 def from_dense(w: ArrayLike, block_size: int = 1) -> CSRArray:
     """Make a sparse array of the blocks of ``w`` that hold a nonzero.
 
-    The places are read on the host, so ``w`` must be a concrete array; the values are not.
+    Where the blocks lie is read on the host, so ``w`` cannot be an array that MLX traces.
 
     Args:
         w: ``(n_rows, n_cols)``.
@@ -104,12 +104,12 @@ def from_dense(w: ArrayLike, block_size: int = 1) -> CSRArray:
 
 
 def from_scipy(array: Any) -> CSRArray | COOArray:
-    """Make a sparse array of a SciPy array or matrix in csr, coo or bsr format, as it is stored.
+    """Make a sparse array of a SciPy array or matrix in csr, coo or bsr format, stored as it is.
 
-    64-bit values become MLX's default 32-bit types, as ``mx.array`` does it.
+    64-bit values become MLX's default 32-bit types, as by ``mx.array``.
 
     Raises:
-        TypeError: The format is another one.
+        TypeError: The array is in another format.
         ValueError: The blocks are not square, or indices do not fit 32 bits.
     """
     kind = getattr(array, "format", type(array).__name__)
@@ -125,7 +125,7 @@ def from_scipy(array: Any) -> CSRArray | COOArray:
 def to_scipy(
     array: CSRArray | COOArray,
 ) -> scipy.sparse.csr_array | scipy.sparse.bsr_array | scipy.sparse.coo_array:
-    """Return a SciPy array in the format at hand: csr, bsr (``block_size > 1``) or coo.
+    """Return a SciPy array of the same format: csr, bsr (``block_size > 1``) or coo.
 
     NumPy has no bfloat16: such values become float32.
 

@@ -18,7 +18,7 @@ from mlx_sparse_nn.core.backends.choose import choose
 from mlx_sparse_nn.core.layout import Layout
 from mlx_sparse_nn.core.transforms import transforming
 
-# What MLX gives a rule of one operand, or of several, and takes back.
+# What MLX passes to a rule and gets back: one array or axis, or a list of them.
 Arrays = Any
 Axes = Any
 
@@ -115,8 +115,8 @@ def todense(layout: Layout, data: mx.array) -> mx.array:
 
 
 def _linear(itself: Callable, transpose: Callable, layout: Layout, operand: mx.array) -> mx.array:
-    """Return ``itself(layout, operand)``, a linear function of ``(V, ...)`` given with its
-    transpose, with its rules."""
+    """Return ``itself(layout, operand)``, a linear function of ``(V, ...)``, with the rules that
+    follow from its transpose."""
     if not transforming():
         return itself(layout, operand)
 
@@ -159,9 +159,9 @@ def _with_rules(
 ) -> Callable[..., mx.array]:
     """Return ``compute`` of a layout as a function of its operands that follows these rules.
 
-    It is made anew at each call: kept with the layout, the two would be a cycle. What computes the
-    value sees its operands through stop_gradient: MLX would differentiate that graph too, for
-    nothing, and fail where an operation in it has no jvp.
+    It is made anew at each call: kept with the layout, the two would be a cycle. ``compute`` gets
+    its operands through stop_gradient: MLX would differentiate its graph too, for nothing, and fail
+    where an operation in it has no jvp.
     """
 
     def guarded(*operands: mx.array) -> mx.array:
@@ -197,7 +197,7 @@ def _map_matrix(product: Callable, layout: Layout, operands: Arrays, axes: Axes)
 
 
 def _map_matrices(product: Callable, layout: Layout, operands: Arrays, axes: Axes) -> mx.array:
-    """Map a product over operands of as many matrices more; a mapped axis comes first."""
+    """Map a product by a leading axis of matrices, which operands get or which grows longer."""
     sizes = [a.shape[axis] for a, axis in zip(operands, axes, strict=True) if axis is not None]
     stacked = [
         mx.broadcast_to(a, (sizes[0], *a.shape)) if axis is None else mx.moveaxis(a, axis, 0)

@@ -20,7 +20,7 @@ _GREY = "#808080"
 
 
 class Drawable(Protocol):
-    """What is drawn of a :class:`CSRPattern`, under the same names. Its repr is the caption."""
+    """What drawing reads of a :class:`CSRPattern`, whose repr is the caption."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -69,7 +69,7 @@ def plot(
     axes.imshow(
         np.ma.masked_array(shown, density == 0),
         cmap=cmap,
-        # Neither the colours next to white, which is what is not stored, nor the darkest.
+        # Not the palest colours, since what is not stored is white, and not the darkest.
         vmin=-peak / 2,
         vmax=1.25 * peak,
         extent=(0, width, height, 0),
@@ -102,8 +102,8 @@ def spy(pattern: Drawable, width: int) -> str:
 def svg(pattern: Drawable) -> str:
     """Return a pattern as an SVG document of at most 128 x 128 cells, to scale.
 
-    Cells that merge several blocks are the more opaque the denser they are. One path holds the
-    cells of one opacity; its coordinates are in blocks.
+    A cell that merges several blocks is more opaque the denser it is. One path holds the cells of
+    one opacity; its coordinates are in blocks.
     """
     merge = _merge(pattern, _SVG_CELLS, _SVG_CELLS)
     density = local_density(pattern, merge)

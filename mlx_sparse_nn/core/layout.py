@@ -43,7 +43,7 @@ class RowGroup(NamedTuple):
 
     n_block_rows: int
     longest: int  # blocks in the longest of them
-    is_even: bool  # whether all are as long
+    is_even: bool  # whether all are equally long
 
 
 class Side:
@@ -52,12 +52,12 @@ class Side:
     Attributes:
         indptr: ``(n_block_rows + 1,)``, where each block-row begins.
         indices: ``(n_blocks,)``, the block-column of each block.
-        perm: ``(n_blocks,)``, where each block lies in the stored data; None of the matrix itself.
+        perm: ``(n_blocks,)``, where each block lies in the stored data; None for the matrix itself.
         static_sizes: An empty array whose shape holds the two below. Compiled graphs are keyed by
             the shapes of their inputs, so a graph can never meet the sizes of another pattern.
         n_block_cols: Number of block-columns.
-        groups: The block-rows by length, the shortest first; together they are all.
-        is_in_order: Whether the columns of every block-row ascend, and none repeats; False of
+        groups: The block-rows by length, the shortest first; each is in one group.
+        is_in_order: Whether the columns of every block-row ascend, and none repeats; False for
             scalars, where nobody asks.
         longest_row: Number of blocks in the longest block-row.
         is_padded: Whether a group holds block-rows of several lengths.
@@ -108,8 +108,8 @@ class Side:
     def keep(self, make: Callable[[Side], _T]) -> _T:
         """Return what ``make`` derives from the index arrays, made once for this side.
 
-        The result is an array or a tuple of arrays and None. That of constant arrays is evaluated
-        at once, since MLX cannot evaluate a graph in another thread than it was made in.
+        The result is an array or a tuple of arrays and None. Where the index arrays are constant,
+        it is evaluated at once: MLX cannot evaluate a graph in another thread than it was made in.
         """
         if make not in self._kept:
             self._kept[make] = made = make(self)
@@ -122,7 +122,7 @@ class Layout:
     """What ``spmm``, ``spmm_t`` and ``sddmm`` read of a pattern: CSR of it, and of its transpose.
 
     The transpose is made when it is first asked for, so that a forward product alone never pays for
-    it. What a backend derives of a side it keeps there (:meth:`Side.keep`).
+    it. A backend keeps with a side what it derives from it (:meth:`Side.keep`).
 
     Attributes:
         shape: ``(n_rows, n_cols)`` in scalars.
@@ -202,8 +202,8 @@ def group_lengths(lengths: np.ndarray, overhead: int) -> list[RowGroup]:
     """Group block-rows by length, short ones first, so that padding them costs least.
 
     Rows are padded to the longest of their group, and a group costs as much as ``overhead`` blocks.
-    Finds the cheapest partition by dynamic programming over the distinct lengths. Where these are
-    many, they are first rounded up to five binary digits.
+    The cheapest partition is found by dynamic programming over the distinct lengths. If there are
+    many of these, they are first rounded up to five binary digits.
 
     Args:
         lengths: ``(n_block_rows,)``, blocks in each.

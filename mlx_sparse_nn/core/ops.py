@@ -45,7 +45,7 @@ def multiply(
     owner: str = "spmm",
     width: str = "n_cols",
 ) -> mx.array:
-    """Return :func:`spmm` by a layout: what layers call, whose arrays may be those of a trace.
+    """Return :func:`spmm` by a layout. Layers call this: their layout may hold tracers.
 
     Args:
         data, x, bias: As in :func:`spmm`.

@@ -32,8 +32,8 @@ class CSRPattern:
     """The immutable structure of a sparse matrix: CSR over scalars or over square blocks.
 
     Block-row ``r`` stores the blocks ``indptr[r]`` to ``indptr[r + 1] - 1``; stored block ``j``
-    lies in block-column ``indices[j]``. With ``block_size=1`` this is plain CSR. Columns need be
-    neither sorted nor unique: duplicates add up, as in SciPy.
+    lies in block-column ``indices[j]``. With ``block_size=1`` this is plain CSR. Columns may be
+    unsorted and may repeat: duplicates add up, as in SciPy.
 
     Args:
         indptr: ``(n_rows / block_size + 1,)`` integers, from 0, never decreasing, to ``n_blocks``.
@@ -192,7 +192,7 @@ class CSRPattern:
 
     @cached_property
     def host(self) -> HostIndex:
-        """The index arrays in one place that the layout can share."""
+        """The index arrays, and those of the transpose, which the layout shares."""
         return HostIndex(self.indptr, self.indices, self.grid[1])
 
     @property
@@ -227,7 +227,7 @@ class CSRPattern:
         inverse = np.empty_like(perm)
         inverse[perm] = np.arange(self.n_blocks, dtype=np.int32)
         transposed.host.__dict__["transpose"] = (self.indptr, self.indices, inverse)
-        transposed.__dict__["_origin"] = weakref.ref(self)  # weak, lest the two keep each other
+        transposed.__dict__["_origin"] = weakref.ref(self)  # weak: no cycle
         return transposed
 
     @cached_property
@@ -259,9 +259,9 @@ class CSRPattern:
     def spy(self, width: int = 64) -> str:
         """Return the pattern drawn in characters, for ``print``; its last line says what it is.
 
-        A character holds two cells, one above the other. A cell is a block, or several where more
-        than ``width`` would stand side by side or twice that one above the other; it is filled if
-        anything in it is stored.
+        A character shows two cells, one above the other. A cell is a block. If there are more than
+        ``width`` block-columns or ``2 * width`` block-rows, it merges several blocks. It is filled
+        if any of them is stored.
 
         Args:
             width: Characters of the longest line, without the frame.

@@ -1,4 +1,4 @@
-"""Scores of blocks, and the choice of the strongest ones: what surgery and pruning go by.
+"""Scores of blocks, and the choice of the strongest, for surgery and pruning.
 
 All of this runs on the host, once for each change of a pattern, and never on a forward path.
 """
@@ -104,14 +104,14 @@ def strongest(
 ) -> np.ndarray:
     """Return the positions of the ``count`` strongest blocks, in rising order.
 
-    With ``balance="row"`` every block-row keeps the same number of blocks, give or take one: each
-    row's strongest first, then each row's second, and so on; where they no longer suffice for all
-    rows, the strongest of that round are taken. A row that has fewer blocks than its share keeps
-    all, and the others share the rest. With ``balance="global"`` the strongest blocks are kept
-    wherever they lie. Either way a block-row or a block-column may be left without blocks: its
-    outputs are then the bias alone, or its inputs are ignored.
+    With ``balance="row"`` every block-row keeps the same number of blocks, give or take one. Blocks
+    are taken in rounds: the strongest of each row, then the second of each, and so on. If the last
+    round cannot take one of every row, it takes the strongest of them. A row that has fewer blocks
+    than its share keeps all, and the others share the rest. With ``balance="global"`` the strongest
+    blocks are kept wherever they lie. Either way a block-row or a block-column may be left without
+    blocks: its outputs are then the bias alone, or its inputs are ignored.
 
-    Equally strong blocks are kept from the lowest position on.
+    Of equally strong blocks, those that come first are kept.
 
     Args:
         scores: ``(n,)`` of all candidates, finite.
@@ -168,8 +168,9 @@ def choose_blocks(
 
 
 def share_by_score(scores: Sequence[np.ndarray], budget: int) -> np.ndarray:
-    """Return how many of the ``budget`` strongest blocks of all layers lie in each: at least 1
-    where there are any.
+    """Return how many of the ``budget`` strongest blocks of all layers lie in each.
+
+    The best block of a layer always counts as one of them.
 
     Args:
         scores: Of each layer's candidates, in any shape.

@@ -18,7 +18,7 @@ class Table:
     Attributes:
         caption: What the table is about.
         header: Names of the columns.
-        rows: The cells, as many in each row.
+        rows: The cells of each row, one for each column.
         total: A last row for all others together, or None.
         notes: Sentences below.
     """
@@ -106,15 +106,15 @@ def html_table(table: Table) -> str:
 
 
 def fold(paths: Sequence[str], alike: Sequence[Hashable]) -> list[tuple[str, list[int]]]:
-    """Put layers of one kind into one line each, whatever their order in the model.
+    """Give layers of one kind one line, whatever their order in the model.
 
-    Layers go together whose paths differ in one integer, which counts up by one from each to the
-    next, and for which ``alike`` is equal. Lines that this leaves go together in the same way:
+    Layers share a line if their paths differ in one integer, which counts up by one from each to
+    the next, and ``alike`` is equal for them. Lines are then joined in the same way:
     ``layers.0-1.experts.0-7.up x 16``.
 
     Args:
         paths: Path of each layer.
-        alike: Of each layer, what has to be equal.
+        alike: For each layer, what has to be equal.
 
     Returns:
         For each line, in the order of their first layers: the path with its ranges and ``x`` the

@@ -1,6 +1,6 @@
 """What the package changes in MLX, and why; and what it asks MLX while a transform is running.
 
-Importing the package changes nothing. Three methods are replaced later, each when it is first
+Importing the package changes nothing. Three functions are replaced later, when each is first
 needed, since MLX (0.32.4) has no other way:
 
 - ``mx.vmap`` notes when it traces, from the first layout on (:func:`note_vmap`). MLX maps every
@@ -38,10 +38,10 @@ _state = _State()
 def transforming() -> bool:
     """Return whether a transform of MLX is running in this thread: mx.grad, mx.compile, or alike.
 
-    MLX does not say so. But it calls the Python of a compiled function again only for tracers, and
-    an array kept from a trace is one as long as any transform is running. The first time in a
-    thread or on a device it calls it anyway: hence twice. Where compilation is disabled the answer
-    is always True.
+    MLX does not say so. But it runs the Python of a compiled function again only for tracers, and
+    an array kept from a trace counts as one while any transform is running. The first call in a
+    thread or on a device always runs it: hence the second call. Where compilation is disabled, the
+    answer is always True.
     """
     probe, seen = _state.probe
     seen.clear()

@@ -11,17 +11,17 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-# Layouts. Values of padding that take plain MLX as long as the operations of one more group of
-# block-rows, and distinct lengths of rows up to which groups may begin at each: with more, to find
-# the groups takes longer than a product (3,000 lengths of a power-law pattern).
+# Layouts. One more group of block-rows takes plain MLX as long as this many values of padding.
 GROUP_VALUES = 4096
+# Distinct lengths of rows above which lengths are rounded before they are grouped: else it takes
+# longer than a product to group them (3,000 lengths of a power-law pattern).
 MAX_EXACT_LENGTHS = 256
 
-# Plain MLX. Rows of x below which each block is multiplied where it lies, if it has twice the side:
-# 0.4 to 0.9 of the time of gathering blocks (1 to 7 rows, B = 8 to 64).
+# Plain MLX. Below this many rows of x, blocks of at least twice that side are multiplied where they
+# lie: 0.4 to 0.9 of the time of gathering them (1 to 7 rows, B = 8 to 64).
 PLAIN_FEW_ROWS = 8
-# Blocks with a smaller side times one row of x go by elements, not by MLX's matmul, which calls
-# sgemm once a block (1 ns a multiply-add at B = 8, more below).
+# Smaller blocks times one row of x are multiplied by elements. MLX's matmul calls sgemm once a
+# block (1 ns a multiply-add at B = 8, more below).
 MIN_MATMUL_BLOCK = 8
 # Values up to which a transposition stays in the cache; above it, x is first cut into blocks.
 MAX_CACHED_VALUES = 1 << 18
@@ -29,21 +29,21 @@ MAX_CACHED_VALUES = 1 << 18
 # 1.9 to 2.5 times as fast as one step, with STREAMS.
 CPU_STEP_BYTES = 1 << 21
 GPU_STEP_BYTES = 1 << 26
-# A step takes time of its own: one is never cut below this part of CPU_STEP_BYTES, and operands
-# count as at least so many bytes.
+# Each step takes some time of its own. So the bound on memory never makes steps smaller than this,
+# and operands count as at least this many bytes.
 MIN_STEP_BYTES = CPU_STEP_BYTES // 64
 MIN_OPERAND_BYTES = 1 << 17
-# Steps that MLX was seen to hold at once, beyond one for each stream (peaks of memory).
+# Steps that MLX holds at once besides one for each stream, as peaks of memory showed.
 STEPS_IN_FLIGHT = 8
-# CPU streams at most, and multiplications from which a product goes to more than one: below, to
-# wait for another thread takes longer than the product.
+# The most CPU streams, and the fewest multiplications for which a product takes more than one:
+# with fewer, waiting for another thread takes longer than the product.
 MAX_STREAMS = 4
 MIN_PARALLEL_MULTIPLIES = 1 << 18
 
-# Kernels on a GPU. Block sizes with kernels of their own; the others go by scalars.
+# Kernels on a GPU. Block sizes that have kernels of their own; others are read as scalars.
 TILED_BLOCKS = (8, 16, 32, 64, 128)
 GROUP_THREADS = 256  # of a thread block, where the kernel leaves it open
-# Blocks times this many rows of x are bound by reading the stored values: Metal, CUDA.
+# Up to this many rows of x, reading the stored values is what bounds a product of blocks.
 METAL_FEW_ROWS = 8
 CUDA_FEW_ROWS = 16
 # Rounds of 32 values after which a long row of values is shared by a whole thread block.
@@ -90,8 +90,8 @@ class GradientTile(NamedTuple):
     stages: int
 
 
-# By block size: with many rows of x, where a thread block may have 160 KB of shared memory, and
-# with up to 64 rows or 48 KB.
+# By block size: for over 64 rows of x where a thread block may have 160 KB of shared memory, and
+# for all else, within 48 KB.
 MANY_ROWS_TILES = {
     8: Tile(256, 8, 1, 64, 3),
     16: Tile(256, 8, 1, 64, 3),

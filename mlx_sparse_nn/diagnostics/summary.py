@@ -27,7 +27,7 @@ class LayerSummary:
         shape: ``(output_dims, input_dims)`` of a linear layer.
         block_size: Side of the blocks of a sparse layer.
         density: Stored fraction of the weight of a linear layer.
-        parameters: Stored values, weight and bias. Indices are none.
+        parameters: Stored values, weight and bias. Indices are not counted.
         dense_parameters: What they would be if the weight were dense.
         weight_bytes: Bytes of the parameters.
         index_bytes: Bytes of the pattern: ``indptr`` and ``indices``, those of its transpose, and

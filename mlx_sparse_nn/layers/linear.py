@@ -33,8 +33,8 @@ class BlockSparseLinear(SparseLinear):
     where A has shape ``(output_dims, input_dims)`` and is zero outside its pattern. The stored
     values are trained like any weight; the pattern stays. Use it in place of ``nn.Linear``.
 
-    Values are uniform within ``1 / sqrt(stored inputs of their row)`` at first, the rule of
-    ``nn.Linear`` for the inputs that a row has, so outputs have the variance of a dense layer's.
+    Initially, values are uniform within ``1 / sqrt(stored inputs of their row)``. That is the rule
+    of ``nn.Linear`` for the inputs that a row has, so outputs have the variance of a dense layer's.
 
     The pattern is saved with the weights, as ``indptr`` and ``indices``, and ``load_weights``
     brings it back. These two are never trained: they stay frozen whatever is unfrozen.
@@ -115,6 +115,7 @@ class BlockSparseLinear(SparseLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return ``x Aᵀ + b``: ``(..., input_dims)`` -> ``(..., output_dims)``."""
+        # By key: for self.weight, Python would first search the class in vain.
         return self._multiply(self["weight"], x, self.get("bias"))
 
     def todense(self) -> mx.array:

@@ -64,8 +64,8 @@ class LoRABlockSparseLinear(nn.Module):
         scale: Factor s of the update.
 
     Attributes:
-        lora_a: ``(input_dims, r)``, uniform within ``1 / sqrt(input_dims)`` at first.
-        lora_b: ``(r, output_dims)``, zero at first.
+        lora_a: ``(input_dims, r)``, initially uniform within ``1 / sqrt(input_dims)``.
+        lora_b: ``(r, output_dims)``, initially zero.
 
     Raises:
         TypeError: ``linear`` is not a block-sparse layer, or ``r`` is not an integer.

@@ -34,7 +34,7 @@ Scope: TypeAlias = Literal["layer", "global"]
 def cubic_density(
     init: float, end: float, steps: int, start: int = 0
 ) -> Callable[[int | mx.array], float]:
-    r"""Make a schedule of densities that falls fast at first and slowly at last.
+    r"""Make a schedule of densities that falls fast, then ever more slowly.
 
     .. math::
 

@@ -12,8 +12,9 @@ from mlx_sparse_nn.core.layout import Side
 class Buckets(NamedTuple):
     """The block-rows of a side, one group of similar length after another.
 
-    A slot is a place for one block; a row of a group has as many as the longest. Index arrays are
-    unsigned: before it gathers by signed ones, MLX looks for negative numbers in them.
+    A slot is a place for one block; every row of a group has as many as the longest needs. Index
+    arrays are viewed as uint32, here and in ``plain``: in signed ones, MLX first looks for negative
+    numbers, before it gathers.
 
     Attributes:
         rows: ``(n_block_rows,)``, the block-rows in the order of the groups; None where that is the

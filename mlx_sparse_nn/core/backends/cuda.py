@@ -212,7 +212,7 @@ def _gradient_panels(layout: Layout, n_x: int, n_matrices: int) -> tuple[Kernel,
 
 
 def _most_blocks(side: Side, n_block_rows: int) -> int:
-    """Return how many blocks so many block-rows have together at most."""
+    """Return the most blocks that any ``n_block_rows`` block-rows have together."""
     total = 0
     for group in reversed(side.groups):
         taken = min(group.n_block_rows, n_block_rows)

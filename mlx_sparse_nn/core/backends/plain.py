@@ -142,7 +142,7 @@ def _in_pieces(
     bias: mx.array | None,
     transposed: bool,
 ) -> mx.array:
-    """Return :func:`_many_rows` of some rows of x after the other."""
+    """Return :func:`_many_rows`, a piece of x at a time."""
     n_x, ys = x.shape[-2], []
     for piece in mx.split(x, [n_x * i // n_pieces for i in range(1, n_pieces)], axis=-2):
         if ys:

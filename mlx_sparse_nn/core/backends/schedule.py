@@ -124,7 +124,7 @@ def cut(count: int, width: int, cost: Cost) -> list[Cut]:
 
 
 def n_pieces(side: Side, cost: Cost, n_x: int, block_size: int) -> int:
-    """Return in how many pieces of x a product goes, where a block-row alone is above a step."""
+    """Return into how many pieces x is cut: more than one if a block-row alone exceeds a step."""
     widest = side.longest_row * cost.bytes_per_block
     most = max(1, n_x // max(block_size, tuned.PLAIN_FEW_ROWS))
     return min(-(-widest // cost.bytes_per_step), most)
