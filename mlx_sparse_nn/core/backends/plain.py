@@ -81,7 +81,7 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
             )
             part = part.reshape(-1, *layout.data_shape[1:]).astype(x.dtype)
         data.write(cut.start, part)
-    return data.rows().reshape(shape)
+    return data.rows.reshape(shape)
 
 
 def _product(
@@ -163,7 +163,8 @@ def _few_rows(
     """
     n_x, block_size, n_matrices = x.shape[-2], data.shape[-1], _n_matrices(x)
     side, dtype = layout.cols if transposed else layout.rows, _wide(x.dtype)
-    cost, buckets = schedule.few_rows(side, data, x, dtype, n_matrices), side.keep(buckets_of)
+    cost_of = schedule.few_rows if block_size > 1 else schedule.scalars
+    cost, buckets = cost_of(side, data, x, dtype, n_matrices), side.keep(buckets_of)
     terms, xs = data, _row_blocks(x, block_size)  # xs (V * C, N, B)
     if block_size > 1:
         columns = layout.rows.row_of_block if transposed else side.indices.view(mx.uint32)
@@ -211,7 +212,7 @@ def _terms(
             else:
                 part = part @ (a if transposed else a.swapaxes(1, 2))
         terms.write(start, part)
-    return terms.rows()
+    return terms.rows
 
 
 def _side_by_side(a: mx.array, step: Step, n_matrices: int, transposed: bool) -> mx.array:
@@ -245,8 +246,8 @@ def _multiply_add(
 def _in_matrix_order(y: Result, buckets: Buckets, n_matrices: int) -> mx.array:
     """Return the block-rows of all groups, ``(V * n_block_rows, ...)``, in the matrix's order."""
     if buckets.position_of_row is None:
-        return y.rows()
-    return _take(y.rows(), buckets.position_of_row, n_matrices)
+        return y.rows
+    return _take(y.rows, buckets.position_of_row, n_matrices)
 
 
 def _n_matrices(x: mx.array) -> int:

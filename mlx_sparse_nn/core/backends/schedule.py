@@ -50,13 +50,18 @@ class Step(NamedTuple):
 
 
 class Result:
-    """A result that steps write part by part: n rows of each of V matrices, ``(V * n, ...)``."""
+    """A result that steps write part by part: n rows of each of V matrices.
+
+    Attributes:
+        rows: What has been written, ``(V * n, ...)``.
+    """
+
+    rows: mx.array
 
     def __init__(self, n: int, n_matrices: int):
         self.n = n
         self.n_matrices = n_matrices
         self.parts: list[mx.array] = []
-        self.array: mx.array | None = None
         self._steps_ahead = max(2, _n_streams())
 
     def wait(self, index: mx.array) -> mx.array:
@@ -71,19 +76,17 @@ class Result:
         self.parts.append(part)
         n_matrices, m, shape = self.n_matrices, part.shape[0] // self.n_matrices, part.shape[1:]
         if m == self.n:
-            self.array = part
+            self.rows = part
             return
-        if self.array is None:
-            self.array = mx.zeros((n_matrices, self.n, *shape), part.dtype)
-        # In place, since nothing else holds the array.
-        self.array[:, start : start + m] = part.reshape(n_matrices, m, *shape)
-
-    def rows(self) -> mx.array:
-        """Return what was written, ``(V * n, ...)``."""
-        assert self.array is not None
-        if self.array is self.parts[-1]:
-            return self.array
-        return self.array.reshape(self.n_matrices * self.n, *self.array.shape[2:])
+        if len(self.parts) == 1:
+            self.rows = mx.zeros((n_matrices * self.n, *shape), part.dtype)
+        # In place, since nothing else holds the rows.
+        if n_matrices == 1:
+            self.rows[start : start + m] = part
+            return
+        rows = self.rows.reshape(n_matrices, self.n, *shape)
+        rows[:, start : start + m] = part.reshape(n_matrices, m, *shape)
+        self.rows = rows.reshape(-1, *shape)
 
 
 def depend_on(a: mx.array, other: mx.array) -> mx.array:
@@ -148,20 +151,27 @@ def many_rows(side: Side, data: mx.array, x: mx.array, dtype: mx.Dtype, n_matric
 
 
 def few_rows(side: Side, data: mx.array, x: mx.array, dtype: mx.Dtype, n_matrices: int) -> Cost:
-    """Return the cost of multiplying each block where it lies, or scalars that are gathered."""
+    """Return the cost of multiplying each block where it lies by few rows of x."""
     n_x, block_size = x.shape[-2], data.shape[-1]
     product_bytes = n_matrices * n_x * block_size * dtype.size
-    bytes_per_block, copied = 2 * product_bytes, 2 * side.n_blocks * product_bytes
-    if block_size == 1:
-        bytes_per_block, copied = 3 * product_bytes, data.nbytes if side.is_padded else 0
-    elif (n_x == 1 and block_size < tuned.MIN_MATMUL_BLOCK) or x.dtype != dtype:
+    bytes_per_block = 2 * product_bytes
+    if (n_x == 1 and block_size < tuned.MIN_MATMUL_BLOCK) or x.dtype != dtype:
         bytes_per_block += n_matrices * block_size**2 * dtype.size  # what is as large as a block
-    operand_bytes = (
-        data.nbytes + x.nbytes + n_matrices * n_x * side.n_block_rows * block_size * x.itemsize
-    )
+    operand_bytes = data.nbytes + x.nbytes + side.n_block_rows * product_bytes
     total = side.n_blocks * bytes_per_block * 2 // 3  # other steps take little at the same time
-    bytes_per_step = _bytes_per_step(side, total, operand_bytes, copied)
+    bytes_per_step = _bytes_per_step(side, total, operand_bytes, 2 * side.n_blocks * product_bytes)
     return Cost(bytes_per_block, n_matrices * n_x * block_size**2, bytes_per_step)
+
+
+def scalars(side: Side, data: mx.array, x: mx.array, dtype: mx.Dtype, n_matrices: int) -> Cost:
+    """Return the cost of multiplying scalars by one row of x, of which as many are gathered."""
+    in_place = side.is_uniform and side.perm is None  # data is: then there is room for all of x
+    bytes_per_value = n_matrices * dtype.size * (1 if in_place else 3)
+    operand_bytes = data.nbytes + x.nbytes + n_matrices * side.n_block_rows * x.itemsize
+    total = 0 if in_place else side.n_blocks * bytes_per_value
+    copied = data.nbytes if side.is_padded else 0
+    bytes_per_step = _bytes_per_step(side, total, operand_bytes, copied)
+    return Cost(bytes_per_value, n_matrices, bytes_per_step)
 
 
 def sampled(side: Side, y: mx.array, x: mx.array, dtype: mx.Dtype, block_size: int) -> Cost:
@@ -186,7 +196,7 @@ def _bytes_per_step(side: Side, total: int, operand_bytes: int, copied: int) -> 
     """
     if not _on_cpu():
         return tuned.GPU_STEP_BYTES
-    operand_bytes += 2 * side.nbytes
+    operand_bytes += side.nbytes * (1 if side.is_uniform else 3)  # with its buckets
     room = 4 * max(operand_bytes, tuned.MIN_OPERAND_BYTES) - operand_bytes - copied
     if total <= room // 2:
         return tuned.CPU_STEP_BYTES
