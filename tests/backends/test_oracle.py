@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import (
+    assert_equal,
     check_products,
     computing,
     dense_of,
@@ -122,3 +123,17 @@ class TestFaultsAreNoticed:
         with emulated() as emulation, pytest.raises(AssertionError):
             products(n, block_size, mx.bfloat16)
         assert emulation.names
+
+
+@given(patterns(), st.integers(0, 40), st.sampled_from(DTYPES), st.sampled_from([(), (3,)]))
+def test_plain_mlx_is_the_oracle(pattern, n, dtype, v):
+    """Every algorithm, of whichever number of rows, and matrices that share a pattern."""
+    if dtype == mx.complex64 and pattern.block_size > 1:
+        return
+    shapes = [pattern.data_shape, (n, pattern.shape[1]), (n, pattern.shape[0])]
+    data, x, y = (integers((*v, *shape), i, dtype) for i, shape in enumerate(shapes))
+    bias, layout = integers(pattern.shape[:1], 4, dtype), pattern.layout
+    assert_equal(plain.spmm(data, layout, x, bias), naive.spmm(data, pattern, x, bias))
+    assert_equal(plain.spmm(data, layout, x), naive.spmm(data, pattern, x))
+    assert_equal(plain.spmm_t(data, layout, y), naive.spmm_t(data, pattern, y))
+    assert_equal(plain.sddmm(layout, y, x), naive.sddmm(pattern, y, x))
