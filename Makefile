@@ -10,7 +10,7 @@ BACKEND := $(shell \
 	if [ -z "$$driver" ]; then echo cpu,; elif [ "$$driver" -ge 580 ]; then echo cuda13,; else echo cuda12,; fi)
 
 # Kernels, their headers and their emulators; asked for when a target needs them.
-KERNELS = $(shell git ls-files '*.metal' '*.cu' '*.h' '*.cpp')
+KERNELS = $(shell find mlx_sparse_nn tests -name '*.metal' -o -name '*.cu' -o -name '*.h' -o -name '*.cpp')
 
 .PHONY: help demo test test-metal test-device bench lint format clean
 

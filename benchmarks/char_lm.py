@@ -15,9 +15,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
-
-import mlx.core as mx
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/char_lm.json"
@@ -46,7 +45,7 @@ def measure() -> dict:
         summary = dict(re.findall(r"^(\w+(?: \w+)?)  +([\d.]+)", output, re.MULTILINE))
         results[name] = {key: float(value) for key, value in summary.items()}
         print(name, results[name], flush=True)
-    return {"machine": describe(), "mlx": mx.__version__, "runs": results}
+    return {"machine": describe(), "mlx": metadata.version("mlx"), "runs": results}
 
 
 def describe() -> str:

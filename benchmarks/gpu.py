@@ -68,7 +68,7 @@ def calls_in_turns(functions: list[Callable], x: Any) -> list[float]:
 
 def kernel_ms(run: Callable[[int], Any], synchronize: Callable[[], None], calls: int) -> float:
     """Return milliseconds a call in which the GPU is at work, whatever runs there side by side."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     run(3)
     synchronize()
@@ -106,7 +106,7 @@ def mlx_times(f: Callable, x: Any, following: Callable = lambda y: y) -> dict[st
 
 def torch_times(f: Callable, inputs: list) -> dict[str, float]:
     """Return the replay and kernel times of a PyTorch function over ready inputs, one by one."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     calls = 100 if inputs[0].numel() < 2**20 else 16
     f(inputs[0])
@@ -127,8 +127,8 @@ def measure_layers() -> list[dict]:
     import mlx.core as mx
     import mlx.nn as nn
     import numpy as np
-    import torch
-    import torch.nn.functional as F
+    import torch  # pyright: ignore[reportMissingImports]
+    import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 
     from mlx_sparse_nn import BlockSparseLinear, patterns
 
@@ -153,7 +153,7 @@ def measure_layers() -> list[dict]:
                 bias = layer.bias.astype(mx.float32)
                 with mx.stream(mx.cpu if n == 1 else mx.gpu):
                     expected = x.astype(mx.float32) @ weight.T + bias
-                worst = mx.abs(layer(x).astype(mx.float32) - expected).max().item()
+                worst = float(mx.abs(layer(x).astype(mx.float32) - expected).max())
                 if not worst < 0.05:
                     raise SystemExit(f"wrong by {worst} at {n} rows, B = {block_size}, {density}")
                 cell = {"rows": n, "block_size": block_size, "density": density, "error": worst}
@@ -251,7 +251,7 @@ def measure_ising() -> list[dict]:
     """Time the Ising Hamiltonian times a vector, float32, beside cuSPARSE."""
     import mlx.core as mx
     import numpy as np
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     from mlx_sparse_nn import physics
 
@@ -417,7 +417,7 @@ def main() -> None:
         write_table("gpu_aims", aims(results), "benchmarks/README.md")
         plot(results)
         return
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     parts = {"layers": measure_layers, "training": measure_training, "ising": measure_ising}
     results: dict[str, Any] = {"device": torch.cuda.get_device_name()}

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import mlx.core as mx
 import numpy as np
 from hypothesis import strategies as st
+from mlx.utils import tree_flatten
 
 from mlx_sparse_nn import CSRPattern, sddmm, spmm, spmm_t
 from mlx_sparse_nn.core.backends import choose, cuda, launch, naive
@@ -30,6 +32,19 @@ def own_folder(name: str) -> str:
     folder = Path(tempfile.gettempdir(), f"mlx_sparse_nn-{getpass.getuser()}", name)
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder)
+
+
+def untyped(value: Any) -> Any:
+    """Return ``value`` without its type, where a test does on purpose what pyright refuses."""
+    return value
+
+
+def flatten(tree: Any) -> list[tuple[str, mx.array]]:
+    """Return the arrays of a tree by path, as ``tree_flatten`` does.
+
+    Its own type says a dict as well, which it returns only where it is given one.
+    """
+    return tree_flatten(tree)  # pyright: ignore[reportReturnType]
 
 
 def device_of(dtype: mx.Dtype) -> AbstractContextManager:
@@ -103,12 +118,15 @@ def integers(shape: tuple[int, ...], seed: int = 0, dtype: mx.Dtype = mx.float32
     return mx.array(values).astype(dtype)
 
 
-def pattern_of(rows: Iterable[Sequence[int]], n_cols: int, block_size: int) -> CSRPattern:
+def pattern_of(
+    rows: Iterable[Sequence[int] | np.ndarray], n_cols: int, block_size: int
+) -> CSRPattern:
     """Return the pattern of ``n_cols`` block-columns whose block-rows have blocks in these."""
-    rows = [np.asarray(row, dtype=np.int32) for row in rows]
-    indptr = np.cumsum([0, *(row.size for row in rows)])
-    indices = np.concatenate([np.zeros(0, np.int32), *rows])
-    return CSRPattern(indptr, indices, (len(rows) * block_size, n_cols * block_size), block_size)
+    columns = [np.asarray(row, dtype=np.int32) for row in rows]
+    indptr = np.cumsum([0, *(row.size for row in columns)])
+    indices = np.concatenate([np.zeros(0, np.int32), *columns])
+    shape = (len(columns) * block_size, n_cols * block_size)
+    return CSRPattern(indptr, indices, shape, block_size)
 
 
 def random_pattern(

@@ -13,6 +13,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from support import untyped
 
 import mlx_sparse_nn as sparse
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern, QuantizedBlockSparseLinear, patterns
@@ -347,21 +348,47 @@ def test_a_layer_of_another_type(owner, call, given):
 
 
 ISING = ph.IsingOperator(2, 1.0)
+LIST = untyped([1.0])
 STATE = "psi must be an mx.array, got list"
 REST = [
     ("COOArray", lambda: sparse.COOArray(["a"], [0], [0], (1, 1)), TypeError, "data must be num"),
-    ("bsr_array", lambda: sparse.bsr_array(3, (2, 2)), TypeError, r"takes \(blocks, indices, ind"),
-    ("coo_array", lambda: sparse.coo_array(3, (2, 2)), TypeError, r"takes \(data, \(row, col\)\)"),
-    ("csr_array", lambda: sparse.csr_array(3, (2, 2)), TypeError, r"takes \(data, indices, indpt"),
-    ("csr_matmul", lambda: sparse.csr_matmul(X, X), TypeError, "A must be a CSRArray, got array"),
+    (
+        "bsr_array",
+        lambda: sparse.bsr_array(untyped(3), (2, 2)),
+        TypeError,
+        r"takes \(blocks, indices, ind",
+    ),
+    (
+        "coo_array",
+        lambda: sparse.coo_array(untyped(3), (2, 2)),
+        TypeError,
+        r"takes \(data, \(row, col\)\)",
+    ),
+    (
+        "csr_array",
+        lambda: sparse.csr_array(untyped(3), (2, 2)),
+        TypeError,
+        r"takes \(data, indices, indpt",
+    ),
+    (
+        "csr_matmul",
+        lambda: sparse.csr_matmul(untyped(X), X),
+        TypeError,
+        "A must be a CSRArray, got array",
+    ),
     ("from_dense", lambda: sparse.from_dense(X[0]), ValueError, r"w must be a matrix, got .*\(64,"),
     ("from_dense", lambda: sparse.from_dense([["a"]]), TypeError, "w must be numeric, got <U1"),
     ("from_scipy", lambda: sparse.from_scipy(3), TypeError, "takes csr, coo or bsr, got int"),
-    ("to_scipy", lambda: sparse.to_scipy(X), TypeError, "takes a CSRArray or COOArray, got array"),
+    (
+        "to_scipy",
+        lambda: sparse.to_scipy(untyped(X)),
+        TypeError,
+        "takes a CSRArray or COOArray, got array",
+    ),
     ("use_device", lambda: sparse.use_device("tpu"), ValueError, "device must be 'cpu' or 'gpu'"),
     (
         "LoRABlockSparseLinear",
-        lambda: sparse.LoRABlockSparseLinear(LINEAR),
+        lambda: sparse.LoRABlockSparseLinear(untyped(LINEAR)),
         TypeError,
         "linear must be a BlockSparseLinear or a QuantizedBlockSparseLinear, got Linear",
     ),
@@ -373,25 +400,25 @@ REST = [
     ),
     (
         "BlockSparseLinear",
-        lambda: layer().set_pattern("banded"),
+        lambda: layer().set_pattern(untyped("banded")),
         TypeError,
         "pattern must be a CSRPattern, got str",
     ),
     (
         "QuantizedBlockSparseLinear",
-        lambda: QuantizedBlockSparseLinear.from_linear(LINEAR),
+        lambda: QuantizedBlockSparseLinear.from_linear(untyped(LINEAR)),
         TypeError,
         "linear must be a BlockSparseLinear, got Linear",
     ),
     (
         "QuantizedBlockSparseLinear",
-        lambda: layer().to_quantized(bits="4"),
+        lambda: layer().to_quantized(bits=untyped("4")),
         TypeError,
         "bits must be an integer, got '4'",
     ),
     (
         "QuantizedBlockSparseLinear",
-        lambda: layer().to_quantized(32.0),
+        lambda: layer().to_quantized(untyped(32.0)),
         TypeError,
         "group_size must be an integer, got 32.0",
     ),
@@ -403,14 +430,24 @@ REST = [
         ValueError,
         r"the pattern stores block \(0, 0\) more than once",
     ),
-    ("restore", lambda: sparse.restore(MODULE, 3), TypeError, "weights must be a path or a dict"),
+    (
+        "restore",
+        lambda: sparse.restore(MODULE, untyped(3)),
+        TypeError,
+        "weights must be a path or a dict",
+    ),
     (
         "restore_patterns",
-        lambda: sparse.restore_patterns(MODULE, {"a": [1]}),
+        lambda: sparse.restore_patterns(MODULE, {"a": untyped([1])}),
         TypeError,
         "a must be an mx.array, got list",
     ),
-    ("advise", lambda: sparse.advise(layer(), seconds="1"), TypeError, "seconds must be a number"),
+    (
+        "advise",
+        lambda: sparse.advise(layer(), seconds=untyped("1")),
+        TypeError,
+        "seconds must be a number",
+    ),
     (
         "patterns.block_diagonal",
         lambda: patterns.block_diagonal(10, 3),
@@ -419,7 +456,7 @@ REST = [
     ),
     (
         "patterns.bidiagonal_blocks",
-        lambda: patterns.bidiagonal_blocks("8", 2),
+        lambda: patterns.bidiagonal_blocks(untyped("8"), 2),
         TypeError,
         "features must be an integer, got '8'",
     ),
@@ -441,27 +478,32 @@ REST = [
         TypeError,
         "w must be numeric, got <U1",
     ),
-    ("IsingOperator", lambda: ph.IsingOperator(2.0, 1), TypeError, "n_qubits must be an integer"),
-    ("correlation", lambda: ph.correlation([1.0], 0, 1), TypeError, STATE),
-    ("entanglement_entropy", lambda: ph.entanglement_entropy([1.0], 1), TypeError, STATE),
-    ("evolve", lambda: ph.evolve(ISING, [1.0], 1.0), TypeError, STATE),
+    (
+        "IsingOperator",
+        lambda: ph.IsingOperator(untyped(2.0), 1),
+        TypeError,
+        "n_qubits must be an integer",
+    ),
+    ("correlation", lambda: ph.correlation(LIST, 0, 1), TypeError, STATE),
+    ("entanglement_entropy", lambda: ph.entanglement_entropy(LIST, 1), TypeError, STATE),
+    ("evolve", lambda: ph.evolve(ISING, LIST, 1.0), TypeError, STATE),
     ("exact_ground_energy", lambda: ph.exact_ground_energy(0, 1), ValueError, "n_qubits must be"),
-    ("expectation", lambda: ph.expectation(ISING, [1.0]), TypeError, STATE),
-    ("fidelity", lambda: ph.fidelity([1.0], X[0]), TypeError, "a must be an mx.array, got list"),
+    ("expectation", lambda: ph.expectation(ISING, LIST), TypeError, STATE),
+    ("fidelity", lambda: ph.fidelity(LIST, X[0]), TypeError, "a must be an mx.array, got list"),
     (
         "lanczos",
         lambda: ph.lanczos(3),
         TypeError,
         "H must be a CSRArray, an IsingOperator or an mx.array, got int",
     ),
-    ("magnetization", lambda: ph.magnetization([1.0]), TypeError, STATE),
+    ("magnetization", lambda: ph.magnetization(LIST), TypeError, STATE),
     (
         "transverse_field_ising",
         lambda: ph.transverse_field_ising(True, 1),
         TypeError,
         "n_qubits must be an integer, got True",
     ),
-    ("variance", lambda: ph.variance(ISING, [1.0]), TypeError, STATE),
+    ("variance", lambda: ph.variance(ISING, LIST), TypeError, STATE),
 ]
 
 

@@ -60,7 +60,7 @@ def build(w: Build, arrays: Arrays) -> Task:
         return Task(lambda _: parts(from_dense(weight, w.block_size)), convert)
 
     def make():
-        csr = tuple(arrays[name] for name in ("data", "indices", "indptr"))
+        csr = arrays["data"], arrays["indices"], arrays["indptr"]
         return csr_array(csr, shape=(w.size, w.size))
 
     if w.what == "transpose":

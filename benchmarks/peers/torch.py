@@ -7,13 +7,17 @@ stored places. It has bfloat16 in none of these on the CPU.
 
 from __future__ import annotations
 
+import importlib
 import warnings
+from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.peers import Task, features_first, on_host, rows_first, stored_blocks, stored_values
 from benchmarks.workloads import Array, Arrays, Build, Ising, Workload, rows_of
+
+# To a type checker `import torch` is this file, where PyTorch is not installed.
+torch: Any = importlib.import_module("torch")
 
 RUNTIME = on_host
 PACKAGES = ("torch", "numpy")
@@ -49,10 +53,10 @@ def tensor(indptr, indices, data, size: int):
 
 def product(parts, x: np.ndarray, target: np.ndarray | None, step: str, rows) -> Task:
     size, columns = x.shape[0], torch.from_numpy(x.copy())
-    A = tensor(*parts, size)
+    indptr, indices, data = parts
+    A = tensor(indptr, indices, data, size)
     if step == "forward":
         return Task(lambda _: [A @ columns], lambda out: [rows(out[0].numpy())])
-    indptr, indices, data = parts
     order = np.lexsort((rows_of(indptr), indices))
     t_indptr = np.searchsorted(indices[order], np.arange(size + 1)).astype(np.int32)
     t_indices = rows_of(indptr)[order].astype(np.int32)
@@ -93,8 +97,9 @@ def build(w: Build, arrays: Arrays) -> Task:
         if block == 1:
             return Task(lambda _: parts(weight.to_sparse_csr()), convert)
         return Task(lambda _: parts(weight.to_sparse_bsr((block, block))), convert)
-    csr = tuple(torch.from_numpy(arrays[name].copy()) for name in ("indptr", "indices", "data"))
-    make = lambda: tensor(*csr, w.size)  # noqa: E731
+    names = ("indptr", "indices", "data")
+    indptr, indices, data = (torch.from_numpy(arrays[name].copy()) for name in names)
+    make = lambda: tensor(indptr, indices, data, w.size)  # noqa: E731
     if w.what == "transpose":
         return Task(lambda A: parts(A.t().to_sparse_csr()), convert, make)
     x = torch.from_numpy(arrays["x"].copy())

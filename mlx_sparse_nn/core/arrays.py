@@ -152,14 +152,14 @@ class CSRArray:
         order = places.reshape(-1)[np.argsort(rows, kind="stable")]
         return _gather(self.data.reshape(-1), order, np.cumsum(counts) - counts)
 
-    def __matmul__(self, x: mx.array) -> mx.array:
+    def __matmul__(self, x: ArrayLike) -> mx.array:
         return csr_matmul(self, x)
 
-    def __rmatmul__(self, x: mx.array) -> mx.array:
+    def __rmatmul__(self, x: ArrayLike) -> mx.array:
         x = _dense("x @ A", x)
         return ops.spmm_t(self.data, self.pattern, x)
 
-    def __mul__(self, scalar: Number | mx.array) -> CSRArray:
+    def __mul__(self, scalar: complex | np.generic | mx.array) -> CSRArray:
         if not isinstance(scalar, Number | np.generic) and not (
             isinstance(scalar, mx.array) and scalar.ndim == 0
         ):
@@ -279,7 +279,7 @@ class COOArray:
         )
 
 
-def csr_matmul(A: CSRArray, x: mx.array) -> mx.array:
+def csr_matmul(A: CSRArray, x: ArrayLike) -> mx.array:
     """Multiply a sparse matrix by a dense array, as ``A @ x``.
 
     Args:

@@ -19,11 +19,11 @@ def use_gpu() -> None:
     use_device("gpu")
 
 
-def use_device(device: str | mx.Device) -> None:
+def use_device(device: str | mx.Device | mx.DeviceType) -> None:
     """Make ``device`` MLX's default device, as ``mx.set_default_device`` does, but checked.
 
     Args:
-        device: ``"cpu"``, ``"gpu"``, or an ``mx.Device``.
+        device: ``"cpu"`` or ``mx.cpu``, ``"gpu"`` or ``mx.gpu``, or an ``mx.Device``.
 
     Raises:
         RuntimeError: It is a GPU and there is none.

@@ -21,7 +21,7 @@ from mlx_sparse_nn.core.checks import (
 )
 from mlx_sparse_nn.core.pattern import CSRPattern
 
-Score: TypeAlias = Literal["l1", "l2", "max"] | Callable[[mx.array], mx.array]
+Score: TypeAlias = Literal["l1", "l2", "max"] | Callable[[mx.array], mx.array | np.ndarray]
 Balance: TypeAlias = Literal["row", "global"]
 
 _NORMS: dict[str, Callable[[mx.array], mx.array]] = {

@@ -19,6 +19,9 @@ class SparseLinear(PatternModule):
     The part of a layer that a rank holds is a :class:`PatternModule` and no such layer.
     """
 
+    weight: mx.array
+    bias: mx.array
+
     def todense(self) -> mx.array:
         """Return the dense ``(output_dims, input_dims)`` weight."""
         raise NotImplementedError

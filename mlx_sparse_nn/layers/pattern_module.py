@@ -36,6 +36,8 @@ class PatternModule(nn.Module):
         pinned: Names of further arrays that stay frozen whatever is unfrozen.
     """
 
+    indptr: mx.array
+    indices: mx.array
     _pattern: CSRPattern
 
     def __init__(self, pattern: CSRPattern, pinned: Iterable[str] = ()):

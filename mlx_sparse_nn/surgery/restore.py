@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,10 +17,12 @@ from mlx_sparse_nn.layers.pattern_module import carry_mode
 
 Weights: TypeAlias = "str | Path | dict[str, mx.array]"
 
+_Model = TypeVar("_Model", bound=nn.Module)
+
 _NAMES = ("weight", "scales", "biases", "bias", "indptr", "indices")
 
 
-def restore(model: nn.Module, weights: Weights) -> nn.Module:
+def restore(model: _Model, weights: Weights) -> _Model:
     """Load a checkpoint into a model, making those layers sparse that are sparse in the checkpoint.
 
     ``load_weights`` alone needs a model whose layers are sparse already, with as many blocks. This
@@ -50,13 +52,14 @@ def restore(model: nn.Module, weights: Weights) -> nn.Module:
     weights = _read("restore", weights)
     replaced = _replace("restore", model, weights)
     try:
-        return model.load_weights(list(weights.items()))
+        model.load_weights(list(weights.items()))
     except Exception:
         _update(model, replaced)
         raise
+    return model
 
 
-def restore_patterns(model: nn.Module, weights: Weights) -> nn.Module:
+def restore_patterns(model: _Model, weights: Weights) -> _Model:
     """Make layers sparse as :func:`restore` does, and leave all values to be loaded.
 
     For a loader that calls ``load_weights`` itself, such as ``mlx_lm.load``.

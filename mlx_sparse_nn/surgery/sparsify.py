@@ -33,7 +33,7 @@ from mlx_sparse_nn.layers.linear import PATTERN_DECIDES, BlockSparseLinear, why_
 from mlx_sparse_nn.layers.pattern_module import check_layer_pattern
 
 Scope: TypeAlias = Literal["layer", "global", "erdos-renyi"]
-Predicate: TypeAlias = Callable[[str, nn.Module], "bool | dict[str, Any]"]
+Predicate: TypeAlias = Callable[[str, nn.Module], "bool | np.bool_ | dict[str, Any]"]
 _Kinds: TypeAlias = "type | tuple[type, ...]"
 
 _SCOPES = ("layer", "global", "erdos-renyi")

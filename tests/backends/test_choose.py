@@ -5,8 +5,7 @@ import types
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
-from support import assert_equal, computing, integers, pattern_of, random_pattern
+from support import assert_equal, computing, flatten, integers, pattern_of, random_pattern
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern, sddmm, spmm, spmm_t
 from mlx_sparse_nn.core.backends import choose, cuda, metal, naive, plain
@@ -117,7 +116,7 @@ def test_a_step_compiled_before_a_load_uses_the_buckets_of_the_new_pattern(block
     for i, pattern in enumerate(patterns * 2):
         source = BlockSparseLinear(size, size, pattern)
         source.weight, source.bias = integers(pattern.data_shape, i), integers((size,), i + 9)
-        layer.load_weights(tree_flatten(source.parameters()))
+        layer.load_weights(flatten(source.parameters()))
         value, d_weight, d_x = compiled(x)
         y = naive.spmm(source.weight, pattern, x, source.bias)
         assert_equal(value, (y * g).sum())

@@ -6,7 +6,7 @@ import pytest
 import scipy.sparse as sp
 from hypothesis import given
 from hypothesis import strategies as st
-from support import assert_equal, dense_of, device_of, integers, patterns, to_numpy
+from support import assert_equal, dense_of, device_of, integers, patterns, to_numpy, untyped
 
 from mlx_sparse_nn import (
     COOArray,
@@ -31,7 +31,7 @@ def arrays(draw, dtype=mx.float32):
 
 
 @given(arrays(), leading, st.integers(0, 3))
-def test_matmul_of_any_rank(A, lead, p):
+def test_matmul_of_any_rank(A: CSRArray, lead, p):
     dense = dense_of(A.pattern, A.data)
     x = integers((*lead, A.shape[1], p), 1)
     assert_equal(A @ x, dense @ x)
@@ -60,11 +60,11 @@ def test_dense_matmul_is_as_it_was():
     a = integers((3, 3))
     assert_equal(a @ a, mx.matmul(a, a))
     with pytest.raises(TypeError, match="incompatible function arguments"):
-        a @ "text"
+        _ = a @ untyped("text")
 
 
 @given(arrays())
-def test_views_and_sums(A):
+def test_views_and_sums(A: CSRArray):
     dense = to_numpy(dense_of(A.pattern, A.data))
     assert np.array_equal(to_numpy(A.todense()), dense)
     assert np.array_equal(to_numpy(A.T.todense()), dense.T)
@@ -97,6 +97,7 @@ def test_scipy_and_back(A):
     assert S.format == ("csr" if A.block_size == 1 else "bsr")
     assert np.array_equal(S.toarray(), to_numpy(A.todense()))
     back = from_scipy(S)
+    assert isinstance(back, CSRArray)
     assert back.pattern == A.pattern
     assert_equal(back.data, A.data)
     coo = A.tocoo()
@@ -149,6 +150,7 @@ def test_data_may_be_lists_numpy_or_mlx(kind):
 )
 def test_an_array_without_entries_keeps_its_dtype(kind, dtype):
     A = from_scipy(sp.csr_array((2, 3), dtype=kind))
+    assert isinstance(A, CSRArray)
     assert A.dtype == dtype
     assert A.sum().item() == 0
 
@@ -187,7 +189,7 @@ class TestAsSciPy:
     def test_iteration_yields_rows(self):
         ours, theirs = self.ARRAYS[0]
         for a, b in zip(ours, theirs, strict=True):
-            assert np.array_equal(np.array(a.todense())[0], b.toarray())
+            assert np.array_equal(np.array(a.todense())[0], untyped(b).toarray())
 
 
 def test_repr():
@@ -202,34 +204,46 @@ BAD = [
     (lambda: A @ mx.ones(2), ValueError, r"A is \(2, 3\), x has shape \(2,\): inner sizes differ"),
     (lambda: A @ mx.ones((4, 2, 3)), ValueError, r"x has shape \(4, 2, 3\): inner sizes differ"),
     (lambda: A @ mx.array(1.0), ValueError, r"x has shape \(\)"),
-    (lambda: A @ A, TypeError, r"x must be a dense array, got CSRArray of shape \(2, 3\)"),
+    (lambda: A @ untyped(A), TypeError, r"x must be a dense array, got CSRArray of shape \(2, 3\)"),
     (lambda: A @ "x", TypeError, r"x must be a dense array, got str"),
     (lambda: mx.ones(3) @ A, ValueError, r"\[spmm_t\] y has shape \(3,\).*n_rows = 2"),
-    (lambda: csr_matmul(mx.ones((2, 2)), mx.ones(2)), TypeError, r"A must be a CSRArray"),
+    (lambda: csr_matmul(untyped(mx.ones((2, 2))), mx.ones(2)), TypeError, r"A must be a CSRArray"),
     (lambda: A * mx.ones(3), TypeError, r"\* takes a scalar, got array of shape \(3,\)"),
-    (lambda: A * A, TypeError, r"\* takes a scalar, got CSRArray.*A @ x"),
-    (lambda: A * "2", TypeError, r"\* takes a scalar, got str"),
+    (lambda: A * untyped(A), TypeError, r"\* takes a scalar, got CSRArray.*A @ x"),
+    (lambda: A * untyped("2"), TypeError, r"\* takes a scalar, got str"),
     (lambda: A.sum(axis=2), ValueError, r"axis must be None, 0 or 1, got 2"),
     (lambda: csr_array((["a"], [0], [0, 1]), shape=(1, 1)), TypeError, r"data must be numeric"),
     (lambda: csr_array(([None], [0], [0, 1]), shape=(1, 1)), TypeError, r"data must be numeric"),
     (lambda: csr_array(([1.0, 2.0], [0], [0, 1]), shape=(1, 1)), ValueError, r"data has shape"),
     (lambda: csr_array(([[1.0]], [0], [0, 1]), shape=(1, 1)), ValueError, r"data has shape \(1, 1"),
     (lambda: csr_array(([1.0], [1], [0, 1]), shape=(1, 1)), ValueError, r"indices\[0\] is 1"),
-    (lambda: csr_array(mx.ones((2, 2)), shape=(2, 2)), TypeError, r"takes \(data, indices, indptr"),
+    (
+        lambda: csr_array(untyped(mx.ones((2, 2))), shape=(2, 2)),
+        TypeError,
+        r"takes \(data, indices, indptr",
+    ),
     (lambda: coo_array(([1.0], ([0], [5])), shape=(2, 2)), ValueError, r"col\[0\] is 5, outside"),
     (lambda: coo_array(([1.0], ([-1], [0])), shape=(2, 2)), ValueError, r"row\[0\] is -1, outside"),
     (lambda: coo_array(([1.0], ([0.5], [0])), shape=(2, 2)), TypeError, r"row must be integers"),
     (lambda: coo_array(([1.0], ([0, 1], [0])), shape=(2, 2)), ValueError, r"be of one length"),
-    (lambda: coo_array(([1.0], [0]), shape=(2, 2)), TypeError, r"takes \(row, col\)"),
+    (lambda: coo_array(untyped(([1.0], [0])), shape=(2, 2)), TypeError, r"takes \(row, col\)"),
     (lambda: bsr_array((mx.ones((1, 2, 3)), [0], [0, 1]), (2, 2)), ValueError, r"blocks must be"),
     (lambda: bsr_array((mx.ones((1, 2, 2)), [0], [0, 1]), (2, 3)), ValueError, r"n_cols 3 is not"),
     (lambda: from_dense(mx.ones((4, 6)), 4), ValueError, r"n_cols 6 is not a multiple.* 4"),
     (lambda: from_dense(mx.ones(4)), ValueError, r"w must be a matrix, got shape \(4,\)"),
     (lambda: from_scipy(sp.csc_array((2, 2))), TypeError, r"takes csr, coo or bsr, got csc"),
     (lambda: from_scipy(np.ones(2)), TypeError, r"got ndarray"),
-    (lambda: to_scipy(mx.ones(2)), TypeError, r"takes a CSRArray or COOArray, got array"),
-    (lambda: CSRArray(mx.ones(1), "pattern"), TypeError, r"pattern must be a CSRPattern, got str"),
-    (lambda: COOArray([1.0], [0], [0], shape=3), ValueError, r"shape must be \(n_rows, n_cols\)"),
+    (lambda: to_scipy(untyped(mx.ones(2))), TypeError, r"takes a CSRArray or COOArray, got array"),
+    (
+        lambda: CSRArray(mx.ones(1), untyped("pattern")),
+        TypeError,
+        r"pattern must be a CSRPattern, got str",
+    ),
+    (
+        lambda: COOArray([1.0], [0], [0], shape=untyped(3)),
+        ValueError,
+        r"shape must be \(n_rows, n_cols\)",
+    ),
 ]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import patterns
+from support import patterns, untyped
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern
 from mlx_sparse_nn import patterns as builders
@@ -31,7 +31,7 @@ def _close():
     plt.close("all")
 
 
-def stored_blocks(pattern):
+def stored_blocks(pattern) -> np.ndarray:
     """Return the bool array of stored blocks, at least 1 x 1."""
     block = pattern.block_size
     mask = np.array(pattern.tomask())[::block, ::block]
@@ -45,20 +45,34 @@ def downsampled(pattern, merge):
     return np.array([[mask[r : r + merge, c : c + merge].mean() for c in cols] for r in rows])
 
 
+def child(root, tag) -> ElementTree.Element:
+    """Return the child of an SVG element, which must be there."""
+    found = root.find(SVG + tag)
+    assert found is not None
+    return found
+
+
+def shown_in(ax) -> np.ma.MaskedArray:
+    """Return the values that an image on matplotlib's axes shows."""
+    shown = ax.images[0].get_array()
+    assert isinstance(shown, np.ma.MaskedArray)
+    return shown
+
+
 def drawn(text):
     """Return the opacity at each block of an SVG picture, 0 where nothing is drawn."""
-    picture = ElementTree.fromstring(text).find(f"{SVG}svg")
-    _, _, n_cols, n_rows = map(int, picture.get("viewBox").split())
+    picture = child(ElementTree.fromstring(text), "svg")
+    _, _, n_cols, n_rows = map(int, picture.attrib["viewBox"].split())
     opacity = np.zeros((n_rows, n_cols))
     for path in picture.iter(f"{SVG}path"):
-        d = path.get("d")
+        d = path.attrib["d"]
         runs = re.findall(r"M(\d+) (\d+)h(\d+)v(\d+)H(\d+)z", d)
         assert "".join("M{} {}h{}v{}H{}z".format(*run) for run in runs) == d
         for x, y, w, h, back in (map(int, run) for run in runs):
             assert back == x
             assert not opacity[y : y + h, x : x + w].any()  # nothing is drawn twice
             assert opacity[y : y + h, x : x + w].shape == (h, w)  # nor outside
-            opacity[y : y + h, x : x + w] = float(path.get("fill-opacity"))
+            opacity[y : y + h, x : x + w] = float(path.attrib["fill-opacity"])
     return opacity
 
 
@@ -83,16 +97,16 @@ class TestSvg:
     @pytest.mark.parametrize("pattern", [WIDE, TALL, builders.butterfly(64, 8)])
     def test_it_is_to_scale(self, pattern):
         root = ElementTree.fromstring(pattern._repr_svg_())
-        picture = root.find(f"{SVG}svg")
-        width, height = (float(picture.get(name)) for name in ("width", "height"))
+        picture = child(root, "svg")
+        width, height = (float(picture.attrib[name]) for name in ("width", "height"))
         n_rows, n_cols = pattern.shape
         assert max(width, height) == 256
         assert min(width, height) == pytest.approx(
             max(1, 256 * min(n_rows / n_cols, n_cols / n_rows)), rel=1e-5
         )
         assert (width > height) == (n_cols > n_rows)
-        assert float(root.get("width")) >= width + 2
-        assert float(root.get("height")) >= height + 2
+        assert float(root.attrib["width"]) >= width + 2
+        assert float(root.attrib["height"]) >= height + 2
 
     def test_its_size_is_bounded(self):
         worst = builders.random(128 * 30, 128 * 30, 0.004, 1, seed=1)
@@ -101,7 +115,7 @@ class TestSvg:
     def test_it_says_what_it_is_and_needs_nothing_else(self):
         pattern = builders.butterfly(64, 8)
         text = pattern._repr_svg_()
-        assert ElementTree.fromstring(text).find(f"{SVG}text").text == repr(pattern)
+        assert child(ElementTree.fromstring(text), "text").text == repr(pattern)
         assert not re.search("href|url|style|script|class", text)
         layer = BlockSparseLinear(64, 64, pattern)
         assert layer._repr_svg_() == text
@@ -152,7 +166,7 @@ class TestPlot:
     @given(patterns())
     def test_it_shows_the_stored_blocks_to_scale(self, pattern):
         ax = pattern.plot()
-        shown = ax.images[0].get_array()
+        shown = shown_in(ax)
         assert np.array_equal(~np.ma.getmaskarray(shown), stored_blocks(pattern))
         assert ax.get_xlim() == (0, max(1, pattern.shape[1]))
         assert ax.get_ylim() == (max(1, pattern.shape[0]), 0)
@@ -171,9 +185,8 @@ class TestPlot:
     def test_large_patterns_are_merged_by_density(self):
         pattern = builders.random(2100, 1500, 0.001, 1, seed=2)
         ax = pattern.plot()
-        image = ax.images[0]
-        np.testing.assert_array_equal(image.get_array().filled(0), downsampled(pattern, 3))
-        assert image.get_extent() == [0, 1500, 2100, 0]
+        np.testing.assert_array_equal(shown_in(ax).filled(0), downsampled(pattern, 3))
+        assert ax.images[0].get_extent() == [0, 1500, 2100, 0]
         odd = builders.random(2101, 1500, 0.001, 1, seed=2).plot()
         assert odd.images[0].get_extent() == [0, 1500, 2103, 0]
         assert odd.get_ylim() == (2101, 0)
@@ -182,7 +195,7 @@ class TestPlot:
         layer = BlockSparseLinear(16, 12, builders.banded(12, 16, 1, 4))
         layer.weight = mx.random.normal(layer.weight.shape) * mx.arange(8)[:, None, None]
         ax = layer.plot()
-        shown = ax.images[0].get_array()
+        shown = shown_in(ax)
         expected = np.sqrt(np.square(np.array(layer.weight)).mean(axis=(1, 2)))
         pattern = layer.pattern
         np.testing.assert_allclose(shown[pattern.row_indices, pattern.indices], expected, rtol=1e-6)
@@ -196,7 +209,7 @@ class TestPlot:
         pattern = CSRPattern([0, 2, 3] + [3] * 1998, [0, 1, 1], (2000, 2))
         layer = BlockSparseLinear(2, 2000, pattern)
         layer.weight = mx.array([1.0, 2.0, 5.0])
-        shown = layer.plot().images[0].get_array()
+        shown = shown_in(layer.plot())
         assert shown.shape == (1000, 1)
         assert shown[0, 0] == pytest.approx(np.sqrt(30 / 3))
 
@@ -232,8 +245,16 @@ def test_the_gallery_shows_every_builder(monkeypatch, tmp_path):
 
 BAD = [
     (lambda: builders.butterfly(64, 8).spy(0), ValueError, r"width must be in \[1"),
-    (lambda: builders.butterfly(64, 8).spy(4.5), TypeError, "width must be an integer, got 4.5"),
-    (lambda: BlockSparseLinear(64, 64).spy("wide"), TypeError, "width must be an integer, got 'wi"),
+    (
+        lambda: builders.butterfly(64, 8).spy(untyped(4.5)),
+        TypeError,
+        "width must be an integer, got 4.5",
+    ),
+    (
+        lambda: BlockSparseLinear(64, 64).spy(untyped("wide")),
+        TypeError,
+        "width must be an integer, got 'wi",
+    ),
 ]
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import untyped
 
 from mlx_sparse_nn import CSRPattern, patterns
 
@@ -87,7 +88,11 @@ BAD = [
     ),
     (lambda: patterns.block_diagonal(8, 0), ValueError, r"blocks must be in \[1"),
     (lambda: patterns.bidiagonal_blocks(10, 4), ValueError, "features 10 is not a multiple"),
-    (lambda: patterns.bidiagonal_blocks(10.0, 5), TypeError, "features must be an integer"),
+    (
+        lambda: patterns.bidiagonal_blocks(untyped(10.0), 5),
+        TypeError,
+        "features must be an integer",
+    ),
     (lambda: patterns.banded(8, 8, -1, 4), ValueError, "bandwidth must be in"),
     (lambda: patterns.banded(9, 8, 1, 4), ValueError, "n_rows 9 is not a multiple of block_size 4"),
     (lambda: patterns.butterfly(96, 32), ValueError, "power of two, got 96 / 32 = 3"),

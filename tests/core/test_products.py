@@ -15,6 +15,7 @@ from support import (
     patterns,
     random_pattern,
     to_numpy,
+    untyped,
 )
 
 from mlx_sparse_nn import CSRPattern, sddmm, spmm, spmm_t
@@ -277,8 +278,16 @@ def test_bias_is_added():
 P = CSRPattern([0, 1, 2], [1, 0], (4, 4), 2)
 BLOCKS, ROW = mx.ones((2, 2, 2)), mx.ones((3, 4))
 BAD = [
-    (lambda: spmm(BLOCKS, "P", ROW), TypeError, r"\[spmm\] pattern must be a CSRPattern, got str"),
-    (lambda: spmm(BLOCKS.tolist(), P, ROW), TypeError, r"\[spmm\] data must be an mx.array"),
+    (
+        lambda: spmm(BLOCKS, untyped("P"), ROW),
+        TypeError,
+        r"\[spmm\] pattern must be a CSRPattern, got str",
+    ),
+    (
+        lambda: spmm(untyped(BLOCKS.tolist()), P, ROW),
+        TypeError,
+        r"\[spmm\] data must be an mx.array",
+    ),
     (lambda: spmm(mx.ones(8), P, ROW), ValueError, r"\[spmm\] data has shape \(8,\).*\(2, 2, 2\)"),
     (lambda: spmm(BLOCKS, P, mx.ones((3, 5))), ValueError, r"x has shape \(3, 5\).*n_cols = 4"),
     (lambda: spmm(BLOCKS, P, mx.array(1.0)), ValueError, r"\[spmm\] x has shape \(\)"),

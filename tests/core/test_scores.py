@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import integers, to_numpy, tolerance
+from support import integers, to_numpy, tolerance, untyped
 
 from mlx_sparse_nn.core.scores import (
     block_scores,
@@ -132,9 +132,21 @@ def test_a_density_keeps_at_least_one_block(density, places, count):
 BLOCKS = mx.ones((3, 2, 2))
 SCORES, ROWS = np.arange(4.0), np.array([0, 0, 1, 1])
 BAD = [
-    (lambda: block_scores(BLOCKS, "l3"), ValueError, "score must be one of .*'l2'.* got 'l3'"),
-    (lambda: block_scores(BLOCKS, 2), TypeError, "score must be one of .*function.* got 2"),
-    (lambda: block_scores([1.0]), TypeError, "weights must be a floating mx.array, got list"),
+    (
+        lambda: block_scores(BLOCKS, untyped("l3")),
+        ValueError,
+        "score must be one of .*'l2'.* got 'l3'",
+    ),
+    (
+        lambda: block_scores(BLOCKS, untyped(2)),
+        TypeError,
+        "score must be one of .*function.* got 2",
+    ),
+    (
+        lambda: block_scores(untyped([1.0])),
+        TypeError,
+        "weights must be a floating mx.array, got list",
+    ),
     (lambda: block_scores(mx.ones((3,), mx.int32)), TypeError, "floating mx.array, got .*int32"),
     (lambda: block_scores(mx.ones((3,), mx.complex64)), TypeError, "floating mx.array, got .*comp"),
     (lambda: block_scores(mx.ones((3, 2))), ValueError, r"blocks must be .* got shape \(3, 2\)"),
@@ -147,7 +159,11 @@ BAD = [
     (lambda: block_scores(mx.array([1, 1e30])), ValueError, "score must be finite, got inf for bl"),
     (lambda: block_scores(BLOCKS, lambda b: b), ValueError, r"return shape \(3,\), got \(3, 2, 2"),
     (lambda: block_scores(BLOCKS, lambda b: b.sum()), ValueError, r"shape \(3,\), got \(\)"),
-    (lambda: block_scores(BLOCKS, lambda b: [1, 2, 3]), TypeError, "array of real numbers, got li"),
+    (
+        lambda: block_scores(BLOCKS, lambda b: untyped([1, 2, 3])),
+        TypeError,
+        "array of real numbers, got li",
+    ),
     (
         lambda: block_scores(BLOCKS, lambda b: mx.ones((3,), mx.complex64)),
         TypeError,
@@ -160,8 +176,16 @@ BAD = [
     ),
     (lambda: strongest(SCORES, ROWS, 5), ValueError, r"count must be in \[0, 4\], got 5"),
     (lambda: strongest(SCORES, ROWS, -1), ValueError, r"count must be in \[0, 4\], got -1"),
-    (lambda: strongest(SCORES, ROWS, 2, "column"), ValueError, "balance must be one of.*'column'"),
-    (lambda: strongest(SCORES, ROWS, 2, None), TypeError, "balance must be one of.*got None"),
+    (
+        lambda: strongest(SCORES, ROWS, 2, untyped("column")),
+        ValueError,
+        "balance must be one of.*'column'",
+    ),
+    (
+        lambda: strongest(SCORES, ROWS, 2, untyped(None)),
+        TypeError,
+        "balance must be one of.*got None",
+    ),
 ]
 
 
@@ -173,7 +197,7 @@ def test_bad_arguments_are_refused(call, error, message):
 
 def test_errors_speak_for_the_caller():
     with pytest.raises(ValueError, match=r"^\[sparsify layers.0\] score"):
-        block_scores(BLOCKS, "l3", owner="sparsify layers.0")
+        block_scores(BLOCKS, untyped("l3"), owner="sparsify layers.0")
 
 
 def test_layers_share_a_budget_by_score():

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from support import backend
+from support import backend, untyped
 
 from mlx_sparse_nn import BlockSparseLinear
 from mlx_sparse_nn.core.backends import cuda
@@ -188,15 +188,19 @@ def test_numpy_integers_are_batch_sizes():
 
 LAYER = BlockSparseLinear(64, 64)
 BAD = [
-    (lambda: advise(mx.ones(3)), TypeError, "layer must be a BlockSparseLinear, got array"),
-    (lambda: advise(LAYER, 16), TypeError, "batch_sizes must be integers, got 16"),
-    (lambda: advise(LAYER, "16"), TypeError, "batch_sizes must be integers, got '16'"),
-    (lambda: advise(LAYER, [1.5]), TypeError, "batch_sizes must be an integer, got 1.5"),
+    (
+        lambda: advise(untyped(mx.ones(3))),
+        TypeError,
+        "layer must be a BlockSparseLinear, got array",
+    ),
+    (lambda: advise(LAYER, untyped(16)), TypeError, "batch_sizes must be integers, got 16"),
+    (lambda: advise(LAYER, untyped("16")), TypeError, "batch_sizes must be integers, got '16'"),
+    (lambda: advise(LAYER, untyped([1.5])), TypeError, "batch_sizes must be an integer, got 1.5"),
     (lambda: advise(LAYER, [4, 0]), ValueError, r"batch_sizes must be in \[1.*got 0"),
     (lambda: advise(LAYER, []), ValueError, "batch_sizes is empty"),
     (lambda: advise(LAYER, seconds=0), ValueError, "seconds must be positive, got 0"),
     (lambda: advise(LAYER, seconds=float("nan")), ValueError, "seconds must be positive, got nan"),
-    (lambda: advise(LAYER, seconds="1"), TypeError, "seconds must be a number, got '1'"),
+    (lambda: advise(LAYER, seconds=untyped("1")), TypeError, "seconds must be a number, got '1'"),
     (lambda: advise(LAYER, seed=-1), ValueError, r"seed must be in \[0"),
 ]
 

@@ -5,8 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from hypothesis import given
-from mlx.utils import tree_flatten
-from support import computing, patterns
+from support import computing, flatten, patterns, untyped
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern
 from mlx_sparse_nn.core.backends import plain
@@ -89,7 +88,7 @@ def test_every_parameter_of_the_model_is_counted_once():
         ("layers.3", "Conv1d", 78),
     ]
     assert sum(row.share for row in rows) == pytest.approx(1)
-    arrays = {id(a): a for k, a in tree_flatten(model.parameters()) if "ind" not in k}
+    arrays = {id(a): a for k, a in flatten(model.parameters()) if "ind" not in k}
     assert sum(row.parameters for row in rows) == sum(a.size for a in arrays.values())
     assert all(row.shape is None and row.macs is None for row in rows[1:])
 
@@ -174,9 +173,9 @@ def test_sizes_have_one_unit_and_three_digits(n, unit, shown):
 
 
 BAD = [
-    (lambda: summary(mx.ones(3)), TypeError, "model must be an nn.Module, got array"),
+    (lambda: summary(untyped(mx.ones(3))), TypeError, "model must be an nn.Module, got array"),
     (
-        lambda: summary(nn.ReLU(), optimizer_arrays=1.5),
+        lambda: summary(nn.ReLU(), optimizer_arrays=untyped(1.5)),
         TypeError,
         "optimizer_arrays must be an integer, got 1.5",
     ),

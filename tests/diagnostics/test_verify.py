@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
-from support import backend, device_of, patterns
+from support import backend, device_of, patterns, untyped
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern
 from mlx_sparse_nn import patterns as builders
@@ -295,7 +295,11 @@ def compiled_model():
 
 
 BAD = [
-    (lambda: verify(lambda x: x, mx.ones(3)), TypeError, "model must be an nn.Module, got func"),
+    (
+        lambda: verify(untyped(lambda x: x), mx.ones(3)),
+        TypeError,
+        "model must be an nn.Module, got func",
+    ),
     (
         lambda: verify(nn.Linear(3, 3), mx.ones(3)),
         ValueError,

@@ -53,7 +53,9 @@ def test_every_workload_is_right_at_peers_that_take_turns(processes):
     # Inputs, results and gradients: nothing can take less. The layout is more than CSR.
     for result in results:
         if result["held"]:
-            assert 1 <= report.memory(result) < report.memory_of_csr(result)
+            memory = report.memory(result)
+            assert memory is not None
+            assert 1 <= memory < report.memory_of_csr(result)
 
 
 def test_one_dense_layer_stands_for_all_patterns(processes):

@@ -17,7 +17,7 @@ def table(output):
     heading = next(line for line in output.splitlines() if line.startswith("density"))
     assert heading.split() == ["density", *METHODS]
     rows = re.findall(r"^([\d.]+)((?: +\d\.\d{3}){4})$", output, flags=re.MULTILINE)
-    dense = float(re.search(r"dense (\d\.\d{3})$", output, flags=re.MULTILINE)[1])
+    dense = float(re.findall(r"dense (\d\.\d{3})$", output, flags=re.MULTILINE)[0])
     losses = {float(density): [float(loss) for loss in row.split()] for density, row in rows}
     return dense, losses
 

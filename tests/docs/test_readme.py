@@ -22,7 +22,7 @@ DTYPES = {
 
 
 def table() -> dict[str, dict[str, str]]:
-    rows = re.search(r"\| operation .*?\n\n", README, re.DOTALL).group().strip().splitlines()
+    rows = re.findall(r"\| operation .*?\n\n", README, re.DOTALL)[0].strip().splitlines()
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     return {row[0]: dict(zip(cells[0][1:], row[1:], strict=True)) for row in cells[2:]}
 
@@ -93,7 +93,7 @@ def test_the_table_of_backends_is_true():
     assert sorted(dtypes.strip().split(", ")) == sorted(
         str(d).rpartition(".")[2] for d in tuned.KERNEL_DTYPES
     )
-    assert re.search(r"all: (.*) by tiles", blocks).group(1) == "8, 16, 32, 64 and 128"
+    assert re.findall(r"all: (.*) by tiles", blocks)[0] == "8, 16, 32, 64 and 128"
     assert tuned.TILED_BLOCKS == (8, 16, 32, 64, 128)
 
 

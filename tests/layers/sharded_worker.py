@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +17,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.nn.layers.distributed import shard_linear
 from mlx.utils import tree_flatten
-from support import assert_equal, integers, random_pattern
+from support import assert_equal, flatten, integers, random_pattern
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern
 from mlx_sparse_nn.layers.sharded import (
@@ -125,6 +126,11 @@ def check_a_rank_without_blocks(group):
 class MLP(nn.Module):
     """A gated one, whose hidden features two layers make and one takes, in other block sizes."""
 
+    # Whole layers, and after `shard` a part of each.
+    gate: Any
+    up: Any
+    down: Any
+
     def __init__(self):
         super().__init__()
         mx.random.seed(1)
@@ -210,7 +216,8 @@ def check_bfloat16(group):
 def check_a_sharded_layer_is_a_module(group):
     layer = whole_layer()
     layer.freeze(keys="bias")
-    part = shard_block_sparse(layer.eval(), "all-to-sharded", group=group)
+    layer.eval()
+    part = shard_block_sparse(layer, "all-to-sharded", group=group)
     assert not part.training
     names = lambda: {name for name, _ in tree_flatten(part.trainable_parameters())}
     assert names() == {"weight"}
@@ -218,7 +225,7 @@ def check_a_sharded_layer_is_a_module(group):
     assert names() == {"weight", "bias"}
     x = integers((X, layer.input_dims), 3)
     y = part(x)
-    part.load_weights([(name, a * 1) for name, a in tree_flatten(part.parameters())])
+    part.load_weights([(name, a * 1) for name, a in flatten(part.parameters())])
     assert_equal(part(x), y)
     for bad in ([("indices", part.indices + 100)], [("weight", part.weight[:-1])]):
         raised = caught(lambda: part.load_weights(bad, strict=False))  # noqa: B023
@@ -256,7 +263,7 @@ def caught(call):
 
 
 def model_of(*patterns):
-    layers = [BlockSparseLinear(*p.shape[::-1], p) for p in patterns]
+    layers = [BlockSparseLinear(p.shape[1], p.shape[0], p) for p in patterns]
     return nn.Sequential(nn.Linear(3, 3), *layers)
 
 

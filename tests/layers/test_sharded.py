@@ -9,6 +9,8 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,10 +19,23 @@ import pytest
 import sharded_worker
 from hypothesis import given
 from hypothesis import strategies as st
-from support import ROOT, assert_equal, integers, own_folder, patterns, random_pattern
+from support import (
+    ROOT,
+    assert_equal,
+    integers,
+    own_folder,
+    patterns,
+    random_pattern,
+    untyped,
+)
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern
-from mlx_sparse_nn.layers.sharded import check_same_pattern, shard_block_sparse, shard_boundaries
+from mlx_sparse_nn.layers.sharded import (
+    Sharding,
+    check_same_pattern,
+    shard_block_sparse,
+    shard_boundaries,
+)
 
 WORKER = "layers.sharded_worker"
 TIMEOUT = 300  # seconds for all checks; they take three, on a GPU's first kernels some hundred
@@ -92,9 +107,11 @@ def test_on_several_processes(outcomes, check):
 
 def test_the_documented_script_and_command(tmp_path):
     text = (ROOT / "docs" / "distributed.md").read_text()
-    (tmp_path / "train.py").write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1))
-    command = re.search(r"```shell\n(mlx\.launch -n 2 --backend ring) -- python train\.py", text)
-    launch, *arguments = command.group(1).split()
+    (tmp_path / "train.py").write_text(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0])
+    (command,) = re.findall(
+        r"```shell\n(mlx\.launch -n 2 --backend ring) -- python train\.py", text
+    )
+    launch, *arguments = command.split()
     (port, _) = free_ports(2)
     done = subprocess.run(
         [
@@ -112,17 +129,9 @@ def test_the_documented_script_and_command(tmp_path):
     assert losses[0] > 2 * losses[1], done
 
 
-class Group:
-    """A rank among others that are not there: enough to take a layer apart."""
-
-    def __init__(self, n_ranks, rank=0):
-        self.n_ranks, self.own_rank = n_ranks, rank
-
-    def size(self):
-        return self.n_ranks
-
-    def rank(self):
-        return self.own_rank
+def group_of(n_ranks, rank=0) -> Any:
+    """Return a rank among others that are not there: enough to take a layer apart."""
+    return SimpleNamespace(size=lambda: n_ranks, rank=lambda: rank)
 
 
 @given(patterns(fewest=1), st.integers(1, 4), st.sampled_from(["all-to-sharded", "sharded-to-all"]))
@@ -133,9 +142,11 @@ def test_the_parts_are_the_whole(pattern, n_ranks, sharding):
     layer.weight = integers(pattern.data_shape, 1)
     if pattern.shape[axis] // pattern.block_size < n_ranks:
         with pytest.raises(ValueError, match=r"fewer than the \d ranks"):
-            shard_block_sparse(layer, sharding, group=Group(n_ranks))
+            shard_block_sparse(layer, sharding, group=group_of(n_ranks))
         return
-    parts = [shard_block_sparse(layer, sharding, group=Group(n_ranks, r)) for r in range(n_ranks)]
+    parts = [
+        shard_block_sparse(layer, sharding, group=group_of(n_ranks, r)) for r in range(n_ranks)
+    ]
     dense = []
     for part in parts:
         assert part.pattern.shape[axis] > 0
@@ -151,15 +162,19 @@ def test_the_parts_are_the_whole(pattern, n_ranks, sharding):
 def test_shares_are_balanced_and_cuts_suit_all_layers(n_ranks):
     up = BlockSparseLinear(64, 960, random_pattern(240, 16, 4))
     down = BlockSparseLinear(960, 128, random_pattern(16, 120, 8, seed=1))
-    cuts = shard_boundaries([up], [down], group=Group(n_ranks))
+    cuts = shard_boundaries([up], [down], group=group_of(n_ranks))
     assert (cuts[0], cuts[-1], len(cuts)) == (0, 960, n_ranks + 1)
     assert all(cut % 8 == 0 for cut in cuts)
+    layers: list[tuple[BlockSparseLinear, Sharding]] = [
+        (up, "all-to-sharded"),
+        (down, "sharded-to-all"),
+    ]
     shares = [
         sum(
             shard_block_sparse(
-                layer, sharding, boundaries=cuts, group=Group(n_ranks, rank)
+                layer, sharding, boundaries=cuts, group=group_of(n_ranks, rank)
             ).weight.size
-            for layer, sharding in ((up, "all-to-sharded"), (down, "sharded-to-all"))
+            for layer, sharding in layers
         )
         for rank in range(n_ranks)
     ]
@@ -173,9 +188,9 @@ def test_uneven_blocks_are_not_cut_in_equal_ranges():
     starts = np.cumsum([0, *range(8)])
     triangle = CSRPattern(starts, [c for r in range(8) for c in range(r)], (64, 64), 8)
     layer = BlockSparseLinear(64, 64, triangle)
-    assert shard_boundaries([layer], group=Group(2)) == (0, 48, 64)  # 15 and 13 blocks
-    assert shard_boundaries([], [layer], group=Group(2)) == (0, 16, 64)
-    assert shard_boundaries([layer], [layer], group=Group(2)) == (0, 32, 64)
+    assert shard_boundaries([layer], group=group_of(2)) == (0, 48, 64)  # 15 and 13 blocks
+    assert shard_boundaries([], [layer], group=group_of(2)) == (0, 16, 64)
+    assert shard_boundaries([layer], [layer], group=group_of(2)) == (0, 32, 64)
 
 
 def test_a_single_process_holds_the_whole():
@@ -187,16 +202,16 @@ def test_a_single_process_holds_the_whole():
         assert mx.allclose(part(x), layer(x), atol=1e-6)
 
 
-SHARD = {"group": Group(2)}
+SHARD: dict[str, Any] = {"group": group_of(2)}
 LAYER = BlockSparseLinear(64, 32, block_size=8, density=0.5)
 BAD = [
     (
-        lambda: shard_block_sparse(nn.Linear(4, 4), "all-to-sharded", **SHARD),
+        lambda: shard_block_sparse(untyped(nn.Linear(4, 4)), "all-to-sharded", **SHARD),
         TypeError,
         "[shard_block_sparse] layer must be a BlockSparseLinear, got Linear",
     ),
     (
-        lambda: shard_block_sparse(LAYER, "rows", **SHARD),
+        lambda: shard_block_sparse(LAYER, untyped("rows"), **SHARD),
         ValueError,
         "[shard_block_sparse] sharding must be one of ('all-to-sharded', 'sharded-to-all'), "
         "got 'rows'",
@@ -222,7 +237,9 @@ BAD = [
         "[shard_block_sparse] boundaries must rise from 0 to 64, got [0, 0, 64]",
     ),
     (
-        lambda: shard_block_sparse(LAYER, "sharded-to-all", boundaries=[0, 1.5, 64], **SHARD),
+        lambda: shard_block_sparse(
+            LAYER, "sharded-to-all", boundaries=untyped([0, 1.5, 64]), **SHARD
+        ),
         TypeError,
         "[shard_block_sparse] boundaries must be integers, got float64",
     ),
@@ -237,12 +254,12 @@ BAD = [
         "[shard_boundaries] layers have different numbers of these features: [32, 64]",
     ),
     (
-        lambda: shard_boundaries([LAYER], group=Group(5)),
+        lambda: shard_boundaries([LAYER], group=group_of(5)),
         ValueError,
         "[shard_boundaries] 32 features are 4 blocks of 8, fewer than the 5 ranks",
     ),
     (
-        lambda: shard_boundaries([nn.Linear(4, 4)], **SHARD),
+        lambda: shard_boundaries([untyped(nn.Linear(4, 4))], **SHARD),
         TypeError,
         "[shard_boundaries] layer must be a BlockSparseLinear, got Linear",
     ),

@@ -359,13 +359,13 @@ def test_the_product_of_a_hamiltonian_is_checked(function, product, error, messa
 def test_operands_of_an_operator_have_its_inner_size(shape):
     message = f"[H @ x] H is (16, 16), x has shape {shape}: inner sizes differ"
     with pytest.raises(ValueError, match=re.escape(message)):
-        H @ mx.ones(shape)
+        _ = H @ mx.ones(shape)
 
 
 @pytest.mark.parametrize("x", [None, ["1"] * 16, H], ids=["None", "str", "operator"])
 def test_operands_of_an_operator_are_numeric(x):
     with pytest.raises(TypeError, match=re.escape("[H @ x] data must be numeric, got")):
-        H @ x
+        _ = H @ x
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError
 import mlx.core as mx
 import numpy as np
 import pytest
-from support import device_of, to_numpy
+from support import device_of, to_numpy, untyped
 
 from mlx_sparse_nn.physics import (
     IsingOperator,
@@ -186,13 +186,13 @@ class TestConvergence:
         state = result.states[:, 0]
         error = np.linalg.norm(H @ state - result.energies * state)
         assert result.residuals.item() == pytest.approx(error, rel=1e-3)
-        assert result.residuals.item() > 1e-3
+        assert result.residuals > 1e-3
 
     def test_a_tolerance_below_rounding_is_not_called_reached(self):
         with pytest.warns(RuntimeWarning, match="tol asks for 1e-12"):
             result = lanczos(IsingOperator(8, 1.0), tol=1e-12, max_iter=200)
         assert not result.converged
-        assert result.residuals.item() < 1e-4
+        assert result.residuals < 1e-4
 
     def test_a_looser_tolerance_takes_fewer_products(self):
         H = IsingOperator(10, 1.0)
@@ -201,7 +201,7 @@ class TestConvergence:
     def test_the_result_is_frozen(self):
         result = lanczos(mx.eye(3))
         with pytest.raises(FrozenInstanceError):
-            result.energies = mx.zeros(1)
+            untyped(result).energies = mx.zeros(1)
 
     def test_a_result_that_converged_does_not_warn(self):
         with warnings.catch_warnings():

@@ -3,6 +3,7 @@
 import copy
 import re
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,8 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlx.utils import tree_flatten
-from support import assert_equal, integers, patterns, random_pattern
+from support import assert_equal, flatten, integers, patterns, random_pattern
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern
 from mlx_sparse_nn.patterns import block_diagonal
@@ -108,7 +108,7 @@ class TestSetPattern:
         with pytest.raises(ValueError, match=r"\[BlockSparseLinear\] weight"):
             layer.update({"weight": mx.zeros((1, 4, 4))})
         twin = BlockSparseLinear(16, 16, random_pattern(4, 4, 4, seed=2))
-        twin.load_weights(tree_flatten(layer.parameters()))
+        twin.load_weights(flatten(layer.parameters()))
         assert_equal(twin(x), layer(x))
 
     @pytest.mark.parametrize(
@@ -382,7 +382,7 @@ class TestOptimizerState:
 
     def test_an_optimizer_of_several_optimizers(self):
         # MLX 0.32.4 itself fails to merge the updates of layers in a list.
-        model = nn.Module()
+        model: Any = nn.Module()
         model.first, _, model.last = dense_layers().layers
         sgd, lion, adam = parts = optim.SGD(0.1, momentum=0.9), optim.Lion(1e-3), optim.Adam(1e-2)
         filters = [
@@ -397,7 +397,7 @@ class TestOptimizerState:
 
         step()
         prune(model, 0.25, optimizer=optimizer)
-        assert "weight" not in sgd.state["first"]
+        assert set(sgd.state["first"]) == {"bias"}
         assert lion.state["first"]["weight"]["m"].shape == (16, 4, 4)
         assert adam.state["last"]["weight"]["v"].shape == (4, 8, 8)
         step()
@@ -424,7 +424,7 @@ class TestOptimizerState:
             ValueError, match=r"\[prune\] .* nothing for weight: pass the optimizer"
         ):
             prune(model.layers[0], 0.5, optimizer=optimizer)
-        state = optimizer.state["layers"][2]["weight"]
+        state: Any = optimizer.state["layers"][2]["weight"]
         state["rows"] = mx.zeros((32,))
         message = r"layers.2.weight holds rows of shape \(32,\).* not run over the 16 blocks"
         with pytest.raises(ValueError, match=message):

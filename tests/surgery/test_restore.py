@@ -1,11 +1,13 @@
 """restore: a dense model becomes the sparse one that was saved, or stays as it was."""
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from support import assert_equal
+from support import assert_equal, untyped
 
 from mlx_sparse_nn import BlockSparseLinear
 from mlx_sparse_nn.layers.linear import QuantizedBlockSparseLinear
@@ -13,6 +15,10 @@ from mlx_sparse_nn.surgery.restore import restore, restore_patterns
 
 
 class Block(nn.Module):
+    # Linear layers, dense or sparse.
+    up: Any
+    down: Any
+
     def __init__(self, dims):
         super().__init__()
         self.up, self.down = nn.Linear(dims, 2 * dims), nn.Linear(2 * dims, dims, bias=False)
@@ -119,7 +125,8 @@ class TestRestore:
         assert_equal(restore(Model(), arrays(saved))(X), saved(X))
 
     def test_what_was_frozen_and_the_mode_stay(self):
-        model = restore(Model().freeze().eval(), arrays(make_sparse()))
+        model = Model()
+        restore(model.freeze().eval(), arrays(make_sparse()))
         assert not tree_flatten(model.trainable_parameters())
         assert not model.blocks[0].up.training
 
@@ -277,4 +284,4 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
     with pytest.raises(TypeError, match=r"\[restore\] .*a\.npy holds an array without a name"):
         restore(Model(), tmp_path / "a.npy")
     with pytest.raises(TypeError, match=r"\[restore\] weights must be a path or a dict, got list"):
-        restore(Model(), [("a", mx.ones(3))])
+        restore(Model(), untyped([("a", mx.ones(3))]))

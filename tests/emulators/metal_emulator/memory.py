@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -33,7 +34,7 @@ def _numpy_dtype(dtype: mx.Dtype) -> npt.DTypeLike:
     return _NUMPY[dtype]
 
 
-def to_mlx(array: npt.NDArray[np.generic], dtype: mx.Dtype) -> mx.array:
+def to_mlx(array: npt.NDArray[Any], dtype: mx.Dtype) -> mx.array:
     """Copies host memory to an MLX array; bfloat16 comes as its bits."""
     x = mx.array(array)
     return x.view(dtype) if dtype == mx.bfloat16 else x
@@ -55,7 +56,8 @@ def to_numpy(x: mx.array) -> npt.NDArray[np.generic]:
             "the Metal emulator runs kernels eagerly: it needs the values of its inputs, which "
             "mx.compile and mx.vmap do not have (use mx.disable_compile)"
         ) from error
-    return np.asarray(memoryview(x))
+    # An array is a buffer, which the stubs of MLX do not say.
+    return np.asarray(memoryview(x))  # pyright: ignore[reportArgumentType]
 
 
 @functools.cache

@@ -29,7 +29,7 @@ def launch(source: str, *, threads: int = 64, group: int = 64, **options: Any) -
         "grid": (threads, 1, 1),
         "threadgroup": (group, 1, 1),
     } | options
-    kernel = mx.fast.metal_kernel(
+    kernel: Any = mx.fast.metal_kernel(
         name="wrong", input_names=list(inputs), output_names=["y"], source=TO_OUT + source
     )
     return np.array(kernel(**call)[0])

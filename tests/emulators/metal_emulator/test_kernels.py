@@ -1,14 +1,15 @@
 """Whole kernels on the emulator: results against NumPy, counts against counts made by hand."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import scipy.sparse
 
-from metal_emulator import Emulator, MetalFault, MetalKernel
+from metal_emulator import Emulator, MetalFault
 
 KERNELS = Path(__file__).parent / "kernels"
 GEMM_TILE = 32
@@ -20,9 +21,7 @@ def metal() -> Iterator[Emulator]:
         yield emulator
 
 
-def kernel(
-    name: str, inputs: list[str], output: str, header: str = "", source: str = ""
-) -> MetalKernel:
+def kernel(name: str, inputs: list[str], output: str, header: str = "", source: str = "") -> Any:
     """Builds a kernel from its file, as a package would."""
     source = source or (KERNELS / f"{name}.metal").read_text()
     return mx.fast.metal_kernel(
@@ -54,7 +53,7 @@ def row_sum(x: mx.array) -> mx.array:
     )[0]
 
 
-def spmv(matrix: scipy.sparse.csr_array, x: mx.array) -> mx.array:
+def spmv(matrix: Any, x: mx.array) -> mx.array:
     return kernel("spmv", ["data", "indices", "indptr", "x"], "y")(
         inputs=[mx.array(matrix.data), mx.array(matrix.indices), mx.array(matrix.indptr), x],
         output_shapes=[matrix.shape[:1]],
@@ -148,7 +147,7 @@ def test_spmv(metal: Emulator) -> None:
 
 def test_broadcast_counts_once_per_simdgroup(metal: Emulator) -> None:
     x = mx.arange(8, dtype=mx.float32)
-    run: Callable[..., list[mx.array]] = mx.fast.metal_kernel(
+    run: Any = mx.fast.metal_kernel(
         name="broadcast",
         input_names=["x"],
         output_names=["y"],

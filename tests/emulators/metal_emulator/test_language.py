@@ -27,7 +27,7 @@ def run(source: str, inputs: dict[str, mx.array] | None = None, **options: Any) 
         "grid": (64, 1, 1),
         "threadgroup": (64, 1, 1),
     } | options
-    kernel = mx.fast.metal_kernel(
+    kernel: Any = mx.fast.metal_kernel(
         name="language",
         input_names=list(inputs),
         output_names=["y"],
@@ -127,7 +127,7 @@ def test_text(metal: Emulator, source: str, expected: np.ndarray | int | None) -
 
 def test_attributes_of_partial_threadgroups(metal: Emulator) -> None:
     """dispatchThreads: the grid counts threads, the last threadgroups have fewer."""
-    kernel = mx.fast.metal_kernel(
+    kernel: Any = mx.fast.metal_kernel(
         name="attributes",
         input_names=[],
         output_names=["y"],
@@ -228,7 +228,7 @@ def test_16_bit_rounding(metal: Emulator, dtype: mx.Dtype) -> None:
     y = run(source, {"x": x, "z": z}, output_dtypes=[dtype])
     np.testing.assert_array_equal(y, np.array((x * z + x).astype(mx.float32)))
     bits = mx.arange(1 << 16, dtype=mx.uint32).astype(mx.uint16).view(dtype)
-    kernel = mx.fast.metal_kernel(
+    kernel: Any = mx.fast.metal_kernel(
         name="round_trip",
         input_names=["x"],
         output_names=["y"],
@@ -335,7 +335,7 @@ def test_empty_input(metal: Emulator) -> None:
 def test_strides_of_an_input_that_is_not_contiguous(metal: Emulator) -> None:
     """ensure_row_contiguous=False: the kernel gets the array's own strides."""
     x = mx.arange(64, dtype=mx.float32).reshape(8, 8)
-    kernel = mx.fast.metal_kernel(
+    kernel: Any = mx.fast.metal_kernel(
         name="strided",
         input_names=["x"],
         output_names=["y"],
