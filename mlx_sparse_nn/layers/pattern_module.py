@@ -26,6 +26,15 @@ _INDICES = ("indptr", "indices")
 _Layer = TypeVar("_Layer", bound=nn.Module)
 
 
+def _index_array(name: str) -> Any:
+    """Return a property that gives an array of its own on the memory of the module's array.
+
+    Who writes into it does not reach what the products read, where a wrong index would lead outside
+    a buffer.
+    """
+    return property(lambda self: self[name][:], lambda self, value: self.__setitem__(name, value))
+
+
 class PatternModule(nn.Module):
     """The base of layers with a pattern: ``indptr`` and ``indices`` are saved, and never trained.
 
@@ -36,8 +45,8 @@ class PatternModule(nn.Module):
         pinned: Names of further arrays that stay frozen whatever is unfrozen.
     """
 
-    indptr: mx.array
-    indices: mx.array
+    indptr: mx.array = _index_array("indptr")
+    indices: mx.array = _index_array("indices")
     _pattern: CSRPattern
 
     def __init__(self, pattern: CSRPattern, pinned: Iterable[str] = ()):

@@ -346,3 +346,15 @@ BAD = [
 def test_bad_arguments_are_refused(call, error, message):
     with pytest.raises(error, match=r"\[BlockSparseLinear\] " + message):
         call()
+
+
+def test_writing_into_index_arrays_reaches_no_product():
+    """``layer.indices[0] = ...`` is no way to a read outside a buffer, compiled or not."""
+    layer, x = BlockSparseLinear(32, 32, block_size=8, density=0.5), mx.ones((3, 32))
+    y, state = layer(x), [layer.state]
+    step = mx.compile(lambda x: layer(x), inputs=state, outputs=state)
+    layer.indices[0] = 10**6
+    layer.indptr[1] = 10**6
+    assert_equal(layer(x), y)
+    assert_equal(step(x), y)
+    assert layer.indices.tolist() == layer.pattern.indices.tolist()
