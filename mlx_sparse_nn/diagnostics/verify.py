@@ -23,7 +23,7 @@ from mlx_sparse_nn.diagnostics.products import (
     matmul_uses_tf32,
     products_of,
 )
-from mlx_sparse_nn.layers.layer_calls import sparse_layers, watched
+from mlx_sparse_nn.layers.layer_calls import observed, sparse_layers
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
 
 
@@ -181,7 +181,7 @@ def _record(
     training = [(module, module.training) for _, module in model.named_modules()]
     try:
         model.eval()
-        with watched(layers, keep):
+        with observed(layers, keep):
             model(*inputs)
     finally:
         for module, mode in training:  # parents come before their children

@@ -31,23 +31,23 @@ def sparse_layers(owner: str, model: nn.Module) -> dict[str, BlockSparseLinear]:
 
 
 @contextmanager
-def watched(layers: dict[str, BlockSparseLinear], watch: Callable) -> Iterator[None]:
-    """Call ``watch(path, x, y)`` for each call of a layer, which returns what that returns.
+def observed(layers: dict[str, BlockSparseLinear], observe: Callable) -> Iterator[None]:
+    """Call ``observe(path, x, y)`` for each call of a layer, which returns what that returns.
 
     Python looks ``__call__`` up in the class, so each layer gets a subclass of its own for a while:
     it stays the same object, wherever the model refers to it.
     """
     classes = {path: type(layer) for path, layer in layers.items()}
 
-    def watched(path: str, kind: type[BlockSparseLinear]) -> type[BlockSparseLinear]:
+    def observing(path: str, kind: type[BlockSparseLinear]) -> type[BlockSparseLinear]:
         def call(layer: BlockSparseLinear, x: mx.array) -> mx.array:
-            return watch(path, x, kind.__call__(layer, x))
+            return observe(path, x, kind.__call__(layer, x))
 
         return type(kind.__name__, (kind,), {"__call__": call})
 
     try:
         for path, layer in layers.items():
-            object.__setattr__(layer, "__class__", watched(path, classes[path]))
+            object.__setattr__(layer, "__class__", observing(path, classes[path]))
         yield
     finally:
         for path, layer in layers.items():

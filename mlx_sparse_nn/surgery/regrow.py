@@ -22,7 +22,7 @@ from mlx_sparse_nn.core.checks import (
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.scores import Score, block_scores, check_score, grid_scores, strongest
 from mlx_sparse_nn.core.table import NOT_MEASURED, Report, Table
-from mlx_sparse_nn.layers.layer_calls import sparse_layers, watched
+from mlx_sparse_nn.layers.layer_calls import observed, sparse_layers
 from mlx_sparse_nn.layers.linear import BlockSparseLinear, check_layer
 from mlx_sparse_nn.surgery.optimizer_state import change_pattern, moments_of
 
@@ -133,7 +133,7 @@ def activations(
     """Return what the gradient criterion of :func:`regrow` needs, from one evaluation of a loss.
 
     Args:
-        model: Whose block-sparse layers to watch; it may itself be one.
+        model: Whose block-sparse layers to observe; it may itself be one.
         loss_fn: The loss, as for ``nn.value_and_grad(model, loss_fn)``: a function of ``args`` and
             ``kwargs`` that calls the model and returns a scalar, or a tuple that begins with one.
             It calls the layers itself, not through ``mx.compile`` or ``mx.vmap``.
@@ -152,7 +152,7 @@ def activations(
     found: dict[str, list[tuple[mx.array, mx.array]]] = {path: [] for path in layers}
     probes: list[mx.array] = []
 
-    def watch(path: str, x: mx.array, y: mx.array) -> Any:
+    def observe(path: str, x: mx.array, y: mx.array) -> Any:
         @mx.custom_function
         def identity(y, probe):
             return mx.stop_gradient(y)
@@ -174,7 +174,7 @@ def activations(
     # parameters are there for gradient checkpointing, which knows no other inputs.
     parameters = model.trainable_parameters()
     try:
-        with watched(layers, watch):
+        with observed(layers, observe):
             mx.value_and_grad(loss, argnums=(0, 1))(parameters, mx.zeros(()))
     finally:
         model.update(parameters)

@@ -169,6 +169,7 @@ def _few_rows(
     if block_size > 1:
         columns = layout.rows.row_of_block if transposed else side.indices.view(mx.uint32)
         terms = _terms(data, columns, xs.astype(dtype), cost, transposed)  # (V * n_blocks, N, B)
+        cost = cost._replace(bytes_per_block=terms.nbytes // side.n_blocks, multiplies_per_block=0)
     terms, xs = _with_zeros(side, n_matrices, terms, xs)
     added = None if bias is None else _bias_blocks(bias, buckets.rows, (1, block_size), n_matrices)
     y = Result(side.n_block_rows, n_matrices)
