@@ -135,16 +135,11 @@ def _many_rows(
 
 
 def _in_pieces(
-    n_pieces: int,
-    data: mx.array,
-    side: Side,
-    x: mx.array,
-    bias: mx.array | None,
-    transposed: bool,
+    n: int, data: mx.array, side: Side, x: mx.array, bias: mx.array | None, transposed: bool
 ) -> mx.array:
-    """Return :func:`_many_rows`, a piece of x at a time."""
+    """Return :func:`_many_rows` of n pieces of x, one after the other."""
     n_x, ys = x.shape[-2], []
-    for piece in mx.split(x, [n_x * i // n_pieces for i in range(1, n_pieces)], axis=-2):
+    for piece in mx.split(x, [n_x * i // n for i in range(1, n)], axis=-2):
         if ys:
             piece = depend_on(piece, ys[-1])
         ys.append(_many_rows(data, side, piece, bias, transposed))
