@@ -153,10 +153,14 @@ class CSRArray:
         return _gather(self.data.reshape(-1), order, np.cumsum(counts) - counts)
 
     def __matmul__(self, x: ArrayLike) -> mx.array:
-        return csr_matmul(self, x)
+        return _matmul("A @ x", self, x)
 
     def __rmatmul__(self, x: ArrayLike) -> mx.array:
         x = _dense("x @ A", x)
+        if x.shape[-1:] != self.shape[:1]:
+            raise ValueError(
+                f"[x @ A] x has shape {x.shape}, A is {self.shape}: inner sizes differ"
+            )
         return ops.spmm_t(self.data, self.pattern, x)
 
     def __mul__(self, scalar: complex | np.generic | mx.array) -> CSRArray:
@@ -295,10 +299,14 @@ def csr_matmul(A: CSRArray, x: ArrayLike) -> mx.array:
     """
     if not isinstance(A, CSRArray):
         raise TypeError(f"[csr_matmul] A must be a CSRArray, got {type(A).__name__}")
-    x = _dense("A @ x", x)
+    return _matmul("csr_matmul", A, x)
+
+
+def _matmul(owner: str, A: CSRArray, x: ArrayLike) -> mx.array:
+    x = _dense(owner, x)
     inner = x.shape[-1 if x.ndim == 1 else -2] if x.ndim else None
     if inner != A.shape[1]:
-        raise ValueError(f"[csr_matmul] A is {A.shape}, x has shape {x.shape}: inner sizes differ")
+        raise ValueError(f"[{owner}] A is {A.shape}, x has shape {x.shape}: inner sizes differ")
     if x.ndim == 1:
         return ops.spmm(A.data, A.pattern, x)
     return ops.spmm(A.data, A.pattern, x.swapaxes(-1, -2)).swapaxes(-1, -2)

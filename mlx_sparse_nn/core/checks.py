@@ -113,7 +113,7 @@ def check_indices(
     owner: str, name: str, values: ArrayLike, dtype: type[np.signedinteger] = np.int32
 ) -> np.ndarray:
     """Return ``values`` as a new one-dimensional NumPy array of ``dtype``, or raise."""
-    array = np.asarray(values)
+    array = _rectangular(owner, name, values)
     if array.ndim != 1:
         raise ValueError(f"[{owner}] {name} must be one-dimensional, got shape {array.shape}")
     if array.size == 0:
@@ -182,7 +182,7 @@ def check_data(owner: str, data: ArrayLike, name: str = "data") -> mx.array:
     """Return ``data`` as an MLX array, or raise if it is not numeric."""
     if isinstance(data, mx.array):
         return data
-    array = np.asarray(data)
+    array = _rectangular(owner, name, data)
     if array.dtype.kind not in "biufc":
         raise TypeError(f"[{owner}] {name} must be numeric, got {array.dtype}")
     values = mx.array(data if isinstance(data, list | tuple) else array)
@@ -199,6 +199,15 @@ def check_model(owner: str, model: object) -> None:
     """Raise unless ``model`` is a module of MLX."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"[{owner}] model must be an nn.Module, got {type(model).__name__}")
+
+
+def _rectangular(owner: str, name: str, values: ArrayLike) -> np.ndarray:
+    """Return ``values`` as a NumPy array, or raise where rows of a list differ in length."""
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        kind = type(values).__name__
+        raise ValueError(f"[{owner}] {name} must be rectangular, got a ragged {kind}") from error
 
 
 def _check_integer(owner: str, name: str, value: int) -> int:

@@ -119,7 +119,8 @@ def from_scipy(array: Any) -> CSRArray | COOArray:
         return bsr_array((array.data, array.indices, array.indptr), shape=array.shape)
     if kind == "coo":
         return coo_array((array.data, (array.row, array.col)), shape=array.shape)
-    raise TypeError(f"[from_scipy] takes csr, coo or bsr, got {kind}; convert with .tocsr() first")
+    hint = "convert with .tocsr() first" if hasattr(array, "tocsr") else "use from_dense"
+    raise TypeError(f"[from_scipy] takes csr, coo or bsr, got {kind}; {hint}")
 
 
 def to_scipy(

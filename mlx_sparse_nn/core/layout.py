@@ -112,9 +112,10 @@ class Side:
         it is evaluated at once: MLX cannot evaluate a graph in another thread than it was made in.
         """
         if make not in self._kept:
-            self._kept[make] = made = make(self)
+            made = make(self)
             if self._is_constant:
                 mx.eval(made)
+            self._kept[make] = made  # not before: another thread may ask at the same time
         return self._kept[make]  # type: ignore[return-value]
 
 
@@ -160,10 +161,11 @@ class Layout:
         return sum(side.derived_bytes for side in sides)
 
     def state(self) -> dict[str, mx.array]:
-        """Return all arrays but ``rows.indptr`` and ``rows.indices``, for a module to hold."""
+        """Return all arrays but ``rows.indices``, for a module to hold."""
         rows, cols = self.rows, self.cols
         assert cols.perm is not None
         return {
+            "indptr": rows.indptr,
             "static_sizes": rows.static_sizes,
             "cols_indptr": cols.indptr,
             "cols_indices": cols.indices,
@@ -171,14 +173,20 @@ class Layout:
             "cols_static_sizes": cols.static_sizes,
         }
 
-    def with_arrays(
-        self, indptr: mx.array, indices: mx.array, state: dict[str, mx.array]
-    ) -> Layout:
-        """Return the layout that reads these arrays, which may be tracers, in place of its own."""
+    def with_arrays(self, indices: mx.array, state: dict[str, mx.array]) -> Layout:
+        """Return the layout that reads these arrays, which may be tracers, in place of its own.
+
+        Args:
+            indices: Those of ``rows``. Python may have written into this array, which nothing
+                notices: what is outside the matrix is taken for the last block-column.
+            state: The others, as :meth:`state` gives them.
+        """
         rows, cols = self.rows, self.cols
+        last = mx.array(rows.n_block_cols - 1, mx.uint32)
+        indices = mx.minimum(indices.view(mx.uint32), last).view(mx.int32)
         layout = Layout(self._index, self.shape, self.block_size)
         layout.__dict__["rows"] = Side(
-            indptr, indices, None, state["static_sizes"], rows.n_block_cols
+            state["indptr"], indices, None, state["static_sizes"], rows.n_block_cols
         )
         layout.__dict__["cols"] = Side(
             state["cols_indptr"],

@@ -52,7 +52,7 @@ class CSRPattern:
 
     Example:
         >>> CSRPattern([0, 2, 3], [0, 1, 1], shape=(64, 64), block_size=32)
-        CSRPattern(64 x 64, block_size=32, 3 blocks, density 75%)
+        CSRPattern(64 x 64, block_size=32, 3 blocks, density 0.75)
     """
 
     indptr: np.ndarray
@@ -331,4 +331,6 @@ def check_pattern(owner: str, pattern: object) -> None:
 def _length(values: ArrayLike) -> int:
     """Return the length of a sequence or array; scalars count as 1 and fail later, by rank."""
     shape = getattr(values, "shape", None)
-    return len(values) if shape is None else (shape[0] if len(shape) else 1)
+    if shape is None:
+        return len(values) if hasattr(values, "__len__") else 1
+    return shape[0] if len(shape) else 1

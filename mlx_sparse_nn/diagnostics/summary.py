@@ -102,7 +102,9 @@ class SummaryReport(Report):
         lines = fold([row.path for row in self.rows], [_kind(row) for row in self.rows])
         notes = []
         if len(lines) < len(self.rows):
-            notes.append("x n: n layers alike; weights and index of each, dead and share of all n")
+            notes.append(
+                "x n: n layers alike; weights of each, mean of index, dead and share of all"
+            )
         arrays = f"{self.optimizer_arrays} array{'s' * (self.optimizer_arrays != 1)}"
         unit_of_state, scale_of_state = _unit(self.optimizer_bytes)
         return Table(
@@ -150,7 +152,7 @@ def summary(model: nn.Module, *, optimizer_arrays: int = 2) -> SummaryReport:
         >>> print(summary(model))
     """
     check_model("summary", model)
-    check_size("summary", "optimizer_arrays", optimizer_arrays)
+    optimizer_arrays = check_size("summary", "optimizer_arrays", optimizer_arrays)
     counted: set[int] = set()
     rows = []
     for path, module in reversed(model.named_modules()):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -358,3 +359,40 @@ def test_writing_into_index_arrays_reaches_no_product():
     assert_equal(layer(x), y)
     assert_equal(step(x), y)
     assert layer.indices.tolist() == layer.pattern.indices.tolist()
+
+
+@pytest.mark.parametrize("value", [10**8, -(10**8)])
+@pytest.mark.parametrize("name", ["indices", "indptr"])
+@pytest.mark.parametrize("block_size", [1, 8])
+def test_a_write_past_the_checks_leads_outside_no_buffer(block_size, name, value):
+    """Arrays of the state, written into: eager calls ignore it, compiled ones stay inside."""
+    layer, x = BlockSparseLinear(64, 64, block_size=block_size, density=0.3), mx.ones((20, 64))
+    y = layer(x)
+    step = mx.compile(mx.grad(lambda x: (layer(x) ** 2).sum()), inputs=layer.state)
+    mx.eval(y, step(x))
+    layer.parameters()[name][1] = value
+    assert_equal(layer(x), y)
+    assert step(x).shape == x.shape
+    mx.eval(step(x))
+
+
+def test_threads_may_meet_at_a_layer_that_is_new():
+    """What is derived of the pattern is there for all of them, or for none."""
+    failures = []
+
+    def work(layer, x):
+        try:
+            mx.eval(mx.grad(lambda x: layer(x).sum())(x))
+        except RuntimeError as error:
+            failures.append(error)
+
+    for _ in range(15):
+        layer = BlockSparseLinear(64, 96, block_size=16, density=0.3)
+        x = mx.ones((64, 64))
+        mx.eval(x, layer.parameters())
+        threads = [threading.Thread(target=work, args=(layer, x)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failures
