@@ -203,6 +203,8 @@ def check_model(owner: str, model: object) -> None:
 
 def _rectangular(owner: str, name: str, values: ArrayLike) -> np.ndarray:
     """Return ``values`` as a NumPy array, or raise where rows of a list differ in length."""
+    if not isinstance(values, list | tuple):
+        return np.asarray(values)
     try:
         return np.asarray(values)
     except ValueError as error:

@@ -212,7 +212,7 @@ BAD = [
     (lambda: from_scipy(np.eye(2)), TypeError, "got ndarray; use from_dense"),
     (lambda: from_dense([[1], [2, 3]]), ValueError, r"\[from_dense\] .* got a ragged list"),
     (lambda: CSRPattern([[0], [1, 2]], [0], (1, 1)), ValueError, "indptr must be rectangular"),
-    (lambda: CSRPattern(None, [0], (1, 1)), ValueError, "indptr"),
+    (lambda: CSRPattern(untyped(None), [0], (1, 1)), ValueError, "indptr"),
     (lambda: mx.ones(3) @ A, ValueError, r"\[x @ A\] x has shape \(3,\), A is \(2, 3\)"),
     (lambda: csr_matmul(untyped(mx.ones((2, 2))), mx.ones(2)), TypeError, r"A must be a CSRArray"),
     (lambda: A * mx.ones(3), TypeError, r"\* takes a scalar, got array of shape \(3,\)"),
