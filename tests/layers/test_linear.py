@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import threading
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -374,25 +373,3 @@ def test_a_write_past_the_checks_leads_outside_no_buffer(block_size, name, value
     assert_equal(layer(x), y)
     assert step(x).shape == x.shape
     mx.eval(step(x))
-
-
-def test_threads_may_meet_at_a_layer_that_is_new():
-    """What is derived of the pattern is there for all of them, or for none."""
-    failures = []
-
-    def work(layer, x):
-        try:
-            mx.eval(mx.grad(lambda x: layer(x).sum())(x))
-        except RuntimeError as error:
-            failures.append(error)
-
-    for _ in range(15):
-        layer = BlockSparseLinear(64, 96, block_size=16, density=0.3)
-        x = mx.ones((64, 64))
-        mx.eval(x, layer.parameters())
-        threads = [threading.Thread(target=work, args=(layer, x)) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not failures
