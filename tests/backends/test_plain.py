@@ -279,26 +279,3 @@ def test_a_forward_call_is_a_short_walk(monkeypatch):
     sys.setprofile(None)
     assert 20 < len(calls) <= 60
     assert sum(a != b for a, b in itertools.pairwise(calls)) <= 30
-
-
-def test_threads_may_meet_at_a_layer_that_is_new():
-    """What is derived of the pattern is there for all of them, or for none. (On CUDA, MLX 0.32.4
-    cannot evaluate in several threads at once, dense layers included.)"""
-    failures = []
-
-    def work(layer, x):
-        try:
-            mx.eval(mx.grad(lambda x: layer(x).sum())(x))
-        except RuntimeError as error:
-            failures.append(error)
-
-    for _ in range(15):
-        layer = BlockSparseLinear(64, 96, block_size=16, density=0.3)
-        x = mx.ones((64, 64))
-        mx.eval(x, layer.parameters())
-        threads = [threading.Thread(target=work, args=(layer, x)) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not failures
