@@ -1,0 +1,77 @@
+// What the kernels of a CPU take: plain C types, so that they compile without MLX. Letters as in
+// ../metal/README.md. Sizes and steps are in elements.
+
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define MLX_SPARSE_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace mlx_sparse_nn {
+
+// How work is shared: run() calls f(context, i, worker) once for each i < n, on at most `size`
+// threads, and returns when all is done. worker < size tells calls apart that run at once.
+struct Crew {
+  int size;
+  void (*run)(int64_t n, void (*f)(const void* context, int64_t i, int worker),
+              const void* context);
+};
+
+// CSR of A by block-rows; or of its transpose, whose block j lies at perm[j] and is read
+// transposed.
+struct Csr {
+  const int32_t* indptr;   // (R + 1)
+  const int32_t* indices;  // (n_blocks)
+  const int32_t* perm;     // (n_blocks), or null: the matrix itself
+  int64_t R;
+  int64_t C;
+  int64_t n_blocks;
+  int64_t B;
+};
+
+// V matrices of N rows, as MLX may pass them: element (v, n, c) is at v v_step + n n_step +
+// c c_step. Any step may be 0 or negative.
+struct Rows {
+  void* values;
+  int64_t v_step;
+  int64_t n_step;
+  int64_t c_step;
+};
+
+// y[v, n, r] = sum over c of A_v[r, c] x[v, n, c] + bias[r]
+struct Product {
+  Csr a;
+  const void* data;  // (V, n_blocks, B, B)
+  const void* bias;  // (n_rows), or null
+  Rows x;            // (V, N, n_cols)
+  Rows y;            // (V, N, n_rows); n_step or c_step is 1
+  int64_t V;
+  int64_t N;
+  void* scratch;  // spmm_scratch() bytes, aligned to 64
+  Crew crew;
+};
+
+// out[v, j] = sum over n of y[v, n, rows of j] x[v, n, columns of j]
+struct SampledProduct {
+  Csr a;      // perm is null
+  void* out;  // (V, n_blocks, B, B)
+  Rows y;     // (V, N, n_rows)
+  Rows x;     // (V, N, n_cols)
+  int64_t V;
+  int64_t N;
+  void* scratch;  // sddmm_scratch() bytes, aligned to 64
+  Crew crew;
+};
+
+// spmm with blocks in MLX's affine packing: w = scale q + bias, q of `bits` bits, little-endian
+// one after the other along each row of a block.
+struct QuantizedProduct {
+  Product product;     // data is (V, n_blocks, B, B bits / 32) uint32
+  const void* scales;  // (V, n_blocks, B, B / group)
+  const void* biases;  // likewise
+  int64_t bits;
+  int64_t group;
+};
+
+}  // namespace mlx_sparse_nn
