@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from functools import cache
 from pathlib import Path
@@ -14,14 +15,13 @@ def n_cores() -> int:
     """Return the cores that threads may use: those of the affinity mask, within a quota of CPU time
     that a container may have."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    quota = _quota()
-    return max(1, min(cores or 1, -(-quota // 1) if quota else cores or 1))
+    quota = min((quota for quota in _quotas() if quota), default=math.inf)
+    return max(1, math.ceil(min(cores or 1, quota)))
 
 
-def _quota() -> float | None:
-    """Return the least quota of the control groups that hold this process, in cores."""
-    quotas = [_quota_of(*limits) for limits in _limits()]
-    return min((quota for quota in quotas if quota), default=None)
+def _quotas() -> list[float | None]:
+    """Return the quota of each control group that holds this process, in cores."""
+    return [_quota_of(*limits) for limits in _limits()]
 
 
 def _limits() -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from mlx_sparse_nn.core.layout import Side
 
+_MLX_VERSION: str = mx.__version__  # pyright: ignore[reportAttributeAccessIssue]
 _HEADER = object.__basicsize__
 _OBJECT = ctypes.py_object
 # nanobind's flags of an object: two bits of state, 2 for ready; whether the C++ object lies at the
@@ -56,8 +57,8 @@ class Binding:
         check_layout(mx.array([1.0]))
         library = ctypes.PyDLL(str(path))
         library.mlx_version.restype = ctypes.c_char_p
-        if (version := library.mlx_version().decode()) != mx.__version__:
-            raise LayoutError(f"the library is of MLX {version}, this is {mx.__version__}")
+        if (version := library.mlx_version().decode()) != _MLX_VERSION:
+            raise LayoutError(f"the library is of MLX {version}, this is {_MLX_VERSION}")
         library.set_up.argtypes = [ctypes.c_size_t, _OBJECT, ctypes.c_int]
         library.set_up(_HEADER, None, n_threads)
         _check_probe(library)
@@ -81,7 +82,7 @@ class Binding:
 
 def check_layout(array: mx.array) -> None:
     """Raise unless an array lies in its Python object as the library reads it."""
-    if hasattr(sys, "_is_gil_enabled") and not sys._is_gil_enabled():
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
         raise LayoutError("this Python runs without its global lock")
     if type(array).__basicsize__ < _HEADER + 8 + ctypes.sizeof(ctypes.c_void_p):
         raise LayoutError(f"mx.array takes {type(array).__basicsize__} bytes")

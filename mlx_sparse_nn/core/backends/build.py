@@ -17,10 +17,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from threading import RLock
+from threading import Lock
 
 import mlx.core as mx
 
@@ -30,9 +31,10 @@ KERNEL_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden")
 PRIMITIVE_FLAGS = ("-std=c++20", *KERNEL_FLAGS[1:], "-pthread")
 SELF_TEST = "mlx_sparse_nn.core.backends.self_test"
 SELF_TEST_SECONDS = 120  # far more than it takes, on any machine
+MLX_VERSION: str = mx.__version__  # pyright: ignore[reportAttributeAccessIssue]
 _LAST_LINES = 12  # of what a compiler says
 
-_lock = RLock()
+_locks: defaultdict[Path, Lock] = defaultdict(Lock)  # one for each library
 
 
 class BuildError(RuntimeError):
@@ -71,7 +73,7 @@ def kernels(source: str, test: Sequence[str], **defines: str | int) -> Path:
 def built(source: str) -> Path | None:
     """Return the library of a source without defines if it has been built: nothing is compiled."""
     try:
-        path = _path(source, source, (*KERNEL_FLAGS, *_processor_flags()), _mlx_identity())
+        path = _path(source, (*KERNEL_FLAGS, *_processor_flags()), _mlx_identity())
         return path if path.exists() else None
     except BuildError:
         return None
@@ -90,7 +92,7 @@ def cache_folder() -> Path:
         state = folder.stat()
     except (OSError, RuntimeError) as error:
         raise BuildError(f"the cache folder cannot be made: {error}") from error
-    if state.st_uid != os.getuid() or state.st_mode & 0o022:
+    if state.st_uid not in (0, os.getuid()) or state.st_mode & 0o022:
         raise BuildError(f"others may write to {folder}: chmod 700 it, or set XDG_CACHE_HOME")
     return folder
 
@@ -116,10 +118,12 @@ def _library(
     name: str, source: str, flags: Sequence[str], identity: str, test: Sequence[str] = ()
 ) -> Path:
     """Return the library of a source and flags; built, tested and renamed if it is not there."""
-    path = _path(name, source, flags, identity)
+    path = _path(name, flags, identity)
     if path.exists():
         return path
-    with _lock:
+    with _locks[path]:
+        if path.exists():
+            return path
         bad = path.with_suffix(".bad")
         if bad.exists():
             raise BuildError(f"{bad.read_text(encoding='utf-8')} (noted in {bad})")
@@ -175,9 +179,10 @@ def _self_test(arguments: Sequence[str], folder: str) -> str:
     return ""
 
 
-def _path(name: str, source: str, flags: Sequence[str], identity: str) -> Path:
-    """Return where a library lies: by all that it depends on."""
-    parts = [*_sources(), *flags, *_compiler_identity(), _processor(), identity]
+def _path(name: str, flags: Sequence[str], identity: str) -> Path:
+    """Return where a library lies: by all that it depends on, and by what it is compiled for."""
+    common = [flag for flag in flags if not flag.startswith("-D")]
+    parts = [*_sources(), *common, *_compiler_identity(), _processor(), identity]
     return cache_folder() / _key(parts) / f"{name}.so"
 
 
@@ -204,7 +209,7 @@ def _mlx_identity() -> str:
     found = sorted(lib.glob("libmlx.*"))
     if not found:
         raise BuildError(f"MLX has no library in {lib}")
-    return " ".join([mx.__version__, str(found[0]), *_stamp(found[0])])
+    return " ".join([MLX_VERSION, str(found[0]), *_stamp(found[0])])
 
 
 def _stamp(file: Path) -> tuple[str, str]:

@@ -10,6 +10,7 @@ import platform
 import warnings
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -28,8 +29,9 @@ ELEMENTS = {
     mx.float64: "double",
     mx.complex64: "complex64",
 }
-# Block sizes that have kernels of their own; one library has those of all others.
+# Block sizes that have a library of their own, and some of all others, which share one.
 OWN_KERNELS = (2, 4, 8, 16, 32, 64, 128)
+TESTED_SIZES = ("3", "20", "48")
 _FAILURES = (build.BuildError, LayoutError, OSError)
 
 
@@ -85,6 +87,20 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     return _binding().sddmm(kernel, layout.rows, y, x)
 
 
+def library(dtype: mx.Dtype, block_size: int) -> Path:
+    """Return the library of the products of a dtype and block size, built if need be.
+
+    Raises:
+        BuildError: It cannot be had.
+    """
+    element, name = ELEMENTS[dtype], str(dtype).removeprefix("mlx.core.")
+    if block_size == 1:
+        return build.kernels("scalars", [name, "1"], ELEMENT=element)
+    if block_size in OWN_KERNELS:
+        return build.kernels("blocks", [name, str(block_size)], ELEMENT=element, BLOCK=block_size)
+    return build.kernels("blocks", [name, *TESTED_SIZES], ELEMENT=element, BLOCK=0)
+
+
 @cache
 def _kernels(dtype: mx.Dtype, block_size: int) -> Kernels:
     """Return the kernels of a dtype and block size, built if need be.
@@ -92,14 +108,8 @@ def _kernels(dtype: mx.Dtype, block_size: int) -> Kernels:
     Raises:
         BuildError, OSError: They cannot be had.
     """
-    element, test = ELEMENTS[dtype], (str(dtype).removeprefix("mlx.core."), str(block_size))
-    if block_size == 1:
-        path = build.kernels("scalars", test, ELEMENT=element)
-    else:
-        block = block_size if block_size in OWN_KERNELS else 0
-        path = build.kernels("blocks", test, ELEMENT=element, BLOCK=block)
-    library = ctypes.CDLL(str(path))
-    return Kernels(Kernel(library, "spmm"), Kernel(library, "sddmm"))
+    loaded = ctypes.CDLL(str(library(dtype, block_size)))
+    return Kernels(Kernel(loaded, "spmm"), Kernel(loaded, "sddmm"))
 
 
 @cache

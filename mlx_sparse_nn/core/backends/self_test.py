@@ -1,13 +1,14 @@
 """The test of a library that was just built, run in a process of its own.
 
-``python -m mlx_sparse_nn.core.backends.self_test PRIMITIVE [KERNELS DTYPE BLOCK_SIZE]`` ends with 0
-if all is right. The oracle is ``naive``, on whole numbers, so that all results are equal.
+``python -m mlx_sparse_nn.core.backends.self_test PRIMITIVE [KERNELS DTYPE BLOCK_SIZE ...]`` ends
+with 0 if all is right. The oracle is ``naive``, on whole numbers, so that all results are equal.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -23,10 +24,11 @@ _ROWS = (1, 2, 3, 7, 21, 45)
 def main(arguments: list[str]) -> None:
     """Test a library of primitives, or one of kernels through it."""
     mx.set_default_device(mx.cpu)
-    binding = Binding(arguments[0], n_threads=2)
+    binding = Binding(Path(arguments[0]), n_threads=2)
     if len(arguments) > 1:
-        path, dtype, block_size = arguments[1:]
-        _test_products(binding, ctypes.CDLL(path), getattr(mx, dtype), int(block_size))
+        path, dtype, *block_sizes = arguments[1:]
+        for block_size in block_sizes:
+            _test_products(binding, ctypes.CDLL(path), getattr(mx, dtype), int(block_size))
 
 
 def _test_products(
