@@ -98,7 +98,8 @@ template <int N>
 INLINE vec<float, N> load(const float16* p) {
 #if defined(__AVX512F__)
   if constexpr (N == 16) {
-    return bit_cast<vec<float, 16>>(_mm512_cvtph_ps(*reinterpret_cast<const __m256i_u*>(p)));
+    return bit_cast<vec<float, 16>>(
+        _mm512_maskz_cvtph_ps(0xFFFF, *reinterpret_cast<const __m256i_u*>(p)));
   }
 #endif
 #if defined(__F16C__)
@@ -140,7 +141,8 @@ INLINE void store(float16* p, vec<float, N> value) {
 #if defined(__AVX512F__)
   if constexpr (N == 16) {
     const __m512 wide = bit_cast<__m512>(value);
-    *reinterpret_cast<__m256i_u*>(p) = _mm512_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT);
+    *reinterpret_cast<__m256i_u*>(p) =
+        _mm512_maskz_cvtps_ph(0xFFFF, wide, _MM_FROUND_TO_NEAREST_INT);
     return;
   }
 #endif
