@@ -233,7 +233,7 @@ void multiply_few_t(const Group& g, const A* x, A* sums) {
       for (int n = 0; n < N; ++n) store<V>(sums + (n * CHAINS + c) * V, acc[c][n]);
     }
   } else {
-    constexpr int AT_ONCE = K * N * CHAINS <= 16 ? K : 16 / (N * CHAINS);
+    constexpr int AT_ONCE = K * N * CHAINS <= 16 ? K : K * N * CHAINS <= 32 ? K / 2 : K / 4;
     for (int k = 0; k < K; k += AT_ONCE) {
       vec<A, V> acc[CHAINS][AT_ONCE][N];
 #pragma GCC unroll 4
@@ -431,91 +431,178 @@ void spmm_chunk(const Product& p, const Layout& layout, int64_t v, int64_t n0, i
 
 // ---------------------------------------------------------------- sddmm
 
-constexpr int64_t STEP = 128;     // rows summed at once
-constexpr int64_t WIDTH = 2 * W;  // columns of blocks, side by side, in a tile
+constexpr int64_t STEP = 128;  // rows of x and y that are packed, and summed, at once
 
-// sums[i] += sum over n of y[n][i] x[n]
-template <int ROWS>
-INLINE void sample_tile(const A* y, int64_t y_step, const A* x, int64_t n_rows, A* sums) {
-  vec<A, W> acc[ROWS][2];
-#pragma GCC unroll 8
-  for (int m = 0; m < ROWS; ++m) {
-    acc[m][0] = load<W>(sums + m * WIDTH);
-    acc[m][1] = load<W>(sums + m * WIDTH + W);
+// A block's row of x is packed to pieces of P lanes, so that W / P of them fill a vector.
+INLINE int64_t piece_lanes(int64_t B) {
+  int64_t lanes = 2;
+  while (lanes < W && lanes < B) lanes *= 2;
+  return lanes;
+}
+
+template <int P, int PARTS>
+INLINE vec<A, P * PARTS> join_parts(const A* const* parts, int64_t at) {
+  if constexpr (PARTS == 1) {
+    return load<P>(parts[0] + at);
+  } else {
+    return join<A, P * PARTS / 2>(join_parts<P, PARTS / 2>(parts, at),
+                                  join_parts<P, PARTS / 2>(parts + PARTS / 2, at));
   }
+}
+
+// sums[i] = start + sum over n of y[n][i] x[n], Q vectors of x.
+template <int P, int ROWS, int Q>
+void sample_tile(const A* y, int64_t y_step, const A* const* x, int64_t x_step, int64_t n_rows,
+                 A* sums) {
+  vec<A, W> acc[ROWS][Q];
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 2
+    for (int q = 0; q < Q; ++q) acc[i][q] = load<W>(sums + (i * Q + q) * W);
+  }
+  const A* parts[Q * W / P];
+  for (int i = 0; i < Q * W / P; ++i) parts[i] = x[i];
 #pragma GCC unroll 4
   for (int64_t n = 0; n < n_rows; ++n) {
-    const vec<A, W> x0 = load<W>(x + n * WIDTH), x1 = load<W>(x + n * WIDTH + W);
-#pragma GCC unroll 8
-    for (int m = 0; m < ROWS; ++m) {
-      const A value = y[n * y_step + m];
-      acc[m][0] += value * x0;
-      acc[m][1] += value * x1;
+    vec<A, W> xv[Q];
+#pragma GCC unroll 2
+    for (int q = 0; q < Q; ++q) xv[q] = join_parts<P, W / P>(parts + q * (W / P), n * x_step);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      const A value = y[n * y_step + i];
+#pragma GCC unroll 2
+      for (int q = 0; q < Q; ++q) acc[i][q] += value * xv[q];
     }
   }
-#pragma GCC unroll 8
-  for (int m = 0; m < ROWS; ++m) {
-    store<W>(sums + m * WIDTH, acc[m][0]);
-    store<W>(sums + m * WIDTH + W, acc[m][1]);
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 2
+    for (int q = 0; q < Q; ++q) store<W>(sums + (i * Q + q) * W, acc[i][q]);
   }
 }
 
-void sample_rows(const SampledProduct& p, const E* y, const E* x, E* out, int64_t begin,
-                 int64_t end, A* mine) {
-  const Csr& a = p.a;
-  const int64_t B = side(a), steps = (p.N + STEP - 1) / STEP;
-  A* const xs = mine;
-  A* const ys = xs + STEP * WIDTH;
-  A* const sums = ys + STEP * B;
+// What a step of rows adds to out. Sums between steps are kept in `sums`, blocks as in out.
+struct Sampling {
+  const Csr& a;
+  const A* y;  // (R, step, B)
+  const A* x;  // (C, step, padded)
+  int64_t step;
+  int64_t padded;
+  int64_t rows;
+  bool first;
+  bool last;
+  A* sums;
+  E* out;
+};
+
+template <int P>
+void sample_rows(const Sampling& s, int64_t begin, int64_t end) {
+  constexpr int Q = BLOCK == W ? 1 : 2, LANES_X = Q * W, PIECES = LANES_X / P;
+  constexpr int TALLEST = Q == 1 ? 2 * TALL : TALL,
+                ROWS = BLOCK && BLOCK < TALLEST ? BLOCK : TALLEST;
+  const int64_t B = side(s.a), per_block = s.padded / P;
+  A tile[TALLEST * LANES_X] __attribute__((aligned(64)));
   for (int64_t r = begin; r < end; ++r) {
-    const int64_t j0 = a.indptr[r], flat = (a.indptr[r + 1] - j0) * B;
-    // f counts the columns of the block-row's blocks, side by side.
-    for (int64_t f0 = 0; f0 < flat; f0 += WIDTH) {
-      const int64_t f1 = std::min(flat, f0 + WIDTH);
-      auto each_run = [&](const auto& f) {
-        for (int64_t c = f0; c < f1;) {
-          const int64_t e = c / B, k = c % B, n = std::min(f1 - c, B - k);
-          f(c - f0, j0 + e, k, n);
-          c += n;
-        }
-      };
-      std::fill(sums, sums + B * WIDTH, A(0));
-      for (int64_t step = 0; step < steps; ++step) {
-        const int64_t n0 = step * STEP, rows = std::min(STEP, p.N - n0);
-        if (steps > 1 || f0 == 0) {
-          gather(y + n0 * p.y.n_step + r * B * p.y.c_step, p.y.n_step, p.y.c_step, rows, B, ys, B,
-                 B);
-        }
-        each_run([&](int64_t at, int64_t j, int64_t k, int64_t n) {
-          gather(x + n0 * p.x.n_step + (a.indices[j] * B + k) * p.x.c_step, p.x.n_step, p.x.c_step,
-                 rows, n, xs + at, WIDTH, n);
-        });
-        if (f1 - f0 < WIDTH) {
-          for (int64_t n = 0; n < rows; ++n) {
-            std::fill(xs + n * WIDTH + f1 - f0, xs + (n + 1) * WIDTH, A(0));
-          }
-        }
-        int64_t i = 0;
-        for (; i + I <= B; i += I) sample_tile<I>(ys + i, B, xs, rows, sums + i * WIDTH);
-        if constexpr (BLOCK == 0) {
-          if (TALL > 4 && B - i >= 4) {
-            sample_tile<4>(ys + i, B, xs, rows, sums + i * WIDTH);
-            i += 4;
-          }
-          for (; i < B; ++i) sample_tile<1>(ys + i, B, xs, rows, sums + i * WIDTH);
-        }
+    const int64_t n_pieces = (s.a.indptr[r + 1] - s.a.indptr[r]) * per_block;
+    for (int64_t p0 = 0; p0 < n_pieces; p0 += PIECES) {
+      const int n = static_cast<int>(std::min<int64_t>(PIECES, n_pieces - p0));
+      const A* x[PIECES];
+      int64_t place[PIECES], width[PIECES];
+      for (int i = 0; i < PIECES; ++i) {
+        const int64_t piece = p0 + std::min(i, n - 1), k = piece % per_block * P;
+        const int64_t j = s.a.indptr[r] + piece / per_block;
+        x[i] = s.x + s.a.indices[j] * (s.step * s.padded) + k;
+        place[i] = j * B * B + k;
+        width[i] = std::min<int64_t>(P, B - k);
       }
-      each_run([&](int64_t at, int64_t j, int64_t k, int64_t n) {
-        scatter(sums + at, WIDTH, B, n, out + j * B * B + k, B, 1);
-      });
+      const A* y = s.y + r * s.step * B;
+      for (int64_t i0 = 0; i0 < B;) {
+        int rows = ROWS;
+        if constexpr (BLOCK == 0) {
+          while (rows > B - i0) rows /= 2;
+        }
+        for (int i = 0; i < rows; ++i) {
+          for (int e = 0; e < PIECES; ++e) {
+            A* to = tile + i * LANES_X + e * P;
+            if (s.first || e >= n) {
+              store<P>(to, vec<A, P>{});
+            } else {
+              copy_run(s.sums + place[e] + (i0 + i) * B, to, width[e]);
+            }
+          }
+        }
+        if (rows == ROWS) sample_tile<P, ROWS, Q>(y + i0, B, x, s.padded, s.rows, tile);
+        if constexpr (BLOCK == 0) {
+          if (rows == 4 && ROWS > 4) sample_tile<P, 4, Q>(y + i0, B, x, s.padded, s.rows, tile);
+          if (rows == 2) sample_tile<P, 2, Q>(y + i0, B, x, s.padded, s.rows, tile);
+          if (rows == 1) sample_tile<P, 1, Q>(y + i0, B, x, s.padded, s.rows, tile);
+        }
+        for (int i = 0; i < rows; ++i) {
+          for (int e = 0; e < n; ++e) {
+            const A* from = tile + i * LANES_X + e * P;
+            const int64_t to = place[e] + (i0 + i) * B;
+            if (s.last) {
+              copy_run(from, s.out + to, width[e]);
+            } else {
+              copy_run(from, s.sums + to, width[e]);
+            }
+          }
+        }
+        i0 += rows;
+      }
     }
   }
 }
 
-int64_t sampled_scratch(const SampledProduct& p) {
-  const int64_t B = side(p.a);
-  return round_up(STEP * WIDTH + STEP * B + B * WIDTH, 64);
+void sample(const Sampling& s, int64_t begin, int64_t end) {
+  if constexpr (BLOCK > 0) {
+    sample_rows<(BLOCK < W ? BLOCK : W)>(s, begin, end);
+  } else {
+    const int64_t lanes = piece_lanes(s.a.B);
+    if (lanes == W) return sample_rows<W>(s, begin, end);
+    if constexpr (W > 8) {
+      if (lanes == 8) return sample_rows<8>(s, begin, end);
+    }
+    if constexpr (W > 4) {
+      if (lanes == 4) return sample_rows<4>(s, begin, end);
+    }
+    if constexpr (W > 2) return sample_rows<2>(s, begin, end);
+  }
 }
+
+// (N, across * B) as (across, step, padded)
+void pack_steps(const Crew& crew, const E* from, const Rows& steps, int64_t across, int64_t B,
+                int64_t step, int64_t padded, int64_t rows, A* to) {
+  share(crew, across, double(across) * B * rows, [&](int64_t begin, int64_t end, int) {
+    for (int64_t c = begin; c < end; ++c) {
+      gather(from + c * B * steps.c_step, steps.n_step, steps.c_step, rows, B,
+             to + c * step * padded, padded, padded);
+    }
+  });
+}
+
+// Scratch: y and x packed, and sums of 16-bit results between steps.
+struct SampleLayout {
+  int64_t step;
+  int64_t padded;
+  int64_t y;
+  int64_t x;
+  int64_t group;  // blocks whose sums are kept at once
+  int64_t sums;
+
+  explicit SampleLayout(const SampledProduct& p) {
+    const int64_t B = side(p.a);
+    step = std::min(STEP, p.N);
+    padded = round_up(B, piece_lanes(B));
+    y = round_up(p.a.R * step * B, 64);
+    x = round_up(p.a.C * step * padded, 64);
+    group = WIDENED && p.N > STEP ? std::max<int64_t>(1, (1 << 18) / (B * B)) : p.a.n_blocks;
+    sums = 0;
+    for (int64_t r = 0; r < p.a.R && WIDENED && p.N > STEP; ++r) {
+      sums = std::max(sums, std::max<int64_t>(group, p.a.indptr[r + 1] - p.a.indptr[r]) * B * B);
+    }
+  }
+};
 
 }  // namespace
 
@@ -533,20 +620,38 @@ MLX_SPARSE_EXPORT void spmm(const Product* p) {
 }
 
 MLX_SPARSE_EXPORT size_t sddmm_scratch(const SampledProduct* p) {
-  return sampled_scratch(*p) * p->crew.size * sizeof(A);
+  const SampleLayout l(*p);
+  return (l.y + l.x + l.sums) * sizeof(A);
 }
 
 MLX_SPARSE_EXPORT void sddmm(const SampledProduct* p) {
-  const int64_t B = side(p->a);
+  const Csr& a = p->a;
+  const int64_t B = side(a);
+  const SampleLayout l(*p);
+  A* const ys = static_cast<A*>(p->scratch);
+  A* const xs = ys + l.y;
+  A* const sums = xs + l.x;
   for (int64_t v = 0; v < p->V; ++v) {
     const E* y = static_cast<const E*>(p->y.values) + v * p->y.v_step;
     const E* x = static_cast<const E*>(p->x.values) + v * p->x.v_step;
-    E* out = static_cast<E*>(p->out) + v * p->a.n_blocks * B * B;
-    share_rows(p->crew, p->a.indptr, p->a.R, double(p->a.n_blocks) * B * B * p->N,
-               [&](int64_t begin, int64_t end, int worker) {
-                 A* mine = static_cast<A*>(p->scratch) + worker * sampled_scratch(*p);
-                 sample_rows(*p, y, x, out, begin, end, mine);
-               });
+    E* out = static_cast<E*>(p->out) + v * a.n_blocks * B * B;
+    // Block-rows [r0, r1) hold as many blocks as sums are kept of.
+    for (int64_t r0 = 0; r0 < a.R;) {
+      int64_t r1 = r0 + 1;
+      while (r1 < a.R && a.indptr[r1 + 1] - a.indptr[r0] <= l.group) ++r1;
+      for (int64_t n = 0; n < p->N; n += STEP) {
+        const int64_t rows = std::min(STEP, p->N - n);
+        pack_steps(p->crew, y + n * p->y.n_step, p->y, a.R, B, l.step, B, rows, ys);
+        pack_steps(p->crew, x + n * p->x.n_step, p->x, a.C, B, l.step, l.padded, rows, xs);
+        // Blocks count from the first of all.
+        A* const kept = WIDENED ? sums - a.indptr[r0] * B * B : reinterpret_cast<A*>(out);
+        const Sampling s{a, ys, xs, l.step, l.padded, rows, n == 0, n + rows == p->N, kept, out};
+        share_rows(p->crew, a.indptr + r0, r1 - r0,
+                   double(a.indptr[r1] - a.indptr[r0]) * B * B * rows,
+                   [&](int64_t begin, int64_t end, int) { sample(s, r0 + begin, r0 + end); });
+      }
+      r0 = r1;
+    }
   }
 }
 

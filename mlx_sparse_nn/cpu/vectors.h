@@ -192,6 +192,23 @@ INLINE A total(vec<A, N> value) {
   }
 }
 
+template <class A, int N, int... LANE>
+INLINE vec<A, 2 * N> join(vec<A, N> low, vec<A, N> high, std::integer_sequence<int, LANE...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(low, high, LANE...);
+#else
+  vec<A, 2 * N> both;
+  memcpy(&both, &low, sizeof low);
+  memcpy(reinterpret_cast<char*>(&both) + sizeof low, &high, sizeof high);
+  return both;
+#endif
+}
+// The lanes of both, one after the other.
+template <class A, int N>
+INLINE vec<A, 2 * N> join(vec<A, N> low, vec<A, N> high) {
+  return join<A, N>(low, high, std::make_integer_sequence<int, 2 * N>{});
+}
+
 template <class A, int N, int S, int... LANE>
 INLINE void swap_lanes(vec<A, N>& a, vec<A, N>& b, std::integer_sequence<int, LANE...>) {
 #if defined(__clang__) || __GNUC__ >= 12
