@@ -1,4 +1,4 @@
-"""The oracle: the three products through a dense matrix, with which every backend is compared.
+"""The oracle: the products through a dense matrix, with which every backend is compared.
 
 It reads ``indptr`` and ``indices`` of a pattern, and nothing that a backend reads. No rule chooses
 it: it takes the memory of the dense matrix.
@@ -33,6 +33,39 @@ def sddmm(pattern: CSRPattern, y: mx.array, x: mx.array) -> mx.array:
     outer = _wide(y).swapaxes(-1, -2) @ _wide(x)  # (..., n_rows, n_cols)
     grid = outer.reshape(-1, *_grid(pattern)).swapaxes(2, 3)
     return grid[_places(pattern)].reshape(shape).astype(x.dtype)
+
+
+def qspmm(
+    packed: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    pattern: CSRPattern,
+    x: mx.array,
+    bias: mx.array | None = None,
+) -> mx.array:
+    """Return :func:`spmm` by quantized blocks, whose integers NumPy unpacks bit by bit."""
+    y = spmm(
+        unpack(packed, scales, biases), pattern, _wide(x), None if bias is None else _wide(bias)
+    )
+    return y.astype(x.dtype)
+
+
+def qspmm_t(
+    packed: mx.array, scales: mx.array, biases: mx.array, pattern: CSRPattern, y: mx.array
+) -> mx.array:
+    """Return :func:`spmm_t` by quantized blocks."""
+    return spmm_t(unpack(packed, scales, biases), pattern, _wide(y)).astype(y.dtype)
+
+
+def unpack(packed: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+    """Return the values of quantized blocks, ``(..., B, B)`` float32."""
+    B, n_words = packed.shape[-2:]
+    ones = np.unpackbits(np.array(packed)[..., None].view(np.uint8), axis=-1, bitorder="little")
+    bits = 32 * n_words // B
+    integers = ones.reshape(*packed.shape[:-1], B, bits) @ (1 << np.arange(bits))
+    scales, biases = (mx.repeat(_wide(a), B // a.shape[-1], axis=-1) for a in (scales, biases))
+    values = np.array(scales) * integers.astype(np.float32) + np.array(biases)
+    return mx.array(values) if values.size else mx.zeros(values.shape)
 
 
 def dense(data: mx.array, pattern: CSRPattern) -> mx.array:
