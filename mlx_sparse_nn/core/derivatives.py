@@ -103,8 +103,9 @@ def qspmm(
         return _qspmm(layout, packed, scales, biases, x)
 
     def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
-        *matrix, x = primals
-        return *_matrix_vjp(layout, matrix, cotangent, x), qspmm_t(layout, *matrix, cotangent)
+        packed, scales, biases, x = primals
+        d_x = qspmm_t(layout, packed, scales, biases, cotangent)
+        return *_matrix_vjp(layout, packed, scales, cotangent, x), d_x
 
     jvp, vmap = partial(_quantized_jvp, qspmm, layout), partial(_map_matrix, qspmm, layout)
     function = _with_rules(_qspmm, layout, vjp, jvp, vmap)
@@ -124,12 +125,9 @@ def qspmm_bias(
         return _qspmm(layout, packed, scales, biases, x, bias)
 
     def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
-        *matrix, x, _ = primals
-        d_matrix, d_x = (
-            _matrix_vjp(layout, matrix, cotangent, x),
-            qspmm_t(layout, *matrix, cotangent),
-        )
-        return *d_matrix, d_x, _sum_rows(cotangent)
+        packed, scales, biases, x, _ = primals
+        d_x = qspmm_t(layout, packed, scales, biases, cotangent)
+        return *_matrix_vjp(layout, packed, scales, cotangent, x), d_x, _sum_rows(cotangent)
 
     jvp = partial(_bias_jvp, qspmm, _quantized_jvp, layout)
     vmap = partial(_map_with_bias, qspmm, layout)
@@ -145,8 +143,9 @@ def qspmm_t(
         return _qspmm_t(layout, packed, scales, biases, y)
 
     def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
-        *matrix, y = primals
-        return *_matrix_vjp(layout, matrix, y, cotangent), qspmm(layout, *matrix, cotangent)
+        packed, scales, biases, y = primals
+        d_y = qspmm(layout, packed, scales, biases, cotangent)
+        return *_matrix_vjp(layout, packed, scales, y, cotangent), d_y
 
     jvp, vmap = partial(_quantized_jvp, qspmm_t, layout), partial(_map_matrix, qspmm_t, layout)
     function = _with_rules(_qspmm_t, layout, vjp, jvp, vmap)
@@ -292,9 +291,10 @@ def _sum_rows(cotangent: mx.array) -> mx.array:
     return cotangent.sum(axis=tuple(range(cotangent.ndim - 1)))
 
 
-def _matrix_vjp(layout: Layout, matrix: Arrays, y: mx.array, x: mx.array) -> Arrays:
+def _matrix_vjp(
+    layout: Layout, packed: mx.array, scales: mx.array, y: mx.array, x: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
     """Return the gradients to packed, which nobody gets, and to scales and biases."""
-    packed, scales, _ = matrix
     return mx.zeros_like(packed), *quantized.gradients(packed, scales, sddmm(layout, y, x))
 
 

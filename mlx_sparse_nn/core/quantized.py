@@ -7,6 +7,7 @@ for each group. The integers q lie in uint32 words, one after the other, the low
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_sparse_nn.core.checks import check_array
 
@@ -58,6 +59,16 @@ def dequantize(packed: mx.array, scales: mx.array, biases: mx.array) -> mx.array
         return mx.zeros((*packed.shape[:-1], block_size), scales.dtype)
     group_size = block_size // scales.shape[-1]
     return mx.dequantize(packed, scales, biases, group_size, bits_of(packed))
+
+
+def unpack(packed: mx.array) -> np.ndarray:
+    """Return the integers of ``packed``, ``(..., B, B)``, which NumPy reads bit by bit.
+
+    No backend reads this: the oracle and ``verify`` do.
+    """
+    bits = np.unpackbits(np.array(packed)[..., None].view(np.uint8), axis=-1, bitorder="little")
+    width = bits_of(packed)
+    return bits.reshape(*packed.shape[:-1], -1, width) @ (1 << np.arange(width))
 
 
 def gradients(packed: mx.array, scales: mx.array, d_blocks: mx.array) -> tuple[mx.array, mx.array]:

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.core.pattern import CSRPattern
+from mlx_sparse_nn.core.quantized import unpack
 
 
 def spmm(
@@ -43,9 +44,9 @@ def qspmm(
     x: mx.array,
     bias: mx.array | None = None,
 ) -> mx.array:
-    """Return :func:`spmm` by quantized blocks, whose integers NumPy unpacks bit by bit."""
+    """Return :func:`spmm` by quantized blocks, which NumPy unpacks bit by bit."""
     y = spmm(
-        unpack(packed, scales, biases), pattern, _wide(x), None if bias is None else _wide(bias)
+        _values(packed, scales, biases), pattern, _wide(x), None if bias is None else _wide(bias)
     )
     return y.astype(x.dtype)
 
@@ -54,18 +55,7 @@ def qspmm_t(
     packed: mx.array, scales: mx.array, biases: mx.array, pattern: CSRPattern, y: mx.array
 ) -> mx.array:
     """Return :func:`spmm_t` by quantized blocks."""
-    return spmm_t(unpack(packed, scales, biases), pattern, _wide(y)).astype(y.dtype)
-
-
-def unpack(packed: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
-    """Return the values of quantized blocks, ``(..., B, B)`` float32."""
-    B, n_words = packed.shape[-2:]
-    ones = np.unpackbits(np.array(packed)[..., None].view(np.uint8), axis=-1, bitorder="little")
-    bits = 32 * n_words // B
-    integers = ones.reshape(*packed.shape[:-1], B, bits) @ (1 << np.arange(bits))
-    scales, biases = (mx.repeat(_wide(a), B // a.shape[-1], axis=-1) for a in (scales, biases))
-    values = np.array(scales) * integers.astype(np.float32) + np.array(biases)
-    return mx.array(values) if values.size else mx.zeros(values.shape)
+    return spmm_t(_values(packed, scales, biases), pattern, _wide(y)).astype(y.dtype)
 
 
 def dense(data: mx.array, pattern: CSRPattern) -> mx.array:
@@ -85,6 +75,15 @@ def _grid(pattern: CSRPattern) -> tuple[int, int, int, int]:
 def _places(pattern: CSRPattern) -> tuple:
     rows = np.repeat(np.arange(pattern.indptr.size - 1), np.diff(pattern.indptr))
     return slice(None), mx.array(rows.astype(np.int32)), mx.array(pattern.indices)
+
+
+def _values(packed: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+    """Return the values of quantized blocks, ``(..., B, B)`` float32."""
+    if packed.size == 0:
+        return mx.zeros((*packed.shape[:-1], packed.shape[-2]))
+    group_size = packed.shape[-2] // scales.shape[-1]
+    scales, biases = (mx.repeat(_wide(a), group_size, axis=-1) for a in (scales, biases))
+    return scales * mx.array(unpack(packed).astype(np.float32)) + biases
 
 
 def _wide(a: mx.array) -> mx.array:
