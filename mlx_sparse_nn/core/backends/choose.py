@@ -21,7 +21,7 @@ def choose(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int =
     whether ``mx.vmap`` is tracing: a launched kernel cannot be mapped.
 
     Args:
-        op: ``"spmm"``, ``"spmm_t"`` or ``"sddmm"``.
+        op: ``"spmm"``, ``"spmm_t"``, ``"sddmm"``, ``"qspmm"`` or ``"qspmm_t"``.
         layout: Layout of the pattern.
         n_x: Rows of x, for each matrix.
         dtype: Of all operands.
