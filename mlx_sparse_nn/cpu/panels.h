@@ -55,7 +55,7 @@ INLINE void multiply_tile(const Group& g, int64_t i, int64_t i_step, int64_t k_s
     for (int64_t k = 0; k < B; ++k) {
       // Tiles fetch the next group in the order in which it lies; for few lanes no nearer than to
       // the second cache.
-      if (k % 2 == 0) __builtin_prefetch(ahead + k * ROWS, 0, L < PANEL ? 2 : 3);
+      __builtin_prefetch(ahead + k * ROWS, 0, L < PANEL ? 2 : 3);
       vec<A, V> xv[Q];
       read<V>(xs + k * L, xv);
 #pragma GCC unroll 8
@@ -69,32 +69,28 @@ INLINE void multiply_tile(const Group& g, int64_t i, int64_t i_step, int64_t k_s
   write<V>(sums + i * L, acc);
 }
 
-template <int L>
-INLINE void multiply_steps(const Group& g, int64_t i_step, int64_t k_step, int64_t B, const A* x,
-                           const A* start, A* sums) {
-  constexpr int ROWS = BLOCK && BLOCK < TALL ? BLOCK : TALL;
-  int64_t i = 0;
-  auto tile = [&](auto rows) {
-    multiply_tile<rows.value, L>(g, i, i_step, k_step, B, x, start, sums);
-    i += rows.value;
-  };
-  while (i + ROWS <= B) tile(std::integral_constant<int, ROWS>{});
-  if constexpr (BLOCK == 0) {
-    if (TALL > 4 && B - i >= 4) tile(std::integral_constant<int, 4>{});
-    if (B - i >= 2) tile(std::integral_constant<int, 2>{});
-    if (B - i >= 1) tile(std::integral_constant<int, 1>{});
+// The rows of the blocks from i on, ROWS at a time while there are as many.
+template <int ROWS, int L>
+INLINE void multiply_rows(const Group& g, int64_t i, int64_t i_step, int64_t k_step, int64_t B,
+                          const A* x, const A* start, A* sums) {
+  for (; i + ROWS <= B; i += ROWS) {
+    multiply_tile<ROWS, L>(g, i, i_step, k_step, B, x, start, sums);
+  }
+  if constexpr (BLOCK == 0 && ROWS > 1) {
+    multiply_rows<ROWS / 2, L>(g, i, i_step, k_step, B, x, start, sums);
   }
 }
 
 // sums (B, L) of the group and one panel.
 template <int L>
 void multiply_panel(const Group& g, int64_t B, const A* x, const A* start, A* sums) {
+  constexpr int ROWS = BLOCK && BLOCK < TALL ? BLOCK : TALL;
   if constexpr (BLOCK == 0) {
-    multiply_steps<L>(g, g.place ? 1 : B, g.place ? B : 1, B, x, start, sums);
+    multiply_rows<ROWS, L>(g, 0, g.place ? 1 : B, g.place ? B : 1, B, x, start, sums);
   } else if (g.place) {
-    multiply_steps<L>(g, 1, BLOCK, BLOCK, x, start, sums);
+    multiply_rows<ROWS, L>(g, 0, 1, BLOCK, BLOCK, x, start, sums);
   } else {
-    multiply_steps<L>(g, BLOCK, 1, BLOCK, x, start, sums);
+    multiply_rows<ROWS, L>(g, 0, BLOCK, 1, BLOCK, x, start, sums);
   }
 }
 

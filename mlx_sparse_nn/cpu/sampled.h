@@ -130,6 +130,14 @@ void sample_tile(const Sampling& s, const A* y, int64_t i, int64_t B,
   }
 }
 
+// The rows of blocks from i on, ROWS at a time while there are as many.
+template <int P, int ROWS, int Q>
+INLINE void sample_tiles(const Sampling& s, const A* y, int64_t i, int64_t B,
+                         const Pieces<Q * W / P>& pieces) {
+  for (; i + ROWS <= B; i += ROWS) sample_tile<P, ROWS, Q>(s, y + i, i, B, pieces);
+  if constexpr (BLOCK == 0 && ROWS > 1) sample_tiles<P, ROWS / 2, Q>(s, y, i, B, pieces);
+}
+
 template <int P, int Q>
 void sample_rows(const Sampling& s, int64_t begin, int64_t end) {
   constexpr int PIECES = Q * W / P, MOST = TALL * 2 / Q;
@@ -148,17 +156,7 @@ void sample_rows(const Sampling& s, int64_t begin, int64_t end) {
         pieces.place[i] = j * B * B + k;
         pieces.width[i] = static_cast<int>(std::min<int64_t>(P, B - k));
       }
-      int64_t i = 0;
-      auto tile = [&](auto rows) {
-        sample_tile<P, rows.value, Q>(s, y + i, i, B, pieces);
-        i += rows.value;
-      };
-      while (i + ROWS <= B) tile(std::integral_constant<int, ROWS>{});
-      if constexpr (BLOCK == 0) {
-        if (ROWS > 4 && B - i >= 4) tile(std::integral_constant<int, 4>{});
-        if (B - i >= 2) tile(std::integral_constant<int, 2>{});
-        if (B - i >= 1) tile(std::integral_constant<int, 1>{});
-      }
+      sample_tiles<P, ROWS, Q>(s, y, 0, B, pieces);
     }
   }
 }
