@@ -9,14 +9,9 @@ Several processes may build at once: each builds in a folder of its own, and ren
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
-import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
@@ -103,6 +98,9 @@ def compiler() -> list[str]:
     Raises:
         BuildError: None is found.
     """
+    import shlex
+    import shutil
+
     wanted = os.environ.get("CXX")
     for command in [shlex.split(wanted)] if wanted else [[name] for name in COMPILERS]:
         if command and (path := shutil.which(command[0])):
@@ -121,6 +119,8 @@ def _library(
     path = _path(name, flags, identity)
     if path.exists():
         return path
+    import tempfile
+
     with _locks[path]:
         if path.exists():
             return path
@@ -149,6 +149,8 @@ def _library(
 
 
 def _compile(command: list[str]) -> None:
+    import subprocess
+
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         last = "\n".join(done.stderr.strip().splitlines()[-_LAST_LINES:])
@@ -157,6 +159,8 @@ def _compile(command: list[str]) -> None:
 
 def _self_test(arguments: Sequence[str], folder: str) -> str:
     """Test a library in a process of its own; return what went wrong, or an empty string."""
+    import subprocess
+
     command = [sys.executable, "-m", SELF_TEST, *arguments]
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
     environment = {**os.environ, "PYTHONPATH": paths}
@@ -187,6 +191,8 @@ def _path(name: str, flags: Sequence[str], identity: str) -> Path:
 
 
 def _key(parts: Sequence[str]) -> str:
+    import hashlib
+
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
