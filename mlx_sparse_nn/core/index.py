@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core.backends.build import built
+from mlx_sparse_nn.core.backends.build import built_index
 
 
 class Native:
@@ -48,7 +48,7 @@ class Native:
 def native() -> Native | None:
     """Return the library if it has been built. Who builds it clears this cache."""
     try:
-        path = built("index")
+        path = built_index()
         return None if path is None else Native(path)
     except OSError:
         return None
