@@ -235,7 +235,8 @@ class CSRPattern:
     @cached_property
     def _transposed(self) -> CSRPattern:
         indptr, indices, _ = self.host.transpose
-        transposed = CSRPattern._of(indptr, indices, self.shape[::-1], self.block_size)
+        n_rows, n_cols = self.shape
+        transposed = CSRPattern._of(indptr, indices, (n_cols, n_rows), self.block_size)
         host = HostIndex(indptr, indices, self.grid[0], transposed=self.host)
         transposed.__dict__["host"] = host
         transposed.__dict__["_origin"] = weakref.ref(self)  # weak: no cycle

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import mlx.core as mx
@@ -60,7 +61,7 @@ def _test_index(path: Path) -> None:
         raise AssertionError("arrays of a pattern are wrong")
 
 
-def _index_arrays(library: index.Native | None) -> list[object]:
+def _index_arrays(library: index.Native | None) -> list[Any]:
     """Return what a library, or NumPy, makes of some index arrays."""
     with mock.patch.object(index, "native", return_value=library):
         made = []
