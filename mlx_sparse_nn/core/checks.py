@@ -127,7 +127,7 @@ def check_indices(
         raise ValueError(f"[{owner}] {name} must be one-dimensional, got shape {array.shape}")
     if array.size == 0:
         return np.zeros(0, dtype)
-    if not np.issubdtype(array.dtype, np.integer):
+    if array.dtype.kind not in "iu":
         raise TypeError(f"[{owner}] {name} must be integers, got {array.dtype}")
     if array.dtype == dtype:
         return copy(array)

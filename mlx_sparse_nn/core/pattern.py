@@ -90,14 +90,9 @@ class CSRPattern:
         self, indptr: np.ndarray, indices: np.ndarray, shape: tuple[int, int], block_size: int
     ) -> None:
         """Take over what is right, and int32."""
-        for name, value in (
-            ("indptr", indptr),
-            ("indices", indices),
-            ("shape", shape),
-            ("block_size", block_size),
-        ):
-            object.__setattr__(self, name, value)
         indptr.flags.writeable = indices.flags.writeable = False
+        # Not by attribute, which a frozen dataclass refuses.
+        self.__dict__.update(indptr=indptr, indices=indices, shape=shape, block_size=block_size)
 
     @classmethod
     def _of(

@@ -21,7 +21,7 @@ from mlx_sparse_nn.core.backends import build
 from mlx_sparse_nn.core.backends.binding import Binding, Kernel, LayoutError
 from mlx_sparse_nn.core.cores import n_cores
 from mlx_sparse_nn.core.layout import Layout
-from mlx_sparse_nn.core.transforms import vmapping
+from mlx_sparse_nn.core.transforms import ask_directly, vmapping
 
 NAME = "cpu"
 ELEMENTS = {
@@ -122,6 +122,7 @@ def _binding() -> Binding:
         BuildError, LayoutError, OSError: It cannot be had.
     """
     binding = Binding(build.primitive(), n_cores())
+    ask_directly(binding.is_tracer)
     # Patterns use theirs from here on. NumPy does without it.
     with suppress(build.BuildError):
         build.index()
