@@ -17,7 +17,6 @@ KERNELS = {
     "blocks": ["-DELEMENT=bfloat16", "-DBLOCK=16"],
     "scalars": ["-DELEMENT=float16"],
     "index": [],
-    "index": [],
 }
 
 
