@@ -20,12 +20,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks import workloads
-from benchmarks.environments import CACHE, PEERS
+from benchmarks import roofline, workloads
+from benchmarks.environments import CACHE, PEERS, default_peers
 from benchmarks.measure import TURNS, Process, describe, measure
 from benchmarks.report import RESULTS, machine, tables, write
 
-SETS = ("layers", "arrays", "ising", "build")
+SETS = ("layers", "arrays", "ising", "build", "calls")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,9 +36,10 @@ def parser() -> argparse.ArgumentParser:
         "what",
         nargs="?",
         default="all",
-        choices=["all", *SETS, "report"],
+        choices=["all", *SETS, "sweep", "report"],
         help="layers: BlockSparseLinear; arrays: unstructured A @ x; ising: the Hamiltonian "
-        "times a vector; build: making arrays; report: tables and plots of --results",
+        "times a vector; build: making arrays; calls: what the host does for a call; sweep: one "
+        "picture of the whole; report: tables and plots of --results",
     )
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="all of the device if not given")
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
@@ -47,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         "--full", action="store_true", help="the whole grid, which takes many hours"
     )
     parser.add_argument("--turns", type=int, help=f"of each peer: {TURNS}, or 3 with --quick")
-    parser.add_argument("--seconds", type=float, default=0.05, help="what a turn takes")
+    parser.add_argument("--seconds", type=float, default=0.03, help="what a turn takes")
     parser.add_argument("--limit", type=float, default=10.0, help="seconds of one peer's turns")
     parser.add_argument("--against", type=Path, help="another checkout of the package, as a peer")
     parser.add_argument("--output", type=Path, default=CACHE / "latest.json")
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     for name, values in workloads.AXES.items():
         flag, known = "--" + name.replace("_", "-"), ", ".join(map(str, values))
         choices.add_argument(flag, nargs="+", type=type(values[0]), help=f"of layers: {known}")
-    choices.add_argument("--columns", nargs="+", type=int, help="of x in A @ x: 1, 16")
+    choices.add_argument("--columns", nargs="+", type=int, help="of x in A @ x: 1, 16, 256")
     choices.add_argument("--qubits", nargs="+", type=int, help="of the Ising chain: 8, 10, ..., 22")
     return parser
 
@@ -71,11 +72,15 @@ def chosen(args: argparse.Namespace) -> list[workloads.Workload]:
         layers = workloads.quick_layers() if args.quick else workloads.default_layers()
     if args.quick:
         columns, qubits = columns or [1], qubits or [8, 14]
+    for w in layers:
+        if isinstance(w, workloads.Layer) and w.features % w.block_size:
+            sys.exit(f"[benchmarks] --features {w.features} has no blocks of {w.block_size}")
     sets = {
         "layers": layers,
         "arrays": workloads.arrays(columns),
         "ising": workloads.ising(qubits),
         "build": workloads.build(),
+        "calls": workloads.calls(),
     }
     return [w for name in SETS if args.what in ("all", name) for w in sets[name]]
 
@@ -93,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.what == "report":
         write(json.loads(args.results.read_text()))
         return
-    names = args.peers or [name for name, peer in PEERS.items() if args.device in peer.devices]
+    names = args.peers or default_peers(args.device)
     for name in names:
         if args.device not in PEERS[name].devices:
             sys.exit(f"[benchmarks] {name} does not run on {args.device}: leave it out of --peers")
@@ -103,7 +108,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.against:
             other = Process("against", "ours", args.device, args.against.resolve())
             processes.append(stack.enter_context(other))
-        results: dict[str, Any] = {"machine": describe(processes, args.device), "results": []}
+        described = describe(processes, args.device)
+        if args.device == "cpu":
+            described["roofline"] = roofline.measure()
+        results: dict[str, Any] = {"machine": described, "results": []}
         for result in measure(chosen(args), processes, turns, args.seconds, args.limit):
             results["results"].append(result)
             save(results, args.output)
