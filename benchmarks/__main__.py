@@ -5,6 +5,8 @@
     python -m benchmarks layers --features 1024 --rows 256 --dtype float32
     python -m benchmarks ising --qubits 16 20 --peers ours mlx_sparse
     python -m benchmarks --output benchmarks/results/cpu.json && python -m benchmarks report
+    python -m benchmarks sweep --device cpu           every block size, dtype and number of rows
+    python -m benchmarks sweep --device cpu --quick   two minutes of it
 
 Every peer is a process in an environment of its own, made under ``.bench/`` when it is first
 needed. Results are compared with an oracle, for equality, before any time is taken. Only ratios
@@ -15,12 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks import roofline, workloads
+from benchmarks import roofline, sweep, sweep_report, workloads
 from benchmarks.environments import CACHE, PEERS, default_peers
 from benchmarks.measure import TURNS, Process, describe, measure
 from benchmarks.report import RESULTS, machine, tables, write
@@ -50,8 +53,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--turns", type=int, help=f"of each peer: {TURNS}, or 3 with --quick")
     parser.add_argument("--seconds", type=float, default=0.03, help="what a turn takes")
     parser.add_argument("--limit", type=float, default=10.0, help="seconds of one peer's turns")
+    parser.add_argument("--cores", type=int, help="of those at hand, for all peers alike")
     parser.add_argument("--against", type=Path, help="another checkout of the package, as a peer")
-    parser.add_argument("--output", type=Path, default=CACHE / "latest.json")
+    parser.add_argument("--output", type=Path, help="default: .bench/latest.json, or a sweep's")
     parser.add_argument("--results", type=Path, default=RESULTS, help="what to report")
     choices = parser.add_argument_group("workloads", "each choice takes all others of the grid")
     for name, values in workloads.AXES.items():
@@ -85,23 +89,41 @@ def chosen(args: argparse.Namespace) -> list[workloads.Workload]:
     return [w for name in SETS if args.what in ("all", name) for w in sets[name]]
 
 
-def save(results: dict[str, Any], path: Path) -> None:
-    """Write the results so far, one a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = ",\n".join(json.dumps(result) for result in results["results"])
-    described = json.dumps(results["machine"], indent=1)
-    path.write_text(f'{{"machine": {described},\n"results": [\n{rows}\n]}}\n')
+def sweep_all(args: argparse.Namespace) -> None:
+    """Measure the sweep's cells, print the worst, and draw all beside the file of results."""
+    name = f"sweep-{args.device}{'-quick' if args.quick else ''}.json"
+    output = args.output or CACHE / name
+    axes = {name: getattr(args, name) for name in sweep.AXES if name != "shape"}
+    if args.features:
+        axes["shape"] = [s for s in sweep.AXES["shape"] if {*s} <= {*args.features}]
+    cells = sweep.grid(args.device, args.quick, **axes)
+    try:
+        results = sweep.run(cells, args.device, output, args.quick)
+    except KeyboardInterrupt:
+        sys.exit("stopped: the same command goes on from here")
+    picture = output.with_suffix(".png")
+    sweep_report.draw(results, picture)
+    print(sweep_report.text(results))
+    print(f"written to {output} and {picture}")
+    if any(map(sweep_report.wrong, results["results"])):
+        sys.exit(1)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    if args.cores:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
     if args.what == "report":
         write(json.loads(args.results.read_text()))
+        return
+    if args.what == "sweep":
+        sweep_all(args)
         return
     names = args.peers or default_peers(args.device)
     for name in names:
         if args.device not in PEERS[name].devices:
             sys.exit(f"[benchmarks] {name} does not run on {args.device}: leave it out of --peers")
+    output = args.output or CACHE / "latest.json"
     turns = args.turns or (3 if args.quick else TURNS)
     with ExitStack() as stack:
         processes = [stack.enter_context(Process(name, name, args.device)) for name in names]
@@ -114,9 +136,9 @@ def main(argv: list[str] | None = None) -> None:
         results: dict[str, Any] = {"machine": described, "results": []}
         for result in measure(chosen(args), processes, turns, args.seconds, args.limit):
             results["results"].append(result)
-            save(results, args.output)
+            sweep.save(results, output)
     print(tables(results), machine(results), sep="\n\n")
-    print(f"written to {args.output}")
+    print(f"written to {output}")
 
 
 if __name__ == "__main__":

@@ -437,7 +437,7 @@ def plot_layers(results: Result, path: Path) -> None:
 
     The dense layer is the one with OpenBLAS, where it was measured.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
     dense = "linear_openblas" if "linear_openblas" in results["machine"]["peers"] else "linear"
     for axis, step in zip(axes, ("forward", "training"), strict=True):
@@ -475,7 +475,7 @@ def plot_layers(results: Result, path: Path) -> None:
 
 def plot_growth(results: Result, path: Path) -> None:
     """Draw time and memory against the amount of work, beside lines of slope 1."""
-    plt = _pyplot()
+    plt = pyplot()
     lines = growth(results)
     figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained", sharex="col")
     for column, (name, unit, points) in enumerate(lines):
@@ -503,7 +503,7 @@ def plot_growth(results: Result, path: Path) -> None:
     plt.close(figure)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
