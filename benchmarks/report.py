@@ -526,9 +526,9 @@ def between(mark: str, text: str) -> str | None:
     return found.group(1) if found else None
 
 
-def write(results: Result, root: Path = ROOT) -> None:
-    """Put the tables into the pages that have their marks, and draw the plots."""
-    for (page, mark), table in MARKS.items():
+def fill(tables: dict[tuple[str, str], str], root: Path = ROOT) -> None:
+    """Put tables, by page and mark, between their marks."""
+    for (page, mark), table in tables.items():
         path = root / page
         text = path.read_text(encoding="utf-8")
         old = between(mark, text)
@@ -536,8 +536,13 @@ def write(results: Result, root: Path = ROOT) -> None:
             print(f"{page} has no mark <!-- {mark} -->: left as it is")
             continue
         path.write_text(
-            text.replace(f"<!-- {mark} -->\n{old}\n", f"<!-- {mark} -->\n{table(results)}\n"),
+            text.replace(f"<!-- {mark} -->\n{old}\n", f"<!-- {mark} -->\n{table}\n"),
             encoding="utf-8",
         )
+
+
+def write(results: Result, root: Path = ROOT) -> None:
+    """Put the tables into the pages that have their marks, and draw the plots."""
+    fill({key: table(results) for key, table in MARKS.items()}, root)
     plot_layers(results, root / "docs/cpu.png")
     plot_growth(results, root / "docs/scaling.png")
