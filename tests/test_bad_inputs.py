@@ -26,6 +26,7 @@ REPEATED = CSRPattern([0, 2], [0, 0], (32, 32), 32)
 LINEAR = nn.Linear(64, 64)
 MODULE = nn.Sequential(nn.Linear(64, 64))
 X = mx.ones((2, 64))
+QUANTIZED = PACKED, SCALES, BIASES = mx.quantize(mx.ones((2, 32, 32)), 32, 4)  # of PATTERN
 
 
 def layer():
@@ -260,6 +261,8 @@ PATTERN_DOORS = {
     "spmm": lambda p: sparse.spmm(mx.ones(2), p, X),
     "spmm_t": lambda p: sparse.spmm_t(mx.ones(2), p, X),
     "sddmm": lambda p: sparse.sddmm(p, X, X),
+    "qspmm": lambda p: sparse.qspmm(*QUANTIZED, p, X),
+    "qspmm_t": lambda p: sparse.qspmm_t(*QUANTIZED, p, X),
 }
 
 
@@ -331,7 +334,6 @@ def test_a_model_of_another_type(owner, call, model):
 
 
 LAYER_DOORS = {
-    "advise": sparse.advise,
     "regrow": lambda layer: sparse.regrow(layer, 0.5),
     "shard_block_sparse": lambda layer: sparse.shard_block_sparse(layer, "all-to-sharded"),
     "shard_boundaries": lambda layer: sparse.shard_boundaries([layer]),
@@ -345,6 +347,79 @@ LAYER_DOORS = {
 def test_a_layer_of_another_type(owner, call, given):
     message = f"layer must be a BlockSparseLinear, got {type(given).__name__}$"
     refused(owner, lambda: call(given), TypeError, message)
+
+
+@pytest.mark.parametrize("given", [LINEAR, LAYERS["AllToShardedBlockSparseLinear"], None])
+def test_advise_takes_whole_sparse_layers(given):
+    message = "layer must be a BlockSparseLinear or a QuantizedBlockSparseLinear, got "
+    refused("advise", lambda: sparse.advise(given), TypeError, message + type(given).__name__)
+
+
+QUANTIZED_DOORS = {
+    "qspmm": lambda x=X, **given: sparse.qspmm(*quantized(**given), PATTERN, x),
+    "qspmm_t": lambda x=X, **given: sparse.qspmm_t(*quantized(**given), PATTERN, x),
+}
+
+
+def quantized(packed=PACKED, scales=SCALES, biases=BIASES):
+    """Return the packing of PATTERN's blocks, with what is given in place of some."""
+    return packed, scales, biases
+
+
+BAD_QUANTIZED = [
+    ({"packed": PACKED.tolist()}, TypeError, "packed must be an mx.array, got list"),
+    ({"scales": 1.0}, TypeError, "scales must be an mx.array, got float"),
+    ({"biases": None}, TypeError, "biases must be an mx.array, got NoneType"),
+    ({"packed": PACKED.astype(mx.int32)}, TypeError, "packed must be uint32, got mlx.core.int32"),
+    (
+        {"packed": PACKED[:1]},
+        ValueError,
+        r"packed has shape \(1, 32, 4\), the pattern needs \(2, 32\) and a last axis of 32 \* bits",
+    ),
+    ({"packed": mx.zeros((2, 32, 7), mx.uint32)}, ValueError, r"packed has shape \(2, 32, 7\)"),
+    ({"packed": mx.zeros((2, 32, 0), mx.uint32)}, ValueError, r"packed has shape \(2, 32, 0\)"),
+    ({"packed": PACKED[0]}, ValueError, r"packed has shape \(32, 4\)"),
+    (
+        {"scales": SCALES[:, :31]},
+        ValueError,
+        r"scales has shape \(2, 31, 1\), the pattern needs \(2, 32\) and a last axis of 32 / group",
+    ),
+    ({"scales": mx.ones((2, 32, 2))}, ValueError, r"scales has shape \(2, 32, 2\)"),
+    ({"biases": SCALES[:1]}, ValueError, r"biases has shape \(1, 32, 1\), scales \(2, 32, 1\)"),
+    ({"x": [1.0] * 64}, TypeError, "[xy] must be an mx.array, got list"),
+    ({"x": X[:, :63]}, ValueError, r"[xy] has shape \(2, 63\), its last axis must be n_\w+ = 64"),
+    (
+        {"x": X.astype(mx.complex64)},
+        TypeError,
+        "scales .*float32, biases .*float32 and [xy] .*complex64 give .*complex64; quantized",
+    ),
+    (
+        {
+            "scales": SCALES.astype(mx.int32),
+            "biases": SCALES.astype(mx.int32),
+            "x": X.astype(mx.int8),
+        },
+        TypeError,
+        "scales .*int32, .* give .*int32; quantized blocks are for float32, float16 and bfloat16",
+    ),
+]
+
+
+@pytest.mark.parametrize(("owner", "call"), QUANTIZED_DOORS.items(), ids=QUANTIZED_DOORS)
+@pytest.mark.parametrize(("given", "error", "message"), BAD_QUANTIZED)
+def test_bad_quantized_blocks(owner, call, given, error, message):
+    refused(owner, lambda: call(**given), error, message)
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 48])
+def test_blocks_that_have_no_packing(block_size):
+    pattern = CSRPattern([0, 1], [0], (block_size, block_size), block_size)
+    packed, affine = mx.zeros((1, block_size, 4), mx.uint32), mx.ones((1, block_size, 1))
+    message = f"the pattern's block_size {block_size} is not a multiple of 32, the smallest group"
+    for owner in QUANTIZED_DOORS:
+        product = getattr(sparse, owner)
+        call = lambda p=product: p(packed, affine, affine, pattern, mx.ones((2, block_size)))
+        refused(owner, call, ValueError, message)
 
 
 ISING = ph.IsingOperator(2, 1.0)
@@ -503,6 +578,12 @@ REST = [
         TypeError,
         "n_qubits must be an integer, got True",
     ),
+    (
+        "qspmm",
+        lambda: sparse.qspmm(*QUANTIZED, PATTERN, X, mx.ones(63)),
+        ValueError,
+        r"bias has shape \(63,\), the pattern needs \(64,\)",
+    ),
     ("variance", lambda: ph.variance(ISING, LIST), TypeError, STATE),
 ]
 
@@ -540,6 +621,6 @@ def public_names():
 def test_every_public_name_has_a_row():
     tables = (DENSITY_DOORS, SEED_DOORS, SIZE_DOORS, PATTERN_DOORS, MODEL_DOORS, LAYER_DOORS)
     owners = {owner for table in tables for owner in table} | {row[0] for row in REST}
-    owners |= {"cubic_density", *(owner for owner, _ in WORD_DOORS)}
+    owners |= {"cubic_density", "advise", *(owner for owner, _ in WORD_DOORS)}
     assert len(public_names()) > 40
     assert public_names() - owners == set()

@@ -1,4 +1,4 @@
-"""The sparse core: patterns, sparse arrays, and the three products."""
+"""The sparse core: patterns, sparse arrays, and the products."""
 
 from mlx_sparse_nn.core.arrays import COOArray, CSRArray, csr_matmul
 from mlx_sparse_nn.core.construct import (
@@ -10,7 +10,7 @@ from mlx_sparse_nn.core.construct import (
     to_scipy,
 )
 from mlx_sparse_nn.core.device import use_cpu, use_device, use_gpu
-from mlx_sparse_nn.core.ops import sddmm, spmm, spmm_t
+from mlx_sparse_nn.core.ops import qspmm, qspmm_t, sddmm, spmm, spmm_t
 from mlx_sparse_nn.core.pattern import CSRPattern
 
 __all__ = [
@@ -23,6 +23,8 @@ __all__ = [
     "csr_matmul",
     "from_dense",
     "from_scipy",
+    "qspmm",
+    "qspmm_t",
     "sddmm",
     "spmm",
     "spmm_t",

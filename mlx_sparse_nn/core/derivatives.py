@@ -3,17 +3,20 @@
 Each product is bilinear, and each one's derivative is another of the three: vjp and jvp are a line
 each, and higher orders follow. Operands are data ``(n_blocks, ...)``, x ``(N, n_cols)`` and
 y ``(N, n_rows)`` of one dtype; or each has a leading axis V of matrices that share the pattern.
+
+Quantized products are linear in scales and biases together. Their packed integers are constants.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_sparse_nn.core import blocks
+from mlx_sparse_nn.core import blocks, quantized
 from mlx_sparse_nn.core.backends.choose import choose
 from mlx_sparse_nn.core.layout import Layout
 from mlx_sparse_nn.core.transforms import transforming
@@ -49,27 +52,10 @@ def spmm_bias(layout: Layout, data: mx.array, x: mx.array, bias: mx.array) -> mx
     def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
         data, x, _ = primals
         d_data, d_x = sddmm(layout, cotangent, _conj(x)), spmm_t(layout, _conj(data), cotangent)
-        return d_data, d_x, cotangent.sum(axis=tuple(range(cotangent.ndim - 1)))
+        return d_data, d_x, _sum_rows(cotangent)
 
-    def jvp(primals: Arrays, tangents: Arrays) -> mx.array:
-        (data, x, _), (d_data, d_x, d_bias) = primals, tangents
-        shape = (*x.shape[:-1], layout.shape[0])
-        out = mx.zeros(shape, x.dtype) if d_bias is None else mx.broadcast_to(d_bias, shape)
-        if d_data is None and d_x is None:
-            return out
-        return out + _bilinear_jvp(spmm, layout, (data, x), (d_data, d_x))
-
-    def vmap(operands: Arrays, axes: Axes) -> Arrays:
-        (data, x, bias), (data_axis, x_axis, bias_axis) = operands, axes
-        if data_axis is None and x_axis is None:
-            y, axis = spmm(layout, data, x)[None], 0
-        else:
-            y, axis = _map_matrix(spmm, layout, (data, x), (data_axis, x_axis))
-        if bias_axis is None:
-            return y + bias, axis
-        bias = mx.moveaxis(bias, bias_axis, 0)  # (M, n_rows)
-        return y + mx.expand_dims(bias, tuple(range(1, y.ndim - 1 - axis))), axis
-
+    jvp = partial(_bias_jvp, spmm, _bilinear_jvp, layout)
+    vmap = partial(_map_with_bias, spmm, layout)
     return _with_rules(_spmm, layout, vjp, jvp, vmap)(data, x, bias)
 
 
@@ -107,6 +93,63 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
         return _map_matrices(sddmm, layout, operands, axes), 0
 
     return _with_rules(_sddmm, layout, vjp, jvp, vmap)(y, x)
+
+
+def qspmm(
+    layout: Layout, packed: mx.array, scales: mx.array, biases: mx.array, x: mx.array
+) -> mx.array:
+    """Return :func:`spmm` by the blocks that packed, scales and biases stand for."""
+    if not transforming():
+        return _qspmm(layout, packed, scales, biases, x)
+
+    def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
+        packed, scales, biases, x = primals
+        d_x = qspmm_t(layout, packed, scales, biases, cotangent)
+        return *_matrix_vjp(layout, packed, scales, cotangent, x), d_x
+
+    jvp, vmap = partial(_quantized_jvp, qspmm, layout), partial(_map_matrix, qspmm, layout)
+    function = _with_rules(_qspmm, layout, vjp, jvp, vmap)
+    return function(_constant(packed), scales, biases, x)
+
+
+def qspmm_bias(
+    layout: Layout,
+    packed: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    x: mx.array,
+    bias: mx.array,
+) -> mx.array:
+    """Return ``qspmm(...) + bias``, rounded once; bias ``(n_rows,)``."""
+    if not transforming():
+        return _qspmm(layout, packed, scales, biases, x, bias)
+
+    def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
+        packed, scales, biases, x, _ = primals
+        d_x = qspmm_t(layout, packed, scales, biases, cotangent)
+        return *_matrix_vjp(layout, packed, scales, cotangent, x), d_x, _sum_rows(cotangent)
+
+    jvp = partial(_bias_jvp, qspmm, _quantized_jvp, layout)
+    vmap = partial(_map_with_bias, qspmm, layout)
+    function = _with_rules(_qspmm, layout, vjp, jvp, vmap)
+    return function(_constant(packed), scales, biases, x, bias)
+
+
+def qspmm_t(
+    layout: Layout, packed: mx.array, scales: mx.array, biases: mx.array, y: mx.array
+) -> mx.array:
+    """Return :func:`spmm_t` by the blocks that packed, scales and biases stand for."""
+    if not transforming():
+        return _qspmm_t(layout, packed, scales, biases, y)
+
+    def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
+        packed, scales, biases, y = primals
+        d_y = qspmm(layout, packed, scales, biases, cotangent)
+        return *_matrix_vjp(layout, packed, scales, y, cotangent), d_y
+
+    jvp, vmap = partial(_quantized_jvp, qspmm_t, layout), partial(_map_matrix, qspmm_t, layout)
+    function = _with_rules(_qspmm_t, layout, vjp, jvp, vmap)
+    return function(_constant(packed), scales, biases, y)
 
 
 def todense(layout: Layout, data: mx.array) -> mx.array:
@@ -149,6 +192,23 @@ def _sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     return _backend("sddmm", layout, x).sddmm(layout, y, x)
 
 
+def _qspmm(
+    layout: Layout,
+    packed: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    x: mx.array,
+    bias: mx.array | None = None,
+) -> mx.array:
+    return _backend("qspmm", layout, x).qspmm(packed, scales, biases, layout, x, bias)
+
+
+def _qspmm_t(
+    layout: Layout, packed: mx.array, scales: mx.array, biases: mx.array, y: mx.array
+) -> mx.array:
+    return _backend("qspmm_t", layout, y).qspmm_t(packed, scales, biases, layout, y)
+
+
 def _backend(op: str, layout: Layout, x: mx.array) -> ModuleType:
     *matrices, n_x, _ = x.shape
     return choose(op, layout, n_x, x.dtype, *matrices)
@@ -174,6 +234,21 @@ def _with_rules(
     return function
 
 
+def _constant(packed: mx.array) -> mx.array:
+    """Return ``packed``, with an error in place of a derivative."""
+
+    def refuse(*_: Arrays) -> Arrays:
+        raise ValueError(
+            "[qspmm] packed has no derivative: it holds integers; scales, biases, x and bias do"
+        )
+
+    function: Any = mx.custom_function(mx.stop_gradient)
+    function.vjp(refuse)
+    function.jvp(refuse)
+    function.vmap(lambda packed, axis: (packed, axis))
+    return function(packed)
+
+
 def _bilinear_jvp(product: Callable, layout: Layout, primals: Arrays, tangents: Arrays) -> mx.array:
     """Return the derivative of a product along tangents, None where an operand is constant."""
     (a, b), (d_a, d_b) = primals, tangents
@@ -184,15 +259,54 @@ def _bilinear_jvp(product: Callable, layout: Layout, primals: Arrays, tangents: 
     return product(layout, d_a, b) + product(layout, a, d_b)
 
 
+def _quantized_jvp(
+    product: Callable, layout: Layout, primals: Arrays, tangents: Arrays
+) -> mx.array:
+    """Return the same of a quantized product."""
+    (packed, scales, biases, x), (_, d_scales, d_biases, d_x) = primals, tangents
+    parts = []
+    if d_scales is not None or d_biases is not None:
+        d_scales = mx.zeros_like(scales) if d_scales is None else d_scales
+        d_biases = mx.zeros_like(biases) if d_biases is None else d_biases
+        parts.append(product(layout, packed, d_scales, d_biases, x))
+    if d_x is not None:
+        parts.append(product(layout, packed, scales, biases, d_x))
+    return sum(parts[1:], parts[0])
+
+
+def _bias_jvp(
+    product: Callable, jvp: Callable, layout: Layout, primals: Arrays, tangents: Arrays
+) -> mx.array:
+    """Return the derivative of a product plus a bias; ``jvp`` is the product's own."""
+    (*operands, _), (*d_operands, d_bias) = primals, tangents
+    shape, dtype = (*operands[-1].shape[:-1], layout.shape[0]), operands[-1].dtype
+    out = mx.zeros(shape, dtype) if d_bias is None else mx.broadcast_to(d_bias, shape)
+    if all(tangent is None for tangent in d_operands):
+        return out
+    return out + jvp(product, layout, operands, d_operands)
+
+
+def _sum_rows(cotangent: mx.array) -> mx.array:
+    """Return the gradient to a bias."""
+    return cotangent.sum(axis=tuple(range(cotangent.ndim - 1)))
+
+
+def _matrix_vjp(
+    layout: Layout, packed: mx.array, scales: mx.array, y: mx.array, x: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Return the gradients to packed, which nobody gets, and to scales and biases."""
+    return mx.zeros_like(packed), *quantized.gradients(packed, scales, sddmm(layout, y, x))
+
+
 def _map_matrix(product: Callable, layout: Layout, operands: Arrays, axes: Axes) -> Arrays:
-    """Map a product ``(data, x)`` over an axis of either or both: one call, whatever is mapped."""
-    (data, x), (data_axis, x_axis) = operands, axes
-    if data_axis is not None:
+    """Map a product of ``(*matrix, x)`` over an axis of any of them: one call in every case."""
+    (*matrix, x), (*matrix_axes, x_axis) = operands, axes
+    if any(axis is not None for axis in matrix_axes):
         return _map_matrices(product, layout, operands, axes), 0
     # One matrix for all: the mapped axis is more rows of x.
     at = x.ndim - 3
     x = mx.moveaxis(x, x_axis, at)  # (M, N, n) or (V, M, N, n)
-    out = product(layout, data, mx.flatten(x, at, at + 1))
+    out = product(layout, *matrix, mx.flatten(x, at, at + 1))
     return mx.unflatten(out, at, x.shape[at:-1]), at
 
 
@@ -203,10 +317,23 @@ def _map_matrices(product: Callable, layout: Layout, operands: Arrays, axes: Axe
         mx.broadcast_to(a, (sizes[0], *a.shape)) if axis is None else mx.moveaxis(a, axis, 0)
         for a, axis in zip(operands, axes, strict=True)
     ]
-    if stacked[1].ndim == 3:  # x, with no axis of matrices so far
+    if stacked[-1].ndim == 3:  # x, with no axis of matrices so far
         return product(layout, *stacked)
     out = product(layout, *(mx.flatten(a, 0, 1) for a in stacked))
     return mx.unflatten(out, 0, (sizes[0], -1))
+
+
+def _map_with_bias(product: Callable, layout: Layout, operands: Arrays, axes: Axes) -> Arrays:
+    """Map a product plus a bias, whatever is mapped."""
+    (*operands, bias), (*axes, bias_axis) = operands, axes
+    if all(axis is None for axis in axes):
+        y, axis = product(layout, *operands)[None], 0
+    else:
+        y, axis = _map_matrix(product, layout, operands, axes)
+    if bias_axis is None:
+        return y + bias, axis
+    bias = mx.moveaxis(bias, bias_axis, 0)  # (M, n_rows)
+    return y + mx.expand_dims(bias, tuple(range(1, y.ndim - 1 - axis))), axis
 
 
 def _conj(a: mx.array) -> mx.array:

@@ -1,4 +1,4 @@
-"""The three sparse products: operands are checked here, once.
+"""The sparse products: operands are checked here, once.
 
 Features are the last axis, as in ``mlx.nn.Linear``. ``derivatives`` has their rules.
 """
@@ -13,6 +13,7 @@ from mlx_sparse_nn.core import derivatives, tuned
 from mlx_sparse_nn.core.checks import check_array, check_features
 from mlx_sparse_nn.core.layout import Layout
 from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
+from mlx_sparse_nn.core.quantized import check_quantized
 
 
 def spmm(
@@ -117,6 +118,101 @@ def sddmm(pattern: CSRPattern, y: mx.array, x: mx.array) -> mx.array:
     return derivatives.sddmm(layout, _merge(y), _merge(x))
 
 
+def qspmm(
+    packed: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    pattern: CSRPattern,
+    x: mx.array,
+    bias: mx.array | None = None,
+) -> mx.array:
+    """Multiply by a sparse matrix of quantized blocks: :func:`spmm` of what they stand for.
+
+    The packing is that of ``mx.quantize(data, group_size, bits)`` in its affine mode, for data
+    ``(n_blocks, B, B)``: 2, 3, 4, 5, 6 or 8 bits, and groups of 32, 64 or 128 along the rows of a
+    block. Both follow from the shapes.
+
+    Args:
+        packed: ``(n_blocks, B, B * bits / 32)`` uint32. It has no gradient.
+        scales, biases: ``(n_blocks, B, B / group_size)``; they have gradients.
+        pattern: Where the blocks lie.
+        x: ``(..., n_cols)``.
+        bias: ``(n_rows,)``, or None.
+
+    Returns:
+        ``(..., n_rows)`` of the dtype that scales, biases and x are promoted to, as by
+        ``mx.quantized_matmul``: float32, float16 or bfloat16. 16-bit types accumulate in float32.
+
+    Raises:
+        TypeError: An operand is not an array, ``packed`` is not uint32, or the promoted dtype has
+            no quantized product.
+        ValueError: A shape does not fit the pattern, or its blocks have no such packing.
+
+    Example:
+        >>> quantized = mx.quantize(data, group_size=32, bits=4)
+        >>> y = qspmm(*quantized, pattern, x)
+    """
+    check_pattern("qspmm", pattern)
+    return multiply_quantized(packed, scales, biases, pattern.layout, x, bias)
+
+
+def multiply_quantized(
+    packed: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    layout: Layout,
+    x: mx.array,
+    bias: mx.array | None = None,
+    owner: str = "qspmm",
+    width: str = "n_cols",
+) -> mx.array:
+    """Return :func:`qspmm` by a layout. Layers call this: their layout may hold tracers.
+
+    Args:
+        packed, scales, biases, x, bias: As in :func:`qspmm`.
+        layout, owner, width: As in :func:`multiply`.
+    """
+    n_rows, n_cols = layout.shape
+    check_quantized(owner, packed, scales, biases, layout.data_shape)
+    check_features(owner, "x", x, width, n_cols)
+    if bias is not None:
+        _check_shape(owner, "bias", bias, (n_rows,))
+    scales, biases, x = _promote_quantized(owner, "x", scales, biases, x)
+    rows = _merge(x)
+    if bias is None:
+        y = derivatives.qspmm(layout, packed, scales, biases, rows)
+    elif bias.dtype == x.dtype:
+        y = derivatives.qspmm_bias(layout, packed, scales, biases, rows, bias)
+    else:
+        y = derivatives.qspmm(layout, packed, scales, biases, rows) + bias
+    return y if rows is x else y.reshape(*x.shape[:-1], n_rows)
+
+
+def qspmm_t(
+    packed: mx.array, scales: mx.array, biases: mx.array, pattern: CSRPattern, y: mx.array
+) -> mx.array:
+    """Multiply by the transpose of a matrix of quantized blocks: :func:`spmm_t` of them.
+
+    Args:
+        packed, scales, biases: As in :func:`qspmm`.
+        pattern: Where the blocks lie in A.
+        y: ``(..., n_rows)``.
+
+    Returns:
+        ``(..., n_cols)`` of the dtype that scales, biases and y are promoted to.
+
+    Raises:
+        TypeError, ValueError: As :func:`qspmm`.
+    """
+    check_pattern("qspmm_t", pattern)
+    layout = pattern.layout
+    check_quantized("qspmm_t", packed, scales, biases, layout.data_shape)
+    check_features("qspmm_t", "y", y, "n_rows", layout.shape[0])
+    scales, biases, y = _promote_quantized("qspmm_t", "y", scales, biases, y)
+    x = derivatives.qspmm_t(layout, packed, scales, biases, _merge(y))
+    return x.reshape(*y.shape[:-1], layout.shape[1])
+
+
 def todense(data: mx.array, layout: Layout) -> mx.array:
     """Return the dense ``(n_rows, n_cols)`` matrix; repeated entries add up.
 
@@ -157,3 +253,18 @@ def _promote(
     if dtype == mx.complex64 and layout.block_size > 1:
         raise TypeError(f"[{op}] complex64 is for block_size 1, got block_size {layout.block_size}")
     return a.astype(dtype), b.astype(dtype)
+
+
+def _promote_quantized(
+    op: str, name: str, scales: mx.array, biases: mx.array, x: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Cast all three to the dtype that MLX promotes them to, if it has a quantized product."""
+    dtype = x.dtype
+    if not (dtype == scales.dtype == biases.dtype):
+        dtype = mx.result_type(scales, biases, x)
+    if dtype not in tuned.KERNEL_DTYPES:
+        raise TypeError(
+            f"[{op}] scales {scales.dtype}, biases {biases.dtype} and {name} {x.dtype} give "
+            f"{dtype}; quantized blocks are for float32, float16 and bfloat16"
+        )
+    return scales.astype(dtype), biases.astype(dtype), x.astype(dtype)

@@ -21,10 +21,13 @@ from mlx_sparse_nn.diagnostics.products import (
     dense_products,
     matmul_uses_tf32,
     products_of,
+    values_of,
 )
-from mlx_sparse_nn.layers.linear import BlockSparseLinear, check_layer
+from mlx_sparse_nn.layers.linear import BlockSparseLinear, QuantizedBlockSparseLinear
+from mlx_sparse_nn.layers.lora import SparseLinear
 
-SPARSE, MASKED, DENSE = METHODS = ("sparse", "mx.block_masked_mm", "dense")
+METHODS = ("sparse", "mx.block_masked_mm", "nn.QuantizedLinear", "dense")
+SPARSE, MASKED, QUANTIZED, DENSE = METHODS
 TASKS = ("forward", "training step")
 
 _ROUNDS = 9
@@ -39,9 +42,9 @@ class MethodTiming:
 
     Attributes:
         task: ``"forward"``, or ``"training step"``: that, and the gradients to input, weight and
-            bias.
+            bias; of a quantized layer, to input and bias.
         rows: Rows of x.
-        method: ``"sparse"``, ``"mx.block_masked_mm"`` or ``"dense"``.
+        method: ``"sparse"``, ``"mx.block_masked_mm"``, ``"nn.QuantizedLinear"`` or ``"dense"``.
         seconds: Of one call, the median of the samples.
         fastest, slowest: Of the samples.
         samples: How many there are.
@@ -138,7 +141,7 @@ class AdviceReport(Report):
 
 
 def advise(
-    layer: BlockSparseLinear,
+    layer: BlockSparseLinear | QuantizedBlockSparseLinear,
     batch_sizes: Sequence[int] = (1, 16, 256),
     *,
     seconds: float = 10.0,
@@ -147,9 +150,11 @@ def advise(
     """Time a layer beside its dense twins on MLX's default device, and say which is fastest where.
 
     The layer is compared with ``nn.Linear`` of the same weight, and with ``mx.block_masked_mm``
-    where that takes its block size and dtype. Output and gradients of each are compared with dense
-    float64 products before it is timed. The methods take turns; each has a call to warm up and up
-    to 9 samples, each of some milliseconds. Results are evaluated in every sample.
+    where that takes its block size and dtype; a quantized layer with ``nn.QuantizedLinear`` of the
+    same packed blocks, and with ``nn.Linear`` of what they stand for. Output and gradients of each
+    are compared with dense float64 products before it is timed. The methods take turns; each has a
+    call to warm up and up to 9 samples, each of some milliseconds. Results are evaluated in every
+    sample.
 
     Args:
         layer: The layer. It is not changed.
@@ -159,7 +164,7 @@ def advise(
         seed: Seed of the inputs.
 
     Raises:
-        TypeError: ``layer`` is not a BlockSparseLinear, or a batch size is not an integer.
+        TypeError: ``layer`` is not a block-sparse layer, or a batch size is not an integer.
         ValueError: A batch size is less than 1 or there is none, ``seconds`` is not positive, or
             ``seed`` is negative.
         ArithmeticError: The result of the layer, or of ``nn.Linear``, is wrong.
@@ -167,7 +172,11 @@ def advise(
     Example:
         >>> advise(BlockSparseLinear(1024, 1024, density=0.1), (1, 64))
     """
-    check_layer("advise", layer)
+    if not isinstance(layer, BlockSparseLinear | QuantizedBlockSparseLinear):
+        raise TypeError(
+            "[advise] layer must be a BlockSparseLinear or a QuantizedBlockSparseLinear, "
+            f"got {type(layer).__name__}"
+        )
     if isinstance(batch_sizes, str) or not isinstance(batch_sizes, Sequence):
         raise TypeError(f"[advise] batch_sizes must be integers, got {batch_sizes!r}")
     sizes = [check_size("advise", "batch_sizes", n, minimum=1) for n in batch_sizes]
@@ -180,7 +189,12 @@ def advise(
     end = time.perf_counter() + seconds
     contestants: dict[str, nn.Module] = {SPARSE: layer}
     left_out = {}
-    if reason := _why_not_masked(layer):
+    if isinstance(layer, QuantizedBlockSparseLinear):
+        if np.unique(layer.pattern.places).size < layer.pattern.n_blocks:
+            left_out[QUANTIZED] = "the pattern stores a block more than once"
+        else:
+            contestants[QUANTIZED] = _dense_quantized(layer)
+    elif reason := _why_not_masked(layer):
         left_out[MASKED] = reason
     else:
         contestants[MASKED] = _MaskedLinear(layer)
@@ -198,7 +212,7 @@ def advise(
     return AdviceReport(
         layer=repr(layer),
         device=str(mx.default_device()),
-        backends={t.rows: backends_of(layer, t.rows, layer.weight.dtype) for t in timings},
+        backends={t.rows: backends_of(layer, t.rows, values_of(layer).dtype) for t in timings},
         timings=tuple(sorted(timings, key=lambda t: TASKS.index(t.task))),
         left_out=left_out,
     )
@@ -220,6 +234,26 @@ class _MaskedLinear(nn.Module):
         return y + self.bias if "bias" in self else y
 
 
+def _dense_quantized(layer: QuantizedBlockSparseLinear) -> nn.QuantizedLinear:
+    """Return ``nn.QuantizedLinear`` of the same packed blocks, with zeros where none is stored."""
+    pattern = layer.pattern
+    places = mx.array(pattern.row_indices), mx.array(pattern.indices)
+
+    def dense(blocks: mx.array) -> mx.array:
+        grid = mx.zeros((*pattern.grid, *blocks.shape[1:]), blocks.dtype)
+        grid[places] = blocks
+        return grid.swapaxes(1, 2).reshape(layer.output_dims, -1)
+
+    linear = nn.QuantizedLinear.__new__(nn.QuantizedLinear)  # its own would draw random numbers
+    nn.Module.__init__(linear)
+    linear.group_size, linear.bits, linear.mode = layer.group_size, layer.bits, "affine"
+    for name in ("weight", "scales", "biases"):
+        linear[name] = dense(layer[name])
+    if "bias" in layer:
+        linear.bias = layer.bias
+    return linear
+
+
 def _why_not_masked(layer: BlockSparseLinear) -> str | None:
     """Return why ``mx.block_masked_mm`` cannot do what the layer does, if it cannot."""
     if layer.block_size not in (32, 64):
@@ -230,7 +264,7 @@ def _why_not_masked(layer: BlockSparseLinear) -> str | None:
 
 
 def _calls(
-    layer: BlockSparseLinear,
+    layer: SparseLinear,
     contestants: dict[str, nn.Module],
     n: int,
     seed: int,
@@ -238,21 +272,24 @@ def _calls(
 ) -> dict[str, dict[str, Callable[[], list[mx.array]]]]:
     """Return what to time, by task and method, once every result has been found right."""
     x = mx.random.normal((n, layer.input_dims), key=mx.random.key(seed))
-    x = x.astype(layer.weight.dtype)
+    x = x.astype(values_of(layer).dtype)
     cotangent = cotangent_of(layer(x), seed)
     expected, tf32 = dense_products(layer, x, cotangent), matmul_uses_tf32()
     by_sparse = backends_of(layer, n, x.dtype)
+    has_weight_gradient = "weight gradient" in by_sparse
 
     def forward(module: nn.Module) -> Callable[[], list[mx.array]]:
         return lambda: [module(x)]
 
     def step(module: nn.Module) -> Callable[[], list[mx.array]]:
-        products = products_of(module)
+        products = products_of(module, has_weight_gradient)
         return lambda: products(x, cotangent)
 
     for method, module in list(contestants.items()):
         results = step(module)()
-        if module is not layer:  # its weight is dense: compare the stored places
+        if (
+            has_weight_gradient and module is not layer
+        ):  # its weight is dense: compare the stored places
             results[2] = sample(layer.pattern.layout, results[2][None])[0]
         backends = by_sparse if module is layer else dict.fromkeys(by_sparse, MLX)
         checks = [
@@ -260,11 +297,11 @@ def _calls(
             for (product, backend), actual in zip(backends.items(), results, strict=True)
         ]
         wrong = [str(check) for check in checks if not check.passed]
-        if wrong and method != MASKED:
+        if wrong and method in (SPARSE, DENSE):
             raise ArithmeticError(f"[advise] wrong result: {wrong[0]}")
         if wrong:
-            left_out[MASKED] = f"its result is wrong: {wrong[0]}"
-            del contestants[MASKED]
+            left_out[method] = f"its result is wrong: {wrong[0]}"
+            del contestants[method]
     return {
         task: {method: call(module) for method, module in contestants.items()}
         for task, call in zip(TASKS, (forward, step), strict=True)

@@ -12,15 +12,18 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_sparse_nn.core.backends.choose import choose
+from mlx_sparse_nn.core.quantized import unpack
 from mlx_sparse_nn.diagnostics.rounding import EPS, to_numpy, tolerance
-from mlx_sparse_nn.layers.linear import BlockSparseLinear
+from mlx_sparse_nn.layers.linear import QuantizedBlockSparseLinear
+from mlx_sparse_nn.layers.lora import SparseLinear
 
 # The absolute error of a result that is too small for its dtype, or that a device flushes to zero.
 _UNDERFLOW = {mx.float16: 2.0**-24, mx.float64: 0.0}
 _TF32_EPS = 2.0**-10
 
 _OPS = {"forward": "spmm", "input gradient": "spmm_t", "weight gradient": "sddmm"}
-PRODUCTS = (*_OPS, "bias gradient")
+_QUANTIZED_OPS = {"forward": "qspmm", "input gradient": "qspmm_t"}
+PRODUCTS = (*_OPS, "bias gradient")  # quantized layers have no weight gradient
 MLX = "mlx"  # what computes a product that no backend is asked for: MLX's own operations
 
 
@@ -132,15 +135,16 @@ class DenseProducts:
 
 
 @np.errstate(invalid="ignore", over="ignore")
-def dense_products(layer: BlockSparseLinear, x: mx.array, cotangent: mx.array) -> DenseProducts:
+def dense_products(layer: SparseLinear, x: mx.array, cotangent: mx.array) -> DenseProducts:
     """Compute output and gradients of ``layer`` from its dense weight, on the host in float64.
 
     Args:
-        layer: Its ``indptr``, ``indices``, ``weight`` and ``bias`` are read, nothing else.
+        layer: Its ``indptr``, ``indices``, ``weight`` and ``bias`` are read, and ``scales`` and
+            ``biases`` if it is quantized; nothing else.
         x: ``(..., input_dims)``.
         cotangent: ``(..., output_dims)``.
     """
-    block_size, weight = layer.block_size, to_numpy(layer.weight)
+    block_size, (weight, weight_size) = layer.block_size, _weight(layer)
     n_out, n_in = layer.output_dims, layer.input_dims
     counts = np.diff(np.array(layer.indptr))
     rows, cols = np.repeat(np.arange(counts.size), counts), np.array(layer.indices)
@@ -155,11 +159,11 @@ def dense_products(layer: BlockSparseLinear, x: mx.array, cotangent: mx.array) -
         blocks = matrix.reshape(grid[0], block_size, grid[1], block_size).swapaxes(1, 2)
         return blocks[rows, cols].reshape(weight.shape)
 
-    a, a_size = dense(weight), dense(np.abs(weight))
+    a, a_size = dense(weight), dense(weight_size)
     n = math.prod(x.shape[:-1])
     x_rows, g_rows = to_numpy(x).reshape(n, n_in), to_numpy(cotangent).reshape(n, n_out)
     x_size, g_size = np.abs(x_rows), np.abs(g_rows)
-    computed = mx.result_type(layer.weight, x)
+    computed = mx.result_type(values_of(layer), x)
     expected, bounds, tf32_errors = {}, {}, {}
 
     def add(name: str, like: mx.array, value, magnitude, length) -> None:
@@ -176,14 +180,32 @@ def dense_products(layer: BlockSparseLinear, x: mx.array, cotangent: mx.array) -
     add("forward", cotangent, x_rows @ a.T + bias, x_size @ a_size.T + np.abs(bias), length)
     length = np.repeat(np.bincount(cols, minlength=grid[1]), block_size) * block_size
     add("input gradient", x, g_rows @ a, g_size @ a_size, length)
-    value, magnitude = sample(g_rows.T @ x_rows), sample(g_size.T @ x_size)
-    add("weight gradient", layer.weight, value, magnitude, n)
+    if not isinstance(layer, QuantizedBlockSparseLinear):
+        value, magnitude = sample(g_rows.T @ x_rows), sample(g_size.T @ x_size)
+        add("weight gradient", layer.weight, value, magnitude, n)
     if "bias" in layer:
         add("bias gradient", layer.bias, g_rows.sum(0), g_size.sum(0), n)
     return DenseProducts(expected, bounds, tf32_errors)
 
 
-def backends_of(layer: BlockSparseLinear, n_x: int, dtype: mx.Dtype) -> dict[str, str]:
+def values_of(layer: SparseLinear) -> mx.array:
+    """Return the array whose dtype is that of a layer's values."""
+    return layer["scales"] if isinstance(layer, QuantizedBlockSparseLinear) else layer.weight
+
+
+def _weight(layer: SparseLinear) -> tuple[np.ndarray, np.ndarray]:
+    """Return the stored values, and the sizes of what they are sums of."""
+    weight = layer.weight
+    if not isinstance(layer, QuantizedBlockSparseLinear):
+        values = to_numpy(weight)
+        return values, np.abs(values)
+    repeat = lambda a: np.repeat(to_numpy(a), layer.group_size, axis=-1)  # noqa: E731
+    scales, biases = repeat(layer.scales), repeat(layer.biases)
+    scaled = scales * (unpack(weight) if weight.size else 0)
+    return scaled + biases, np.abs(scaled) + np.abs(biases)
+
+
+def backends_of(layer: SparseLinear, n_x: int, dtype: mx.Dtype) -> dict[str, str]:
     """Return what computes each product of a layer on the default device, by the product's name.
 
     Args:
@@ -195,8 +217,9 @@ def backends_of(layer: BlockSparseLinear, n_x: int, dtype: mx.Dtype) -> dict[str
         ``"metal"``, ``"cuda"`` or ``"plain"``; ``"mlx"`` for the bias gradient, if there is a bias:
         MLX's own sum.
     """
-    computed, layout = mx.result_type(layer.weight, dtype), layer.pattern.layout
-    names = {product: choose(op, layout, n_x, computed).NAME for product, op in _OPS.items()}
+    computed, layout = mx.result_type(values_of(layer), dtype), layer.pattern.layout
+    ops = _QUANTIZED_OPS if isinstance(layer, QuantizedBlockSparseLinear) else _OPS
+    names = {product: choose(op, layout, n_x, computed).NAME for product, op in ops.items()}
     return names | ({"bias gradient": MLX} if "bias" in layer else {})
 
 
@@ -206,21 +229,24 @@ def cotangent_of(y: mx.array, seed: int) -> mx.array:
     return mx.array(eighths.astype(np.float32)).astype(y.dtype)
 
 
-def products_of(layer: nn.Module) -> Callable[[mx.array, mx.array], list[mx.array]]:
+def products_of(
+    layer: nn.Module, has_weight_gradient: bool
+) -> Callable[[mx.array, mx.array], list[mx.array]]:
     """Return the function of x and a cotangent that gives what ``PRODUCTS`` names, of one layer.
 
-    Frozen parameters have gradients too; without a bias, the last product is missing.
+    Frozen parameters have gradients too. Without a bias, the last product is missing; without a
+    gradient to the weight, which quantized layers do not have, the third.
     """
     twin = copy.copy(layer)  # takes other arrays as its weights; the layer keeps its own
+    names = ["weight"] * has_weight_gradient + ["bias"] * ("bias" in layer)
 
-    def apply(x, weight, bias=None):
-        twin.weight = weight
-        if bias is not None:
-            twin.bias = bias
+    def apply(x, *parameters):
+        for name, value in zip(names, parameters, strict=True):
+            twin[name] = value
         return twin(x)
 
     def products(x, cotangent):
-        operands = [x, layer.weight, *([layer.bias] if "bias" in layer else [])]
+        operands = [x, *(layer[name] for name in names)]
         outputs, gradients = mx.vjp(apply, operands, [cotangent])
         return [*outputs, *gradients]
 

@@ -22,9 +22,10 @@ from mlx_sparse_nn.diagnostics.products import (
     dtype_name,
     matmul_uses_tf32,
     products_of,
+    values_of,
 )
-from mlx_sparse_nn.layers.layer_calls import observed, sparse_layers
-from mlx_sparse_nn.layers.linear import BlockSparseLinear
+from mlx_sparse_nn.layers.layer_calls import all_sparse_layers, observed
+from mlx_sparse_nn.layers.lora import SparseLinear
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,14 +94,15 @@ class MismatchError(ArithmeticError):
 
 
 def verify(model: nn.Module, *inputs: Any, seed: int = 0) -> VerifyReport:
-    """Compare every :class:`BlockSparseLinear` with the dense product, on MLX's default device.
+    """Compare every block-sparse layer with its dense product, on MLX's default device.
 
     The model runs once, in evaluation mode, to find the input of each layer. Each layer then
     computes its output and, for random cotangents, its gradients to input, weight and bias, and
-    these are compared with dense float64 products on the host. The error may be what rounding
-    explains for the dtype and the length of the sums (``diagnostics.rounding.tolerance``), and for
-    TF32 where plain MLX computes in float32 and its matmul rounds so; anything not finite is wrong.
-    The model is left as it was. Right products say nothing of the model's quality.
+    these are compared with dense float64 products on the host. A quantized layer has no gradient to
+    its weight, which the host unpacks by itself. The error may be what rounding explains for the
+    dtype and the length of the sums (``diagnostics.rounding.tolerance``), and for TF32 where plain
+    MLX computes in float32 and its matmul rounds so; anything not finite is wrong. The model is
+    left as it was. Right products say nothing of the model's quality.
 
     The dense weights take ``16 * input_dims * output_dims`` bytes, one layer at a time.
 
@@ -116,7 +118,7 @@ def verify(model: nn.Module, *inputs: Any, seed: int = 0) -> VerifyReport:
     Raises:
         TypeError: ``model`` is not a module, or a layer computes in another dtype than float16,
             bfloat16, float32 or float64.
-        ValueError: The model has no BlockSparseLinear, calls none with these inputs or only within
+        ValueError: The model has no block-sparse layer, calls none with these inputs or only within
             compiled functions, a layer's input is empty, or a product has a wrong shape.
         MismatchError: A product is wrong. The message names the device, the layer, the product,
             its worst element and what computed it.
@@ -129,7 +131,7 @@ def verify(model: nn.Module, *inputs: Any, seed: int = 0) -> VerifyReport:
     seed = check_seed("verify", seed)
     layers = {
         path or type(layer).__name__: layer
-        for path, layer in sparse_layers("verify", model).items()
+        for path, layer in all_sparse_layers("verify", model).items()
     }
     recorded = _record(model, layers, inputs)
     if not recorded:
@@ -151,25 +153,25 @@ def verify(model: nn.Module, *inputs: Any, seed: int = 0) -> VerifyReport:
 
 
 def _check_layer(
-    path: str, layer: BlockSparseLinear, x: mx.array, seed: int, tf32: bool
+    path: str, layer: SparseLinear, x: mx.array, seed: int, tf32: bool
 ) -> Iterator[ProductCheck]:
-    for name, a in (("input", x), ("weight", layer.weight)):
+    for name, a in (("input", x), ("weight", values_of(layer))):
         if not mx.issubdtype(a.dtype, mx.floating):
             raise TypeError(f"[verify] {path}: its {name} must be real floating, got {a.dtype}")
     if not x.size:
         raise ValueError(f"[verify] {path}: its input {x.shape} has no elements")
     y = layer(x)
     cotangent = cotangent_of(y, seed)
-    gradients = products_of(layer)(x, cotangent)[1:]
+    backends = backends_of(layer, math.prod(x.shape[:-1]), x.dtype)
+    gradients = products_of(layer, "weight gradient" in backends)(x, cotangent)[1:]
     mx.eval(y, gradients)
     dense = dense_products(layer, x, cotangent)
-    backends = backends_of(layer, math.prod(x.shape[:-1]), x.dtype)
     for (product, backend), actual in zip(backends.items(), [y, *gradients], strict=True):
         yield dense.check(path, product, backend, actual, tf32 and backend == plain.NAME)
 
 
 def _record(
-    model: nn.Module, layers: dict[str, BlockSparseLinear], inputs: tuple
+    model: nn.Module, layers: dict[str, SparseLinear], inputs: tuple
 ) -> dict[str, mx.array]:
     """Run ``model`` and return the first input of each layer that it calls, by path."""
     recorded: dict[str, mx.array] = {}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sparse_nn.core.checks import check_model
-from mlx_sparse_nn.layers.linear import BlockSparseLinear
+from mlx_sparse_nn.layers.linear import BlockSparseLinear, QuantizedBlockSparseLinear
+from mlx_sparse_nn.layers.lora import SparseLinear
 
 
 def sparse_layers(owner: str, model: nn.Module) -> dict[str, BlockSparseLinear]:
@@ -19,19 +21,34 @@ def sparse_layers(owner: str, model: nn.Module) -> dict[str, BlockSparseLinear]:
         TypeError: ``model`` is not a module.
         ValueError: There is none.
     """
+    return _layers(owner, model, BlockSparseLinear)
+
+
+def all_sparse_layers(owner: str, model: nn.Module) -> dict[str, SparseLinear]:
+    """Return the same with quantized layers among them.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: There is none.
+    """
+    return _layers(owner, model, BlockSparseLinear, QuantizedBlockSparseLinear)
+
+
+def _layers(owner: str, model: nn.Module, *kinds: type) -> dict[str, Any]:
     check_model(owner, model)
     layers, seen = {}, set()
     for path, module in reversed(model.named_modules()):
-        if isinstance(module, BlockSparseLinear) and id(module) not in seen:
+        if isinstance(module, kinds) and id(module) not in seen:
             seen.add(id(module))
             layers[path] = module
     if not layers:
-        raise ValueError(f"[{owner}] the model has no BlockSparseLinear layer")
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"[{owner}] the model has no {names} layer")
     return layers
 
 
 @contextmanager
-def observed(layers: dict[str, BlockSparseLinear], observe: Callable) -> Iterator[None]:
+def observed(layers: Mapping[str, SparseLinear], observe: Callable) -> Iterator[None]:
     """Call ``observe(path, x, y)`` for each call of a layer, which returns what that returns.
 
     Python looks ``__call__`` up in the class, so each layer gets a subclass of its own for a while:
@@ -39,8 +56,8 @@ def observed(layers: dict[str, BlockSparseLinear], observe: Callable) -> Iterato
     """
     classes = {path: type(layer) for path, layer in layers.items()}
 
-    def observing(path: str, kind: type[BlockSparseLinear]) -> type[BlockSparseLinear]:
-        def call(layer: BlockSparseLinear, x: mx.array) -> mx.array:
+    def observing(path: str, kind: type[SparseLinear]) -> type[SparseLinear]:
+        def call(layer: SparseLinear, x: mx.array) -> mx.array:
             return observe(path, x, kind.__call__(layer, x))
 
         return type(kind.__name__, (kind,), {"__call__": call})

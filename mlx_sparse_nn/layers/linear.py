@@ -12,6 +12,7 @@ from mlx_sparse_nn.core import draw, ops
 from mlx_sparse_nn.core.blocks import block_sources, move_blocks, split_blocks
 from mlx_sparse_nn.core.checks import check_absent, check_density, check_dims, check_size
 from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
+from mlx_sparse_nn.core.quantized import BITS, GROUP_SIZES, dequantize
 from mlx_sparse_nn.core.scores import Balance, Score, choose_blocks
 from mlx_sparse_nn.layers.lora import SparseLinear
 from mlx_sparse_nn.layers.pattern_module import carry_mode, check_layer_pattern
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PATTERN_DECIDES = "pattern says which blocks are stored"
-GROUP_SIZES = (64, 32, 128)  # the first that divides the block size is the default
-BITS = (2, 3, 4, 5, 6, 8)
 
 
 class BlockSparseLinear(SparseLinear):
@@ -253,9 +252,9 @@ class QuantizedBlockSparseLinear(SparseLinear):
     r"""Applies :math:`y = x A^\top + b` with quantized blocks: a sparse ``nn.QuantizedLinear``.
 
     Each row of a stored block is quantized in groups along the input axis, by ``mx.quantize`` in
-    its affine mode. The product dequantizes all stored blocks first: it saves memory at rest, not
-    time. Gradients go to ``x`` and, unless it is frozen, to ``bias``; the quantized blocks stay
-    frozen whatever is unfrozen.
+    its affine mode. The product is :func:`qspmm`, which never holds all blocks dequantized.
+    Gradients go to ``x`` and, unless it is frozen, to ``bias``; the quantized blocks stay frozen
+    whatever is unfrozen.
 
     It holds zeros until :meth:`from_linear` or ``load_weights`` fills it.
 
@@ -332,13 +331,12 @@ class QuantizedBlockSparseLinear(SparseLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return ``x Aᵀ + b``: ``(..., input_dims)`` -> ``(..., output_dims)``."""
-        return self._multiply(self.dequantized_weight(), x, self.get("bias"))
+        matrix = self["weight"], self["scales"], self["biases"]
+        return self._multiply_quantized(matrix, x, self.get("bias"))
 
     def dequantized_weight(self) -> mx.array:
         """Return the stored blocks, ``(n_blocks, block_size, block_size)`` of the scales' dtype."""
-        if self.pattern.n_blocks == 0:  # mx.dequantize refuses empty arrays
-            return mx.zeros(self.pattern.data_shape, self.scales.dtype)
-        return mx.dequantize(self.weight, self.scales, self.biases, self.group_size, self.bits)
+        return dequantize(self.weight, self.scales, self.biases)
 
     def todense(self) -> mx.array:
         """Return the dense ``(output_dims, input_dims)`` weight, dequantized."""

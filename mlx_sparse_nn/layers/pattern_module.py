@@ -87,11 +87,20 @@ class PatternModule(nn.Module):
         return self._pattern._repr_svg_()
 
     def _multiply(self, weight: mx.array, x: mx.array, bias: mx.array | None = None) -> mx.array:
-        """Return ``x Aᵀ + bias`` for the stored values of A. Every call of a layer comes here."""
+        """Return ``x Aᵀ + bias`` for the stored values of A. Every call of a layer comes here, or
+        to :meth:`_multiply_quantized`."""
         # Who calls the layer goes on with what was written: a later error must not take it back.
         self.__dict__.pop("_rollback", None)
         owner = type(self).__name__
         return ops.multiply(weight, self._bound_layout(), x, bias, owner, "input_dims")
+
+    def _multiply_quantized(
+        self, matrix: tuple[mx.array, mx.array, mx.array], x: mx.array, bias: mx.array | None = None
+    ) -> mx.array:
+        """Return ``x Aᵀ + bias`` for the packed values, scales and biases of A."""
+        self.__dict__.pop("_rollback", None)  # as above
+        owner, layout = type(self).__name__, self._bound_layout()
+        return ops.multiply_quantized(*matrix, layout, x, bias, owner, "input_dims")
 
     def _bound_layout(self) -> Layout:
         """Return the layout of the arrays in the module's state.

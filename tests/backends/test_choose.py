@@ -56,6 +56,12 @@ def test_metal_takes_its_dtypes_and_whatever_has_elements(op):
         assert name_of(op, 8, 5, mx.float32, n_blocks=0) == "plain"
 
 
+@pytest.mark.parametrize("op", ["qspmm", "qspmm_t"])
+def test_quantized_blocks_have_no_kernel_on_a_gpu_yet(op):
+    with computing(metal, cuda, plain):
+        assert name_of(op, 32, 4, mx.bfloat16) == "plain"
+
+
 def test_a_kernel_is_not_chosen_while_vmap_traces():
     seen = []
 

@@ -16,7 +16,7 @@ from support import (
     to_numpy,
 )
 
-from mlx_sparse_nn import CSRPattern
+from mlx_sparse_nn import CSRPattern, qspmm, qspmm_t
 from mlx_sparse_nn.core import layout
 from mlx_sparse_nn.core.backends import naive, plain
 
@@ -99,6 +99,15 @@ def products(n, block_size, dtype=mx.float32):
     check_products(pattern, data, x, y, bias)
 
 
+def quantized_products(n):
+    pattern = pattern_of([[0, 1, 3], [1, 2], [0, 2, 3, 4], [4, 0]], 5, 32)
+    packed = np.random.default_rng(0).integers(0, 2**32, (11, 32, 4), dtype=np.uint32)
+    matrix = mx.array(packed), integers((11, 32, 1), 1), integers((11, 32, 1), 2)
+    x, y = (integers((n, size), 3) for size in pattern.shape[::-1])
+    assert_equal(qspmm(*matrix, pattern, x), naive.qspmm(*matrix, pattern, x))
+    assert_equal(qspmm_t(*matrix, pattern, y), naive.qspmm_t(*matrix, pattern, y))
+
+
 @pytest.mark.parametrize("n", [1, 5, 12, 40])
 @pytest.mark.parametrize("block_size", [1, 16])
 @pytest.mark.parametrize("fault", [reversed_perm, columns_of_the_next_block, a_row_too_early])
@@ -123,6 +132,15 @@ class TestFaultsAreNoticed:
         with emulated() as emulation, pytest.raises(AssertionError):
             products(n, block_size, mx.bfloat16)
         assert emulation.names
+
+
+@pytest.mark.parametrize("n", [1, 12])
+@pytest.mark.parametrize("fault", [reversed_perm, columns_of_the_next_block, a_row_too_early])
+def test_faults_are_noticed_by_quantized_blocks(monkeypatch, fault, n):
+    quantized_products(n)
+    fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        quantized_products(n)
 
 
 @given(patterns(), st.integers(0, 40), st.sampled_from(DTYPES), st.sampled_from([(), (3,)]))

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from support import backend, untyped
 
-from mlx_sparse_nn import BlockSparseLinear
+from mlx_sparse_nn import BlockSparseLinear, CSRPattern
 from mlx_sparse_nn.core.backends import cuda
 from mlx_sparse_nn.diagnostics.advise import AdviceReport, MethodTiming, advise
 
 ADVISE = importlib.import_module("mlx_sparse_nn.diagnostics.advise")
 PRODUCTS = ["forward", "input gradient", "weight gradient", "bias gradient"]
 METHODS = ["sparse", "mx.block_masked_mm", "dense"]
+QUANTIZED_METHODS = ["sparse", "nn.QuantizedLinear", "dense"]
 
 
 def advice(**seconds):
@@ -91,6 +92,38 @@ def test_where_masks_do_not_fit_it_says_why(block_size, dtype, reason):
     assert found.left_out == {"mx.block_masked_mm": reason}
     assert {t.method for t in found.timings} == {"sparse", "dense"}
     assert repr(found).endswith(f"Not timed: mx.block_masked_mm, since {reason}.")
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_a_quantized_layer_beside_the_dense_quantized_one(dtype):
+    layer = BlockSparseLinear(64, 96, density=0.5).to_quantized(bits=8)
+    layer.set_dtype(dtype)
+    found = advise(layer, [4], seconds=60)
+    not_timed = set(found.left_out)
+    assert not_timed <= ({"nn.QuantizedLinear"} if dtype != mx.float32 else set())
+    assert [(t.task, t.method) for t in found.timings] == [
+        (task, method)
+        for task in ("forward", "training step")
+        for method in QUANTIZED_METHODS
+        if method not in not_timed
+    ]
+    assert list(found.backends[4]) == ["forward", "input gradient", "bias gradient"]
+
+
+def test_the_dense_quantized_twin_holds_the_same_weight():
+    layer = BlockSparseLinear(64, 96, density=0.5).to_quantized(bits=3)
+    twin = ADVISE._dense_quantized(layer)
+    parameters = twin.weight, twin.scales, twin.biases
+    weight = mx.dequantize(*parameters, twin.group_size, twin.bits)
+    assert mx.array_equal(weight, layer.todense())
+    assert twin.bias is layer.bias
+
+
+def test_repeated_quantized_blocks_have_no_dense_twin():
+    pattern = CSRPattern([0, 2], [0, 0], (32, 32), 32)
+    layer = BlockSparseLinear(32, 32, pattern).to_quantized()
+    found = advise(layer, [2], seconds=0.1)
+    assert found.left_out == {"nn.QuantizedLinear": "the pattern stores a block more than once"}
 
 
 def test_when_the_time_is_over_it_stops():
@@ -191,7 +224,7 @@ BAD = [
     (
         lambda: advise(untyped(mx.ones(3))),
         TypeError,
-        "layer must be a BlockSparseLinear, got array",
+        "layer must be a BlockSparseLinear or a QuantizedBlockSparseLinear, got array",
     ),
     (lambda: advise(LAYER, untyped(16)), TypeError, "batch_sizes must be integers, got 16"),
     (lambda: advise(LAYER, untyped("16")), TypeError, "batch_sizes must be integers, got '16'"),

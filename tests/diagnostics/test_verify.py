@@ -13,7 +13,8 @@ from support import backend, device_of, patterns, untyped
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern
 from mlx_sparse_nn import patterns as builders
-from mlx_sparse_nn.core.backends import cuda, plain
+from mlx_sparse_nn.core.backends import choose, cuda, plain
+from mlx_sparse_nn.core.quantized import BITS
 from mlx_sparse_nn.diagnostics.verify import MismatchError, verify
 
 VERIFY = importlib.import_module("mlx_sparse_nn.diagnostics.verify")
@@ -60,6 +61,43 @@ def test_float64_is_compared_as_float64():
     forward = report.checks[0]
     assert forward.dtype == mx.float64
     assert forward.bound < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("bits", BITS)
+def test_quantized_layers_are_verified(bits, dtype):
+    """Also under adapters, as LoRA puts them on."""
+    model = nn.Sequential(
+        BlockSparseLinear(64, 128, block_size=64, density=0.5),
+        BlockSparseLinear(128, 64, bias=False),
+    )
+    nn.quantize(model, bits=bits)
+    model.layers[1] = model.layers[1].to_lora()
+    model.set_dtype(dtype)
+    report = verify(model, mx.random.normal((2, 5, 64)).astype(dtype))
+    assert [(check.layer, check.product) for check in report.checks] == [
+        ("layers.0", "forward"),
+        ("layers.0", "input gradient"),
+        ("layers.0", "bias gradient"),
+        ("layers.1.linear", "forward"),
+        ("layers.1.linear", "input gradient"),
+    ]
+    layout = model.layers[0].pattern.layout
+    by = [choose.choose(op, layout, 10, dtype).NAME for op in ("qspmm", "qspmm_t")]
+    assert [check.backend for check in report.checks] == [*by, "mlx", *by]
+    assert report.passed
+
+
+@pytest.mark.parametrize(("op", "product"), [("qspmm", "forward"), ("qspmm_t", "input gradient")])
+def test_each_wrong_quantized_product_is_named(monkeypatch, op, product):
+    module = backend(op, 32)
+    right = getattr(module, op)
+    monkeypatch.setattr(module, op, lambda *args: right(*args).at[1, 7].add(2e-3))
+    layer = BlockSparseLinear(32, 64, density=0.5).to_quantized()
+    with pytest.raises(MismatchError) as caught:
+        verify(layer, mx.random.normal((4, 32)))
+    (check,) = [check for check in caught.value.report.checks if not check.passed]
+    assert (check.product, check.index) == (product, (1, 7))
 
 
 def test_bounds_are_those_of_the_dtype():
@@ -303,7 +341,7 @@ BAD = [
     (
         lambda: verify(nn.Linear(3, 3), mx.ones(3)),
         ValueError,
-        "the model has no BlockSparseLinear layer",
+        "the model has no BlockSparseLinear or QuantizedBlockSparseLinear layer",
     ),
     (
         lambda: verify(Uncalled(), mx.ones(3)),

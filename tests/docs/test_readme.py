@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 from support import ROOT, device_of, integers, random_pattern
 
-from mlx_sparse_nn import BlockSparseLinear, CSRArray, sddmm, spmm, spmm_t
+from mlx_sparse_nn import BlockSparseLinear, CSRArray, qspmm, qspmm_t, sddmm, spmm, spmm_t
 from mlx_sparse_nn.core import tuned
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,7 +29,7 @@ def table() -> dict[str, dict[str, str]]:
 
 def operation(name: str, dtype: mx.Dtype):
     """Return the operation of a row as a function of two arrays, and two arrays for it."""
-    block_size = 1 if "scalars" in name or "@" in name else 4
+    block_size = 1 if "scalars" in name or "@" in name else 32 if "quantized" in name else 4
     pattern = random_pattern(4, 5, block_size, seed=1)
     data = integers(pattern.data_shape, 1, dtype)
     x, y = integers((3, pattern.shape[1]), 2, dtype), integers((3, pattern.shape[0]), 3, dtype)
@@ -39,6 +39,12 @@ def operation(name: str, dtype: mx.Dtype):
         return lambda data, y: spmm_t(data, pattern, y), data, y
     if name.startswith("`sddmm`"):
         return lambda y, x: sddmm(pattern, y, x), y, x
+    if name.startswith("`qspmm"):
+        packed = mx.full((pattern.n_blocks, 32, 4), 0x21032103, mx.uint32)
+        scales, product, operand = data[..., :1], qspmm, x
+        if name.startswith("`qspmm_t`"):
+            product, operand = qspmm_t, y
+        return lambda scales, x: product(packed, scales, scales, pattern, x), scales, operand
     if name == "`A @ x`, `x @ A`":
 
         def both(data, x):

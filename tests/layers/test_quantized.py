@@ -7,11 +7,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.nn.utils import checkpoint
 from mlx.utils import tree_flatten, tree_map
 from support import assert_close, assert_equal, integers, random_pattern, to_numpy, untyped
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern
-from mlx_sparse_nn.layers.linear import BITS, QuantizedBlockSparseLinear
+from mlx_sparse_nn.core.backends import naive
+from mlx_sparse_nn.core.quantized import BITS, dequantize
+from mlx_sparse_nn.layers.linear import QuantizedBlockSparseLinear
 
 
 def make_layer(block_size=32, bias=True, dtype=mx.float32):
@@ -25,7 +28,9 @@ def make_layer(block_size=32, bias=True, dtype=mx.float32):
 
 def check_product(layer, x, dtype):
     """Output and gradient by x are those of the dequantized dense matrix, in float64."""
-    dense, bias = to_numpy(layer.todense()), to_numpy(layer.bias) if "bias" in layer else 0
+    wide = layer.scales.astype(mx.float32), layer.biases.astype(mx.float32)
+    dense = to_numpy(naive.dense(dequantize(layer.weight, *wide), layer.pattern))
+    bias = to_numpy(layer.bias) if "bias" in layer else 0
     length = x.shape[-1]
     expected = to_numpy(x) @ dense.T + bias
     magnitude = np.abs(to_numpy(x)) @ np.abs(dense).T + np.abs(bias)
@@ -84,6 +89,42 @@ def test_the_mapped_and_the_compiled_product():
     tangent = mx.random.normal(x.shape)
     ((dy,)) = mx.jvp(quantized, [x], [tangent])[1]
     assert mx.allclose(dy, quantized(tangent) - quantized.bias, atol=1e-5)
+
+
+def test_adapters_over_quantized_blocks_train_and_pass_gradients_on():
+    """LoRA: the gradient to x goes through the quantized blocks."""
+    first, second = make_layer().to_quantized(), BlockSparseLinear(160, 64).to_quantized()
+    model = nn.Sequential(first.to_lora(r=4), nn.ReLU(), second.to_lora(r=4))
+    for adapted in (model.layers[0], model.layers[2]):
+        adapted.lora_b = mx.random.normal(adapted.lora_b.shape)
+    x = mx.random.normal((3, 96))
+    dense = nn.Sequential(first.to_linear(), nn.ReLU(), second.to_linear())
+
+    def loss_of_dense(adapters):
+        h = x
+        for layer, pair in zip(dense.layers[::2], adapters, strict=True):
+            h = layer(h) + 20.0 * (h @ pair["lora_a"]) @ pair["lora_b"]
+            h = mx.maximum(h, 0) if layer is dense.layers[0] else h
+        return (h**2).mean()
+
+    grads = nn.value_and_grad(model, lambda x: (model(x) ** 2).mean())(x)[1]["layers"]
+    adapters = [model.layers[i].trainable_parameters() for i in (0, 2)]
+    expected = mx.grad(loss_of_dense)(adapters)
+    for i, pair in zip((0, 2), expected, strict=True):
+        for name in ("lora_a", "lora_b"):
+            value = pair[name]
+            assert mx.allclose(
+                grads[i][name], value, rtol=1e-3, atol=1e-3 * float(mx.abs(value).max())
+            )
+
+
+def test_a_checkpointed_layer():
+    """MLX differentiates by all that ``checkpoint`` is given."""
+    quantized, x = make_layer().to_quantized(), mx.random.normal((3, 96))
+    quantized.unfreeze()
+    loss = lambda call: nn.value_and_grad(quantized, lambda x: (call(x) ** 2).sum())(x)[1]["bias"]
+    checkpointed = checkpoint(quantized)
+    assert mx.allclose(loss(checkpointed), loss(quantized), rtol=1e-5)
 
 
 def test_a_pattern_without_blocks():

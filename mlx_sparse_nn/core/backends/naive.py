@@ -1,4 +1,4 @@
-"""The oracle: the three products through a dense matrix, with which every backend is compared.
+"""The oracle: the products through a dense matrix, with which every backend is compared.
 
 It reads ``indptr`` and ``indices`` of a pattern, and nothing that a backend reads. No rule chooses
 it: it takes the memory of the dense matrix.
@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.core.pattern import CSRPattern
+from mlx_sparse_nn.core.quantized import unpack
 
 
 def spmm(
@@ -35,6 +36,28 @@ def sddmm(pattern: CSRPattern, y: mx.array, x: mx.array) -> mx.array:
     return grid[_places(pattern)].reshape(shape).astype(x.dtype)
 
 
+def qspmm(
+    packed: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    pattern: CSRPattern,
+    x: mx.array,
+    bias: mx.array | None = None,
+) -> mx.array:
+    """Return :func:`spmm` by quantized blocks, which NumPy unpacks bit by bit."""
+    y = spmm(
+        _values(packed, scales, biases), pattern, _wide(x), None if bias is None else _wide(bias)
+    )
+    return y.astype(x.dtype)
+
+
+def qspmm_t(
+    packed: mx.array, scales: mx.array, biases: mx.array, pattern: CSRPattern, y: mx.array
+) -> mx.array:
+    """Return :func:`spmm_t` by quantized blocks."""
+    return spmm_t(_values(packed, scales, biases), pattern, _wide(y)).astype(y.dtype)
+
+
 def dense(data: mx.array, pattern: CSRPattern) -> mx.array:
     """Return the matrices ``(n_rows, n_cols)`` or ``(V, n_rows, n_cols)``; repeated blocks add."""
     lead, (R, B, C, _) = data.shape[: data.ndim - len(pattern.data_shape)], _grid(pattern)
@@ -52,6 +75,15 @@ def _grid(pattern: CSRPattern) -> tuple[int, int, int, int]:
 def _places(pattern: CSRPattern) -> tuple:
     rows = np.repeat(np.arange(pattern.indptr.size - 1), np.diff(pattern.indptr))
     return slice(None), mx.array(rows.astype(np.int32)), mx.array(pattern.indices)
+
+
+def _values(packed: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+    """Return the values of quantized blocks, ``(..., B, B)`` float32."""
+    if packed.size == 0:
+        return mx.zeros((*packed.shape[:-1], packed.shape[-2]))
+    group_size = packed.shape[-2] // scales.shape[-1]
+    scales, biases = (mx.repeat(_wide(a), group_size, axis=-1) for a in (scales, biases))
+    return scales * mx.array(unpack(packed).astype(np.float32)) + biases
 
 
 def _wide(a: mx.array) -> mx.array:

@@ -1,4 +1,4 @@
-"""The three products in plain MLX: what computes where no kernel does.
+"""The products in plain MLX: what computes where no kernel does.
 
 Operands may have a leading axis V of independent matrices that share one pattern, as in ``vmap``;
 inside, their blocks follow one another: ``(V * n_blocks, B, B)``. Block-rows are gathered, group by
@@ -16,7 +16,9 @@ from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import schedule
 from mlx_sparse_nn.core.backends.buckets import Buckets, buckets_of
 from mlx_sparse_nn.core.backends.schedule import Index, Result, Step, depend_on
+from mlx_sparse_nn.core.backends.stored import Stored
 from mlx_sparse_nn.core.layout import Layout, Side
+from mlx_sparse_nn.core.quantized import dequantize
 
 NAME = "plain"
 _NARROW = (mx.bfloat16, mx.float16)
@@ -44,12 +46,37 @@ def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = No
     Returns:
         ``(N, n_rows)`` or ``(V, N, n_rows)`` of the same dtype, accumulated in float32 at least.
     """
-    return _product(data, layout, x, bias, transposed=False)
+    return _product((data,), layout, x, bias, transposed=False)
 
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; shapes as in :func:`spmm`, swapped."""
-    return _product(data, layout, y, None, transposed=True)
+    return _product((data,), layout, y, None, transposed=True)
+
+
+def qspmm(
+    packed: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    layout: Layout,
+    x: mx.array,
+    bias: mx.array | None = None,
+) -> mx.array:
+    """Return :func:`spmm` by quantized blocks, which are dequantized step by step.
+
+    Args:
+        packed: ``(n_blocks, B, B * bits / 32)`` uint32; or ``(V, ...)``.
+        scales, biases: ``(n_blocks, B, B / group_size)`` of the dtype of ``x``; or ``(V, ...)``.
+        layout, x, bias: As in :func:`spmm`.
+    """
+    return _product((packed, scales, biases), layout, x, bias, transposed=False)
+
+
+def qspmm_t(
+    packed: mx.array, scales: mx.array, biases: mx.array, layout: Layout, y: mx.array
+) -> mx.array:
+    """Return :func:`spmm_t` by quantized blocks; shapes as in :func:`qspmm`, swapped."""
+    return _product((packed, scales, biases), layout, y, None, transposed=True)
 
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
@@ -85,22 +112,26 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
 
 
 def _product(
-    data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None, transposed: bool
+    stored: tuple[mx.array, ...],
+    layout: Layout,
+    x: mx.array,
+    bias: mx.array | None,
+    transposed: bool,
 ) -> mx.array:
     """Return the product with the matrix, or with its transpose."""
     n_x, block_size = x.shape[-2], layout.block_size
     shape = (*x.shape[:-1], layout.shape[1 if transposed else 0])
-    if 0 in (*shape, data.size):
+    if 0 in (*shape, stored[0].size):
         y = mx.zeros(shape, x.dtype)
         return y if bias is None else y + bias
-    data = data.reshape(-1, block_size, block_size)
+    data = Stored.of(stored, block_size)
     if block_size * n_x == 1 or (n_x < tuned.PLAIN_FEW_ROWS and 2 * n_x <= block_size):
         return _few_rows(data, layout, x, bias, transposed).reshape(shape)
     return _many_rows(data, layout.cols if transposed else layout.rows, x, bias, transposed)
 
 
 def _many_rows(
-    data: mx.array, side: Side, x: mx.array, bias: mx.array | None, transposed: bool
+    data: Stored, side: Side, x: mx.array, bias: mx.array | None, transposed: bool
 ) -> mx.array:
     """Multiply all blocks of a block-row, side by side, by the columns of x that they meet.
 
@@ -110,7 +141,7 @@ def _many_rows(
     Returns:
         ``(N, n_rows)`` or ``(V, N, n_rows)``.
     """
-    n_x, block_size, n_matrices = x.shape[-2], data.shape[-1], _n_matrices(x)
+    n_x, block_size, n_matrices = x.shape[-2], data.block_size, _n_matrices(x)
     dtype = x.dtype if block_size > 1 else _wide(x.dtype)
     cost = schedule.many_rows(side, data, x, dtype, n_matrices)
     if bias is not None and dtype in _NARROW:
@@ -119,12 +150,13 @@ def _many_rows(
         return _in_pieces(n_pieces, data, side, x, bias, transposed)
     buckets = side.keep(buckets_of)
     columns = _column_blocks(x, block_size).astype(dtype)
-    blocks, columns = _with_zeros(side, n_matrices, data, columns)
+    *arrays, columns = _with_zeros(side, n_matrices, *data.arrays, columns)
+    blocks = data._replace(arrays=arrays)
     added = None if bias is None else _bias_blocks(bias, buckets.rows, (block_size, 1), n_matrices)
     y = Result(side.n_block_rows, n_matrices)
     for step in schedule.steps(side, buckets, cost):
         with step.stream:
-            a = _take(blocks, step.blocks, n_matrices).astype(dtype)
+            a = _take_blocks(blocks, step.blocks, n_matrices, dtype)
             a = _side_by_side(a, step, n_matrices, transposed)  # (V * m, B, width * B)
             xs = _take(columns, y.wait(step.columns), n_matrices)
             xs = xs.reshape(a.shape[0], a.shape[2], n_x)
@@ -135,7 +167,7 @@ def _many_rows(
 
 
 def _in_pieces(
-    n: int, data: mx.array, side: Side, x: mx.array, bias: mx.array | None, transposed: bool
+    n: int, data: Stored, side: Side, x: mx.array, bias: mx.array | None, transposed: bool
 ) -> mx.array:
     """Return :func:`_many_rows` of n pieces of x, one after the other."""
     n_x, ys = x.shape[-2], []
@@ -147,7 +179,7 @@ def _in_pieces(
 
 
 def _few_rows(
-    data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None, transposed: bool
+    data: Stored, layout: Layout, x: mx.array, bias: mx.array | None, transposed: bool
 ) -> mx.array:
     """Multiply every block where it lies by its part of each row of x; then add up block-rows.
 
@@ -156,11 +188,11 @@ def _few_rows(
     Returns:
         ``(V, N, n_block_rows, B)``.
     """
-    n_x, block_size, n_matrices = x.shape[-2], data.shape[-1], _n_matrices(x)
+    n_x, block_size, n_matrices = x.shape[-2], data.block_size, _n_matrices(x)
     side, dtype = layout.cols if transposed else layout.rows, _wide(x.dtype)
     cost_of = schedule.few_rows if block_size > 1 else schedule.scalars
     cost, buckets = cost_of(side, data, x, dtype, n_matrices), side.keep(buckets_of)
-    terms, xs = data, _row_blocks(x, block_size)  # xs (V * C, N, B)
+    terms, xs = data.arrays[0], _row_blocks(x, block_size)  # xs (V * C, N, B)
     if block_size > 1:
         columns = layout.rows.row_of_block if transposed else side.indices.view(mx.uint32)
         terms = _terms(data, columns, xs.astype(dtype), cost, transposed)  # (V * n_blocks, N, B)
@@ -185,22 +217,22 @@ def _few_rows(
 
 
 def _terms(
-    data: mx.array, columns: mx.array, xs: mx.array, cost: schedule.Cost, transposed: bool
+    data: Stored, columns: mx.array, xs: mx.array, cost: schedule.Cost, transposed: bool
 ) -> mx.array:
     """Return what each block gives for the rows of x, in stored order, ``(V * n_blocks, N, B)``.
 
     Args:
-        data: ``(V * n_blocks, B, B)``.
+        data: V * n_blocks blocks.
         columns: ``(n_blocks,)``, the block of x that each one takes.
         xs: Blocks of x, ``(V * C, N, B)``.
         cost: Of the product.
         transposed: Whether blocks are read transposed.
     """
     n_blocks, (_, n_x, block_size) = columns.size, xs.shape
-    terms = Result(n_blocks, data.shape[0] // n_blocks)
+    terms = Result(n_blocks, data.n_blocks // n_blocks)
     for stream, start, stop in schedule.cut(n_blocks, 1, cost):
         with stream:
-            a = _take(data, slice(start, stop), terms.n_matrices).astype(xs.dtype)
+            a = _take_blocks(data, slice(start, stop), terms.n_matrices, xs.dtype)
             part = _take(xs, terms.wait(columns[start:stop]), terms.n_matrices)  # (V * m, N, B)
             if n_x == 1 and block_size < tuned.MIN_MATMUL_BLOCK:
                 part = part.swapaxes(1, 2) if transposed else part
@@ -286,6 +318,17 @@ def _with_zeros(side: Side, n_matrices: int, *arrays: mx.array) -> list[mx.array
     parts = [a.reshape(n_matrices, -1, *a.shape[1:]) for a in arrays]
     parts = [mx.concatenate([a, mx.zeros_like(a[:, :1])], axis=1) for a in parts]
     return [a.reshape(-1, *a.shape[2:]) for a in parts]
+
+
+def _take_blocks(data: Stored, index: Index, n_matrices: int, dtype: mx.Dtype) -> mx.array:
+    """Return the blocks ``(V * m, B, B)`` that ``index (m,)`` names, of a dtype.
+
+    Quantized ones are computed in float32 and rounded once.
+    """
+    if len(data.arrays) == 1:
+        return _take(data.arrays[0], index, n_matrices).astype(dtype)
+    packed, scales, biases = (_take(a, index, n_matrices) for a in data.arrays)
+    return dequantize(packed, scales.astype(mx.float32), biases.astype(mx.float32)).astype(dtype)
 
 
 def _take(values: mx.array, index: Index, n_matrices: int) -> mx.array:

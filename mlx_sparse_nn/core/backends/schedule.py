@@ -8,7 +8,6 @@ A CPU product may use up to four times the memory of its operands, layout and re
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import NamedTuple, TypeAlias
@@ -17,6 +16,8 @@ import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends.buckets import Buckets
+from mlx_sparse_nn.core.backends.stored import Stored
+from mlx_sparse_nn.core.cores import n_cores
 from mlx_sparse_nn.core.layout import Side
 
 Index: TypeAlias = "mx.array | slice"
@@ -136,11 +137,12 @@ def n_pieces(side: Side, cost: Cost, n_x: int, block_size: int) -> int:
 # The cost of each algorithm of ``plain``, with V matrices, n_x rows of x, and block side B.
 
 
-def many_rows(side: Side, data: mx.array, x: mx.array, dtype: mx.Dtype, n_matrices: int) -> Cost:
+def many_rows(side: Side, data: Stored, x: mx.array, dtype: mx.Dtype, n_matrices: int) -> Cost:
     """Return the cost of gathering blocks, which are rearranged, and the columns of x they meet."""
-    n_x, block_size = x.shape[-2], data.shape[-1]
+    n_x, block_size = x.shape[-2], data.block_size
     gathered = n_x + block_size if block_size > 1 else n_x
     bytes_per_block = n_matrices * gathered * block_size * dtype.size
+    bytes_per_block += n_matrices * data.unpacked_bytes(dtype)
     y_bytes = n_matrices * n_x * side.n_block_rows * block_size * x.itemsize
     copied = x.size * dtype.size + (0 if side.is_uniform else y_bytes)
     copied += data.nbytes if side.is_padded else 0
@@ -150,11 +152,11 @@ def many_rows(side: Side, data: mx.array, x: mx.array, dtype: mx.Dtype, n_matric
     return Cost(bytes_per_block, n_matrices * n_x * block_size**2, bytes_per_step)
 
 
-def few_rows(side: Side, data: mx.array, x: mx.array, dtype: mx.Dtype, n_matrices: int) -> Cost:
+def few_rows(side: Side, data: Stored, x: mx.array, dtype: mx.Dtype, n_matrices: int) -> Cost:
     """Return the cost of multiplying each block where it lies by few rows of x."""
-    n_x, block_size = x.shape[-2], data.shape[-1]
+    n_x, block_size = x.shape[-2], data.block_size
     product_bytes = n_matrices * n_x * block_size * dtype.size
-    bytes_per_block = 2 * product_bytes
+    bytes_per_block = 2 * product_bytes + n_matrices * data.unpacked_bytes(dtype)
     if (n_x == 1 and block_size < tuned.MIN_MATMUL_BLOCK) or x.dtype != dtype:
         bytes_per_block += n_matrices * block_size**2 * dtype.size  # what is as large as a block
     operand_bytes = data.nbytes + x.nbytes + side.n_block_rows * product_bytes
@@ -163,7 +165,7 @@ def few_rows(side: Side, data: mx.array, x: mx.array, dtype: mx.Dtype, n_matrice
     return Cost(bytes_per_block, n_matrices * n_x * block_size**2, bytes_per_step)
 
 
-def scalars(side: Side, data: mx.array, x: mx.array, dtype: mx.Dtype, n_matrices: int) -> Cost:
+def scalars(side: Side, data: Stored, x: mx.array, dtype: mx.Dtype, n_matrices: int) -> Cost:
     """Return the cost of multiplying scalars by one row of x, of which as many are gathered."""
     in_place = side.is_uniform and side.perm is None  # data is: then there is room for all of x
     bytes_per_value = n_matrices * dtype.size * (1 if in_place else 3)
@@ -208,10 +210,8 @@ def _on_cpu() -> bool:
     return mx.default_device().type == mx.cpu
 
 
-@cache
 def _n_streams() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(tuned.MAX_STREAMS, cores or 1)
+    return min(tuned.MAX_STREAMS, n_cores())
 
 
 @cache
