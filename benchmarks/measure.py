@@ -100,7 +100,7 @@ def measure(
     workloads: Iterable[Workload],
     processes: list[Process],
     turns: int = TURNS,
-    seconds: float = 0.05,
+    seconds: float = 0.03,
     limit: float = 10.0,
 ) -> Iterator[dict[str, Any]]:
     """Yield the result of each workload: ``workload``, ``held`` and ``made`` bytes, and ``peers``.

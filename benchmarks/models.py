@@ -166,7 +166,7 @@ def table(results: dict[str, Any], names: tuple[str, ...] = (*SMALL, *TRAINING))
         lines.append([labels[name], f"{own:.3g}", f"{openblas:.3g}", f"{own / openblas:.2g}"])
     machine = results["machine"]
     head = ["", "MLX's wheel", "with OpenBLAS", "times faster"]
-    where = f"{machine['processor']}, {machine['used_cores']} cores; float32."
+    where = f"{machine['processor']}, cores: {machine['used_cores']}; float32."
     return f"{markdown(head, lines)}\n\n{where}"
 
 

@@ -4,8 +4,8 @@
 
 Prints what to load before MLX: the system's library, or else the one that ``pip install
 scipy-openblas32`` brings, under the names that MLX calls (``openblas.c``, compiled into
-``.bench/``). Prints an empty line, and says so on stderr, where there is neither. It needs nothing
-but Python, and a C compiler for the second.
+``.bench/``). Where there is neither, it prints an empty line; on stderr, it says which it is. It
+needs nothing but Python, and a C compiler for the second.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def renamed(folder: Path, target: Path) -> Path | None:
 
 if __name__ == "__main__":
     found = installed()
-    if not found:
-        print("no OpenBLAS is installed: dense products go by MLX's own BLAS", file=sys.stderr)
+    if sys.platform == "linux":
+        by = found or "MLX's own BLAS; README.md, MLX on a Linux CPU, has a faster one"
+        print(f"dense products on the CPU by {by}", file=sys.stderr)
     print(found)

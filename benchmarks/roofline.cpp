@@ -2,6 +2,7 @@
 
 #include <stdint.h>
 
+#include "kernels.h"
 #include "vectors.h"
 
 using namespace mlx_sparse_nn;
@@ -14,7 +15,7 @@ constexpr int CHAINS = 12;  // independent sums: more than a multiply-add takes 
 }  // namespace
 
 // Does `rounds` times CHAINS multiply-adds of vectors of lanes() floats.
-extern "C" float multiply_adds(int64_t rounds, float a, float b) {
+MLX_SPARSE_EXPORT float multiply_adds(int64_t rounds, float a, float b) {
   vec<float, N> sums[CHAINS];
 #pragma GCC unroll 12
   for (int j = 0; j < CHAINS; ++j) sums[j] = float(j) - vec<float, N>{};  // else all were one
@@ -28,10 +29,10 @@ extern "C" float multiply_adds(int64_t rounds, float a, float b) {
   return total<float, N>(sums[0]);
 }
 
-extern "C" int64_t multiply_adds_a_round() { return int64_t(CHAINS) * N; }
+MLX_SPARSE_EXPORT int64_t multiply_adds_a_round() { return int64_t(CHAINS) * N; }
 
 // Reads n floats, a multiple of 8 vectors.
-extern "C" float read_floats(const float* p, int64_t n) {
+MLX_SPARSE_EXPORT float read_floats(const float* p, int64_t n) {
   vec<float, N> sums[8] = {};
   for (int64_t i = 0; i < n; i += 8 * N) {
 #pragma GCC unroll 8

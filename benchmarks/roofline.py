@@ -12,9 +12,7 @@ from __future__ import annotations
 import ctypes
 import json
 import math
-import os
-import shlex
-import shutil
+import platform
 import subprocess
 import sys
 import tempfile
@@ -27,25 +25,20 @@ from typing import Any
 import numpy as np
 
 from benchmarks.environments import ROOT, cores, variables
+from mlx_sparse_nn.core.backends.build import KERNEL_FLAGS, BuildError, compiler
 
 SOURCE = ROOT / "benchmarks/roofline.cpp"
-FLAGS = ["-std=c++17", "-O2", "-march=native", "-fPIC", "-shared"]
+NATIVE = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
 SIZES = [1 << bits for bits in range(16, 29, 2)]  # 64 KB to 256 MB
 RUNS = 40
 ROUNDS = 2_000_000  # of multiply-adds in a run: some milliseconds
 
 
-def compiler() -> list[str] | None:
-    """Return the C++ compiler, as the package looks for it, or None."""
-    if named := os.environ.get("CXX"):
-        return shlex.split(named)
-    found = next(filter(shutil.which, ("g++", "clang++", "c++")), None)
-    return [found] if found else None
-
-
 def measure() -> dict[str, Any] | None:
     """Return what a process of its own prints, or None where there is no compiler."""
-    if compiler() is None:
+    try:
+        compiler()
+    except BuildError:
         return None
     command = [sys.executable, "-m", "benchmarks.roofline"]
     answer = subprocess.run(
@@ -62,12 +55,10 @@ def reading(roofline: dict[str, Any], n_bytes: float) -> float:
 
 def build(folder: Path) -> ctypes.CDLL:
     """Compile and load ``roofline.cpp``."""
-    command = compiler()
-    if command is None:
-        raise SystemExit("[benchmarks] there is no C++ compiler")
     library = folder / "roofline.so"
     include = ["-I", str(ROOT / "mlx_sparse_nn/cpu")]
-    subprocess.run([*command, *FLAGS, *include, str(SOURCE), "-o", str(library)], check=True)
+    command = [*compiler(), *KERNEL_FLAGS, NATIVE, *include, str(SOURCE)]
+    subprocess.run([*command, "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
     loaded.multiply_adds.argtypes = [ctypes.c_int64, ctypes.c_float, ctypes.c_float]
     loaded.read_floats.argtypes = [ctypes.c_void_p, ctypes.c_int64]

@@ -31,7 +31,7 @@ AXES: dict[str, Sequence[Any]] = {
     "rows": (1, 4, 9, 16, 17, 33, 64, 129, 512, 1024, 4096),
 }
 QUICK = {"shape": AXES["shape"][:1], "dtype": ("float32", "bfloat16"), "rows": (1, 16, 129)}
-SECONDS, QUICK_SECONDS = 0.1, 0.03  # of a cell
+SECONDS, QUICK_SECONDS = 0.05, 0.03  # of a cell, sparse and dense
 LIMIT, QUICK_LIMIT = 45.0, 2.0  # seconds of a dense call, beyond which it is not measured
 SAVE_EVERY = 5.0  # seconds
 OVERHEAD, RATE = 0.3, 1e10  # seconds of a cell, and its multiply-adds a second: for the time left
@@ -58,6 +58,10 @@ class Cell:
     dtype: str
     step: str
     rows: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.outputs, self.inputs)
 
     @property
     def dense(self) -> tuple:

@@ -67,7 +67,7 @@ HEAD = ["outputs", "inputs", "B", "density", "dtype", "step", "rows", "by"]
 def dense_text(results: dict[str, Any]) -> str:
     """Return what a ratio is, and what the dense layer was computed by."""
     machine, versions = results["machine"], results["machine"]["versions"]
-    where = versions.get("gpu") or f"{machine['processor']}, {machine['used_cores']} cores"
+    where = versions.get("gpu") or f"{machine['processor']}, cores: {machine['used_cores']}"
     blas = f"; dense float32 and float64 by {versions['blas']}" if "blas" in versions else ""
     loops = ", 16-bit dtypes by MLX's own loops" if blas else ""
     return (
@@ -108,10 +108,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """
     plt = pyplot()
     by_cell = {Cell(**r["cell"]): (value, r) for value, r in ratios(results)}
-    found = {
-        "shape": [s for s in AXES["shape"] if any((c.outputs, c.inputs) == s for c in by_cell)],
-        **{k: _in_order(by_cell, k) for k in ("block_size", "density", "dtype", "step", "rows")},
-    }
+    found = {axis: _in_order(by_cell, axis) for axis in AXES}
     columns = [(shape, density) for shape in found["shape"] for density in found["density"]]
     lines = [(dtype, step) for dtype in found["dtype"] for step in found["step"]]
     size = (1.2 + 2.6 * len(columns), 1 + 2.6 * len(lines))
