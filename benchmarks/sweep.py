@@ -30,7 +30,11 @@ AXES: dict[str, Sequence[Any]] = {
     "step": ("forward", "training"),
     "rows": (1, 4, 9, 16, 17, 33, 64, 129, 512, 1024, 4096),
 }
-QUICK = {"shape": AXES["shape"][:1], "dtype": ("float32", "bfloat16"), "rows": (1, 16, 129)}
+QUICK = {
+    "shape": AXES["shape"][:1],
+    "dtype": ("float32", "bfloat16", "float16"),
+    "rows": (1, 16, 129),
+}
 SECONDS, QUICK_SECONDS = 0.05, 0.03  # of a cell, sparse and dense
 LIMIT, QUICK_LIMIT = 45.0, 2.0  # seconds of a dense call, beyond which it is not measured
 SAVE_EVERY = 5.0  # seconds

@@ -30,12 +30,17 @@ def blas() -> str:
     """Return the name of the BLAS that multiplies dense float32 matrices on the CPU."""
     if sys.platform != "linux":
         return "Accelerate" if sys.platform == "darwin" else "MLX's own"
-    loaded_first = ctypes.CDLL(None)
-    for name in ("openblas_get_config", "scipy_openblas_get_config"):
-        if (config := getattr(loaded_first, name, None)) is not None:
-            config.restype = ctypes.c_char_p
-            return " ".join(config().decode().split()[:2])
+    if (config := openblas("get_config")) is not None:
+        config.restype = ctypes.c_char_p
+        return " ".join(config().decode().split()[:2])
     return "netlib"  # what the wheel brings: Fortran's reference, scalar code
+
+
+def openblas(name: str) -> Any:
+    """Return a function of the OpenBLAS that was loaded before MLX, or None."""
+    loaded_first = ctypes.CDLL(None)
+    names = (f"openblas_{name}", f"scipy_openblas_{name}")
+    return next(filter(None, (getattr(loaded_first, n, None) for n in names)), None)
 
 
 def ready(results: list) -> None:

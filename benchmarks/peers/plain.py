@@ -9,7 +9,7 @@ from mlx_sparse_nn.core.backends import choose, plain
 
 __all__ = ["PACKAGES", "RUNTIME", "describe", "prepare"]
 
-MAX_FEATURES = 1024  # beyond, it takes minutes
+MAX_FEATURES = 2048  # beyond, it takes minutes
 
 choose.CPU = (plain,)
 

@@ -241,9 +241,9 @@ def test_aims_without_counts_of_memory():
 def layer_result(seconds, dtype="float32", step="training", **peers):
     """Return the result of a layer of 1024 features, and of peers that take so many seconds."""
     workload = workloads.to_json(Layer(1024, 32, 0.5, 256, dtype, step))
-    turns = {name: {"turns": [s], "kept": 1, "peak": 3} for name, s in peers.items()}
-    ours = {"turns": [seconds], "kept": 1, "peak": 2}
-    return {"workload": workload, "held": 1, "made": 1, "peers": {"ours": ours, **turns}}
+    turns = {name: {"turns": [s], "kept": 1, "peak": 1 + 3 * 2**20} for name, s in peers.items()}
+    ours = {"turns": [seconds], "kept": 1, "peak": 1 + 2 * 2**20}
+    return {"workload": workload, "held": 1, "made": 2**20, "peers": {"ours": ours, **turns}}
 
 
 def test_rates_and_ratios_of_layers():
