@@ -30,7 +30,7 @@ constexpr int W = LANES<A>;
 constexpr int PANEL = 2 * W;                   // rows of x in a panel
 constexpr int TALL = REGISTERS == 32 ? 8 : 4;  // rows of A in a tile of registers
 constexpr int I = BLOCK && BLOCK < TALL ? BLOCK : TALL;
-constexpr int64_t CHUNK = 256;           // rows of x packed at once
+constexpr int64_t CHUNK = 128;           // rows of x packed at once
 constexpr int64_t DEPTH = 128;           // columns whose x stays in the first cache
 constexpr int64_t STRIP = 16;            // outputs that are written together, at least
 constexpr int SIDE = BLOCK ? BLOCK : W;  // for kernels of fixed sides
@@ -44,6 +44,7 @@ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
 struct Group {
   int n;
   const E* stored[MAX_GROUP];
+  const E* ahead[MAX_GROUP];  // blocks of the next group, to be fetched meanwhile
   const A* values[MAX_GROUP];
   int64_t column[MAX_GROUP];
 };
@@ -86,8 +87,10 @@ INLINE void multiply_tile(const Group& g, int64_t i, int64_t i_step, int64_t k_s
   for (int e = 0; e < g.n; ++e) {
     const A* w = g.values[e] + i * i_step;
     const A* xs = x + g.column[e] * L;
+    const E* ahead = g.ahead[e] + i * B;
 #pragma GCC unroll 4
     for (int64_t k = 0; k < B; ++k) {
+      if (k % 2 == 0) __builtin_prefetch(ahead + k * ROWS);
       vec<A, V> xv[Q];
 #pragma GCC unroll 2
       for (int q = 0; q < Q; ++q) xv[q] = load<V>(xs + k * L + q * V);
@@ -169,6 +172,7 @@ void multiply_few(const Group& g, const A* x, A* sums) {
     }
     for (int e = 0; e < g.n; ++e) {
       const E* w = g.stored[e] + i * K * V;
+      const E* ahead = g.ahead[e] + i * K * V;
       const A* xs = x + g.column[e] / SIDE * (N * X_STEP);
       for (int k = 0; k < K; ++k) {
         vec<A, V> xv[N];
@@ -177,6 +181,7 @@ void multiply_few(const Group& g, const A* x, A* sums) {
 #pragma GCC unroll 16
         for (int m = 0; m < ROWS; ++m) {
           const vec<A, V> value = load<V>(w + (m * K + k) * V);
+          __builtin_prefetch(ahead + (m * K + k) * V);
 #pragma GCC unroll 4
           for (int n = 0; n < N; ++n) acc[m][n] += value * xv[n];
         }
@@ -248,6 +253,7 @@ void multiply_few_t(const Group& g, const A* x, A* sums) {
       }
       for (int e = 0; e < g.n; ++e) {
         const E* w = g.stored[e] + k * V;
+        const E* ahead = g.ahead[e] + k * V;
         const A* xs = x + g.column[e] / SIDE * (N * X_STEP);
         for (int i = 0; i < SUMS; i += CHAINS) {
 #pragma GCC unroll 4
@@ -255,6 +261,7 @@ void multiply_few_t(const Group& g, const A* x, A* sums) {
 #pragma GCC unroll 16
             for (int o = 0; o < AT_ONCE; ++o) {
               const vec<A, V> value = load<V>(w + (i + c) * SIDE + o * V);
+              __builtin_prefetch(ahead + (i + c) * SIDE + o * V);
 #pragma GCC unroll 4
               for (int n = 0; n < N; ++n) acc[c][o][n] += value * xs[n * X_STEP + i + c];
             }
@@ -391,9 +398,12 @@ void spmm_chunk(const Product& p, const Layout& layout, int64_t v, int64_t n0, i
           for (int e = 0; e < g.n; ++e) {
             g.stored[e] = data + (transposed ? a.perm[j0 + e] : j0 + e) * B * B;
             g.column[e] = a.indices[j0 + e] * B;
+            const int64_t next = std::min(j0 + g.n + e, a.n_blocks - 1);
+            g.ahead[e] = data + (transposed ? a.perm[next] : next) * B * B;
             g.values[e] = plan.n ? widened(g.stored[e], wide + e * B * B, B * B) : nullptr;
           }
           for (int64_t q = 0; q < plan.n; ++q) {
+            for (int e = 0; e < g.n && q == 1; ++e) g.ahead[e] = g.stored[e];
             multiply_lanes(plan.lanes[q], g, transposed, B, panels + plan.first[q] * n_cols,
                            sums + plan.first[q] * height + top * plan.lanes[q]);
           }
