@@ -137,6 +137,9 @@ def main(argv: list[str] | None = None) -> None:
         for result in measure(chosen(args), processes, turns, args.seconds, args.limit):
             results["results"].append(result)
             sweep.save(results, output)
+        if before := described.get("roofline"):
+            described["roofline"] = roofline.better(before, roofline.measure() or before)
+            sweep.save(results, output)
     print(tables(results), machine(results), sep="\n\n")
     print(f"written to {output}")
 

@@ -31,6 +31,8 @@ from benchmarks.workloads import Layer, Workload, to_json
 TURNS = 7
 FEWEST = 3  # turns of what is slow
 PAUSE = 0.005  # seconds between turns, in which the threads of a peer go to sleep
+# OpenBLAS's threads spin for 2 to this power of cycles before they sleep: less than the pause.
+SLEEPS = {"OPENBLAS_THREAD_TIMEOUT": "20"}
 DENSE = ("linear", "linear_openblas")  # peers whose cost no pattern changes
 
 
@@ -93,7 +95,8 @@ class Process(Child):
     def __init__(self, label: str, name: str, device: str = "cpu", package: Path = ROOT):
         self.name = name
         server = ["-m", "benchmarks.server", name, device, str(package)]
-        super().__init__(label, [str(python_of(name)), *server], variables(PEERS[name].openblas))
+        pinned = {**variables(PEERS[name].openblas), **SLEEPS}
+        super().__init__(label, [str(python_of(name)), *server], pinned)
 
 
 def measure(

@@ -273,7 +273,10 @@ def test_aims_are_reached_by_the_slowest_and_the_mean():
 
 
 def test_reading_lies_between_the_rates_measured():
-    measured = {"read": [[100, 10.0], [10_000, 2.0]]}
+    first = {"gflops": 5.0, "read": [[100, 10.0], [10_000, 1.0]]}
+    second = {"gflops": 6.0, "read": [[100, 9.0], [10_000, 2.0]]}
+    measured = roofline.better(first, second)
+    assert measured == {"gflops": 6.0, "read": [[100, 10.0], [10_000, 2.0]]}
     assert roofline.reading(measured, 50) == 10e9
     assert roofline.reading(measured, 1000) == pytest.approx(6e9)
     one_row = {
