@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--turns", type=int, help=f"of each peer: {TURNS}, or 3 with --quick")
     parser.add_argument("--seconds", type=float, default=0.03, help="what a turn takes")
-    parser.add_argument("--limit", type=float, default=10.0, help="seconds of one peer's turns")
+    parser.add_argument("--limit", type=float, default=5.0, help="seconds of one peer's turns")
     parser.add_argument("--cores", type=int, help="of those at hand, for all peers alike")
     parser.add_argument("--against", type=Path, help="another checkout of the package, as a peer")
     parser.add_argument("--output", type=Path, help="default: .bench/latest.json, or a sweep's")

@@ -104,7 +104,7 @@ def measure(
     processes: list[Process],
     turns: int = TURNS,
     seconds: float = 0.03,
-    limit: float = 10.0,
+    limit: float = 5.0,
 ) -> Iterator[dict[str, Any]]:
     """Yield the result of each workload: ``workload``, ``held`` and ``made`` bytes, and ``peers``.
 
