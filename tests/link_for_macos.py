@@ -10,8 +10,6 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import mlx.core as mx
-
 from mlx_sparse_nn.core.backends import build
 
 TARGET, PLATFORM = "aarch64-macos.14.0", "macosx_14_0_arm64"
@@ -19,12 +17,13 @@ KERNELS = {
     "blocks": ["-DELEMENT=bfloat16", "-DBLOCK=16"],
     "scalars": ["-DELEMENT=float16"],
     "index": [],
+    "index": [],
 }
 
 
 def wheels(folder: Path) -> Path:
     """Download MLX's wheels for a Mac, unpack them, and return the folder of the package."""
-    names = [f"{name}=={mx.__version__}" for name in ("mlx", "mlx-metal")]
+    names = [f"{name}=={build.MLX_VERSION}" for name in ("mlx", "mlx-metal")]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--only-binary=:all:", "--platform", PLATFORM, "--python-version", "3.11"]
     subprocess.run([*command, "--dest", str(folder), *names], check=True)
