@@ -31,6 +31,7 @@ constexpr int MAX_VECTORS = REGISTERS / 4;  // of a panel's row: the sums stay i
 constexpr int TILE = LANES<Wide>;
 constexpr int ROWS = 16;  // of A whose sums are written together
 constexpr int64_t LONG = 8192;
+constexpr int64_t AHEAD = 256;  // terms from what is computed to what is fetched
 constexpr int64_t MAX_ROWS = MAX_VECTORS * W / PARTS;
 
 // ---- lanes
@@ -235,16 +236,20 @@ void sum_rows_of_one(const Terms& t, const int32_t* begins, const int32_t* ends,
     int64_t j = begins[r];
     const int64_t end = ends[r];
     if (end - j > LONG) continue;
+    __builtin_prefetch(indices + j + AHEAD);
+    if (PERM)
+      __builtin_prefetch(perm + j + AHEAD);
+    else
+      __builtin_prefetch(data + j + AHEAD);
     vec<Lane, G> acc = {};
+    Lane sum = 0;
     for (; j + G < end; j += G) acc += products(j);
     if (j + G <= n_blocks) {
       acc += keep<G>(products(j), lane_numbers<G>() < Bits(end - j));
     } else {
-      for (int l = 0; j < end; ++j, ++l) {
-        acc[l] += parts_of(data[PERM ? perm[j] : j]).of[0] * x[indices[j]];
-      }
+      for (; j < end; ++j) sum += parts_of(data[PERM ? perm[j] : j]).of[0] * x[indices[j]];
     }
-    const Lane sum = total<Lane, G>(acc);
+    sum += total<Lane, G>(acc);
     sums[r * step] = bias ? sum + parts_of(bias[r]).of[0] : sum;
   }
 }
@@ -409,6 +414,37 @@ void multiply_row(const int32_t* indices, int64_t begin, int64_t end, int64_t la
   for (; j < end; ++j) put(out + j, y * x[indices[j]]);
 }
 
+// Adds lanes l and l + S of each 2 S lanes of a, and of b: of a to the lower S, of b to the upper.
+template <int S, int L>
+INLINE vec<Lane, L> fold(vec<Lane, L> a, vec<Lane, L> b) {
+  swap_lanes<Lane, L, S>(a, b, std::make_integer_sequence<int, L>{});
+  return a + b;
+}
+template <int S, int L>
+INLINE vec<Lane, L> fold_rest(vec<Lane, L> a) {
+  if constexpr (S == 0) {
+    return a;
+  } else {
+    return fold_rest<S / 2, L>(fold<S, L>(a, a));
+  }
+}
+// The totals of four vectors.
+template <int L>
+INLINE void totals(const vec<Lane, L> (&acc)[4][PARTS], Lane* sums) {
+#pragma GCC unroll 2
+  for (int i = 0; i < PARTS; ++i) {
+    if constexpr (L >= 4) {
+      const vec<Lane, L> even = fold<L / 2, L>(acc[0][i], acc[2][i]);
+      const vec<Lane, L> odd = fold<L / 2, L>(acc[1][i], acc[3][i]);
+      const vec<Lane, L> all = fold_rest<L / 8, L>(fold<L / 4, L>(even, odd));
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) sums[k * PARTS + i] = all[k * L / 4];
+    } else {
+      for (int k = 0; k < 4; ++k) sums[k * PARTS + i] = total<Lane, L>(acc[k][i]);
+    }
+  }
+}
+
 // out[j] = the sum of y[l] x[indices[j]][l] over `width` lanes, for the entries [begin, end) of one
 // row; or that more. Four entries share what is read of y. The last vector ends with the lanes: of
 // those that it has in common with the last but one it takes none.
@@ -418,6 +454,7 @@ void sample_row(const int32_t* indices, int64_t begin, int64_t end, const Lane* 
   const vec<Bits, L> kept = lane_numbers<L>() >= Bits((width + L - 1) / L * L - width);
   for (int64_t j = begin; j < end; j += 4) {
     const Lane* rows[4];
+#pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
       rows[k] = x.values + int64_t(indices[std::min(j + k, end - 1)]) * x.step;
     }
@@ -441,14 +478,12 @@ void sample_row(const int32_t* indices, int64_t begin, int64_t end, const Lane* 
     add_products(keep<L>(load<L>(y + width - L), kept),
                  [&](const Lane* row) { return keep<L>(load<L>(row + width - L), kept); });
     Lane sums[4 * PARTS];
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-      for (int i = 0; i < PARTS; ++i) sums[k * PARTS + i] = total<Lane, L>(acc[k][i]);
-    }
-    const int64_t n_sums = std::min<int64_t>(4, end - j) * PARTS;
-    for (int64_t i = 0; i < n_sums; ++i) {
-      Lane& to = out[j * PARTS + i];
-      to = add ? to + sums[i] : sums[i];
+    totals<L>(acc, sums);
+    Lane* to = out + j * PARTS;
+    const int64_t n_sums = (end - j) * PARTS;
+#pragma GCC unroll 8
+    for (int i = 0; i < 4 * PARTS; ++i) {
+      if (i < n_sums) to[i] = add ? to[i] + sums[i] : sums[i];
     }
   }
 }
