@@ -27,12 +27,14 @@ using Wide = std::conditional_t<COMPLEX, double, Lane>;
 constexpr bool NARROW = sizeof(Item) < sizeof(Wide);
 
 constexpr int W = LANES<Lane>;
-constexpr int MAX_VECTORS = REGISTERS / 4;  // of a panel's row: the sums stay in registers
+constexpr int MAX_VECTORS = REGISTERS / 4;  // whose sums stay in registers
 constexpr int TILE = LANES<Wide>;
 constexpr int ROWS = 16;  // of A whose sums are written together
 constexpr int64_t LONG = 8192;
-constexpr int64_t AHEAD = 256;  // terms from what is computed to what is fetched
-constexpr int64_t MAX_ROWS = MAX_VECTORS * W / PARTS;
+// Terms from what is computed to what is fetched: of their own arrays, and of wide rows of x.
+constexpr int64_t AHEAD = 256;
+constexpr int64_t ROWS_AHEAD = 4;
+constexpr int64_t MAX_ROWS = 4 * W / PARTS;  // of x that are packed
 
 // ---- lanes
 
@@ -114,13 +116,13 @@ void with_lanes(int64_t width, const F& f) {
   }
   f(std::integral_constant<int, L>());
 }
-// And with the number of vectors that cover `width` lanes. The last vector ends with them, and may
-// begin among those of the last but one.
+// And with the vectors of a part, all of which cover `width` lanes.
 template <class F>
 void with_vectors(int64_t width, const F& f) {
   with_lanes(width, [&](auto lanes) {
     constexpr int L = decltype(lanes)::value, MAX = L == W ? MAX_VECTORS : L > PARTS ? 2 : 1;
-    with_count<1, MAX>((width + L - 1) / L, [&](auto count) { f(lanes, count); });
+    const int64_t vectors = (width + L - 1) / L, parts = (vectors + MAX - 1) / MAX;
+    with_count<1, MAX>((vectors + parts - 1) / parts, [&](auto count) { f(lanes, count); });
   });
 }
 
@@ -152,50 +154,60 @@ struct Terms {
 using SumRows = void(const Terms& t, const int32_t* begins, const int32_t* ends, int64_t n,
                      const Element* bias, Lane* sums, int64_t step);
 
+// In parts of Q vectors of L lanes. The last part ends with the lanes, as does the last vector of a
+// part that is alone: lanes that they have in common with those before are computed again.
 template <int L, int Q>
 void sum_rows(const Terms& t, const int32_t* begins, const int32_t* ends, int64_t n,
               const Element* bias, Lane* sums, int64_t step) {
   constexpr int SUMS = Q * PARTS < 4 ? 2 : 1;
+  constexpr bool IS_WIDE = Q >= 4;
   const Element* data = t.data;
   const int32_t *indices = t.indices, *perm = t.perm;
-  const Lane* x = t.x.values;
-  const int64_t x_step = t.x.step, last = t.width - L;
+  const int64_t x_step = t.x.step, last_part = std::max<int64_t>(0, t.width - Q * L);
+  const int64_t last = std::min<int64_t>((Q - 1) * L, t.width - L);
   for (int64_t r = 0; r < n; ++r, sums += step) {
     const int64_t begin = begins[r], end = ends[r];
     if (end - begin > LONG) continue;
-    vec<Lane, L> acc[SUMS][PARTS][Q] = {};
-    auto add = [&](int64_t j, vec<Lane, L>(&to)[PARTS][Q]) __attribute__((always_inline)) {
-      const Lane* row = x + int64_t(indices[j]) * x_step;
-      const Parts w = parts_of(data[perm ? perm[j] : j]);
+    for (int64_t part = 0; part < t.width; part += Q * L) {
+      const int64_t first = std::min(part, last_part);
+      const Lane* x = t.x.values + first;
+      vec<Lane, L> acc[SUMS][PARTS][Q] = {};
+      auto add = [&](int64_t j, vec<Lane, L>(&to)[PARTS][Q]) __attribute__((always_inline)) {
+        const Lane* row = x + int64_t(indices[j]) * x_step;
+        const Parts w = parts_of(data[perm ? perm[j] : j]);
+        const int64_t ahead = std::min(j + ROWS_AHEAD, t.n_blocks - 1);
+        const Lane* next = x + int64_t(indices[ahead]) * x_step;
+#pragma GCC unroll 8
+        for (int q = 0; q < Q; ++q) {
+          if (IS_WIDE) __builtin_prefetch(next + q * L);
+          const vec<Lane, L> values = load<L>(row + (q + 1 < Q ? q * L : last));
+#pragma GCC unroll 2
+          for (int i = 0; i < PARTS; ++i) to[i][q] += w.of[i] * values;
+        }
+      };
+      int64_t j = begin;
+      for (; j + SUMS <= end; j += SUMS) {
+#pragma GCC unroll 4
+        for (int s = 0; s < SUMS; ++s) add(j + s, acc[s]);
+      }
+      for (; j < end; ++j) add(j, acc[0]);
 #pragma GCC unroll 8
       for (int q = 0; q < Q; ++q) {
-        const vec<Lane, L> values = load<L>(row + (q + 1 < Q ? q * L : last));
-#pragma GCC unroll 2
-        for (int i = 0; i < PARTS; ++i) to[i][q] += w.of[i] * values;
-      }
-    };
-    int64_t j = begin;
-    for (; j + SUMS <= end; j += SUMS) {
 #pragma GCC unroll 4
-      for (int s = 0; s < SUMS; ++s) add(j + s, acc[s]);
-    }
-    for (; j < end; ++j) add(j, acc[0]);
-#pragma GCC unroll 8
-    for (int q = 0; q < Q; ++q) {
-#pragma GCC unroll 4
-      for (int s = 1; s < SUMS; ++s) {
+        for (int s = 1; s < SUMS; ++s) {
 #pragma GCC unroll 2
-        for (int i = 0; i < PARTS; ++i) acc[0][i][q] += acc[s][i][q];
+          for (int i = 0; i < PARTS; ++i) acc[0][i][q] += acc[s][i][q];
+        }
+        vec<Lane, L> sum = acc[0][0][q];
+        if constexpr (COMPLEX && L > 1) sum += times_i<L>(acc[0][PARTS - 1][q]);
+        if (bias) {
+          const Parts add = parts_of(bias[r]);
+          vec<Lane, L> lanes;
+          for (int l = 0; l < L; ++l) lanes[l] = add.of[l % PARTS];
+          sum += lanes;
+        }
+        store<L>(sums + first + (q + 1 < Q ? q * L : last), sum);
       }
-      vec<Lane, L> sum = acc[0][0][q];
-      if constexpr (COMPLEX && L > 1) sum += times_i<L>(acc[0][PARTS - 1][q]);
-      if (bias) {
-        const Parts add = parts_of(bias[r]);
-        vec<Lane, L> lanes;
-        for (int l = 0; l < L; ++l) lanes[l] = add.of[l % PARTS];
-        sum += lanes;
-      }
-      store<L>(sums + (q + 1 < Q ? q * L : last), sum);
     }
   }
 }
@@ -284,6 +296,13 @@ int64_t rows_at_once(int64_t N, int64_t most) {
   return std::min(N, (N + times * n_lanes - 1) / (times * n_lanes) * n_lanes);
 }
 
+// Rows of x in a panel: all where neither x nor y is copied.
+bool in_place(const Rows& y, int64_t N) { return !NARROW && (N == 1 || y.n_step == 1); }
+int64_t panel_rows(const Product& p) {
+  const bool as_they_are = x_is_panel(p.x, p.N) && in_place(p.y, p.N);
+  return as_they_are ? p.N : rows_at_once(p.N, MAX_ROWS);
+}
+
 size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 struct Scratch {
   size_t packed;   // bytes of a packed panel
@@ -291,7 +310,7 @@ struct Scratch {
   size_t partial;  // of the sums of cuts
 };
 Scratch scratch_of(const Product& p) {
-  const size_t rows = rows_at_once(p.N, MAX_ROWS), n_cuts = 2 * (p.a.n_blocks / LONG);
+  const size_t rows = panel_rows(p), n_cuts = 2 * (p.a.n_blocks / LONG);
   return {x_is_panel(p.x, p.N) ? 0 : aligned(p.a.C * rows * sizeof(Wide)),
           aligned(n_cuts * sizeof(int32_t)), aligned(n_cuts * rows * sizeof(Wide))};
 }
@@ -303,7 +322,6 @@ void multiply_panel(const Product& p, const Terms& t, int64_t N, Item* y, SumRow
   const int64_t width = t.width, y_step = p.y.c_step;
   const Element* bias = static_cast<const Element*>(p.bias);
   const double work = double(t.n_blocks) * double(width + 3);
-  const bool in_place = !NARROW && (p.y.n_step == 1 || N == 1);
   auto write = [&](const Lane* sums, int64_t r, int64_t n_rows) {
     const Wide* from = reinterpret_cast<const Wide*>(sums);
     if (N == 1) {
@@ -316,7 +334,7 @@ void multiply_panel(const Product& p, const Terms& t, int64_t N, Item* y, SumRow
     auto rows = [&](int64_t r, int64_t n_rows, Lane* sums, int64_t step) {
       sum(t, indptr + r, indptr + r + 1, n_rows, bias ? bias + r : nullptr, sums, step);
     };
-    if (in_place) {
+    if (in_place(p.y, N)) {
       return rows(first, last - first, reinterpret_cast<Lane*>(y + first * y_step), y_step * PARTS);
     }
     alignas(64) Lane sums[ROWS * MAX_ROWS * PARTS] = {};
@@ -374,7 +392,7 @@ void multiply(const Product& p) {
   }
   Lane* partial = reinterpret_cast<Lane*>(take(sizes.partial));
   cuts.add(a.indptr, 0, a.R);
-  const int64_t step = rows_at_once(p.N, MAX_ROWS);
+  const int64_t step = panel_rows(p);
   for (int64_t v = 0; v < p.V; ++v) {
     const Element* data = static_cast<const Element*>(p.data) + v * a.n_blocks;
     for (int64_t n0 = 0; n0 < p.N; n0 += step) {
