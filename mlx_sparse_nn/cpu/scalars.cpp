@@ -212,16 +212,17 @@ void sum_rows(const Terms& t, const int32_t* begins, const int32_t* ends, int64_
   }
 }
 
-// G values of x: places are read in pairs, because loads are what there are most of.
+// G values from their places, which are read in pairs, because loads are what there are most of.
 constexpr int G = W < 4 ? W : 4;
-INLINE vec<Lane, G> values_at(const Lane* x, const int32_t* places) {
+template <class E>
+INLINE vec<Lane, G> values_at(const E* from, const int32_t* places) {
   uint64_t pairs[G / 2];
   memcpy(pairs, places, sizeof pairs);
   vec<Lane, G> values = {};
 #pragma GCC unroll 4
   for (int i = 0; i < G / 2; ++i) {
-    values[2 * i] = x[uint32_t(pairs[i])];
-    values[2 * i + 1] = x[pairs[i] >> 32];
+    values[2 * i] = widen(from[uint32_t(pairs[i])]);
+    values[2 * i + 1] = widen(from[pairs[i] >> 32]);
   }
   return values;
 }
@@ -236,9 +237,9 @@ void sum_rows_of_one(const Terms& t, const int32_t* begins, const int32_t* ends,
   const Lane* x = t.x.values;
   const int64_t n_blocks = t.n_blocks;
   auto products = [=](int64_t j) __attribute__((always_inline)) {
-    vec<Lane, G> w = {};
+    vec<Lane, G> w;
     if constexpr (PERM) {
-      for (int l = 0; l < G; ++l) w[l] = parts_of(data[perm[j + l]]).of[0];
+      w = values_at(data, perm + j);
     } else {
       w = load<G>(data + j);
     }
@@ -249,20 +250,21 @@ void sum_rows_of_one(const Terms& t, const int32_t* begins, const int32_t* ends,
     const int64_t end = ends[r];
     if (end - j > LONG) continue;
     __builtin_prefetch(indices + j + AHEAD);
-    if (PERM)
+    if (PERM) {
       __builtin_prefetch(perm + j + AHEAD);
-    else
+    } else {
       __builtin_prefetch(data + j + AHEAD);
+    }
     vec<Lane, G> acc = {};
     Lane sum = 0;
     for (; j + G < end; j += G) acc += products(j);
     if (j + G <= n_blocks) {
       acc += keep<G>(products(j), lane_numbers<G>() < Bits(end - j));
     } else {
-      for (; j < end; ++j) sum += parts_of(data[PERM ? perm[j] : j]).of[0] * x[indices[j]];
+      for (; j < end; ++j) sum += widen(data[PERM ? perm[j] : j]) * x[indices[j]];
     }
     sum += total<Lane, G>(acc);
-    sums[r * step] = bias ? sum + parts_of(bias[r]).of[0] : sum;
+    sums[r * step] = bias ? sum + widen(bias[r]) : sum;
   }
 }
 
