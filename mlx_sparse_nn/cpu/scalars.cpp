@@ -409,8 +409,11 @@ void multiply(const Product& p) {
 
 // ---- sddmm
 
-// Rows of y and x that are taken at once.
-constexpr int64_t CHUNK = 64 / PARTS;
+// Rows of y and x that are taken at once: all where neither is copied.
+int64_t sampled_rows(const SampledProduct& p) {
+  const bool as_they_are = is_panel(p.y, p.N) && x_is_panel(p.x, p.N);
+  return as_they_are ? p.N : rows_at_once(p.N, MAX_ROWS);
+}
 
 struct Sampling {
   size_t y;     // bytes of packed rows of y
@@ -418,7 +421,7 @@ struct Sampling {
   size_t sums;  // of sums that `out` is too narrow for
 };
 Sampling sampling_of(const SampledProduct& p) {
-  const size_t rows = rows_at_once(p.N, CHUNK);
+  const size_t rows = sampled_rows(p);
   return {is_panel(p.y, p.N) ? 0 : aligned(p.a.R * rows * sizeof(Wide)),
           x_is_panel(p.x, p.N) ? 0 : aligned(p.a.C * rows * sizeof(Wide)),
           NARROW && p.N > 1 ? aligned(p.a.n_blocks * sizeof(Lane)) : 0};
@@ -522,7 +525,7 @@ void each_row(const Csr& a, int64_t first, int64_t last, const F& f) {
 void sample(const SampledProduct& p) {
   const Csr& a = p.a;
   const Sampling sizes = sampling_of(p);
-  const int64_t step = rows_at_once(p.N, CHUNK);
+  const int64_t step = sampled_rows(p);
   char* scratch = static_cast<char*>(p.scratch);
   for (int64_t v = 0; v < p.V; ++v) {
     Item* to = static_cast<Item*>(p.out) + v * a.n_blocks;
