@@ -10,22 +10,24 @@ BACKEND := $(shell \
 	if [ -z "$$driver" ]; then echo cpu,; elif [ "$$driver" -ge 580 ]; then echo cuda13,; else echo cuda12,; fi)
 
 # Kernels, their headers and their emulators; asked for when a target needs them.
-KERNELS = $(shell find mlx_sparse_nn tests -name '*.metal' -o -name '*.cu' -o -name '*.h' -o -name '*.cpp')
+KERNELS = $(shell find mlx_sparse_nn tests benchmarks -name '*.metal' -o -name '*.cu' -o -name '*.h' -o -name '*.cpp' -o -name '*.c')
 
-.PHONY: help demo test test-metal test-device bench lint format clean
+.PHONY: help demo test test-metal test-macos test-device bench lint format clean
 
 help:
 	@echo "make demo         train a small sparse language model (two minutes on two CPU cores)"
 	@echo "make test         run the tests"
 	@echo "make test-metal   run the Metal kernels on their emulator, with 2000 drawn cases"
+	@echo "make test-macos   cross-compile the CPU's C++ for a Mac"
 	@echo "make test-device  run the tests and a benchmark on this machine's GPU"
 	@echo "make bench        measure products on this machine beside their peers (15 minutes)"
 	@echo "make lint         check style and types"
 	@echo "make format       put the code into shape"
 	@echo "make clean        remove .venv, .bench and what training wrote"
 
+# An OpenBLAS that is installed takes the place of the BLAS in MLX's Linux wheel, which is scalar code.
 demo: $(VENV)/installed-examples
-	$(BIN)/python examples/train_char_lm.py
+	LD_PRELOAD=$$($(BIN)/python benchmarks/openblas.py) $(BIN)/python examples/train_char_lm.py
 
 # A process for each core; what NumPy computes in one keeps to that core. The functions of a file
 # stay in one process, and so share fixtures, ports and peaks of memory.
@@ -34,6 +36,9 @@ test: $(VENV)/installed-dev
 
 test-metal: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --hypothesis-profile full tests/backends/test_metal*.py tests/emulators
+
+test-macos: $(VENV)/installed-dev
+	$(BIN)/python tests/link_for_macos.py
 
 test-device: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/device.py

@@ -52,7 +52,8 @@ def build_all(dtypes: Sequence[str]) -> int:
         wanted.append((mx.complex64, 1))
     try:
         with ThreadPoolExecutor(n_cores()) as threads:
-            paths = [build.primitive(), *threads.map(lambda kind: cpu.library(*kind), wanted)]
+            products = threads.map(lambda kind: cpu.library(*kind), wanted)
+            paths = [build.primitive(), build.index(), *products]
     except build.BuildError as error:
         print(f"[mlx_sparse_nn] {error}", file=sys.stderr)
         return 1

@@ -69,7 +69,8 @@ def test_kernels_are_the_oracle(pattern, n, dtype, v):
 @pytest.mark.parametrize("dtype", [*FLOATS, mx.float64], ids=str)
 @pytest.mark.parametrize("block_size", [1, 4, 12, 16, 32, 48, 64, 128])
 def test_every_block_size_and_number_of_rows(block_size, dtype):
-    pattern = random_pattern(4, 3, block_size, density=0.7)
+    n_blocks = 4 if block_size < 32 else 2  # the oracle is dense, by MLX's scalar BLAS
+    pattern = random_pattern(n_blocks, 3, block_size, density=0.7)
     for n in (1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 33, 64, 129, 260):
         data, x, y = operands(pattern, n, dtype)
         check_products(pattern, data, x, y, integers(pattern.shape[:1], 4, dtype))
@@ -121,7 +122,7 @@ def test_results_have_the_order_of_x():
     mx.eval(y)
     assert_equal(mx.contiguous(y), naive.spmm(data, pattern, x))
     assert_equal(y.T * 2, 2 * naive.spmm(data, pattern, x).T)
-    assert np.asarray(memoryview(y.T)).flags.c_contiguous
+    assert np.array(y.T, copy=False).flags.c_contiguous
 
 
 @pytest.mark.parametrize("block_size", [1, 32])
