@@ -42,12 +42,12 @@ struct Layout {
     const int64_t B = side(p.a), lanes = std::min(round_up(p.N, PANEL), CHUNK);
     const int64_t height = round_up(std::max(B, STRIP), B);
     panels = round_up(lanes * p.a.C * B, 64);
-    few = round_up(FEW * p.a.C * X_STEP, 64);
+    few = round_up(MOST_FEW_T * p.a.C * X_STEP, 64);
     start = round_up(B, 64);
     values = WIDENED ? round_up(std::max(B, DEPTH) * B, 64) : 0;
     sums = round_up(height * lanes, 64);
-    few_sums = FEW * round_up(FEW_SUMS * V, 64);
-    few_out = round_up(FEW * height, 64);
+    few_sums = MOST_FEW_T * round_up(FEW_SUMS * V, 64);
+    few_out = round_up(MOST_FEW_T * height, 64);
   }
   int64_t mine() const { return start + values + sums + few_sums + few_out; }
 };
@@ -59,7 +59,7 @@ class Chunk {
       : p(p),
         a(p.a),
         layout(layout),
-        plan(rows),
+        plan(rows, p.a.perm ? MOST_FEW_T : MOST_FEW),
         rows(rows),
         B(side(p.a)),
         data(static_cast<const E*>(p.data) + v * a.n_blocks * B * B),
@@ -101,11 +101,12 @@ class Chunk {
   }
 
   void pack_few() const {
-    const int64_t step = plan.few * X_STEP;
-    for (int64_t n = 0; n < plan.few; ++n) {
+    const int64_t width = few_width(plan.few), step = width * X_STEP;
+    for (int64_t n = 0; n < width; ++n) {
       A* const to = few + n * X_STEP;
-      gather(x + (rows - plan.few + n) * p.x.n_step, B * p.x.c_step, p.x.c_step, a.C, B, to, step,
-             B);
+      // A row of x that is missing is some other; what it gives is not written.
+      const int64_t row = rows - plan.few + std::min(n, plan.few - 1);
+      gather(x + row * p.x.n_step, B * p.x.c_step, p.x.c_step, a.C, B, to, step, B);
       for (int64_t c = 0; c < a.C; ++c) {
         for (int64_t k = B; k < X_STEP; ++k) to[c * step + k] = to[c * step + k - B];
       }
@@ -134,7 +135,7 @@ class Chunk {
                          sums + first * height + top * lanes);
         }
         j += g.n;
-        few_rows(plan.few, g, few, few_sums, j == end, few_out + top, height);
+        few_rows(few_width(plan.few), g, few, few_sums, j == end, few_out + top, height);
       } while (j < end);
       for (int64_t n = 0; n < plan.few; ++n) {
         for (int64_t o = 0; o < B; ++o) few_out[n * height + top + o] += start[o];

@@ -1,8 +1,9 @@
-// Blocks times 1 to FEW rows of x, bound by reading the stored values: each vector is one of
+// Blocks times few rows of x, bound by reading the stored values: each vector is one of
 // stored values, read once. It is a part of a row of a block, or rows of a small block. For A,
 // lanes of a sum are added at the end; for the transpose, they are outputs.
 //
-// x is packed to (C, N, X_STEP): where a block has fewer columns than a vector has lanes, its x is
+// There are kernels of 1, 2, 4, 6 and 8 rows, N; a row of x that is missing is some other. x is
+// packed to (C, N, X_STEP): where a block has fewer columns than a vector has lanes, its x is
 // repeated.
 
 #pragma once
@@ -11,6 +12,13 @@
 
 namespace mlx_sparse_nn {
 namespace {
+
+// Rows that these kernels compute faster than panels do.
+constexpr int MOST_FEW = BLOCK == 0 ? 0 : BLOCK < W ? 4 : 6;
+constexpr int MOST_FEW_T = BLOCK == 0 ? 0 : BLOCK < W ? 4 : 8;
+
+// The rows that a kernel computes for `few`.
+INLINE int64_t few_width(int64_t few) { return few < 2 ? few : round_up(few, 2); }
 
 constexpr int V = SIDE * SIDE < W ? SIDE * SIDE : W;  // lanes
 constexpr int K = SIDE > V ? SIDE / V : 1;            // vectors of a row of a block
@@ -46,13 +54,13 @@ void multiply_few(const Group& g, const A* x, A* sums) {
         const A* xs = x + g.column[e] * (N * X_STEP);
         for (int k = 0; k < K; ++k) {
           vec<A, V> xv[N];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int n = 0; n < N; ++n) xv[n] = load<V>(xs + n * X_STEP + k * V);
 #pragma GCC unroll 16
           for (int m = 0; m < ROWS; ++m) {
             const vec<A, V> values = load<V>(w + (m * K + k) * V);
             __builtin_prefetch(ahead + (m * K + k) * V, 0, 2);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int n = 0; n < N; ++n) acc[m * N + n] += values * xv[n];
           }
         }
@@ -90,7 +98,7 @@ INLINE void multiply_small_t(const E* w, const E* ahead, const A* x, vec<A, V> (
   if constexpr (F < SUMS) {
     const vec<A, V> values = load<V>(w + F * V);
     __builtin_prefetch(ahead + F * V, 0, 2);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       const auto lanes = std::make_integer_sequence<int, V>{};
       acc[F % CHAINS * N + n] += values * spread<F>(load<V>(x + n * X_STEP), lanes);
@@ -119,7 +127,7 @@ void multiply_few_t(const Group& g, const A* x, A* sums) {
             const int k = k0 + i / KS, at = k * SIDE + i % KS * V;
             const vec<A, V> values = load<V>(w + at);
             __builtin_prefetch(ahead + at, 0, 2);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int n = 0; n < N; ++n) {
               acc[(i % KS * CHAINS + i / KS) * N + n] += values * xs[n * X_STEP + k];
             }
@@ -150,7 +158,7 @@ INLINE void few_rows(const Group& g, const A* x, A* sums, bool last, A* out, int
   if (g.place) {
     multiply_few_t<N>(g, x, sums);
     if (last) finish_few_t<N>(sums, out, n_step);
-  } else {
+  } else if constexpr (N <= MOST_FEW) {
     multiply_few<N>(g, x, sums);
     if (last) finish_few<N>(sums, out, n_step);
   }
@@ -161,8 +169,11 @@ void few_rows(int64_t N, const Group& g, const A* x, A* sums, bool last, A* out,
   if constexpr (BLOCK > 0) {
     if (N == 1) few_rows<1>(g, x, sums, last, out, n_step);
     if (N == 2) few_rows<2>(g, x, sums, last, out, n_step);
-    if (N == 3) few_rows<3>(g, x, sums, last, out, n_step);
     if (N == 4) few_rows<4>(g, x, sums, last, out, n_step);
+  }
+  if constexpr (MOST_FEW_T > 4) {
+    if (N == 6) few_rows<6>(g, x, sums, last, out, n_step);
+    if (N == 8) few_rows<8>(g, x, sums, last, out, n_step);
   }
 }
 

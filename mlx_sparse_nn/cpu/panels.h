@@ -9,23 +9,24 @@
 namespace mlx_sparse_nn {
 namespace {
 
-constexpr int PANEL = 2 * W;        // lanes of a whole panel
-constexpr int64_t CHUNK = 128;      // rows of x that are packed at once
-constexpr int FEW = BLOCK ? 4 : 0;  // rows that are left to few_rows.h, at most
+constexpr int PANEL = 2 * W;    // lanes of a whole panel
+constexpr int64_t CHUNK = 128;  // rows of x that are packed at once
 constexpr int MOST = CHUNK / PANEL + 3;
 
-// Which panels take the rows of a chunk: whole ones, then narrower ones, then the few rows.
+// Which panels take the rows of a chunk: whole ones, then narrower ones. `few` rows, at most
+// most_few, are left to few_rows.h.
 struct Plan {
   int n = 0;
   int lanes[MOST];
   int64_t first[MOST];  // row
   int64_t few;
 
-  explicit Plan(int64_t rows) {
+  Plan(int64_t rows, int64_t most_few) {
     int64_t done = 0;
     for (int l = PANEL; l >= 4; l /= 2) {
-      // Of 16 lanes and more, a panel is taken if at least 3 / 4 are used.
-      while (rows - done > (l > 8 ? l * 3 / 4 : l > 4 ? 4 : FEW)) {
+      // Of 16 lanes and more, a panel is taken if more than 3 / 4 are used.
+      const int64_t bound = l > 8 ? l * 3 / 4 : l > 4 ? std::max<int64_t>(4, most_few) : most_few;
+      while (rows - done > bound) {
         lanes[n] = l;
         first[n++] = done;
         done = std::min(rows, done + l);
