@@ -106,6 +106,7 @@ INLINE vec<float, N> load(const float16* p) {
   if constexpr (N == 8) {
     return bit_cast<vec<float, 8>>(_mm256_cvtph_ps(*reinterpret_cast<const __m128i_u*>(p)));
   }
+  if constexpr (N == 4) return bit_cast<vec<float, 4>>(_mm_cvtph_ps(_mm_loadu_si64(p)));
 #endif
   // The exponent is moved up by a multiplication, which is exact; what has the largest exponent
   // already is infinite or no number.
@@ -130,6 +131,16 @@ INLINE void store(double* p, vec<double, N> value) {
 }
 template <int N>
 INLINE void store(bfloat16* p, vec<float, N> value) {
+#if defined(__AVX512BF16__) && defined(__AVX512DQ__)
+  if constexpr (N == 16) {
+    // The instruction takes subnormal numbers for zero.
+    const __m512 wide = bit_cast<__m512>(value);
+    if (__builtin_expect(_mm512_fpclass_ps_mask(wide, 0x20) == 0, 1)) {
+      *reinterpret_cast<__m256i_u*>(p) = bit_cast<__m256i>(_mm512_cvtneps_pbh(wide));
+      return;
+    }
+  }
+#endif
   const auto bits = bit_cast<vec<uint32_t, N>>(value);
   const vec<uint32_t, N> rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
   const auto nan = bit_cast<vec<uint32_t, N>>(value != value);
@@ -150,6 +161,10 @@ INLINE void store(float16* p, vec<float, N> value) {
   if constexpr (N == 8) {
     const __m256 wide = bit_cast<__m256>(value);
     *reinterpret_cast<__m128i_u*>(p) = _mm256_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT);
+    return;
+  }
+  if constexpr (N == 4) {
+    _mm_storeu_si64(p, _mm_cvtps_ph(bit_cast<__m128>(value), _MM_FROUND_TO_NEAREST_INT));
     return;
   }
 #endif
