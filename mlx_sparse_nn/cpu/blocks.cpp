@@ -162,7 +162,7 @@ class Chunk {
     g.next = a.perm && j + 2 * g.n <= a.n_blocks ? g.place + g.n : g.place;
     g.wide = values;
     for (int e = 0; WIDENED && plan.n && e < g.n; ++e) {
-      copy_run(g.stored(e), values + e * g.size, g.size);
+      copy_run<W>(g.stored(e), values + e * g.size, g.size);
     }
     return g;
   }

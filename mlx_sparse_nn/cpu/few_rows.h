@@ -14,7 +14,7 @@ namespace mlx_sparse_nn {
 namespace {
 
 // Rows that these kernels compute faster than panels do.
-constexpr int MOST_FEW = BLOCK == 0 ? 0 : BLOCK < W ? 4 : 6;
+constexpr int MOST_FEW = BLOCK == 0 ? 0 : BLOCK < W ? 4 : WIDENED ? 8 : 6;
 constexpr int MOST_FEW_T = BLOCK == 0 ? 0 : BLOCK < W ? 4 : 8;
 
 // The rows that a kernel computes for `few`.
