@@ -12,7 +12,7 @@ namespace mlx_sparse_nn {
 namespace {
 
 constexpr int64_t STEP = 128;
-constexpr int64_t KEPT = 1 << 18;  // sums of 16-bit results that are kept between steps, about
+constexpr int64_t KEPT = 1 << 19;  // sums of 16-bit results that are kept between steps, about
 
 // A row of a block is padded to pieces of a power of two lanes, W / P of which make a vector.
 INLINE int64_t piece_lanes(int64_t B) {
@@ -83,7 +83,7 @@ void sample_tile(const Sampling& s, const A* y, int64_t i, int64_t B,
       }
     } else {
       copy_pieces<P, false>(tile, sums, ROWS, ACROSS, B, pieces.place, pieces.width);
-      read<W>(tile, acc);
+      load_all<W>(tile, acc);
     }
   }
   const A* x[ACROSS];
@@ -105,15 +105,15 @@ void sample_tile(const Sampling& s, const A* y, int64_t i, int64_t B,
 #pragma GCC unroll 16
     for (int m = 0; m < ROWS * Q; ++m) {
       const int64_t at = m / Q * B + pieces.place[m % Q];
-      WIDENED&& s.last ? store<W>(out + at, acc[m]) : store<W>(sums + at, acc[m]);
+      s.last&& WIDENED ? store<W>(out + at, acc[m]) : store<W>(sums + at, acc[m]);
     }
   } else if (WIDENED && s.last) {
     E rounded[ROWS * Q * W];
-    write<W>(tile, acc);
+    store_all<W>(tile, acc);
     for (int m = 0; m < ROWS * Q; ++m) store<W>(rounded + m * W, load<W>(tile + m * W));
     copy_pieces<P, true>(rounded, out, ROWS, ACROSS, B, pieces.place, pieces.width);
   } else {
-    write<W>(tile, acc);
+    store_all<W>(tile, acc);
     copy_pieces<P, true>(tile, sums, ROWS, ACROSS, B, pieces.place, pieces.width);
   }
 }
