@@ -27,18 +27,19 @@ void share(const Crew& crew, int64_t n, double work, const F& f) {
   run(crew, m, [&](int64_t i, int worker) { f(n * i / m, n * (i + 1) / m, worker); });
 }
 
-// The same over the rows of a CSR, in pieces of about as many stored entries and rows.
+// The same over rows of a CSR, in pieces of about as many stored entries and rows. indptr is that
+// of the first row.
 template <class F>
 void share_rows(const Crew& crew, const int32_t* indptr, int64_t n_rows, double work, const F& f) {
   if (n_rows <= 0) return;
   if (crew.size == 1 || n_rows == 1 || work < MIN_SHARED_WORK) return f(int64_t(0), n_rows, 0);
   const int64_t m = std::min<int64_t>(n_rows, crew.size * PIECES_PER_THREAD);
-  const int64_t total = int64_t(indptr[n_rows]) + n_rows;
+  const int64_t total = int64_t(indptr[n_rows]) - indptr[0] + n_rows;
   auto cut = [&](int64_t i) {  // the first row with i / m of all before it
     int64_t low = 0, high = n_rows;
     while (low < high) {
       const int64_t middle = (low + high) / 2;
-      if (indptr[middle] + middle < total * i / m) {
+      if (indptr[middle] - indptr[0] + middle < total * i / m) {
         low = middle + 1;
       } else {
         high = middle;

@@ -98,7 +98,8 @@ template <int N>
 INLINE vec<float, N> load(const float16* p) {
 #if defined(__AVX512F__)
   if constexpr (N == 16) {
-    return bit_cast<vec<float, 16>>(_mm512_cvtph_ps(*reinterpret_cast<const __m256i_u*>(p)));
+    return bit_cast<vec<float, 16>>(
+        _mm512_maskz_cvtph_ps(0xFFFF, *reinterpret_cast<const __m256i_u*>(p)));
   }
 #endif
 #if defined(__F16C__)
@@ -140,7 +141,8 @@ INLINE void store(float16* p, vec<float, N> value) {
 #if defined(__AVX512F__)
   if constexpr (N == 16) {
     const __m512 wide = bit_cast<__m512>(value);
-    *reinterpret_cast<__m256i_u*>(p) = _mm512_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT);
+    *reinterpret_cast<__m256i_u*>(p) =
+        _mm512_maskz_cvtps_ph(0xFFFF, wide, _MM_FROUND_TO_NEAREST_INT);
     return;
   }
 #endif
@@ -188,6 +190,23 @@ INLINE A total(vec<A, N> value) {
     memcpy(&high, reinterpret_cast<const char*>(&value) + sizeof low, sizeof high);
     return total<A, N / 2>(low + high);
   }
+}
+
+template <class A, int N, int... LANE>
+INLINE vec<A, 2 * N> join(vec<A, N> low, vec<A, N> high, std::integer_sequence<int, LANE...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(low, high, LANE...);
+#else
+  vec<A, 2 * N> both;
+  memcpy(&both, &low, sizeof low);
+  memcpy(reinterpret_cast<char*>(&both) + sizeof low, &high, sizeof high);
+  return both;
+#endif
+}
+// The lanes of both, one after the other.
+template <class A, int N>
+INLINE vec<A, 2 * N> join(vec<A, N> low, vec<A, N> high) {
+  return join<A, N>(low, high, std::make_integer_sequence<int, 2 * N>{});
 }
 
 template <class A, int N, int S, int... LANE>

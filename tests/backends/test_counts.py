@@ -1,7 +1,7 @@
 """What standard workloads cost in counts, which no machine changes: a check against regressions.
 
-``counts.json`` holds, for each workload: the operations in MLX's graph on the CPU, the peak of
-memory there in kilobytes, and the kernels launched on a GPU. After a change that is meant,
+``counts.json`` holds, for each workload: the operations in the graph of plain MLX on the CPU, the
+peak of memory there in kilobytes, and the kernels launched on a GPU. After a change that is meant,
 ``python tests/backends/test_counts.py`` writes it again, and its diff shows what the change does.
 A peak is
 written when it has changed by a quarter: it is a median, since it depends on when MLX's threads
@@ -99,6 +99,7 @@ def count(workload):
     helper = [mx.new_thread_local_stream(mx.cpu)]
     try:
         with ExitStack() as stack:  # two streams, on any machine
+            stack.enter_context(computing(plain))
             stack.enter_context(mock.patch.object(schedule, "_n_streams", return_value=2))
             stack.enter_context(mock.patch.object(schedule, "_more_streams", return_value=helper))
             run = workload()

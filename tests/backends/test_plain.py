@@ -1,4 +1,4 @@
-"""The CPU path: several streams, steps, threads, buckets of rows, and the memory that it takes."""
+"""Plain MLX on the CPU: streams, steps, threads, buckets of rows, and the memory that it takes."""
 
 import itertools
 import sys
@@ -10,12 +10,20 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import assert_equal, dense_of, integers, pattern_of, patterns, random_pattern
+from support import (
+    assert_equal,
+    computing,
+    dense_of,
+    integers,
+    pattern_of,
+    patterns,
+    random_pattern,
+)
 
 import mlx_sparse_nn
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern, sddmm, spmm, spmm_t
 from mlx_sparse_nn.core import tuned
-from mlx_sparse_nn.core.backends import schedule
+from mlx_sparse_nn.core.backends import plain, schedule
 from mlx_sparse_nn.core.backends.buckets import buckets_of
 from mlx_sparse_nn.core.layout import group_lengths
 
@@ -24,7 +32,8 @@ from mlx_sparse_nn.core.layout import group_lengths
 def _on_cpu():
     before = mx.default_device()
     mx.set_default_device(mx.cpu)
-    yield
+    with computing(plain):
+        yield
     mx.set_default_device(before)
 
 

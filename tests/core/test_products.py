@@ -23,6 +23,8 @@ from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import plain
 from mlx_sparse_nn.core.ops import todense
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 leading = st.lists(st.integers(0, 3), max_size=3).map(tuple)
 REAL = (mx.float32, mx.float16, mx.bfloat16, mx.float64)
 

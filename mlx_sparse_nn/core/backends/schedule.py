@@ -8,7 +8,6 @@ A CPU product may use up to four times the memory of its operands, layout and re
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import NamedTuple, TypeAlias
@@ -18,6 +17,7 @@ import mlx.core as mx
 from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends.buckets import Buckets
 from mlx_sparse_nn.core.backends.stored import Stored
+from mlx_sparse_nn.core.cores import n_cores
 from mlx_sparse_nn.core.layout import Side
 
 Index: TypeAlias = "mx.array | slice"
@@ -210,10 +210,8 @@ def _on_cpu() -> bool:
     return mx.default_device().type == mx.cpu
 
 
-@cache
 def _n_streams() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(tuned.MAX_STREAMS, cores or 1)
+    return min(tuned.MAX_STREAMS, n_cores())
 
 
 @cache

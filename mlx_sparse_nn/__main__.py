@@ -1,0 +1,65 @@
+"""The commands ``python -m mlx_sparse_nn info`` and ``python -m mlx_sparse_nn build``."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import mlx.core as mx
+
+from mlx_sparse_nn import __version__
+from mlx_sparse_nn.core.backends import build, cpu, cuda, metal
+from mlx_sparse_nn.core.cores import n_cores
+
+_DTYPES = {name: getattr(mx, name) for name in ("float32", "bfloat16", "float16", "float64")}
+_SIZES = (*cpu.OWN_KERNELS, 3)  # 3 stands for all other sizes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m mlx_sparse_nn")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="say which backend computes on each device, and why")
+    building = commands.add_parser("build", help="compile the CPU's kernels now, not at first use")
+    building.add_argument("--dtypes", nargs="+", choices=_DTYPES, default=list(_DTYPES))
+    options = parser.parse_args(arguments)
+    return print_info() if options.command == "info" else build_all(options.dtypes)
+
+
+def print_info() -> int:
+    """Print which backend computes on each device, and why."""
+    python = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    print(f"mlx_sparse_nn {__version__}, MLX {build.MLX_VERSION}, {python}")
+    if reason := cpu.why_not():
+        print(f"CPU: plain, MLX's own operations ({reason})")
+    else:
+        print(f"CPU: cpu, C++ kernels on {n_cores()} threads")
+        print(f"     compiled by {' '.join(build.compiler())} into {build.cache_folder()}")
+    gpus = [backend.NAME for backend in (metal, cuda) if backend.is_available()]
+    print(f"GPU: {gpus[0]}, and plain for what has no kernel" if gpus else "GPU: none in this MLX")
+    return 0
+
+
+def build_all(dtypes: Sequence[str]) -> int:
+    """Compile the kernels of some dtypes, several at once, and print what was done."""
+    start = time.perf_counter()
+    wanted = [(_DTYPES[name], size) for name in dtypes for size in (1, *_SIZES)]
+    if "float32" in dtypes:
+        wanted.append((mx.complex64, 1))
+    try:
+        with ThreadPoolExecutor(n_cores()) as threads:
+            paths = [build.primitive(), *threads.map(lambda kind: cpu.library(*kind), wanted)]
+    except build.BuildError as error:
+        print(f"[mlx_sparse_nn] {error}", file=sys.stderr)
+        return 1
+    size, seconds = sum(path.stat().st_size for path in paths) / 1e6, time.perf_counter() - start
+    print(f"{len(paths)} libraries ({size:.1f} MB) lie in {build.cache_folder()}: {seconds:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

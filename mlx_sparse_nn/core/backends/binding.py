@@ -1,0 +1,115 @@
+"""The library that makes MLX primitives of kernels, as Python calls it.
+
+An ``mx.array`` is a nanobind object: behind Python's header lies the offset of the C++ array in it.
+That is checked before any C++ reads an array, so that an MLX laid out otherwise is refused.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_sparse_nn.core.layout import Side
+
+_MLX_VERSION: str = mx.__version__  # pyright: ignore[reportAttributeAccessIssue]
+_HEADER = object.__basicsize__
+_OBJECT = ctypes.py_object
+# nanobind's flags of an object: two bits of state, 2 for ready; whether the C++ object lies at the
+# offset itself; whether within this object.
+_READY, _DIRECT = 2, 4
+
+
+class LayoutError(RuntimeError):
+    """Python or MLX lays out its objects in a way that is not known here."""
+
+
+class Kernel:
+    """A kernel of a library, as C++ takes it.
+
+    Attributes:
+        address: Of two pointers: the kernel, and what says how much scratch it takes.
+    """
+
+    def __init__(self, library: ctypes.CDLL, name: str):
+        pointers = (library[name], library[f"{name}_scratch"])
+        addresses = [ctypes.cast(pointer, ctypes.c_void_p).value for pointer in pointers]
+        self._pointers = (ctypes.c_void_p * 2)(*addresses)
+        self.address = ctypes.addressof(self._pointers)
+
+
+class Binding:
+    """The loaded library. It is called with Python's lock held: hence PyDLL.
+
+    Args:
+        path: The library.
+        n_threads: Threads that kernels may use.
+
+    Raises:
+        LayoutError: Arrays do not lie as it reads them, or it was built for another MLX.
+        OSError: It cannot be loaded.
+    """
+
+    def __init__(self, path: Path, n_threads: int):
+        check_layout(mx.array([1.0]))
+        library = ctypes.PyDLL(str(path))
+        library.mlx_version.restype = ctypes.c_char_p
+        if (version := library.mlx_version().decode()) != _MLX_VERSION:
+            raise LayoutError(f"the library is of MLX {version}, this is {_MLX_VERSION}")
+        library.set_up.argtypes = [ctypes.c_size_t, _OBJECT, ctypes.c_int]
+        library.set_up(_HEADER, None, n_threads)
+        _check_probe(library)
+        self._spmm = _function(library, "make_spmm", 6)
+        self._sddmm = _function(library, "make_sddmm", 4)
+
+    def spmm(
+        self, kernel: Kernel, data: mx.array, side: Side, x: mx.array, bias: mx.array | None
+    ) -> mx.array:
+        """Return the product with a side of the matrix, not computed yet."""
+        out = mx.array(0)  # C++ writes the product into it
+        error = self._spmm(out, kernel.address, data, side.indptr, side.indices, side.perm, x, bias)
+        return out if error is None else _refuse(error)
+
+    def sddmm(self, kernel: Kernel, side: Side, y: mx.array, x: mx.array) -> mx.array:
+        """Return the sampled product, not computed yet."""
+        out = mx.array(0)
+        error = self._sddmm(out, kernel.address, side.indptr, side.indices, y, x)
+        return out if error is None else _refuse(error)
+
+
+def check_layout(array: mx.array) -> None:
+    """Raise unless an array lies in its Python object as the library reads it."""
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        raise LayoutError("this Python runs without its global lock")
+    if type(array).__basicsize__ < _HEADER + 8 + ctypes.sizeof(ctypes.c_void_p):
+        raise LayoutError(f"mx.array takes {type(array).__basicsize__} bytes")
+    start = id(array) + _HEADER
+    offset = ctypes.c_int32.from_address(start).value
+    flags = ctypes.c_uint8.from_address(start + 4).value
+    if offset != _HEADER + 8 or flags & 3 != _READY or not flags & _DIRECT:
+        raise LayoutError(f"mx.array has offset {offset} and flags {flags}")
+
+
+def _check_probe(library: ctypes.PyDLL) -> None:
+    library.probe.argtypes = [_OBJECT, ctypes.POINTER(ctypes.c_int64)]
+    for array in (mx.array([[1.0, 2.0, 3.0]]), mx.zeros((4, 5, 6), mx.float16)):
+        check_layout(array)
+        found = (ctypes.c_int64 * 3)()
+        library.probe(array, found)
+        if tuple(found) != (array.ndim, array.size, array.itemsize):
+            raise LayoutError(f"an array of shape {array.shape} was read as {tuple(found)}")
+
+
+def _refuse(error: bytes) -> mx.array:
+    raise RuntimeError(f"[mlx_sparse_nn] {error.decode()}")
+
+
+def _function(library: ctypes.PyDLL, name: str, n_arrays: int) -> Any:
+    """Return a function of an array to write to, a kernel, and arrays or None."""
+    function = library[name]
+    function.argtypes = [_OBJECT, ctypes.c_void_p, *[_OBJECT] * n_arrays]
+    function.restype = ctypes.c_char_p
+    return function

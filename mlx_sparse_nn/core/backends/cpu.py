@@ -1,0 +1,137 @@
+"""The products in C++, on the CPU; names, arguments and results as in ``plain``.
+
+``build`` compiles the kernels of a dtype and block size when they are first asked for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlx_sparse_nn.core.backends import build
+from mlx_sparse_nn.core.backends.binding import Binding, Kernel, LayoutError
+from mlx_sparse_nn.core.cores import n_cores
+from mlx_sparse_nn.core.layout import Layout
+from mlx_sparse_nn.core.transforms import vmapping
+
+NAME = "cpu"
+ELEMENTS = {
+    mx.float32: "float",
+    mx.bfloat16: "bfloat16",
+    mx.float16: "float16",
+    mx.float64: "double",
+    mx.complex64: "complex64",
+}
+# Block sizes that have a library of their own, and some of all others, which share one.
+OWN_KERNELS = (2, 4, 8, 16, 32, 64, 128)
+TESTED_SIZES = ("3", "20", "48")
+_FAILURES = (build.BuildError, LayoutError, OSError)
+
+
+class Kernels(NamedTuple):
+    """The kernels of a dtype and block size."""
+
+    spmm: Kernel
+    sddmm: Kernel
+
+
+def is_available() -> bool:
+    """Return whether kernels can be had here; warn, once, if they should be and are not."""
+    return platform.system() == "Linux" and _has(_binding)
+
+
+def why_not() -> str | None:
+    """Return why kernels cannot be had here, or None."""
+    if platform.system() != "Linux":
+        return "C++ kernels are for Linux: nobody has measured them beside Accelerate yet"
+    try:
+        Binding(build.primitive(), n_cores())
+    except _FAILURES as error:
+        return str(error)
+    return None
+
+
+def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int) -> bool:
+    """Return whether there is a kernel for a product: for all but empty ones, and under vmap.
+
+    ``mx.vmap`` traces each operation, and no primitive of this package can be mapped: the products'
+    own rule computes the mapped ones.
+    """
+    if op in ("qspmm", "qspmm_t") or layout.data_shape[0] * n_x * n_matrices == 0 or vmapping():
+        return False
+    return _has(_kernels, dtype, layout.block_size)
+
+
+def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
+    """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c] + bias[r]; see ``plain.spmm``."""
+    kernel = _kernels(x.dtype, layout.block_size).spmm
+    return _binding().spmm(kernel, data, layout.rows, x, bias)
+
+
+def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
+    """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; see ``plain.spmm_t``."""
+    kernel = _kernels(y.dtype, layout.block_size).spmm
+    return _binding().spmm(kernel, data, layout.cols, y, None)
+
+
+def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
+    """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``plain.sddmm``."""
+    kernel = _kernels(x.dtype, layout.block_size).sddmm
+    return _binding().sddmm(kernel, layout.rows, y, x)
+
+
+def library(dtype: mx.Dtype, block_size: int) -> Path:
+    """Return the library of the products of a dtype and block size, built if need be.
+
+    Raises:
+        BuildError: It cannot be had.
+    """
+    element, name = ELEMENTS[dtype], str(dtype).removeprefix("mlx.core.")
+    if block_size == 1:
+        return build.kernels("scalars", [name, "1"], ELEMENT=element)
+    if block_size in OWN_KERNELS:
+        return build.kernels("blocks", [name, str(block_size)], ELEMENT=element, BLOCK=block_size)
+    return build.kernels("blocks", [name, *TESTED_SIZES], ELEMENT=element, BLOCK=0)
+
+
+@cache
+def _kernels(dtype: mx.Dtype, block_size: int) -> Kernels:
+    """Return the kernels of a dtype and block size, built if need be.
+
+    Raises:
+        BuildError, OSError: They cannot be had.
+    """
+    loaded = ctypes.CDLL(str(library(dtype, block_size)))
+    return Kernels(Kernel(loaded, "spmm"), Kernel(loaded, "sddmm"))
+
+
+@cache
+def _binding() -> Binding:
+    """Return the library that makes primitives, built if need be.
+
+    Raises:
+        BuildError, LayoutError, OSError: It cannot be had.
+    """
+    return Binding(build.primitive(), n_cores())
+
+
+@cache
+def _has(get: Callable, *arguments: object) -> bool:
+    """Return whether something can be had; warn, once, if it cannot."""
+    try:
+        get(*arguments)
+    except _FAILURES as error:
+        warnings.warn(
+            f"[mlx_sparse_nn] products on the CPU run in plain MLX, several times slower: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True

@@ -1,0 +1,324 @@
+// The products as primitives of MLX on the streams of a CPU, and their binding to Python.
+//
+// Nothing is computed when a product is made: MLX calls eval_cpu when a result is needed, and that
+// hands a kernel with its pointers to the stream's thread. Derivatives, vmap and the checks of
+// operands are Python's, above this.
+//
+// The binding is by ctypes, with Python's lock held. An mx.array is a nanobind object: an int32
+// behind the header of PyObject says where in it the mlx::core::array lies. binding.py checks that
+// before it calls anything else here.
+
+#include <cstring>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+#include "mlx/allocator.h"
+#include "mlx/array.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/ops.h"
+#include "mlx/primitives.h"
+#include "mlx/version.h"
+
+namespace mx = mlx::core;
+
+namespace mlx_sparse_nn {
+namespace {
+
+// Bytes of a cache line, to which scratch is aligned.
+constexpr size_t ALIGNMENT = 64;
+
+// A kernel, and how much scratch it takes.
+template <class Arguments>
+struct Kernel {
+  void (*compute)(const Arguments*);
+  size_t (*scratch)(const Arguments*);
+};
+
+void* temporary(size_t bytes, mx::cpu::CommandEncoder& encoder) {
+  if (bytes == 0) return nullptr;
+  const int lines = bytes / ALIGNMENT + 2;  // of the cache: bytes alone need not fit an int
+  mx::array array({lines, static_cast<int>(ALIGNMENT)}, mx::uint8, nullptr, {});
+  array.set_data(mx::allocator::malloc(array.nbytes()));
+  encoder.add_temporary(array);
+  const auto address = reinterpret_cast<uintptr_t>(array.data<char>());
+  return reinterpret_cast<void*>((address + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+}
+
+// Copies items from a strided array into one without gaps; returns where it stopped writing.
+char* gather(const char* from, char* to, const mx::array& like, int axis) {
+  const size_t item = like.itemsize();
+  if (axis == static_cast<int>(like.ndim())) {
+    std::memcpy(to, from, item);
+    return to + item;
+  }
+  for (int i = 0; i < like.shape(axis); ++i) {
+    to = gather(from + i * like.strides(axis) * static_cast<int64_t>(item), to, like, axis + 1);
+  }
+  return to;
+}
+
+// Returns the values of an array without gaps between them: a copy where there are some.
+const void* contiguous(const mx::array& array, mx::cpu::CommandEncoder& encoder) {
+  if (array.flags().row_contiguous) return array.data<char>();
+  char* to = static_cast<char*>(temporary(array.nbytes(), encoder));
+  encoder.dispatch([from = array.data<char>(), to,
+                    like = mx::array::unsafe_weak_copy(array)]() { gather(from, to, like, 0); });
+  return to;
+}
+
+Rows rows_of(const mx::array& x) {
+  const auto& strides = x.strides();
+  const int n = x.ndim();
+  return {const_cast<char*>(x.data<char>()), n > 2 ? strides[0] : 0, strides[n - 2],
+          strides[n - 1]};
+}
+
+// V of operands (N, width) or (V, N, width).
+int n_matrices(const mx::array& x) { return x.ndim() > 2 ? x.shape(0) : 1; }
+
+// Allocates y in the order of x: by columns if x is, so that the rows of A are written as they lie.
+Rows allocate_like(const mx::array& x, mx::array& y) {
+  const int64_t n_x = y.shape(-2), width = y.shape(-1);
+  if (n_x == 1 || width == 1 || x.strides(-1) == 1 || x.strides(-2) != 1) {
+    y.set_data(mx::allocator::malloc(y.nbytes()));
+  } else {
+    mx::Strides strides = {1, n_x};
+    if (y.ndim() > 2) strides.insert(strides.begin(), n_x * width);
+    mx::array::Flags flags{};
+    flags.contiguous = true;
+    flags.row_contiguous = false;
+    flags.col_contiguous = y.ndim() == 2;
+    y.set_data(mx::allocator::malloc(y.nbytes()), y.size(), strides, flags);
+  }
+  return rows_of(y);
+}
+
+// The base of all: computed on a CPU, and differentiated by Python.
+class CPUPrimitive : public mx::Primitive {
+ public:
+  using mx::Primitive::Primitive;
+
+  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
+    throw std::runtime_error("[mlx_sparse_nn] this product was made for a CPU");
+  }
+};
+
+// Inputs: indptr, indices, data, x, [scales, biases], [perm], [bias].
+class SparseProduct : public CPUPrimitive {
+ public:
+  SparseProduct(mx::Stream stream, const void* kernel, bool quantized, bool transposed, bool biased)
+      : CPUPrimitive(stream),
+        kernel_(kernel),
+        quantized_(quantized),
+        transposed_(transposed),
+        biased_(biased) {}
+
+  const char* name() const override {
+    return quantized_ ? "QuantizedSparseProduct" : "SparseProduct";
+  }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    const auto& same = static_cast<const SparseProduct&>(other);
+    return kernel_ == same.kernel_ && transposed_ == same.transposed_ && biased_ == same.biased_;
+  }
+
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
+    auto shape = inputs[3].shape();
+    shape.back() = (inputs[0].size() - 1) * block_size(inputs[2]);
+    return {shape};
+  }
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    auto& encoder = mx::cpu::get_command_encoder(stream());
+    const auto &data = inputs[2], &x = inputs[3];
+    auto next = inputs.begin() + 4;
+    QuantizedProduct q{};
+    Product& p = q.product;
+    p.a = {static_cast<const int32_t*>(contiguous(inputs[0], encoder)),
+           static_cast<const int32_t*>(contiguous(inputs[1], encoder)),
+           nullptr,
+           static_cast<int64_t>(inputs[0].size()) - 1,
+           x.shape(-1) / block_size(data),
+           static_cast<int64_t>(inputs[1].size()),
+           block_size(data)};
+    p.data = contiguous(data, encoder);
+    if (quantized_) {
+      q.bits = 32 * data.shape(-1) / p.a.B;
+      q.group = p.a.B / next->shape(-1);
+      q.scales = contiguous(*next++, encoder);
+      q.biases = contiguous(*next++, encoder);
+    }
+    if (transposed_) p.a.perm = static_cast<const int32_t*>(contiguous(*next++, encoder));
+    if (biased_) p.bias = contiguous(*next++, encoder);
+    p.x = rows_of(x);
+    p.y = allocate_like(x, outputs[0]);
+    p.V = n_matrices(x);
+    p.N = x.shape(-2);
+    p.crew = crew();
+    if (quantized_) {
+      const auto& kernel = *static_cast<const Kernel<QuantizedProduct>*>(kernel_);
+      p.scratch = temporary(kernel.scratch(&q), encoder);
+      encoder.dispatch([q, compute = kernel.compute]() { compute(&q); });
+    } else {
+      const auto& kernel = *static_cast<const Kernel<Product>*>(kernel_);
+      p.scratch = temporary(kernel.scratch(&p), encoder);
+      encoder.dispatch([p, compute = kernel.compute]() { compute(&p); });
+    }
+  }
+
+ private:
+  // Scalars are (n_blocks,) or (V, n_blocks); blocks have two more axes.
+  static int block_size(const mx::array& data) { return data.ndim() > 2 ? data.shape(-2) : 1; }
+
+  const void* kernel_;
+  bool quantized_;
+  bool transposed_;
+  bool biased_;
+};
+
+// Inputs: indptr, indices, y, x.
+class SampledSparseProduct : public CPUPrimitive {
+ public:
+  SampledSparseProduct(mx::Stream stream, const Kernel<SampledProduct>* kernel)
+      : CPUPrimitive(stream), kernel_(kernel) {}
+
+  const char* name() const override { return "SampledSparseProduct"; }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return kernel_ == static_cast<const SampledSparseProduct&>(other).kernel_;
+  }
+
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
+    const int B = block_size(inputs);
+    mx::Shape shape;
+    if (inputs[2].ndim() > 2) shape.push_back(inputs[2].shape(0));
+    shape.push_back(inputs[1].size());
+    if (B > 1) shape.insert(shape.end(), {B, B});
+    return {shape};
+  }
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    auto& encoder = mx::cpu::get_command_encoder(stream());
+    const auto &y = inputs[2], &x = inputs[3];
+    const int B = block_size(inputs);
+    outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
+    SampledProduct p{};
+    p.a = {static_cast<const int32_t*>(contiguous(inputs[0], encoder)),
+           static_cast<const int32_t*>(contiguous(inputs[1], encoder)),
+           nullptr,
+           static_cast<int64_t>(inputs[0].size()) - 1,
+           x.shape(-1) / B,
+           static_cast<int64_t>(inputs[1].size()),
+           B};
+    p.out = outputs[0].data<char>();
+    p.y = rows_of(y);
+    p.x = rows_of(x);
+    p.V = n_matrices(x);
+    p.N = x.shape(-2);
+    p.crew = crew();
+    p.scratch = temporary(kernel_->scratch(&p), encoder);
+    encoder.dispatch([p, compute = kernel_->compute]() { compute(&p); });
+  }
+
+ private:
+  static int block_size(const std::vector<mx::array>& inputs) {
+    return inputs[2].shape(-1) / static_cast<int>(inputs[0].size() - 1);
+  }
+
+  const Kernel<SampledProduct>* kernel_;
+};
+
+// ------------------------------------------------------------------------------------- Python
+
+size_t header = 0;     // bytes of PyObject
+void* none = nullptr;  // Python's None
+
+mx::array& unwrap(void* object) {
+  char* start = static_cast<char*>(object);
+  int32_t offset;
+  std::memcpy(&offset, start + header, sizeof offset);
+  return *reinterpret_cast<mx::array*>(start + offset);
+}
+
+// Writes the array that `primitive` makes of these inputs into an array object of Python's.
+// Returns what went wrong, or null.
+template <class Make>
+const char* write(void* out, std::vector<mx::array> inputs, mx::Dtype dtype, Make make) {
+  static std::string message;
+  try {
+    std::shared_ptr<mx::Primitive> primitive = make(mx::default_stream(mx::default_device()));
+    auto shape = primitive->output_shapes(inputs)[0];
+    unwrap(out) = mx::array(std::move(shape), dtype, std::move(primitive), std::move(inputs));
+    return nullptr;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+}
+
+}  // namespace
+
+MLX_SPARSE_EXPORT const char* mlx_version() { return mx::version(); }
+
+MLX_SPARSE_EXPORT void set_up(size_t header_bytes, void* python_none, int n_threads) {
+  header = header_bytes;
+  none = python_none;
+  pool_size() = n_threads;
+}
+
+// Writes the number of axes, the size and the bytes of an item of an array, to check that it is
+// one.
+MLX_SPARSE_EXPORT void probe(void* object, int64_t* out) {
+  const auto& array = unwrap(object);
+  out[0] = array.ndim();
+  out[1] = array.size();
+  out[2] = array.itemsize();
+}
+
+MLX_SPARSE_EXPORT const char* make_spmm(void* out, const void* kernel, void* data, void* indptr,
+                                        void* indices, void* perm, void* x, void* bias) {
+  std::vector<mx::array> inputs;
+  inputs.reserve(6);
+  for (void* object : {indptr, indices, data, x}) inputs.push_back(unwrap(object));
+  if (perm != none) inputs.push_back(unwrap(perm));
+  if (bias != none) inputs.push_back(unwrap(bias));
+  const auto dtype = inputs[3].dtype();
+  return write(out, std::move(inputs), dtype, [&](mx::Stream stream) {
+    return std::make_shared<SparseProduct>(stream, kernel, false, perm != none, bias != none);
+  });
+}
+
+MLX_SPARSE_EXPORT const char* make_qspmm(void* out, const void* kernel, void* packed, void* scales,
+                                         void* biases, void* indptr, void* indices, void* perm,
+                                         void* x, void* bias) {
+  std::vector<mx::array> inputs;
+  inputs.reserve(8);
+  for (void* object : {indptr, indices, packed, x, scales, biases}) {
+    inputs.push_back(unwrap(object));
+  }
+  if (perm != none) inputs.push_back(unwrap(perm));
+  if (bias != none) inputs.push_back(unwrap(bias));
+  const auto dtype = inputs[3].dtype();
+  return write(out, std::move(inputs), dtype, [&](mx::Stream stream) {
+    return std::make_shared<SparseProduct>(stream, kernel, true, perm != none, bias != none);
+  });
+}
+
+MLX_SPARSE_EXPORT const char* make_sddmm(void* out, const void* kernel, void* indptr, void* indices,
+                                         void* y, void* x) {
+  std::vector<mx::array> inputs;
+  inputs.reserve(4);
+  for (void* object : {indptr, indices, y, x}) inputs.push_back(unwrap(object));
+  const auto dtype = inputs[3].dtype();
+  return write(out, std::move(inputs), dtype, [&](mx::Stream stream) {
+    return std::make_shared<SampledSparseProduct>(
+        stream, static_cast<const Kernel<SampledProduct>*>(kernel));
+  });
+}
+
+}  // namespace mlx_sparse_nn

@@ -1,0 +1,395 @@
+"""The CPU's kernels as MLX meets them: the oracle, laziness, streams, threads, memory, and exit.
+
+What every backend must do (derivatives, vmap, compile) is in ``tests/core``, which runs on these
+kernels where they are.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import (
+    ROOT,
+    assert_equal,
+    check_products,
+    computing,
+    dense_of,
+    integers,
+    patterns,
+    random_pattern,
+)
+
+from mlx_sparse_nn import CSRPattern, sddmm, spmm, spmm_t
+from mlx_sparse_nn.core.backends import choose, cpu, naive, plain
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="C++ kernels are for Linux")
+
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu():
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    with computing(cpu):  # nothing else may compute here
+        yield
+    mx.set_default_device(before)
+
+
+def operands(pattern, n, dtype=mx.float32, v=()):
+    shapes = [pattern.data_shape, (n, pattern.shape[1]), (n, pattern.shape[0])]
+    return [integers((*v, *shape), seed, dtype) for seed, shape in enumerate(shapes)]
+
+
+@given(
+    patterns(block_sizes=(1, 2, 3, 8, 20)),
+    st.integers(1, 70),
+    st.sampled_from([*FLOATS, mx.float64, mx.complex64]),
+    st.sampled_from([(), (3,)]),
+)
+def test_kernels_are_the_oracle(pattern, n, dtype, v):
+    """Every number of rows, and matrices that share a pattern."""
+    if pattern.n_blocks == 0 or (dtype == mx.complex64 and pattern.block_size > 1):
+        return
+    data, x, y = operands(pattern, n, dtype, v)
+    bias, layout = integers(pattern.shape[:1], 4, dtype), pattern.layout
+    assert_equal(cpu.spmm(data, layout, x, bias), naive.spmm(data, pattern, x, bias))
+    assert_equal(cpu.spmm(data, layout, x), naive.spmm(data, pattern, x))
+    assert_equal(cpu.spmm_t(data, layout, y), naive.spmm_t(data, pattern, y))
+    assert_equal(cpu.sddmm(layout, y, x), naive.sddmm(pattern, y, x))
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, mx.float64], ids=str)
+@pytest.mark.parametrize("block_size", [1, 4, 12, 16, 32, 48, 64, 128])
+def test_every_block_size_and_number_of_rows(block_size, dtype):
+    pattern = random_pattern(4, 3, block_size, density=0.7)
+    for n in (1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 33, 64, 129, 260):
+        data, x, y = operands(pattern, n, dtype)
+        check_products(pattern, data, x, y, integers(pattern.shape[:1], 4, dtype))
+
+
+VIEWS = {
+    "a transpose": lambda a: mx.contiguous(a.T).T,
+    "every second row": lambda a: mx.repeat(a, 2, axis=0)[::2],
+    "every second column": lambda a: mx.repeat(a, 2, axis=1)[:, ::2],
+    "at an offset": lambda a: mx.concatenate([mx.zeros_like(a[:1]), a])[1:],
+    "within a row": lambda a: mx.concatenate([mx.zeros_like(a[:, :3]), a], axis=1)[:, 3:],
+    "backwards": lambda a: mx.contiguous(a[::-1, ::-1])[::-1, ::-1],
+    "one row for all": lambda a: mx.broadcast_to(a[:1], a.shape),
+    "one column for all": lambda a: mx.broadcast_to(a[:, :1], a.shape),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=list(VIEWS))
+@pytest.mark.parametrize("block_size", [1, 8, 12])
+@pytest.mark.parametrize("n", [1, 5, 40])
+def test_operands_lie_anyhow(view, block_size, n):
+    pattern = random_pattern(5, 4, block_size, density=0.6)
+    for dtype in (mx.float32, mx.bfloat16):
+        data, x, y = operands(pattern, n, dtype)
+        x, y = view(x), view(y)
+        mx.eval(x, y)
+        check_products(pattern, data, x, y, integers(pattern.shape[:1], 4, dtype))
+
+
+def test_stored_values_lie_anyhow():
+    pattern = random_pattern(5, 4, 8, density=0.6)
+    data, x, y = operands(pattern, 9)
+    for view in (
+        lambda a: mx.contiguous(a.swapaxes(1, 2)).swapaxes(1, 2),
+        lambda a: mx.concatenate([a[:1], a])[1:],
+        lambda a: mx.broadcast_to(a[:1], a.shape),
+    ):
+        seen = view(data)
+        mx.eval(seen)
+        check_products(pattern, seen, x, y, integers((2 * pattern.shape[0],), 4)[::2])
+
+
+def test_results_have_the_order_of_x():
+    """A @ X of sparse arrays: X by rows, which is x by columns, makes A @ X by rows."""
+    pattern = random_pattern(30, 20, 1)
+    data, x, _ = operands(pattern, 6)
+    columns = mx.contiguous(x.T)
+    y = spmm(data, pattern, columns.T)
+    mx.eval(y)
+    assert_equal(mx.contiguous(y), naive.spmm(data, pattern, x))
+    assert_equal(y.T * 2, 2 * naive.spmm(data, pattern, x).T)
+    assert np.asarray(memoryview(y.T)).flags.c_contiguous
+
+
+@pytest.mark.parametrize("block_size", [1, 32])
+def test_a_call_computes_nothing(block_size):
+    """A product of a second and a half in plain MLX is made in microseconds."""
+    n = 4096 // block_size
+    pattern = random_pattern(n, n, block_size, density=0.3)
+    data, x, y = operands(pattern, 256)
+    mx.eval(data, x, y, spmm(data, pattern, x[:1]), spmm_t(data, pattern, y[:1]))
+    mx.eval(sddmm(pattern, y[:1], x[:1]))
+    start = time.perf_counter()
+    results = [spmm(data, pattern, x), spmm_t(data, pattern, y), sddmm(pattern, y, x)]
+    made = time.perf_counter() - start
+    mx.async_eval(results)
+    returned = time.perf_counter() - start
+    mx.eval(results)
+    assert made < 0.002
+    assert returned < (time.perf_counter() - start) / 2
+
+
+def test_streams_and_threads():
+    """Products on several streams, one after another across them, and from threads of Python."""
+    pattern = random_pattern(12, 12, 16, density=0.5)
+    data, x, _ = operands(pattern, 50)
+    expected = naive.spmm(data, pattern, x)
+    mx.eval(data, x, expected)
+    streams = [mx.new_stream(mx.cpu) for _ in range(4)]
+    outs = []
+    for _ in range(20):
+        for stream in streams:
+            with mx.stream(stream):
+                outs.append(spmm(data, pattern, x))
+    mx.eval(outs)
+    for out in outs:
+        assert_equal(out, expected)
+    with mx.stream(streams[0]):
+        first = spmm(data, pattern, x)
+    with mx.stream(streams[1]):
+        second = spmm_t(data, pattern, first)
+    assert_equal(second, naive.spmm_t(data, pattern, expected))
+
+
+THREADS = """
+import threading, mlx.core as mx, numpy as np
+from mlx_sparse_nn import patterns, spmm
+from mlx_sparse_nn.core.backends import naive
+mx.set_default_device(mx.cpu)
+pattern = patterns.random(256, 256, 0.5, 16, seed=0)
+data, x = mx.ones(pattern.data_shape), mx.ones((50, 256))
+expected = np.array(naive.spmm(data, pattern, x))
+mx.eval(data, x, spmm(data, pattern, x))
+right = []
+
+def work(i):
+    with mx.stream(mx.new_stream(mx.cpu)):
+        y = [spmm(data * i, pattern, x) for _ in range(50)]
+        mx.eval(y)
+        right.append(np.array_equal(np.array(y[-1]), expected * i))
+
+threads = [threading.Thread(target=work, args=(i,)) for i in range(1, 5)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(right)
+"""
+PENDING = """
+import mlx.core as mx, sys
+from mlx_sparse_nn import patterns, spmm
+mx.set_default_device(mx.cpu)
+pattern = patterns.random(2048, 2048, 0.5, 32, seed=0)
+y = spmm(mx.ones(pattern.data_shape), pattern, mx.ones((2048, 2048)))
+mx.async_eval(y)
+print("begun", flush=True)
+"""
+INTERRUPTED = """
+import mlx.core as mx, os, signal, threading
+from mlx_sparse_nn import patterns, spmm
+mx.set_default_device(mx.cpu)
+pattern = patterns.random(2048, 2048, 0.5, 32, seed=0)
+data = mx.ones(pattern.data_shape)
+mx.eval(spmm(data, pattern, mx.ones((1, 2048))))
+threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    while True:
+        mx.eval(spmm(data, pattern, mx.ones((512, 2048))))
+except KeyboardInterrupt:
+    print("interrupted", spmm(data, pattern, mx.ones((1, 2048))).sum().item() > 0)
+"""
+FORKED = """
+import mlx.core as mx, os
+from mlx_sparse_nn import patterns, spmm
+from mlx_sparse_nn.core.backends import cpu
+mx.set_default_device(mx.cpu)
+pattern = patterns.random(256, 256, 0.5, 16, seed=0)
+data, x = mx.ones(pattern.data_shape), mx.ones((500, 256))
+expected = spmm(data, pattern, x).sum().item()
+child = os.fork()
+if child == 0:
+    with mx.stream(mx.new_stream(mx.cpu)):  # MLX's own thread stayed behind
+        os._exit(0 if spmm(data, pattern, x).sum().item() == expected else 1)
+print(os.waitpid(child, 0)[1])
+"""
+BITS = """
+import mlx.core as mx, hashlib, sys
+from mlx_sparse_nn import patterns, spmm, spmm_t, sddmm
+mx.set_default_device(mx.cpu)
+mx.random.seed(0)
+digest = hashlib.sha256()
+for block_size in (1, 16, 48):
+    pattern = patterns.random(768, 768, 0.3, block_size, seed=1)
+    data = mx.random.normal(pattern.data_shape)
+    for n in (1, 3, 20, 300):
+        x = mx.random.normal((n, 768))
+        for y in (spmm(data, pattern, x), spmm_t(data, pattern, x), sddmm(pattern, x, x)):
+            digest.update(memoryview(y).tobytes())
+print(digest.hexdigest())
+"""
+
+
+def run(code, cores=None):
+    """Run Python anew; return the exit status and what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=None if cores is None else lambda: os.sched_setaffinity(0, cores),
+        timeout=300,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_threads_of_python():
+    assert run(THREADS)[:2] == (0, "[True, True, True, True]\n")
+
+
+@pytest.mark.parametrize("end", ["", "sys.exit(3)", "import os; os._exit(4)"])
+def test_exit_with_work_pending(end):
+    status, out, errors = run(PENDING + end)
+    assert (status, out, errors) == ({"": 0}.get(end, 3 if "sys" in end else 4), "begun\n", "")
+
+
+def test_an_interrupt():
+    assert run(INTERRUPTED) == (0, "interrupted True\n", "")
+
+
+def test_a_fork():
+    """The pool's threads stay behind: the child makes its own."""
+    assert run(FORKED)[:2] == (0, "0\n")
+
+
+def test_the_same_bits_for_any_number_of_threads():
+    cores = sorted(os.sched_getaffinity(0))
+    results = [run(BITS, cores[:n]) for n in (1, len(cores))] + [run(BITS)]
+    assert results[0][0] == 0, results[0][2]
+    assert len({out for _, out, _ in results}) == 1
+
+
+def test_the_same_bits_in_every_run():
+    pattern = random_pattern(16, 16, 16, density=0.5)
+    data = mx.random.normal(pattern.data_shape)
+    x = mx.random.normal((100, pattern.shape[1]))
+    first = spmm(data, pattern, x), spmm_t(data, pattern, x), sddmm(pattern, x, x)
+    for _ in range(50):
+        again = spmm(data, pattern, x), spmm_t(data, pattern, x), sddmm(pattern, x, x)
+        for a, b in zip(first, again, strict=True):
+            assert_equal(a, b)
+
+
+def peak(run):
+    """Return the bytes that a product takes above what was there, its result included."""
+    mx.eval(run())
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(run())
+    return mx.get_peak_memory() - before
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 32, 48])
+@pytest.mark.parametrize("n", [16, 256, 2048])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_memory_is_at_most_half_of_plain_mlx(block_size, n, dtype):
+    """Above operands and results, for products of 768 features at a density of 25%."""
+    n_blocks = 768 // block_size
+    pattern = random_pattern(n_blocks, n_blocks, block_size, density=0.25)
+    data, x, y = operands(pattern, n, dtype)
+    mx.eval(data, x, y, pattern.layout.cols.indptr)
+    for product in (
+        lambda backend: backend.spmm(data, pattern.layout, x),
+        lambda backend: backend.spmm_t(data, pattern.layout, y),
+        lambda backend: backend.sddmm(pattern.layout, y, x),
+    ):
+        result = product(cpu).nbytes
+        ours, theirs = (peak(partial(product, b)) - result for b in (cpu, plain))
+        assert ours <= theirs / 2
+
+
+def test_nothing_is_left_behind():
+    pattern = random_pattern(8, 8, 16, density=0.5)
+    data, x, _ = operands(pattern, 64)
+    mx.eval(spmm(data, pattern, x))
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    for _ in range(50):
+        mx.eval(spmm(data, pattern, x))
+    assert mx.get_active_memory() <= before
+
+
+def test_shapeless_compile():
+    pattern = random_pattern(6, 5, 8)
+    data, x, y = operands(pattern, 20)
+    product = mx.compile(lambda x: cpu.spmm(data, pattern.layout, x * 2), shapeless=True)
+    sample = mx.compile(lambda y, x: cpu.sddmm(pattern.layout, y, x), shapeless=True)
+    for n in (20, 7, 1):
+        assert_equal(product(x[:n]), 2 * naive.spmm(data, pattern, x[:n]))
+        assert_equal(sample(y[:n], x[:n]), naive.sddmm(pattern, y[:n], x[:n]))
+
+
+def test_compiled_products_that_are_the_same_are_one():
+    """And those that differ in one operand, kernel or side are not."""
+    pattern = random_pattern(5, 5, 8, density=0.5)
+    data, x, _ = operands(pattern, 20)
+    bias, layout = integers(pattern.shape[:1], 4), pattern.layout
+
+    @mx.compile
+    def products(data, x, bias):
+        same = cpu.spmm(data, layout, x) - cpu.spmm(data, layout, x)
+        return (
+            same,
+            cpu.spmm(data, layout, x),
+            cpu.spmm(data, layout, x, bias),
+            cpu.spmm_t(data, layout, x),
+        )
+
+    same, product, biased, transposed = products(data, x, bias)
+    assert_equal(same, mx.zeros_like(same))
+    assert_equal(product, naive.spmm(data, pattern, x))
+    assert_equal(biased, naive.spmm(data, pattern, x, bias))
+    assert_equal(transposed, naive.spmm_t(data, pattern, x))
+
+
+def test_what_cannot_be_computed_is_left_to_plain_mlx():
+    with computing(cpu, plain):
+        pattern = random_pattern(3, 3, 8)
+        assert choose.choose("spmm", pattern.layout, 4, mx.float32).NAME == "cpu"
+        assert choose.choose("spmm", pattern.layout, 0, mx.float32).NAME == "plain"
+        empty = CSRPattern([0, 0], [], (8, 8), 8)
+        assert choose.choose("spmm", empty.layout, 4, mx.float32).NAME == "plain"
+        seen = []
+        mx.vmap(
+            lambda x: seen.append(choose.choose("spmm", pattern.layout, 4, mx.float32).NAME) or x
+        )(mx.ones((2, 3)))
+        assert seen == ["plain"]
+
+
+def test_values_that_are_not_finite():
+    """A nan reaches the rows that meet it, and no others."""
+    for block_size in (1, 8, 32):
+        pattern = random_pattern(4, 4, block_size, density=0.5)
+        for n in (1, 20, 40):
+            data, x, _ = operands(pattern, n)
+            x[0, 0] = float("nan")
+            data[0] = float("inf")
+            dense = np.array(dense_of(pattern, data))
+            with np.errstate(invalid="ignore"):
+                touched = (dense != 0)[:, 0]
+            y = np.array(spmm(data, pattern, x))
+            assert np.isnan(y[0][touched]).all()
+            clean = (dense != 0) & ~np.isinf(dense)
+            rows = clean.any(axis=1) & ~np.isinf(dense).any(axis=1) & ~touched
+            assert np.isfinite(y[:, rows]).all()
