@@ -19,6 +19,7 @@ from mlx_sparse_nn.core.backends import build
 from mlx_sparse_nn.core.backends.binding import Binding, Kernel, LayoutError
 from mlx_sparse_nn.core.cores import n_cores
 from mlx_sparse_nn.core.layout import Layout
+from mlx_sparse_nn.core.quantized import bits_of
 from mlx_sparse_nn.core.transforms import vmapping
 
 NAME = "cpu"
@@ -33,6 +34,9 @@ ELEMENTS = {
 OWN_KERNELS = (2, 4, 8, 16, 32, 64, 128)
 TESTED_SIZES = ("3", "20", "48")
 _FAILURES = (build.BuildError, LayoutError, OSError)
+
+
+_QUANTIZED = (mx.float32, mx.bfloat16, mx.float16)
 
 
 class Kernels(NamedTuple):
@@ -64,8 +68,11 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int) -
     ``mx.vmap`` traces each operation, and no primitive of this package can be mapped: the products'
     own rule computes the mapped ones.
     """
-    if op in ("qspmm", "qspmm_t") or layout.data_shape[0] * n_x * n_matrices == 0 or vmapping():
+    if layout.data_shape[0] * n_x * n_matrices == 0 or vmapping():
         return False
+    if op in ("qspmm", "qspmm_t"):
+        # Whether one number of bits can be had: all are made of the same source.
+        return dtype in _QUANTIZED and _has(_quantized_kernel, dtype, 4)
     return _has(_kernels, dtype, layout.block_size)
 
 
@@ -87,6 +94,27 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     return _binding().sddmm(kernel, layout.rows, y, x)
 
 
+def qspmm(
+    packed: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    layout: Layout,
+    x: mx.array,
+    bias: mx.array | None = None,
+) -> mx.array:
+    """Return :func:`spmm` by quantized blocks; see ``plain.qspmm``."""
+    kernel = _quantized_kernel(x.dtype, bits_of(packed))
+    return _binding().qspmm(kernel, packed, scales, biases, layout.rows, x, bias)
+
+
+def qspmm_t(
+    packed: mx.array, scales: mx.array, biases: mx.array, layout: Layout, y: mx.array
+) -> mx.array:
+    """Return :func:`spmm_t` by quantized blocks; see ``plain.qspmm_t``."""
+    kernel = _quantized_kernel(y.dtype, bits_of(packed))
+    return _binding().qspmm(kernel, packed, scales, biases, layout.cols, y, None)
+
+
 def library(dtype: mx.Dtype, block_size: int) -> Path:
     """Return the library of the products of a dtype and block size, built if need be.
 
@@ -99,6 +127,26 @@ def library(dtype: mx.Dtype, block_size: int) -> Path:
     if block_size in OWN_KERNELS:
         return build.kernels("blocks", [name, str(block_size)], ELEMENT=element, BLOCK=block_size)
     return build.kernels("blocks", [name, *TESTED_SIZES], ELEMENT=element, BLOCK=0)
+
+
+def quantized_library(dtype: mx.Dtype, bits: int) -> Path:
+    """Return the library of the products of a dtype by quantized blocks, built if need be.
+
+    Raises:
+        BuildError: It cannot be had.
+    """
+    element, name = ELEMENTS[dtype], str(dtype).removeprefix("mlx.core.")
+    return build.kernels("quantized", [name, f"bits={bits}"], ELEMENT=element, BITS=bits)
+
+
+@cache
+def _quantized_kernel(dtype: mx.Dtype, bits: int) -> Kernel:
+    """Return the kernel of a dtype and a number of bits, built if need be.
+
+    Raises:
+        BuildError, OSError: It cannot be had.
+    """
+    return Kernel(ctypes.CDLL(str(quantized_library(dtype, bits))), "qspmm")
 
 
 @cache
