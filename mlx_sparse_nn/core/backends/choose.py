@@ -6,12 +6,12 @@ from types import ModuleType
 
 import mlx.core as mx
 
-from mlx_sparse_nn.core.backends import cuda, metal, plain
+from mlx_sparse_nn.core.backends import cpu, cuda, metal, plain
 from mlx_sparse_nn.core.layout import Layout
 
 # By kind of device, the first one that is available and takes a product computes it.
 GPU = (metal, cuda, plain)
-CPU = (plain,)
+CPU = (cpu, plain)
 
 
 def choose(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int = 1) -> ModuleType:

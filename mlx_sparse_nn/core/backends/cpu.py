@@ -68,7 +68,7 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int) -
     ``mx.vmap`` traces each operation, and no primitive of this package can be mapped: the products'
     own rule computes the mapped ones.
     """
-    if layout.data_shape[0] * n_x * n_matrices == 0 or vmapping():
+    if op in ("qspmm", "qspmm_t") or layout.data_shape[0] * n_x * n_matrices == 0 or vmapping():
         return False
     if op in ("qspmm", "qspmm_t"):
         # Whether one number of bits can be had: all are made of the same source.
