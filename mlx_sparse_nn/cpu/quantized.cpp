@@ -14,10 +14,17 @@
 // Values and sums are float32. In panels: the bias, blocks in stored order, k ascending. Which rows
 // are in panels follows from N alone.
 
+// Vectors that are wider than a register are passed to nobody but inlined functions.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 #include "copy.h"
 #include "kernels.h"
 #include "share.h"
 #include "vectors.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace mlx_sparse_nn {
 namespace {
@@ -29,11 +36,12 @@ constexpr int W = LANES<float>;
 constexpr int PANEL = 2 * W;                   // rows of x in a panel
 constexpr int TALL = REGISTERS == 32 ? 8 : 4;  // rows of A in a tile of registers
 constexpr int64_t CHUNK = 128;                 // rows of x packed at once
-constexpr int64_t DEPTH = 128;                 // columns whose x stays in the first cache
+constexpr int64_t DEPTH = 128;      // columns whose values and x stay in the first cache,
+constexpr int64_t FEW_DEPTH = 512;  // or their integers and a few rows of x
 constexpr int FEW = 8;
 constexpr int UNIT = 32;  // values that lie in whole words
 constexpr int UNIT_BYTES = UNIT * BITS / 8;
-constexpr int MAX_GROUP = DEPTH / UNIT;
+constexpr int MAX_GROUP = FEW_DEPTH / UNIT;
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -48,10 +56,38 @@ constexpr int L = BITS == 2 ? 8 : ORDERED;  // and of those that few rows are mu
 constexpr int VECTORS = UNIT / L;           // of a unit
 constexpr int MASK = (1 << BITS) - 1;
 
-// Where value i of a unit comes out: lane place(i) % L of vector place(i) / L.
-constexpr int place(int i) {
-  const int run = L * PER_BYTE, lane = i % run / PER_BYTE;
-  return (i / run * PER_BYTE + i % PER_BYTE) * L + lane;
+// N bytes from memory, widened.
+template <int N>
+INLINE vec<int32_t, N> load_bytes(const uint8_t* from) {
+#if defined(__AVX512F__)
+  if constexpr (N == 16) {
+    const __m128i bytes = *reinterpret_cast<const __m128i_u*>(from);
+    return bit_cast<vec<int32_t, 16>>(_mm512_maskz_cvtepu8_epi32(0xFFFF, bytes));
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (N == 8) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i_u*>(from));
+    return bit_cast<vec<int32_t, 8>>(_mm256_cvtepu8_epi32(bytes));
+  }
+#endif
+  const auto bytes = *reinterpret_cast<const loose_vec<uint8_t, N>*>(from);
+  return __builtin_convertvector(__builtin_convertvector(bytes, vec<uint16_t, N>), vec<int32_t, N>);
+}
+
+// 16 bytes from memory, or 8 twice, in each quarter of a register.
+template <int BYTES, int... I>
+INLINE vec<uint8_t, 4 * ORDERED> load_repeated(const uint8_t* from,
+                                               std::integer_sequence<int, I...>) {
+  typedef vec<uint64_t, ORDERED / 2> words;
+  uint64_t word[BYTES / 8];
+  memcpy(word, from, sizeof word);
+  words all = words{} + word[0];
+  if constexpr (BYTES == 16) {
+    constexpr words odd = {(I % 2 ? ~uint64_t(0) : 0)...};
+    all = (all & ~odd) | ((words{} + word[1]) & odd);
+  }
+  return bit_cast<vec<uint8_t, 4 * ORDERED>>(all);
 }
 
 template <int... LANE>
@@ -59,29 +95,29 @@ INLINE vec<int32_t, ORDERED> shifts(std::integer_sequence<int, LANE...>) {
   return vec<int32_t, ORDERED>{(LANE * BITS % 8)...};
 }
 
-// Bytes of integers from FIRST on, two for each lane; those beyond the unit are never used.
-template <int FIRST, int... LANE>
-INLINE vec<uint16_t, ORDERED> pairs(const uint8_t* from, std::integer_sequence<int, LANE...>) {
+// In each lane, first the two bytes that hold its integer, of those from FIRST on.
+template <int FIRST, int... I>
+INLINE vec<int32_t, ORDERED> pairs(const uint8_t* from, std::integer_sequence<int, I...>) {
   constexpr int BEGIN = FIRST * BITS / 8;
-  constexpr int BYTES = ORDERED * BITS <= 64 ? 8 : 16;  // that are loaded
+  constexpr int BYTES = ORDERED * BITS <= 64 ? 8 : 16;  // that are loaded, none beyond the unit
   constexpr int AT = BEGIN + BYTES <= UNIT_BYTES ? BEGIN : UNIT_BYTES - BYTES;
-  const auto bytes = *reinterpret_cast<const loose_vec<uint8_t, BYTES>*>(from + AT);
-#define BYTE(lane) (BEGIN - AT + (lane) / 2 * BITS / 8 + (lane) % 2)
+  const auto bytes =
+      load_repeated<BYTES>(from + AT, std::make_integer_sequence<int, ORDERED / 2>{});
+// Byte i of a register is byte i % 4 of lane i / 4, and comes from the same quarter.
+#define SOURCE(i) (i / 16 * 16 + (BEGIN - AT + i / 4 * BITS / 8 + i % 2) % 16)
 #if defined(__clang__) || __GNUC__ >= 12
-  const auto found =
-      __builtin_shufflevector(bytes, bytes, (BYTE(LANE) < BYTES ? BYTE(LANE) : 0)...);
+  const auto found = __builtin_shufflevector(bytes, bytes, SOURCE(I)...);
 #else
-  const vec<uint8_t, 2 * ORDERED> found = {bytes[BYTE(LANE) < BYTES ? BYTE(LANE) : 0]...};
+  const auto found = __builtin_shuffle(bytes, vec<uint8_t, 4 * ORDERED>{SOURCE(I)...});
 #endif
-#undef BYTE
-  return bit_cast<vec<uint16_t, ORDERED>>(found);
+#undef SOURCE
+  return bit_cast<vec<int32_t, ORDERED>>(found);
 }
 
 // Integers from FIRST on.
 template <int FIRST>
 INLINE vec<float, ORDERED> unpack_run(const uint8_t* from) {
-  const auto wide = __builtin_convertvector(
-      pairs<FIRST>(from, std::make_integer_sequence<int, 2 * ORDERED>{}), vec<int32_t, ORDERED>);
+  const auto wide = pairs<FIRST>(from, std::make_integer_sequence<int, 4 * ORDERED>{});
   const auto shift = shifts(std::make_integer_sequence<int, ORDERED>{});
   return __builtin_convertvector((wide >> shift) & MASK, vec<float, ORDERED>);
 }
@@ -101,8 +137,7 @@ INLINE void unpack(const uint8_t* from, vec<float, L>* to) {
   if constexpr (IN_BYTES) {
 #pragma GCC unroll 4
     for (int run = 0; run < UNIT / L / PER_BYTE; ++run) {
-      const auto bytes = *reinterpret_cast<const loose_vec<uint8_t, L>*>(from + run * L);
-      const auto wide = __builtin_convertvector(bytes, vec<int32_t, L>);
+      const auto wide = load_bytes<L>(from + run * L);
 #pragma GCC unroll 4
       for (int i = 0; i < PER_BYTE; ++i) {
         const auto integers = i + 1 < PER_BYTE ? (wide >> (i * BITS)) & MASK : wide >> (i * BITS);
@@ -183,6 +218,7 @@ void multiply_panel(const Group& g, int64_t B, const float* x, float* sums) {
 template <int N>
 void multiply_few(const Group& g, int64_t B, int64_t group, const float* x, float* sums) {
   constexpr int ROWS = N <= 2 ? 4 : REGISTERS / 2 / N < 1 ? 1 : REGISTERS / 2 / N;
+  constexpr bool GROUPED = N == 1;
   const int64_t row_bytes = B * BITS / 8, n_groups = B / group, units = group / UNIT;
   for (int64_t i = 0; i < B; i += ROWS) {
     vec<float, L> acc[ROWS][N];
@@ -193,25 +229,46 @@ void multiply_few(const Group& g, int64_t B, int64_t group, const float* x, floa
     }
     for (int e = 0; e < g.n; ++e) {
       const uint8_t* packed = g.packed[e] + i * row_bytes;
+      for (int64_t b = 0; b < ROWS * row_bytes; b += 64) {
+        __builtin_prefetch(packed + b + g.n * B * row_bytes);  // of the next group
+      }
       const float* scales = g.scales[e] + i * n_groups;
       const float* biases = g.biases[e] + i * n_groups;
       const float* xs = x + g.column[e] * N;
       for (int64_t j = 0; j < n_groups; ++j) {
+        vec<float, L> part[ROWS][N] = {}, total_x[N] = {};
         for (int64_t u = 0; u < units; ++u) {
+          vec<float, L> values[ROWS][VECTORS];
 #pragma GCC unroll 4
           for (int m = 0; m < ROWS; ++m) {
-            vec<float, L> q[VECTORS];
-            unpack<L>(packed + m * row_bytes, q);
+            unpack<L>(packed + m * row_bytes, values[m]);
+            if constexpr (!GROUPED) {
+              const float scale = scales[m * n_groups + j], shift = biases[m * n_groups + j];
 #pragma GCC unroll 4
-            for (int k = 0; k < VECTORS; ++k) {
-              const vec<float, L> value =
-                  q[k] * scales[m * n_groups + j] + biases[m * n_groups + j];
+              for (int k = 0; k < VECTORS; ++k) values[m][k] = values[m][k] * scale + shift;
+            }
+          }
+#pragma GCC unroll 4
+          for (int k = 0; k < VECTORS; ++k) {
 #pragma GCC unroll 8
-              for (int n = 0; n < N; ++n) acc[m][n] += value * load<L>(xs + (k * N + n) * L);
+            for (int n = 0; n < N; ++n) {
+              const vec<float, L> xv = load<L>(xs + (k * N + n) * L);
+              if (GROUPED) total_x[n] += xv;
+#pragma GCC unroll 4
+              for (int m = 0; m < ROWS; ++m) (GROUPED ? part : acc)[m][n] += values[m][k] * xv;
             }
           }
           packed += UNIT_BYTES;
           xs += UNIT * N;
+        }
+#pragma GCC unroll 4
+        for (int m = 0; m < ROWS && GROUPED; ++m) {
+          const float scale = scales[m * n_groups + j], shift = biases[m * n_groups + j];
+#pragma GCC unroll 8
+          for (int n = 0; n < N; ++n) {
+            acc[m][n] += part[m][n] * scale;
+            acc[m][n] += total_x[n] * shift;
+          }
         }
       }
     }
@@ -221,6 +278,27 @@ void multiply_few(const Group& g, int64_t B, int64_t group, const float* x, floa
       for (int n = 0; n < N; ++n) store<L>(sums + ((i + m) * N + n) * L, acc[m][n]);
     }
   }
+}
+
+// The sums of the lanes of L vectors.
+template <int S = 1>
+INLINE vec<float, L> add_up(vec<float, L>* v) {
+  if constexpr (S < L) {
+#pragma GCC unroll 8
+    for (int i = 0; i < L / (2 * S); ++i) {
+      swap_lanes<float, L, S>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, L>{});
+      v[i] = v[2 * i] + v[2 * i + 1];
+    }
+    return add_up<2 * S>(v);
+  }
+  return v[0];
+}
+
+INLINE vec<float, L> totals(const float* sums, int64_t step) {
+  vec<float, L> v[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) v[i] = load<L>(sums + i * step);
+  return add_up(v);
 }
 
 // sums[n][k] += column k of the blocks times row n of x, (N, x_step).
@@ -301,26 +379,32 @@ struct Layout {
     few = FEW * p.a.C * B;
     sums = (rows + W) * B;
     values = height * B;
-    affine = WIDENED ? round_up(height * B / q.group, 64) : 0;
+    affine = WIDENED ? round_up(std::max(B, FEW_DEPTH) * B / q.group, 64) : 0;
     few_sums = FEW * B * std::max(L, W);
     mine = round_up(sums + values + 2 * affine + few_sums + FEW * B, 64);
   }
   int64_t total(int workers) const { return panels + few + workers * mine; }
 };
 
-// Rows of x that are few, (C B / UNIT, VECTORS, padded, L): as unpack() places their values. Or,
-// for the transpose, (padded, C B).
+// A few rows of x, (C B / UNIT, VECTORS, padded, L), in the order of unpack(); or, for the
+// transpose, (padded, C B).
 void pack_few(const E* x, const Rows& steps, int64_t few, int64_t padded, int64_t n_cols,
               bool transposed, float* to) {
   if (transposed) return gather(x, steps.n_step, steps.c_step, few, n_cols, to, n_cols, n_cols);
-  for (int64_t c = 0; c < n_cols; c += UNIT) {
-    for (int64_t n = 0; n < padded; ++n) {
+  for (int64_t n = 0; n < padded; ++n) {
+    for (int64_t c = 0; c < n_cols; c += UNIT) {
       float unit[UNIT] = {};
-      if (n < few) {
-        gather(x + n * steps.n_step + c * steps.c_step, 0, steps.c_step, 1, UNIT, unit, 0, UNIT);
+      const E* from = x + n * steps.n_step + c * steps.c_step;
+      if (n < few && steps.c_step == 1) {
+        copy_run(from, unit, UNIT);
+      } else if (n < few) {
+        for (int i = 0; i < UNIT; ++i) unit[i] = widen(from[i * steps.c_step]);
       }
-      for (int i = 0; i < UNIT; ++i) {
-        to[(c + place(i) / L * L) * padded + n * L + place(i) % L] = unit[i];
+      float* place = to + c * padded + n * L;
+#pragma GCC unroll 8
+      for (int k = 0; k < VECTORS; ++k) {
+        const float* first = unit + k / PER_BYTE * PER_BYTE * L + k % PER_BYTE;
+        for (int l = 0; l < L; ++l) place[k * padded * L + l] = first[l * PER_BYTE];
       }
     }
   }
@@ -385,8 +469,9 @@ void compute_chunk(const QuantizedProduct& q, const Layout& layout, int64_t v, i
     if (transposed) std::fill(few + plan.few * n_cols, few + plan.padded * n_cols, 0.0f);
   }
 
-  const int group = static_cast<int>(B < DEPTH ? DEPTH / B : 1);
   const bool dequantizes = plan.n || transposed;
+  const int64_t depth = dequantizes ? DEPTH : FEW_DEPTH;
+  const int group = static_cast<int>(B < depth ? depth / B : 1);
   const double work = double(a.n_blocks) * B * B * rows;
   share_rows(p.crew, a.indptr, a.R, work, [&](int64_t begin, int64_t end, int worker) {
     float* const sums = workers + worker * layout.mine;
@@ -403,7 +488,7 @@ void compute_chunk(const QuantizedProduct& q, const Layout& layout, int64_t v, i
           std::fill_n(to + i * plan.lanes[s], plan.lanes[s], bias ? widen(bias[r * B + i]) : 0.0f);
         }
       }
-      if (plan.few) std::fill_n(few_sums, layout.few_sums, 0.0f);
+      std::fill_n(few_sums, plan.padded * B * (transposed ? 1 : L), 0.0f);
       for (int64_t j0 = a.indptr[r]; j0 < a.indptr[r + 1]; j0 += group) {
         g.n = static_cast<int>(std::min<int64_t>(group, a.indptr[r + 1] - j0));
         for (int e = 0; e < g.n; ++e) {
@@ -434,11 +519,11 @@ void compute_chunk(const QuantizedProduct& q, const Layout& layout, int64_t v, i
                 p.y.c_step, p.y.n_step);
       }
       for (int64_t n = 0; n < plan.few; ++n) {
-        for (int64_t i = 0; i < B; ++i) {
-          const float sum = transposed
-                                ? few_sums[n * B + i]
-                                : total<float, L>(load<L>(few_sums + (i * plan.padded + n) * L));
-          few_out[n * B + i] = bias ? sum + widen(bias[r * B + i]) : sum;
+        for (int64_t i = 0; i < B; i += L) {
+          vec<float, L> sum = bias ? load<L>(bias + r * B + i) : vec<float, L>{};
+          sum += transposed ? load<L>(few_sums + n * B + i)
+                            : totals(few_sums + (i * plan.padded + n) * L, plan.padded * L);
+          store<L>(few_out + n * B + i, sum);
         }
       }
       if (plan.few) {

@@ -36,9 +36,6 @@ TESTED_SIZES = ("3", "20", "48")
 _FAILURES = (build.BuildError, LayoutError, OSError)
 
 
-_QUANTIZED = (mx.float32, mx.bfloat16, mx.float16)
-
-
 class Kernels(NamedTuple):
     """The kernels of a dtype and block size."""
 
@@ -62,17 +59,16 @@ def why_not() -> str | None:
     return None
 
 
-def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int) -> bool:
+def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, bits: int) -> bool:
     """Return whether there is a kernel for a product: for all but empty ones, and under vmap.
 
     ``mx.vmap`` traces each operation, and no primitive of this package can be mapped: the products'
     own rule computes the mapped ones.
     """
-    if op in ("qspmm", "qspmm_t") or layout.data_shape[0] * n_x * n_matrices == 0 or vmapping():
+    if layout.data_shape[0] * n_x * n_matrices == 0 or vmapping():
         return False
-    if op in ("qspmm", "qspmm_t"):
-        # Whether one number of bits can be had: all are made of the same source.
-        return dtype in _QUANTIZED and _has(_quantized_kernel, dtype, 4)
+    if bits:
+        return _has(_quantized_kernel, dtype, bits)
     return _has(_kernels, dtype, layout.block_size)
 
 
