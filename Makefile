@@ -12,12 +12,13 @@ BACKEND := $(shell \
 # Kernels, their headers and their emulators; asked for when a target needs them.
 KERNELS = $(shell find mlx_sparse_nn tests -name '*.metal' -o -name '*.cu' -o -name '*.h' -o -name '*.cpp')
 
-.PHONY: help demo test test-metal test-device bench lint format clean
+.PHONY: help demo test test-metal test-macos test-device bench lint format clean
 
 help:
 	@echo "make demo         train a small sparse language model (two minutes on two CPU cores)"
 	@echo "make test         run the tests"
 	@echo "make test-metal   run the Metal kernels on their emulator, with 2000 drawn cases"
+	@echo "make test-macos   cross-compile the CPU's C++ for a Mac"
 	@echo "make test-device  run the tests and a benchmark on this machine's GPU"
 	@echo "make bench        measure products on this machine beside their peers (15 minutes)"
 	@echo "make lint         check style and types"
@@ -34,6 +35,9 @@ test: $(VENV)/installed-dev
 
 test-metal: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --hypothesis-profile full tests/backends/test_metal*.py tests/emulators
+
+test-macos: $(VENV)/installed-dev
+	$(BIN)/python tests/link_for_macos.py
 
 test-device: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/device.py

@@ -34,6 +34,8 @@ FLOORS = [
     ["core.backends.metal", "core.backends.cuda", "core.backends.plain"],
     ["core.layout"],
     ["core.checks"],
+    ["core.index"],
+    ["core.backends.build"],
 ]
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from numbers import Number
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core import ops
+from mlx_sparse_nn.core import derivatives, index, ops
 from mlx_sparse_nn.core.checks import (
     ArrayLike,
     check_data,
@@ -86,7 +85,7 @@ class CSRArray:
     @property
     def T(self) -> CSRArray:
         """The transpose, on the cached transposed pattern."""
-        data = _gather(self.data, self.pattern.transpose_perm)
+        data = _take(self.data, self.pattern.transpose_perm)
         return CSRArray(data.swapaxes(1, 2) if data.ndim == 3 else data, self.pattern.T)
 
     @property
@@ -106,19 +105,14 @@ class CSRArray:
         block_size = self.block_size
         if block_size == 1:
             return self
-        lengths = np.repeat(np.diff(self.pattern.indptr), block_size).astype(np.int64) * block_size
-        indptr = np.concatenate([[0], np.cumsum(lengths)])
         # Value (j, r, c) of block-row R comes before (j + 1, r, c): sort by row, keep the rest.
-        row = (
-            self.pattern.row_indices[:, None, None] * np.int64(block_size)
-            + np.arange(block_size)[:, None]
-        )
-        row = np.broadcast_to(row, self.pattern.data_shape).reshape(-1)
-        order = np.argsort(row, kind="stable")
-        cols = self.pattern.indices[:, None, None] * np.int64(block_size) + np.arange(block_size)
-        cols = np.broadcast_to(cols, self.pattern.data_shape).reshape(-1)[order]
-        data = _gather(self.data.reshape(-1), order)
-        return CSRArray(data, CSRPattern(indptr, cols, self.shape))
+        within = np.arange(block_size, dtype=np.int32)
+        row = self.pattern.row_indices[:, None, None] * block_size + within[:, None]
+        col = self.pattern.indices[:, None, None] * block_size + within
+        row, col = (np.broadcast_to(a, self.pattern.data_shape).reshape(-1) for a in (row, col))
+        indptr, indices, order = index.sort_rows(row, col, self.shape)
+        data = _take(self.data.reshape(-1), order)
+        return CSRArray(data, CSRPattern._of(indptr, indices, self.shape))
 
     def tocoo(self) -> COOArray:
         """Return the same matrix as coordinates, rows in order."""
@@ -150,7 +144,7 @@ class CSRArray:
         rows = (pattern.indices[stored, None] * block_size + np.arange(block_size)).reshape(-1)
         counts = np.bincount(rows, minlength=length)
         order = places.reshape(-1)[np.argsort(rows, kind="stable")]
-        return _gather(self.data.reshape(-1), order, np.cumsum(counts) - counts)
+        return _sum_runs(self.data.reshape(-1), order, np.cumsum(counts) - counts)
 
     def __matmul__(self, x: ArrayLike) -> mx.array:
         return _matmul("A @ x", self, x)
@@ -249,18 +243,16 @@ class COOArray:
         Args:
             canonical: Also sort the columns of each row and add up repeated entries.
         """
-        order = (
-            np.lexsort((self.col, self.row)) if canonical else np.argsort(self.row, kind="stable")
-        )
-        row, col = self.row[order], self.col[order]
-        data = _gather(self.data, order)
-        if canonical and row.size:
-            first = np.concatenate([[True], (np.diff(row) != 0) | (np.diff(col) != 0)])
-            if not first.all():
-                data = _gather(data, np.arange(row.size), np.flatnonzero(first))
-                row, col = row[first], col[first]
-        counts = np.bincount(row, minlength=self.shape[0])
-        return CSRArray(data, CSRPattern(np.concatenate([[0], np.cumsum(counts)]), col, self.shape))
+        sort = index.sort_coordinates if canonical else index.sort_rows
+        indptr, indices, order = sort(self.row, self.col, self.shape)
+        data = _take(self.data, order)
+        if canonical and not index.ascends(indptr, indices):
+            rows = index.rows_of(indptr)
+            first = np.concatenate([[True], (np.diff(rows) != 0) | (np.diff(indices) != 0)])
+            data = _sum_runs(data, np.arange(rows.size), np.flatnonzero(first))
+            indptr = np.concatenate([[0], np.cumsum(first)]).astype(np.int32)[indptr]
+            indices = indices[first]
+        return CSRArray(data, CSRPattern._of(indptr, indices, self.shape))
 
     def todense(self) -> mx.array:
         """Return the dense ``(n_rows, n_cols)`` array; repeated entries add up."""
@@ -318,24 +310,24 @@ def _coordinates(name: str, values: ArrayLike, size: int) -> np.ndarray:
     return indices
 
 
-def _gather(data: mx.array, order: np.ndarray, starts: np.ndarray | None = None) -> mx.array:
-    """Return ``data[order]``, or the sums of its runs that begin at ``starts``.
+def _take(data: mx.array, order: np.ndarray) -> mx.array:
+    """Return ``data[order]`` along the first axis, for an order that names each place once."""
+    return derivatives.take(mx.array(order.view(np.uint32)), data)
 
-    Both are products with a sparse matrix of ones: the order of sums is fixed, and they can be
+
+def _sum_runs(data: mx.array, order: np.ndarray, starts: np.ndarray) -> mx.array:
+    """Return the sums of the runs of ``data[order]`` that begin at ``starts``.
+
+    They are a product with a sparse matrix of ones: the order of sums is fixed, and they can be
     differentiated to any order. MLX's own gather has no second derivative.
     """
-    starts = np.arange(order.size) if starts is None else starts
     indptr = np.append(starts, order.size)
     if not mx.issubdtype(data.dtype, mx.inexact):
         segment = np.repeat(np.arange(starts.size, dtype=np.int32), np.diff(indptr))
-        gathered = data[mx.array(order.astype(np.int32))]
-        out = mx.zeros((starts.size, *data.shape[1:]), data.dtype)
-        return out.at[mx.array(segment)].add(gathered)
-    selector = CSRPattern(indptr, order, (starts.size, data.shape[0]))
-    n_each = math.prod(data.shape[1:])
-    values = data.reshape(data.shape[0], n_each).swapaxes(0, 1)  # (B * B, n_blocks)
-    gathered = ops.spmm(mx.ones(order.size, data.dtype), selector, values).swapaxes(0, 1)
-    return gathered.reshape(starts.size, *data.shape[1:])
+        out = mx.zeros(starts.size, data.dtype)
+        return out.at[mx.array(segment)].add(data[mx.array(order.astype(np.int32))])
+    selector = CSRPattern(indptr, order, (starts.size, data.size))
+    return ops.spmm(mx.ones(order.size, data.dtype), selector, data)
 
 
 def _dense(operation: str, x: object) -> mx.array:

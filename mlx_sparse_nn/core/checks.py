@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+
+from mlx_sparse_nn.core import index
 
 ArrayLike: TypeAlias = "mx.array | np.ndarray | Sequence"
 
@@ -110,16 +112,29 @@ def why_no_blocks(shape: Sequence[int], block_size: int) -> str | None:
 
 
 def check_indices(
-    owner: str, name: str, values: ArrayLike, dtype: type[np.signedinteger] = np.int32
+    owner: str,
+    name: str,
+    values: ArrayLike,
+    dtype: type[np.signedinteger] = np.int32,
+    copy: Callable[[np.ndarray], np.ndarray] = np.copy,
 ) -> np.ndarray:
-    """Return ``values`` as a new one-dimensional NumPy array of ``dtype``, or raise."""
+    """Return ``values`` as a new one-dimensional NumPy array of ``dtype``, or raise.
+
+    ``copy`` says how what has that dtype is copied.
+    """
     array = _rectangular(owner, name, values)
     if array.ndim != 1:
         raise ValueError(f"[{owner}] {name} must be one-dimensional, got shape {array.shape}")
     if array.size == 0:
         return np.zeros(0, dtype)
-    if not np.issubdtype(array.dtype, np.integer):
+    if array.dtype.kind not in "iu":
         raise TypeError(f"[{owner}] {name} must be integers, got {array.dtype}")
+    if array.dtype == dtype:
+        return copy(array)
+    if dtype is np.int32 and array.dtype == np.int64:
+        narrowed = index.narrow(array)
+        if narrowed is not None:
+            return narrowed
     if not np.can_cast(array.dtype, dtype):
         low, high, limits = int(array.min()), int(array.max()), np.iinfo(dtype)
         if low < limits.min or high > limits.max:
@@ -132,27 +147,27 @@ def check_indices(
 
 def check_indptr(owner: str, indptr: np.ndarray, n_blocks: int) -> None:
     """Raise unless ``indptr`` rises from 0 to ``n_blocks``."""
+    if index.rises(indptr, n_blocks):
+        return
     if indptr[0] != 0:
         raise ValueError(f"[{owner}] indptr must start at 0, got {indptr[0]}")
-    if (steps := np.diff(indptr.astype(np.int64))).size and steps.min() < 0:
-        row = int(np.argmax(steps < 0))
+    falls = indptr[1:] < indptr[:-1]
+    if falls.any():
+        row = int(np.argmax(falls))
         raise ValueError(
             f"[{owner}] indptr decreases from {indptr[row]} to {indptr[row + 1]} at row {row}"
         )
-    if indptr[-1] != n_blocks:
-        raise ValueError(
-            f"[{owner}] indptr must end at {n_blocks}, the number of stored blocks, "
-            f"got {indptr[-1]}"
-        )
+    raise ValueError(
+        f"[{owner}] indptr must end at {n_blocks}, the number of stored blocks, got {indptr[-1]}"
+    )
 
 
 def check_range(owner: str, name: str, indices: np.ndarray, limit: int) -> None:
     """Raise unless every index lies in ``[0, limit)``."""
-    if indices.size and (indices.min() < 0 or indices.max() >= limit):
-        position = int(np.argmax((indices < 0) | (indices >= limit)))
-        raise ValueError(
-            f"[{owner}] {name}[{position}] is {indices[position]}, outside [0, {limit})"
-        )
+    if index.in_range(indices, limit):
+        return
+    position = int(np.argmax((indices < 0) | (indices >= limit)))
+    raise ValueError(f"[{owner}] {name}[{position}] is {indices[position]}, outside [0, {limit})")
 
 
 def check_array(owner: str, name: str, value: object) -> None:

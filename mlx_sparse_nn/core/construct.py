@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.core.arrays import COOArray, CSRArray
+from mlx_sparse_nn.core.blocks import split_blocks
 from mlx_sparse_nn.core.checks import ArrayLike, check_data, check_matrix, check_shape, check_size
 from mlx_sparse_nn.core.pattern import CSRPattern
 
@@ -94,13 +95,18 @@ def from_dense(w: ArrayLike, block_size: int = 1) -> CSRArray:
     check_matrix("from_dense", "w", w)
     block_size = check_size("from_dense", "block_size", block_size, minimum=1)
     n_rows, n_cols = check_shape("from_dense", w.shape, block_size)
-    blocks = w.reshape(n_rows // block_size, block_size, n_cols // block_size, block_size).swapaxes(
-        1, 2
-    )
+    blocks = split_blocks(w, block_size)
     places = np.flatnonzero(np.array((blocks != 0).any(axis=(2, 3))))
     pattern = CSRPattern.from_places(places, (n_rows, n_cols), block_size)
-    data = blocks[mx.array(pattern.row_indices), mx.array(pattern.indices)]
-    return CSRArray(data.reshape(pattern.data_shape), pattern)
+    if block_size == 1:
+        # Single elements: take_along_axis is ten times faster on the CPU than an index.
+        return CSRArray(mx.take_along_axis(w.reshape(-1), mx.array(places), axis=0), pattern)
+    # By lines of blocks, which lie in one piece: twice as fast as by blocks.
+    n_lines = n_cols // block_size
+    lines = pattern.row_indices[:, None] * np.int64(block_size) + np.arange(block_size)
+    lines = lines * n_lines + pattern.indices[:, None]
+    data = w.reshape(-1, block_size)[mx.array(lines)]
+    return CSRArray(data, pattern)
 
 
 def from_scipy(array: Any) -> CSRArray | COOArray:

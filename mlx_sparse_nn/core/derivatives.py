@@ -157,24 +157,41 @@ def todense(layout: Layout, data: mx.array) -> mx.array:
     return _linear(blocks.todense, blocks.sample, layout, data)
 
 
-def _linear(itself: Callable, transpose: Callable, layout: Layout, operand: mx.array) -> mx.array:
-    """Return ``itself(layout, operand)``, a linear function of ``(V, ...)``, with the rules that
-    follow from its transpose."""
+def take(order: mx.array, data: mx.array) -> mx.array:
+    """Return ``data[order]`` along the first axis; order ``(n,)`` holds each of 0 to n - 1."""
+    return _linear(_take, _put, order, data[None]).squeeze(0)  # [0] has no second derivative
+
+
+def _linear(itself: Callable, transpose: Callable, by: Any, operand: mx.array) -> mx.array:
+    """Return ``itself(by, operand)``, a linear function of ``(V, ...)``, with the rules that follow
+    from its transpose."""
     if not transforming():
-        return itself(layout, operand)
+        return itself(by, operand)
 
     def vjp(primal: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-        return _linear(transpose, itself, layout, cotangent)
+        return _linear(transpose, itself, by, cotangent)
 
     def jvp(primal: mx.array, tangent: mx.array) -> mx.array:
-        return _linear(itself, transpose, layout, tangent)
+        return _linear(itself, transpose, by, tangent)
 
     def vmap(operand: mx.array, axis: int) -> Arrays:
         operand = mx.moveaxis(operand, axis, 0)  # (M, V, ...)
-        out = _linear(itself, transpose, layout, mx.flatten(operand, 0, 1))
+        out = _linear(itself, transpose, by, mx.flatten(operand, 0, 1))
         return (mx.unflatten(out, 0, operand.shape[:2]),), (0,)
 
-    return _with_rules(itself, layout, vjp, jvp, vmap)(operand)
+    return _with_rules(itself, by, vjp, jvp, vmap)(operand)
+
+
+def _take(order: mx.array, data: mx.array) -> mx.array:
+    """Return ``data (V, n, ...)`` in this order."""
+    if data.ndim == 2:  # of single elements, take_along_axis is ten times faster on the CPU
+        return mx.take_along_axis(data, order[None], axis=1)
+    return mx.take(data, order, axis=1)
+
+
+def _put(order: mx.array, data: mx.array) -> mx.array:
+    """Return the ``(V, n, ...)`` of which ``data`` is what :func:`_take` gives."""
+    return _take(mx.argsort(order), data)
 
 
 # The values, by the backend that computes them.
@@ -217,9 +234,9 @@ def _backend(op: str, layout: Layout, x: mx.array, bits: int = 0) -> ModuleType:
 
 
 def _with_rules(
-    compute: Callable[..., mx.array], layout: Layout, vjp: Callable, jvp: Callable, vmap: Callable
+    compute: Callable[..., mx.array], by: Any, vjp: Callable, jvp: Callable, vmap: Callable
 ) -> Callable[..., mx.array]:
-    """Return ``compute`` of a layout as a function of its operands that follows these rules.
+    """Return ``compute`` by a layout as a function of its operands that follows these rules.
 
     It is made anew at each call: kept with the layout, the two would be a cycle. ``compute`` gets
     its operands through stop_gradient: MLX would differentiate its graph too, for nothing, and fail
@@ -227,7 +244,7 @@ def _with_rules(
     """
 
     def guarded(*operands: mx.array) -> mx.array:
-        return compute(layout, *map(mx.stop_gradient, operands))
+        return compute(by, *map(mx.stop_gradient, operands))
 
     function: Any = mx.custom_function(guarded)
     function.vjp(vjp)

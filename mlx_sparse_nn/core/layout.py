@@ -10,32 +10,48 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_sparse_nn.core import tuned
+from mlx_sparse_nn.core import index, tuned
 from mlx_sparse_nn.core.transforms import note_vmap
 
 _T = TypeVar("_T")
 
 
 class HostIndex:
-    """The CSR index arrays of a pattern on the host, and those of its transpose, made once."""
+    """The CSR index arrays of a pattern on the host, and those of its transpose, made once.
 
-    def __init__(self, indptr: np.ndarray, indices: np.ndarray, n_cols: int):
+    Args:
+        indptr: ``(n_rows + 1,)`` int32.
+        indices: ``(n,)`` int32.
+        n_cols: Number of columns.
+        transposed: Those of the pattern of which this one is the transpose.
+    """
+
+    def __init__(
+        self,
+        indptr: np.ndarray,
+        indices: np.ndarray,
+        n_cols: int,
+        transposed: HostIndex | None = None,
+    ):
         self.indptr = indptr
         self.indices = indices
         self.n_cols = n_cols
+        self._transposed = transposed
 
     @cached_property
     def rows(self) -> np.ndarray:
         """Row of each stored entry, ``(n,)`` int32."""
-        return np.repeat(np.arange(self.indptr.size - 1, dtype=np.int32), np.diff(self.indptr))
+        return index.rows_of(self.indptr)
 
     @cached_property
     def transpose(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """``indptr`` and ``indices`` of the transpose, and where its entries lie here."""
-        perm = np.argsort(self.indices, kind="stable").astype(np.int32)
-        counts = np.bincount(self.indices, minlength=self.n_cols)
-        indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        return indptr, self.rows[perm], perm
+        if self._transposed is None:
+            return index.transpose(self.indptr, self.indices, self.n_cols)
+        perm = self._transposed.transpose[2]
+        inverse = np.empty_like(perm)
+        inverse[perm] = np.arange(perm.size, dtype=np.int32)
+        return self._transposed.indptr, self._transposed.indices, inverse
 
 
 class RowGroup(NamedTuple):
@@ -70,29 +86,53 @@ class Side:
         indptr: mx.array,
         indices: mx.array,
         perm: mx.array | None,
-        static_sizes: mx.array,
+        static_sizes: mx.array | Callable[[], mx.array],
         n_block_cols: int,
         is_constant: bool = False,
     ):
         self.indptr = indptr
         self.indices = indices
         self.perm = perm
-        self.static_sizes = static_sizes
         self.n_block_cols = n_block_cols
         self.n_block_rows = indptr.size - 1
         self.n_blocks = indices.size
-        _, in_order, *sizes = static_sizes.shape
-        self.is_in_order = in_order == 1
-        self.groups = tuple(
+        self._static_sizes = static_sizes
+        self._is_constant = is_constant
+        self._kept: dict[Callable, object] = {}
+
+    @cached_property
+    def static_sizes(self) -> mx.array:
+        sizes = self._static_sizes
+        return sizes if isinstance(sizes, mx.array) else sizes()
+
+    @cached_property
+    def groups(self) -> tuple[RowGroup, ...]:
+        sizes = self.static_sizes.shape[2:]
+        return tuple(
             RowGroup(n_rows, longest, even == 1)
             for n_rows, longest, even in zip(sizes[::3], sizes[1::3], sizes[2::3], strict=True)
         )
-        self.longest_row = max((group.longest for group in self.groups), default=0)
-        self.is_padded = not all(group.is_even for group in self.groups)
-        self.is_uniform = len(self.groups) <= 1 and not self.is_padded
-        self.nbytes = sum(a.nbytes for a in (indptr, indices, perm) if a is not None)
-        self._is_constant = is_constant
-        self._kept: dict[Callable, object] = {}
+
+    @cached_property
+    def is_in_order(self) -> bool:
+        return self.static_sizes.shape[1] == 1
+
+    @cached_property
+    def longest_row(self) -> int:
+        return max((group.longest for group in self.groups), default=0)
+
+    @cached_property
+    def is_padded(self) -> bool:
+        return not all(group.is_even for group in self.groups)
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        return len(self.groups) <= 1 and not self.is_padded
+
+    @property
+    def nbytes(self) -> int:
+        arrays = (self.indptr, self.indices, self.perm)
+        return sum(array.nbytes for array in arrays if array is not None)
 
     @property
     def row_of_block(self) -> mx.array:
@@ -198,14 +238,6 @@ class Layout:
         return layout
 
 
-def ascend(indptr: np.ndarray, indices: np.ndarray) -> bool:
-    """Return whether the indices of every row ascend, and none repeats."""
-    rises = indices[1:] > indices[:-1]
-    starts = indptr[(indptr > 0) & (indptr < indices.size)]
-    rises[starts - 1] = True
-    return bool(rises.all())
-
-
 def group_lengths(lengths: np.ndarray, overhead: int) -> list[RowGroup]:
     """Group block-rows by length, short ones first, so that padding them costs least.
 
@@ -240,14 +272,18 @@ def _side(
     indptr: np.ndarray, indices: np.ndarray, perm: np.ndarray | None, n_cols: int, block_size: int
 ) -> Side:
     """Copy one side of a pattern to the device."""
-    groups = group_lengths(np.diff(indptr), max(1, tuned.GROUP_VALUES // block_size**2))
-    in_order = block_size > 1 and ascend(indptr, indices)
-    sizes = [int(in_order), *(int(size) for group in groups for size in group)]
+
+    def static_sizes() -> mx.array:
+        groups = group_lengths(np.diff(indptr), max(1, tuned.GROUP_VALUES // block_size**2))
+        in_order = block_size > 1 and index.ascends(indptr, indices)
+        sizes = [int(in_order), *(int(size) for group in groups for size in group)]
+        return mx.zeros((0, *sizes), mx.int32)
+
     return Side(
-        mx.array(indptr),
-        mx.array(indices),
-        None if perm is None else mx.array(perm),
-        mx.zeros((0, *sizes), mx.int32),
+        index.on_device(indptr),
+        index.on_device(indices),
+        None if perm is None else index.on_device(perm),
+        static_sizes,
         n_cols,
         is_constant=True,
     )

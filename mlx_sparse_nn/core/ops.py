@@ -229,7 +229,9 @@ def todense(data: mx.array, layout: Layout) -> mx.array:
 
 def _merge(a: mx.array) -> mx.array:
     """Return ``(..., n)`` as ``(N, n)``."""
-    return a if a.ndim == 2 else a.reshape(math.prod(a.shape[:-1]), a.shape[-1])
+    if a.ndim == 2:
+        return a
+    return a.reshape(1 if a.ndim == 1 else math.prod(a.shape[:-1]), a.shape[-1])
 
 
 def _check_shape(op: str, name: str, a: mx.array, shape: tuple[int, ...]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core import draw
+from mlx_sparse_nn.core import draw, index
 from mlx_sparse_nn.core.checks import (
     INT32_MAX,
     ArrayLike,
@@ -21,7 +21,7 @@ from mlx_sparse_nn.core.checks import (
     check_shape,
     check_size,
 )
-from mlx_sparse_nn.core.layout import HostIndex, Layout, ascend
+from mlx_sparse_nn.core.layout import HostIndex, Layout
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,28 +74,34 @@ class CSRPattern:
         block_size = check_size("CSRPattern", "block_size", self.block_size, minimum=1)
         shape = check_shape("CSRPattern", self.shape, block_size)
         n_block_rows, n_block_cols = shape[0] // block_size, shape[1] // block_size
-        if (length := _length(self.indices)) * block_size**2 > INT32_MAX:
-            raise ValueError(
-                f"[CSRPattern] {length} blocks of {block_size} x {block_size} are "
-                f"{length * block_size**2} stored values; at most 2**31 - 1 fit 32-bit indices"
-            )
+        _check_stored("CSRPattern", _length(self.indices), block_size)
         if (length := _length(self.indptr)) != n_block_rows + 1:
             raise ValueError(
                 f"[CSRPattern] indptr has {length} entries, expected {n_block_rows + 1}: "
                 f"one more than the {n_block_rows} rows of blocks"
             )
-        indptr = check_indices("CSRPattern", "indptr", self.indptr)
-        indices = check_indices("CSRPattern", "indices", self.indices)
+        indptr = check_indices("CSRPattern", "indptr", self.indptr, copy=index.share)
+        indices = check_indices("CSRPattern", "indices", self.indices, copy=index.share)
         check_indptr("CSRPattern", indptr, indices.size)
         check_range("CSRPattern", "indices", indices, n_block_cols)
-        for name, value in (
-            ("indptr", indptr),
-            ("indices", indices),
-            ("shape", shape),
-            ("block_size", block_size),
-        ):
-            object.__setattr__(self, name, value)
+        self._hold(indptr, indices, shape, block_size)
+
+    def _hold(
+        self, indptr: np.ndarray, indices: np.ndarray, shape: tuple[int, int], block_size: int
+    ) -> None:
+        """Take over what is right, and int32."""
         indptr.flags.writeable = indices.flags.writeable = False
+        # Not by attribute, which a frozen dataclass refuses.
+        self.__dict__.update(indptr=indptr, indices=indices, shape=shape, block_size=block_size)
+
+    @classmethod
+    def _of(
+        cls, indptr: np.ndarray, indices: np.ndarray, shape: tuple[int, int], block_size: int = 1
+    ) -> CSRPattern:
+        """Return the pattern of arrays that were made right, and that nobody else writes to."""
+        pattern = cls.__new__(cls)
+        pattern._hold(indptr, indices, shape, block_size)
+        return pattern
 
     @classmethod
     def from_places(
@@ -124,11 +130,12 @@ class CSRPattern:
         n_block_rows, n_block_cols = n_rows // block_size, n_cols // block_size
         places = check_indices(owner, "places", places, np.int64)
         check_range(owner, "places", places, n_block_rows * n_block_cols)
+        _check_stored(owner, places.size, block_size)
         rows, cols = np.divmod(places, max(1, n_block_cols))
-        order = np.argsort(rows, kind="stable")
-        lengths = np.bincount(rows, minlength=n_block_rows)
-        indptr = np.concatenate([[0], np.cumsum(lengths)])
-        return cls(indptr, cols[order], (n_rows, n_cols), block_size)
+        indptr, indices, _ = index.sort_rows(
+            rows.astype(np.int32), cols.astype(np.int32), (n_block_rows, n_block_cols)
+        )
+        return cls._of(indptr, indices, (n_rows, n_cols), block_size)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -203,7 +210,7 @@ class CSRPattern:
     @cached_property
     def is_canonical(self) -> bool:
         """Whether the columns of every row are sorted and none repeats."""
-        return ascend(self.indptr, self.indices)
+        return index.ascends(self.indptr, self.indices)
 
     @property
     def transpose_perm(self) -> np.ndarray:
@@ -222,11 +229,11 @@ class CSRPattern:
 
     @cached_property
     def _transposed(self) -> CSRPattern:
-        indptr, indices, perm = self.host.transpose
-        transposed = CSRPattern(indptr, indices, self.shape[::-1], self.block_size)
-        inverse = np.empty_like(perm)
-        inverse[perm] = np.arange(self.n_blocks, dtype=np.int32)
-        transposed.host.__dict__["transpose"] = (self.indptr, self.indices, inverse)
+        indptr, indices, _ = self.host.transpose
+        n_rows, n_cols = self.shape
+        transposed = CSRPattern._of(indptr, indices, (n_cols, n_rows), self.block_size)
+        host = HostIndex(indptr, indices, self.grid[0], transposed=self.host)
+        transposed.__dict__["host"] = host
         transposed.__dict__["_origin"] = weakref.ref(self)  # weak: no cycle
         return transposed
 
@@ -326,6 +333,15 @@ def check_pattern(owner: str, pattern: object) -> None:
     """Raise unless ``pattern`` is a :class:`CSRPattern`."""
     if not isinstance(pattern, CSRPattern):
         raise TypeError(f"[{owner}] pattern must be a CSRPattern, got {type(pattern).__name__}")
+
+
+def _check_stored(owner: str, n_blocks: int, block_size: int) -> None:
+    """Raise if places in the data would not fit 32 bits."""
+    if (n_values := n_blocks * block_size**2) > INT32_MAX:
+        raise ValueError(
+            f"[{owner}] {n_blocks} blocks of {block_size} x {block_size} are "
+            f"{n_values} stored values; at most 2**31 - 1 fit 32-bit indices"
+        )
 
 
 def _length(values: ArrayLike) -> int:

@@ -24,6 +24,9 @@ import mlx.core as mx
 class _State(threading.local):
     """What is known of the transforms of one thread."""
 
+    # Whether MLX takes an array for a tracer, if there is somebody to ask; of all threads.
+    is_tracer: Callable[[mx.array], bool] | None = None
+
     def __init__(self):
         self.vmaps = 0  # calls of mx.vmap that are tracing their function
         # A probe of each thread's own: what MLX has compiled in a thread has to go before the
@@ -38,11 +41,13 @@ _state = _State()
 def transforming() -> bool:
     """Return whether a transform of MLX is running in this thread: mx.grad, mx.compile, or alike.
 
-    MLX does not say so. But it runs the Python of a compiled function again only for tracers, and
-    an array kept from a trace counts as one while any transform is running. The first call in a
-    thread or on a device always runs it: hence the second call. Where compilation is disabled, the
-    answer is always True.
+    An array kept from a trace counts as a tracer while any transform is running. C++ can ask MLX
+    whether it does (:func:`ask_directly`). Python cannot, but MLX runs the Python of a compiled
+    function again only for tracers. The first call in a thread or on a device always runs it: hence
+    the second call. Where compilation is disabled, this answer is always True.
     """
+    if _state.is_tracer is not None:
+        return _state.is_tracer(_tracer())
     probe, seen = _state.probe
     seen.clear()
     probe(_tracer())
@@ -50,6 +55,14 @@ def transforming() -> bool:
         seen.clear()
         probe(_tracer())
     return bool(seen)
+
+
+def ask_directly(is_tracer: Callable[[mx.array], bool]) -> None:
+    """Let :func:`transforming` ask by a function that says whether MLX takes an array for a tracer.
+
+    It must not be a Python function, which would become a method.
+    """
+    _State.is_tracer = is_tracer
 
 
 def vmapping() -> bool:

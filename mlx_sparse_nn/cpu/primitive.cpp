@@ -280,6 +280,9 @@ MLX_SPARSE_EXPORT void probe(void* object, int64_t* out) {
   out[2] = array.itemsize();
 }
 
+// Whether MLX takes an array for a tracer: one kept from a trace, as long as a transform is running.
+MLX_SPARSE_EXPORT bool is_tracer(void* object) { return unwrap(object).is_tracer(); }
+
 MLX_SPARSE_EXPORT const char* make_spmm(void* out, const void* kernel, void* data, void* indptr,
                                         void* indices, void* perm, void* x, void* bias) {
   std::vector<mx::array> inputs;

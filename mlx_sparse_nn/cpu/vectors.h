@@ -209,6 +209,17 @@ INLINE vec<A, 2 * N> join(vec<A, N> low, vec<A, N> high) {
   return join<A, N>(low, high, std::make_integer_sequence<int, 2 * N>{});
 }
 
+// Lane i of the result is lane LANE[i] of x.
+template <class A, int N, int... LANE>
+INLINE vec<A, N> shuffle(vec<A, N> x) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(x, x, LANE...);
+#else
+  typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> index;
+  return __builtin_shuffle(x, vec<index, N>{LANE...});
+#endif
+}
+
 template <class A, int N, int S, int... LANE>
 INLINE void swap_lanes(vec<A, N>& a, vec<A, N>& b, std::integer_sequence<int, LANE...>) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -235,6 +246,22 @@ INLINE void transpose(vec<A, N>* rows) {
       }
     }
     transpose<A, N, 2 * S>(rows);
+  }
+}
+
+// The totals of N vectors of N lanes. S: as above, but vectors swap half of what they hold and are
+// added.
+template <class A, int N, int S = 1>
+INLINE vec<A, N> totals(vec<A, N>* rows) {
+  if constexpr (S < N) {
+#pragma GCC unroll 16
+    for (int i = 0; i < N; i += 2 * S) {
+      swap_lanes<A, N, S>(rows[i], rows[i + S], std::make_integer_sequence<int, N>{});
+      rows[i] += rows[i + S];
+    }
+    return totals<A, N, 2 * S>(rows);
+  } else {
+    return rows[0];
   }
 }
 

@@ -62,6 +62,8 @@ class Binding:
         library.set_up.argtypes = [ctypes.c_size_t, _OBJECT, ctypes.c_int]
         library.set_up(_HEADER, None, n_threads)
         _check_probe(library)
+        self.is_tracer = library.is_tracer
+        self.is_tracer.argtypes, self.is_tracer.restype = [_OBJECT], ctypes.c_bool
         self._spmm = _function(library, "make_spmm", 6)
         self._qspmm = _function(library, "make_qspmm", 8)
         self._sddmm = _function(library, "make_sddmm", 4)

@@ -65,10 +65,20 @@ def kernels(source: str, test: Sequence[str], **defines: str | int) -> Path:
     return _library(name, source, flags, _mlx_identity(), (str(primitive()), *test))
 
 
-def built(source: str) -> Path | None:
-    """Return the library of a source without defines if it has been built: nothing is compiled."""
+def index() -> Path:
+    """Return the library of loops over index arrays, built if need be.
+
+    Raises:
+        BuildError: It cannot be built, or failed its test.
+    """
+    flags = (*KERNEL_FLAGS, *_processor_flags())
+    return _library("index", "index", flags, _mlx_identity(), ("index",))
+
+
+def built_index() -> Path | None:
+    """Return the same if it has been built: nothing is compiled."""
     try:
-        path = _path(source, (*KERNEL_FLAGS, *_processor_flags()), _mlx_identity())
+        path = _path("index", (*KERNEL_FLAGS, *_processor_flags()), _mlx_identity())
         return path if path.exists() else None
     except BuildError:
         return None

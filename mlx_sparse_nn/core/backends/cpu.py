@@ -9,18 +9,20 @@ import ctypes
 import platform
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlx_sparse_nn.core import index
 from mlx_sparse_nn.core.backends import build
 from mlx_sparse_nn.core.backends.binding import Binding, Kernel, LayoutError
 from mlx_sparse_nn.core.cores import n_cores
 from mlx_sparse_nn.core.layout import Layout
 from mlx_sparse_nn.core.quantized import bits_of
-from mlx_sparse_nn.core.transforms import vmapping
+from mlx_sparse_nn.core.transforms import ask_directly, vmapping
 
 NAME = "cpu"
 ELEMENTS = {
@@ -163,7 +165,13 @@ def _binding() -> Binding:
     Raises:
         BuildError, LayoutError, OSError: It cannot be had.
     """
-    return Binding(build.primitive(), n_cores())
+    binding = Binding(build.primitive(), n_cores())
+    ask_directly(binding.is_tracer)
+    # Patterns use theirs from here on. NumPy does without it.
+    with suppress(build.BuildError):
+        build.index()
+        index.native.cache_clear()
+    return binding
 
 
 @cache

@@ -2,6 +2,7 @@
 
 ``python -m mlx_sparse_nn.core.backends.self_test PRIMITIVE [KERNELS DTYPE WHAT ...]`` ends with 0
 if all is right. The oracle is ``naive``, on whole numbers, so that all results are equal.
+With ``index INDEX``, it is that of index arrays, and NumPy is the oracle.
 """
 
 from __future__ import annotations
@@ -9,9 +10,13 @@ from __future__ import annotations
 import ctypes
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import mlx.core as mx
+import numpy as np
 
+from mlx_sparse_nn.core import index
 from mlx_sparse_nn.core.backends import naive
 from mlx_sparse_nn.core.backends.binding import Binding, Kernel
 from mlx_sparse_nn.core.pattern import CSRPattern
@@ -22,7 +27,9 @@ _ROWS = (1, 2, 3, 7, 21, 45)
 
 
 def main(arguments: list[str]) -> None:
-    """Test a library of primitives, or one of kernels through it."""
+    """Test a library of primitives, or one of kernels through it; or that of index arrays."""
+    if arguments[0] == "index":
+        return _test_index(Path(arguments[1]))
     mx.set_default_device(mx.cpu)
     binding = Binding(Path(arguments[0]), n_threads=2)
     if len(arguments) > 1:
@@ -72,6 +79,28 @@ def _words(shape: tuple[int, ...]) -> mx.array:
     """Return words of mixed bits."""
     size = mx.zeros(shape).size
     return (mx.arange(size, dtype=mx.uint32) * 2654435769 + 12345).reshape(shape)
+
+
+def _test_index(path: Path) -> None:
+    """Compare what is made of index arrays with NumPy's, on both sides of each choice in C++."""
+    found, expected = (_index_arrays(library) for library in (index.Native(path), None))
+    if not all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True)):
+        raise AssertionError("arrays of a pattern are wrong")
+
+
+def _index_arrays(library: index.Native | None) -> list[Any]:
+    """Return what a library, or NumPy, makes of some index arrays."""
+    with mock.patch.object(index, "native", return_value=library):
+        made = []
+        for n_rows, n_cols in ((3, 5), (2000, 9000), (9000, 100_000)):
+            shape, numbers = (n_rows, n_cols), np.arange(20_000)
+            rows, cols = numbers * 7919 % n_rows, numbers * 31 % n_cols
+            made += index.sort_coordinates(rows.astype(np.int32), cols.astype(np.int32), shape)
+            indptr, indices, _ = made[-3:]
+            made += [*index.transpose(indptr, indices, n_cols), index.narrow(cols)]
+            made += [index.ascends(indptr, indices), index.in_range(indices, n_cols - 1)]
+            made += [index.rises(indptr, 20_000), index.rises(indptr[::-1].copy(), 0)]
+    return made
 
 
 def _numbers(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:

@@ -1,0 +1,208 @@
+"""Loops over the index arrays of patterns: by C++ where its library has been built, else by NumPy.
+
+The results are the same bit for bit. Nothing here compiles: making a pattern waits for nobody.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_sparse_nn.core.backends.build import built_index
+
+# Of entries: where each row starts, the column of each, and the place that each came from.
+Sorted: TypeAlias = "tuple[np.ndarray, np.ndarray, np.ndarray]"
+
+
+class Native:
+    """The library of ``cpu/index.cpp``, by the names of this module. Arrays are contiguous, int32.
+
+    Args:
+        path: Where it lies.
+
+    Raises:
+        OSError: It cannot be loaded.
+    """
+
+    def __init__(self, path: Path):
+        library = ctypes.CDLL(str(path))
+
+        def function(name: str, result: type | None, *arguments: type) -> Any:
+            found = library[name]
+            found.argtypes, found.restype = arguments, result
+            return found
+
+        flag, array, size = ctypes.c_bool, ctypes.c_void_p, ctypes.c_int64
+        out, entries = [array] * 4, [array, array, size, size, size]
+        self._in_range = function("in_range", flag, array, size, size)
+        self._narrow = function("narrow", flag, array, size, array)
+        self._rises = function("rises", flag, array, size, size)
+        self._ascends = function("ascends", flag, array, array, size)
+        self._rows_of = function("rows_of", None, array, size, array)
+        self._room_for = function("room_for", size, size)
+        self._transpose = function("transpose", None, array, array, size, size, *out)
+        self._sort_rows = function("sort_rows", None, *entries, *out)
+        self._sort_coordinates = function("sort_coordinates", None, *entries, *out, array)
+
+    def in_range(self, indices: np.ndarray, limit: int) -> bool:
+        return self._in_range(_address(indices), indices.size, limit)
+
+    def narrow(self, indices: np.ndarray) -> np.ndarray | None:
+        out = np.empty(indices.shape, np.int32)
+        return out if self._narrow(_address(indices), indices.size, _address(out)) else None
+
+    def rises(self, indptr: np.ndarray, n: int) -> bool:
+        return self._rises(_address(indptr), indptr.size - 1, n)
+
+    def ascends(self, indptr: np.ndarray, indices: np.ndarray) -> bool:
+        return self._ascends(_address(indptr), _address(indices), indptr.size - 1)
+
+    def rows_of(self, indptr: np.ndarray) -> np.ndarray:
+        rows = np.empty(indptr[-1], np.int32)
+        self._rows_of(_address(indptr), indptr.size - 1, _address(rows))
+        return rows
+
+    def transpose(self, indptr: np.ndarray, indices: np.ndarray, n_cols: int) -> Sorted:
+        out, room = self._empty(indices.size, n_cols)
+        arrays, n_rows = map(_address, (indptr, indices)), indptr.size - 1
+        self._transpose(*arrays, n_rows, n_cols, *map(_address, (*out, room)))
+        return out
+
+    def sort_rows(self, rows: np.ndarray, cols: np.ndarray, shape: tuple[int, int]) -> Sorted:
+        out, room = self._empty(rows.size, shape[0])
+        arrays = map(_address, (rows, cols))
+        self._sort_rows(*arrays, rows.size, *shape, *map(_address, (*out, room)))
+        return out
+
+    def sort_coordinates(
+        self, rows: np.ndarray, cols: np.ndarray, shape: tuple[int, int]
+    ) -> Sorted:
+        out, room = self._empty(rows.size, shape[0])
+        first = np.empty(shape[1] + 1, np.int32)
+        arrays = map(_address, (rows, cols))
+        self._sort_coordinates(*arrays, rows.size, *shape, *map(_address, (*out, room, first)))
+        return out
+
+    def _empty(self, n: int, n_rows: int) -> tuple[Sorted, np.ndarray]:
+        """Return the arrays of n sorted entries, and what sorting them takes besides."""
+        out = np.empty(n_rows + 1, np.int32), np.empty(n, np.int32), np.empty(n, np.int32)
+        return out, np.empty(self._room_for(n), np.int64)
+
+
+@cache
+def native() -> Native | None:
+    """Return the library if it has been built. Who builds it clears this cache."""
+    try:
+        path = built_index()
+        return None if path is None else Native(path)
+    except OSError:
+        return None
+
+
+def in_range(indices: np.ndarray, limit: int) -> bool:
+    """Return whether all indices lie in ``[0, limit)``."""
+    if (library := native()) and indices.dtype == np.int32:
+        return library.in_range(indices, limit)
+    return not indices.size or bool(indices.min() >= 0 and indices.max() < limit)
+
+
+def narrow(indices: np.ndarray) -> np.ndarray | None:
+    """Return a copy of int64 indices as int32, or None if one is negative or does not fit."""
+    if (library := native()) and indices.flags.c_contiguous:
+        return library.narrow(indices)
+    fits = not indices.size or (indices.min() >= 0 and indices.max() < 2**31)
+    return indices.astype(np.int32) if fits else None
+
+
+def rises(indptr: np.ndarray, n: int) -> bool:
+    """Return whether ``indptr`` begins with 0, never decreases, and ends with ``n``."""
+    if library := native():
+        return library.rises(indptr, n)
+    return bool(indptr[0] == 0 and indptr[-1] == n and np.all(indptr[1:] >= indptr[:-1]))
+
+
+def ascends(indptr: np.ndarray, indices: np.ndarray) -> bool:
+    """Return whether the indices of every row ascend, and none repeats."""
+    if library := native():
+        return library.ascends(indptr, indices)
+    larger = indices[1:] > indices[:-1]
+    starts = indptr[(indptr > 0) & (indptr < indices.size)]
+    larger[starts - 1] = True
+    return bool(larger.all())
+
+
+def rows_of(indptr: np.ndarray) -> np.ndarray:
+    """Return the row of each stored entry, ``(n,)`` int32."""
+    if library := native():
+        return library.rows_of(indptr)
+    return np.repeat(np.arange(indptr.size - 1, dtype=np.int32), np.diff(indptr))
+
+
+def transpose(indptr: np.ndarray, indices: np.ndarray, n_cols: int) -> Sorted:
+    """Return the transpose of a CSR. Entries of one column keep their order."""
+    if library := native():
+        return library.transpose(indptr, indices, n_cols)
+    return _sort_rows(indices, rows_of(indptr), n_cols)
+
+
+def sort_rows(rows: np.ndarray, cols: np.ndarray, shape: tuple[int, int]) -> Sorted:
+    """Return the CSR of entries ``(n,)`` int32 in range. Those of one row keep their order."""
+    if library := native():
+        return library.sort_rows(rows, cols, shape)
+    return _sort_rows(rows, cols, shape[0])
+
+
+def sort_coordinates(rows: np.ndarray, cols: np.ndarray, shape: tuple[int, int]) -> Sorted:
+    """Return the same with the columns of each row sorted. Equal ones keep their order."""
+    if library := native():
+        return library.sort_coordinates(rows, cols, shape)
+    by_column = _order(cols, shape[1])
+    indptr, indices, order = _sort_rows(rows[by_column], cols[by_column], shape[0])
+    return indptr, indices, by_column[order].astype(np.int32)
+
+
+def share(indices: np.ndarray) -> np.ndarray:
+    """Return a copy of int32 indices that lies in the memory of an MLX array.
+
+    :func:`on_device` gives that array. On CUDA the copy lies on the host alone, lest each side
+    drags the memory to itself.
+    """
+    if mx.cuda.is_available():
+        return indices.copy()
+    return np.asarray(mx.array(np.ascontiguousarray(indices)))
+
+
+def on_device(indices: np.ndarray) -> mx.array:
+    """Return int32 indices as an MLX array: without a copy, if they came from :func:`share`."""
+    owner = indices.base.obj if isinstance(indices.base, memoryview) else None
+    if isinstance(owner, mx.array) and owner.shape == indices.shape:
+        # A handle of its own: what is written by it, as by `a[0] = 1`, gets memory of its own.
+        return owner[:]
+    return mx.array(indices)
+
+
+def _sort_rows(rows: np.ndarray, cols: np.ndarray, n_rows: int) -> Sorted:
+    order = _order(rows, n_rows)
+    ends = np.cumsum(np.bincount(rows, minlength=n_rows))
+    indptr = np.concatenate([[0], ends]).astype(np.int32)
+    return indptr, cols[order], order.astype(np.int32)
+
+
+def _order(keys: np.ndarray, n_keys: int) -> np.ndarray:
+    """Return the stable order of keys in ``[0, n_keys)``.
+
+    NumPy sorts 16 bits by radix, ten times as fast as 32: first by the low ones, then the high.
+    """
+    order = np.argsort(keys.astype(np.uint16), kind="stable")
+    if n_keys > 2**16:
+        order = order[np.argsort((keys >> 16).astype(np.uint16)[order], kind="stable")]
+    return order
+
+
+def _address(array: np.ndarray) -> int:
+    return array.ctypes.data

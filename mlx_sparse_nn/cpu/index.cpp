@@ -1,0 +1,210 @@
+// Loops over the index arrays of patterns, on the host, as in ../core/index.py: the same results.
+// Letters as in ../metal/README.md. Indices are trusted but where a function says that it checks.
+
+#include <string.h>
+#include <algorithm>
+
+#include "kernels.h"
+
+namespace mlx_sparse_nn {
+namespace {
+
+// What is checked before a loop may end early: a constant, so that loops are vectorised.
+constexpr int64_t STRIP = 1024;
+// Keys for which the places where their next entries go stay in the first cache.
+constexpr int64_t FEW_KEYS = 8192;
+// Parts into which the entries of more keys are moved first: with more, the lines that are written
+// in turn leave the cache. Gaps between them, in entries: else they might lie at one address modulo
+// the size of the cache.
+constexpr int64_t MAX_PARTS = 512;
+constexpr int64_t GAP = 13;
+
+// Whether wrong(i) is 0 for each i < n.
+template <class F>
+bool none(int64_t n, const F& wrong) {
+  int64_t i = 0;
+  for (; i + STRIP <= n; i += STRIP) {
+    int found = 0;
+    for (int64_t j = 0; j < STRIP; ++j) found |= wrong(i + j);
+    if (found) return false;
+  }
+  for (; i < n; ++i) {
+    if (wrong(i)) return false;
+  }
+  return true;
+}
+
+// Entries of a CSR by their column; each carries its row.
+struct Columns {
+  const int32_t* indptr;
+  const int32_t* indices;
+  int64_t R;
+
+  template <class F>
+  void each(const F& f) const {
+    for (int32_t r = 0; r < R; ++r) {
+      for (int32_t i = indptr[r]; i < indptr[r + 1]; ++i) f(indices[i], r, i);
+    }
+  }
+};
+
+// Entries by the first of two coordinates; each carries the second.
+struct Coordinates {
+  const int32_t* first;
+  const int32_t* second;
+  int64_t n;
+
+  template <class F>
+  void each(const F& f) const {
+    for (int64_t i = 0; i < n; ++i) f(first[i], second[i], i);
+  }
+};
+
+// Entries sorted by their keys, those of one key as they came.
+struct Sorted {
+  int32_t* starts;  // (n_keys + 1)
+  int32_t* carried;
+  int32_t* places;
+  int64_t n_keys;
+
+  // The same by what they carry.
+  template <class F>
+  void each(const F& f) const {
+    for (int32_t key = 0; key < n_keys; ++key) {
+      for (int32_t i = starts[key]; i < starts[key + 1]; ++i) f(carried[i], key, places[i]);
+    }
+  }
+};
+
+// Keys of a part, as a power of two.
+int part_shift(int64_t n_keys) {
+  int shift = 0;
+  while ((n_keys - 1) >> shift >= MAX_PARTS) ++shift;
+  return shift;
+}
+
+// Whether it pays to move entries in two steps, and they can be packed for it: keys carry numbers
+// in [0, limit).
+bool moves_by_parts(int64_t n, int64_t n_keys, int64_t limit) {
+  return n > FEW_KEYS && n_keys > FEW_KEYS && limit <= int64_t(1) << (32 - part_shift(n_keys));
+}
+
+// Sorts entries by their keys in [0, out.n_keys): by parts if there is room, for room_for(n)
+// numbers. `out` may then lie where the entries are.
+template <class Entries>
+void sort(const Entries& entries, int64_t n, Sorted out, uint64_t* room) {
+  int32_t* next = out.starts + 1;  // where the next entry of a key goes: in the end, its end
+  memset(out.starts, 0, (out.n_keys + 1) * sizeof *next);
+  entries.each([=](int32_t key, int32_t, int32_t) { ++next[key]; });
+  int32_t begin = 0;
+  for (int64_t key = 0; key < out.n_keys; ++key) {
+    const int32_t count = next[key];
+    next[key] = begin;
+    begin += count;
+  }
+  const auto put = [=](int64_t key, int32_t carried, int32_t place) {
+    const int32_t to = next[key]++;
+    out.carried[to] = carried;
+    out.places[to] = place;
+  };
+  if (!room) return entries.each(put);
+  // Entries go first to the part of their key, packed, and from there to their places: what is
+  // written at a time is then in the cache.
+  const int shift = part_shift(out.n_keys);
+  const int64_t n_parts = ((out.n_keys - 1) >> shift) + 1;
+  const uint32_t mask = (uint32_t(1) << shift) - 1;
+  int64_t ends[MAX_PARTS];
+  for (int64_t part = 0; part < n_parts; ++part) ends[part] = next[part << shift] + part * GAP;
+  entries.each([=, &ends](int32_t key, int32_t carried, int32_t place) {
+    const uint32_t packed = uint32_t(carried) << shift | (key & mask);
+    room[ends[key >> shift]++] = uint64_t(place) << 32 | packed;
+  });
+  int64_t i = 0;
+  for (int64_t part = 0; part < n_parts; ++part) {
+    const uint64_t* entry = room + part * GAP;
+    for (const int64_t end = ends[part] - part * GAP; i < end; ++i) {
+      __builtin_prefetch(out.carried + i + n / n_parts, 1);  // of the next part
+      __builtin_prefetch(out.places + i + n / n_parts, 1);
+      const uint32_t packed = entry[i];
+      put((part << shift) + (packed & mask), packed >> shift, entry[i] >> 32);
+    }
+  }
+}
+
+}  // namespace
+
+// Whether all indices lie in [0, limit).
+MLX_SPARSE_EXPORT bool in_range(const int32_t* indices, int64_t n, int64_t limit) {
+  const uint32_t bound = std::min<int64_t>(limit, uint32_t(1) << 31);
+  return none(n, [=](int64_t i) { return static_cast<uint32_t>(indices[i]) >= bound; });
+}
+
+// Copies int64; whether all are in [0, 2^31).
+MLX_SPARSE_EXPORT bool narrow(const int64_t* indices, int64_t n, int32_t* out) {
+  return none(n, [=](int64_t i) {
+    out[i] = indices[i];
+    return static_cast<uint64_t>(indices[i]) > INT32_MAX;
+  });
+}
+
+// Whether indptr (R + 1) begins with 0, never decreases, and ends with n.
+MLX_SPARSE_EXPORT bool rises(const int32_t* indptr, int64_t R, int64_t n) {
+  return indptr[0] == 0 && indptr[R] == n &&
+         none(R, [=](int64_t r) { return indptr[r] > indptr[r + 1]; });
+}
+
+// Whether the indices of each row ascend and none repeats.
+MLX_SPARSE_EXPORT bool ascends(const int32_t* indptr, const int32_t* indices, int64_t R) {
+  for (int64_t r = 0; r < R; ++r) {
+    for (int64_t i = indptr[r] + 1; i < indptr[r + 1]; ++i) {
+      if (indices[i] <= indices[i - 1]) return false;
+    }
+  }
+  return true;
+}
+
+// The row of each entry.
+MLX_SPARSE_EXPORT void rows_of(const int32_t* indptr, int64_t R, int32_t* rows) {
+  for (int32_t r = 0; r < R; ++r) std::fill(rows + indptr[r], rows + indptr[r + 1], r);
+}
+
+// How many int64 sorting n entries takes as `room`.
+MLX_SPARSE_EXPORT int64_t room_for(int64_t n) { return n + MAX_PARTS * GAP; }
+
+// Transposes a CSR: of its columns, where each starts, the rows of its entries, and their places.
+MLX_SPARSE_EXPORT void transpose(const int32_t* indptr, const int32_t* indices, int64_t R,
+                                 int64_t C, int32_t* starts, int32_t* rows, int32_t* places,
+                                 uint64_t* room) {
+  const bool by_parts = moves_by_parts(indptr[R], C, R);
+  sort(Columns{indptr, indices, R}, indptr[R], Sorted{starts, rows, places, C},
+       by_parts ? room : nullptr);
+}
+
+// Sorts n entries by their row, those of one row as they come: where each row starts, the columns
+// of its entries, and the places where they come from.
+MLX_SPARSE_EXPORT void sort_rows(const int32_t* rows, const int32_t* columns, int64_t n, int64_t R,
+                                 int64_t C, int32_t* starts, int32_t* indices, int32_t* places,
+                                 uint64_t* room) {
+  sort(Coordinates{rows, columns, n}, n, Sorted{starts, indices, places, R},
+       moves_by_parts(n, R, C) ? room : nullptr);
+}
+
+// The same, those of one row by their column; `first` takes C + 1 numbers.
+MLX_SPARSE_EXPORT void sort_coordinates(const int32_t* rows, const int32_t* columns, int64_t n,
+                                        int64_t R, int64_t C, int32_t* starts, int32_t* indices,
+                                        int32_t* places, uint64_t* room, int32_t* first) {
+  const Coordinates entries{columns, rows, n};
+  const Sorted out{starts, indices, places, R};
+  if (moves_by_parts(n, R, C) && moves_by_parts(n, C, R)) {
+    const Sorted by_column{first, indices, places, C};
+    sort(entries, n, by_column, room);
+    sort(by_column, n, out, room);
+  } else {
+    int32_t* half = reinterpret_cast<int32_t*>(room);
+    const Sorted by_column{first, half, half + n, C};
+    sort(entries, n, by_column, nullptr);
+    sort(by_column, n, out, nullptr);
+  }
+}
+
+}  // namespace mlx_sparse_nn

@@ -1,0 +1,216 @@
+// sddmm of blocks. Rows of y and x are packed STEP at a time, to (R, step, B) and (C, step,
+// padded). A vector is a part of a row of out, or parts of rows of small neighbouring blocks; y is
+// broadcast.
+
+#pragma once
+
+#include "blocks.h"
+#include "copy.h"
+#include "share.h"
+
+namespace mlx_sparse_nn {
+namespace {
+
+constexpr int64_t STEP = 128;
+constexpr int64_t KEPT = 1 << 18;  // sums of 16-bit results that are kept between steps, about
+
+// A row of a block is padded to pieces of a power of two lanes, W / P of which make a vector.
+INLINE int64_t piece_lanes(int64_t B) {
+  int64_t lanes = BLOCK ? 2 : std::min(4, W);
+  while (lanes < W && lanes < B) lanes *= 2;
+  return lanes;
+}
+
+// One step of rows. Blocks lie in sums as in out.
+struct Sampling {
+  const Csr& a;
+  const A* y;
+  const A* x;
+  int64_t step;
+  int64_t padded;
+  int64_t rows;
+  bool first;
+  bool last;
+  A* sums;
+  E* out;
+};
+
+// What a tile reads and writes: pieces of x, and for each its place in out and its width there.
+template <int PIECES>
+struct Pieces {
+  const A* x[PIECES];
+  int64_t place[PIECES];
+  int width[PIECES];
+};
+
+template <int P, int PARTS>
+INLINE vec<A, P * PARTS> join_pieces(const A* const* pieces, int64_t at) {
+  if constexpr (PARTS == 1) {
+    return load<P>(pieces[0] + at);
+  } else {
+    return join<A, P * PARTS / 2>(join_pieces<P, PARTS / 2>(pieces, at),
+                                  join_pieces<P, PARTS / 2>(pieces + PARTS / 2, at));
+  }
+}
+
+// Vectors of a tile, from blocks or to them: its rows begin at `blocks`, B apart.
+template <int P, class T, bool TO_BLOCKS>
+INLINE void copy_pieces(A* tile, T* blocks, int rows, int across, int64_t B, const int64_t* place,
+                        const int* width) {
+  for (int m = 0; m < rows; ++m) {
+    for (int piece = 0; piece < across; ++piece, tile += P) {
+      T* at = blocks + m * B + place[piece];
+      if constexpr (TO_BLOCKS) {
+        copy_run(tile, at, BLOCK ? P : width[piece]);
+      } else {
+        copy_run(at, tile, BLOCK ? P : width[piece]);
+      }
+    }
+  }
+}
+template <int P>
+void read_pieces(A* tile, A* blocks, int rows, int across, int64_t B, const int64_t* place,
+                 const int* width) {
+  copy_pieces<P, A, false>(tile, blocks, rows, across, B, place, width);
+}
+template <int P, class T>
+void write_pieces(A* tile, T* blocks, int rows, int across, int64_t B, const int64_t* place,
+                  const int* width) {
+  copy_pieces<P, T, true>(tile, blocks, rows, across, B, place, width);
+}
+
+// ROWS rows of blocks from row i on, Q vectors wide. y begins at row i too.
+template <int P, int ROWS, int Q>
+void sample_tile(const Sampling& s, const A* y, int64_t i, int64_t B,
+                 const Pieces<Q * W / P>& pieces) {
+  constexpr int PARTS = W / P, ACROSS = Q * PARTS;
+  constexpr bool WHOLE = BLOCK && P == W;  // vectors lie in blocks as in registers
+  A tile[ROWS * Q * W] __attribute__((aligned(64)));
+  vec<A, W> acc[ROWS * Q] = {};
+  A* const sums = s.sums + i * B;
+  E* const out = s.out + i * B;
+  if (!s.first) {
+    if constexpr (WHOLE) {
+#pragma GCC unroll 16
+      for (int m = 0; m < ROWS * Q; ++m) {
+        acc[m] = load<W>(sums + m / Q * B + pieces.place[m % Q]);
+      }
+    } else {
+      read_pieces<P>(tile, sums, ROWS, ACROSS, B, pieces.place, pieces.width);
+      read<W>(tile, acc);
+    }
+  }
+  const A* x[ACROSS];
+  for (int piece = 0; piece < ACROSS; ++piece) x[piece] = pieces.x[piece];
+#pragma GCC unroll 4
+  for (int64_t n = 0; n < s.rows; ++n) {
+    vec<A, W> xv[Q];
+#pragma GCC unroll 2
+    for (int q = 0; q < Q; ++q) xv[q] = join_pieces<P, PARTS>(x + q * PARTS, n * s.padded);
+#pragma GCC unroll 16
+    for (int m = 0; m < ROWS; ++m) {
+      const A value = y[n * B + m];
+#pragma GCC unroll 2
+      for (int q = 0; q < Q; ++q) acc[m * Q + q] += value * xv[q];
+    }
+  }
+  if constexpr (WHOLE) {
+#pragma GCC unroll 16
+    for (int m = 0; m < ROWS * Q; ++m) {
+      const int64_t at = m / Q * B + pieces.place[m % Q];
+      s.last ? store<W>(out + at, acc[m]) : store<W>(sums + at, acc[m]);
+    }
+  } else {
+    write<W>(tile, acc);
+    if (s.last) {
+      write_pieces<P>(tile, out, ROWS, ACROSS, B, pieces.place, pieces.width);
+    } else {
+      write_pieces<P>(tile, sums, ROWS, ACROSS, B, pieces.place, pieces.width);
+    }
+  }
+}
+
+// The rows of blocks from i on, ROWS at a time while there are as many.
+template <int P, int ROWS, int Q>
+INLINE void sample_tiles(const Sampling& s, const A* y, int64_t i, int64_t B,
+                         const Pieces<Q * W / P>& pieces) {
+  for (; i + ROWS <= B; i += ROWS) sample_tile<P, ROWS, Q>(s, y + i, i, B, pieces);
+  if constexpr (BLOCK == 0 && ROWS > 1) sample_tiles<P, ROWS / 2, Q>(s, y, i, B, pieces);
+}
+
+template <int P, int Q>
+void sample_rows(const Sampling& s, int64_t begin, int64_t end) {
+  constexpr int PIECES = Q * W / P, MOST = TALL * 2 / Q;
+  constexpr int ROWS = BLOCK && BLOCK < MOST ? BLOCK : MOST;
+  const int64_t B = side(s.a), per_block = s.padded / P;
+  for (int64_t r = begin; r < end; ++r) {
+    const A* y = s.y + r * s.step * B;
+    const int64_t j0 = s.a.indptr[r], n_pieces = (s.a.indptr[r + 1] - j0) * per_block;
+    for (int64_t p = 0; p < n_pieces; p += PIECES) {
+      Pieces<PIECES> pieces;
+      for (int i = 0; i < PIECES; ++i) {
+        // Where pieces are missing at the end, the last is computed several times.
+        const int64_t piece = std::min(p + i, n_pieces - 1), k = piece % per_block * P;
+        const int64_t j = j0 + piece / per_block;
+        pieces.x[i] = s.x + s.a.indices[j] * (s.step * s.padded) + k;
+        pieces.place[i] = j * B * B + k;
+        pieces.width[i] = static_cast<int>(std::min<int64_t>(P, B - k));
+      }
+      sample_tiles<P, ROWS, Q>(s, y, 0, B, pieces);
+    }
+  }
+}
+
+void sample_rows(const Sampling& s, int64_t begin, int64_t end) {
+  if constexpr (BLOCK > 0) {
+    return sample_rows<(BLOCK < W ? BLOCK : W), (BLOCK == W ? 1 : 2)>(s, begin, end);
+  } else {
+    const int64_t lanes = piece_lanes(s.a.B);
+    if (lanes == W) return sample_rows<W, 2>(s, begin, end);
+    if constexpr (W > 8) {
+      if (lanes == 8) return sample_rows<8, 2>(s, begin, end);
+    }
+    if constexpr (W > 4) return sample_rows<4, 2>(s, begin, end);
+  }
+}
+
+// (N, across * B) as (across, step, padded)
+void pack_steps(const Crew& crew, const E* from, const Rows& steps, int64_t across, int64_t B,
+                int64_t step, int64_t padded, int64_t rows, A* to) {
+  share(crew, across, double(across) * B * rows, [&](int64_t begin, int64_t end, int) {
+    for (int64_t c = begin; c < end; ++c) {
+      gather(from + c * B * steps.c_step, steps.n_step, steps.c_step, rows, B,
+             to + c * step * padded, padded, padded);
+    }
+  });
+}
+
+// Scratch: y and x packed, and sums of 16-bit results between steps.
+struct SampleLayout {
+  int64_t step;
+  int64_t padded;
+  int64_t y;
+  int64_t x;
+  int64_t group;  // blocks whose sums are kept at once, but for longer rows
+  int64_t sums = 0;
+
+  explicit SampleLayout(const SampledProduct& p) {
+    const int64_t B = side(p.a);
+    step = std::min(STEP, p.N);
+    padded = round_up(B, piece_lanes(B));
+    y = round_up(p.a.R * step * B, 64);
+    x = round_up(p.a.C * step * padded, 64);
+    group = p.a.n_blocks;
+    if (WIDENED && p.N > STEP) {
+      group = std::min(group, std::max<int64_t>(1, KEPT / (B * B)));
+      int64_t longest = group;
+      for (int64_t r = 0; r < p.a.R; ++r) {
+        longest = std::max<int64_t>(longest, p.a.indptr[r + 1] - p.a.indptr[r]);
+      }
+      sums = longest * B * B;
+    }
+  }
+};
+
+}  // namespace
+}  // namespace mlx_sparse_nn
