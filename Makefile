@@ -10,7 +10,7 @@ BACKEND := $(shell \
 	if [ -z "$$driver" ]; then echo cpu,; elif [ "$$driver" -ge 580 ]; then echo cuda13,; else echo cuda12,; fi)
 
 # Kernels, their headers and their emulators; asked for when a target needs them.
-KERNELS = $(shell find mlx_sparse_nn tests -name '*.metal' -o -name '*.cu' -o -name '*.h' -o -name '*.cpp')
+KERNELS = $(shell find mlx_sparse_nn tests benchmarks -name '*.metal' -o -name '*.cu' -o -name '*.h' -o -name '*.cpp' -o -name '*.c')
 
 .PHONY: help demo test test-metal test-macos test-device bench lint format clean
 
@@ -25,8 +25,9 @@ help:
 	@echo "make format       put the code into shape"
 	@echo "make clean        remove .venv, .bench and what training wrote"
 
+# An OpenBLAS that is installed takes the place of the BLAS in MLX's Linux wheel, which is scalar code.
 demo: $(VENV)/installed-examples
-	$(BIN)/python examples/train_char_lm.py
+	LD_PRELOAD=$$($(BIN)/python benchmarks/openblas.py) $(BIN)/python examples/train_char_lm.py
 
 # A process for each core; what NumPy computes in one keeps to that core. The functions of a file
 # stay in one process, and so share fixtures, ports and peaks of memory.

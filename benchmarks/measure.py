@@ -7,6 +7,7 @@ round.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -24,15 +25,64 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.environments import ROOT, python_of
+from benchmarks.environments import PEERS, ROOT, cores, python_of, variables
 from benchmarks.workloads import Layer, Workload, to_json
 
 TURNS = 7
 FEWEST = 3  # turns of what is slow
 PAUSE = 0.005  # seconds between turns, in which the threads of a peer go to sleep
+# OpenBLAS's threads spin for 2 to this power of cycles before they sleep: less than the pause.
+SLEEPS = {"OPENBLAS_THREAD_TIMEOUT": "20"}
+DENSE = ("linear", "linear_openblas")  # peers whose cost no pattern changes
 
 
-class Process(AbstractContextManager):
+class Stopped(SystemExit):
+    """A process ended without an answer."""
+
+
+class Child(AbstractContextManager):
+    """A process that answers requests.
+
+    Args:
+        label: Name in errors.
+        command: What to run; ``server.answer`` is how it answers.
+        variables: Its environment variables.
+    """
+
+    def __init__(self, label: str, command: list[str], variables: dict[str, str]):
+        self.label = label
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=variables,
+        )
+
+    def ask(self, request: str, **arguments: Any) -> Any:
+        """Return the answer to a request, a method of what the process serves.
+
+        Raises:
+            Stopped: The process has ended.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            print(json.dumps([request, arguments]), file=self._process.stdin, flush=True)
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise Stopped(f"[benchmarks] {self.label} stopped at {request} {arguments}")
+        return json.loads(answer)
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it ended before
+            self._process.communicate()
+
+
+class Process(Child):
     """A peer's process.
 
     Args:
@@ -43,38 +93,18 @@ class Process(AbstractContextManager):
     """
 
     def __init__(self, label: str, name: str, device: str = "cpu", package: Path = ROOT):
-        self.label, self.name = label, name
-        self._process = subprocess.Popen(
-            [str(python_of(name)), "-m", "benchmarks.server", name, device, str(package)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-
-    def ask(self, request: str, **arguments: Any) -> Any:
-        """Return the answer to a request, a method of ``server.Server``."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            print(json.dumps([request, arguments]), file=self._process.stdin, flush=True)
-            answer = self._process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            raise SystemExit(f"[benchmarks] {self.label} stopped at {request} {arguments}")
-        return json.loads(answer)
-
-    def __exit__(self, *_: object) -> None:
-        self._process.communicate()
+        self.name = name
+        server = ["-m", "benchmarks.server", name, device, str(package)]
+        pinned = {**variables(PEERS[name].openblas), **SLEEPS}
+        super().__init__(label, [str(python_of(name)), *server], pinned)
 
 
 def measure(
     workloads: Iterable[Workload],
     processes: list[Process],
     turns: int = TURNS,
-    seconds: float = 0.05,
-    limit: float = 10.0,
+    seconds: float = 0.03,
+    limit: float = 5.0,
 ) -> Iterator[dict[str, Any]]:
     """Yield the result of each workload: ``workload``, ``held`` and ``made`` bytes, and ``peers``.
 
@@ -136,7 +166,7 @@ def _prepare(
 ) -> tuple[list[dict[str, Any]], list[_Entry]]:
     """Run each workload once at each peer and compare; a dense layer stands for all of a group."""
     results, entries = [], []
-    dense: _Entry | None = None
+    dense: dict[str, _Entry] = {}
     for key, w in enumerate(group):
         arrays = w.arrays()
         expected = w.expected(arrays)
@@ -145,8 +175,8 @@ def _prepare(
             for name, array in arrays.items():
                 np.save(Path(folder) / f"{name}.npy", array)
             for process in processes:
-                if process.name == "linear" and dense is not None:
-                    peers[process.label] = dense.result
+                if process.name in dense:
+                    peers[process.label] = dense[process.name].result
                     continue
                 took = process.ask("prepare", key=key, workload=to_json(w), folder=folder)
                 if took is None:
@@ -156,8 +186,8 @@ def _prepare(
                 entry = _Entry(process, key, took)
                 entries.append(entry)
                 peers[process.label] = entry.result
-                if process.name == "linear":
-                    dense = entry
+                if process.name in DENSE:
+                    dense[process.name] = entry
         sizes = {"held": w.held(arrays), "made": w.made(arrays)}
         results.append({"workload": to_json(w), **sizes, "peers": peers})
     return results, entries
@@ -187,21 +217,29 @@ def _take_turns(entries: list[_Entry], turns: int, seconds: float, limit: float)
 
 def describe(processes: list[Process], device: str) -> dict[str, Any]:
     """Return what the machine and its software are."""
+    return {
+        "gpu": processes[0].ask("gpu"),
+        **describe_machine(device),
+        "peers": {p.label: p.ask("versions") for p in processes},
+    }
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """Return what the machine is, and the commit."""
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     commit = ["git", "describe", "--always", "--dirty"]
     found_commit = subprocess.run(commit, cwd=ROOT, capture_output=True, text=True, check=False)
     return {
         "device": device,
-        "gpu": processes[0].ask("gpu"),
         "processor": found.group(1) if found else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
+        "used_cores": cores(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "commit": found_commit.stdout.strip(),
         "date": datetime.date.today().isoformat(),
         "load": _round(os.getloadavg()[0]) if hasattr(os, "getloadavg") else None,
-        "peers": {p.label: p.ask("versions") for p in processes},
     }
 
 

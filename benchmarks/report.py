@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.environments import PEERS, ROOT
-from benchmarks.workloads import from_json
+from benchmarks.roofline import reading
+from benchmarks.workloads import CALLS
 
 RESULTS = ROOT / "benchmarks/results/cpu.json"
 PAGE = "benchmarks/README.md"
 BLOCK_SIZES = (1, 4, 8, 16, 32, 64)
+BLOCKS = (8, 16, 32, 64)  # of the aims
+NATIVE = ("mlx_sparse", "scipy", "torch")  # peers in compiled code of their own
+PAGE_BYTES = 1 << 14
+IN_CACHE = 1 << 24  # bytes that a processor's last cache may hold
 Result = dict[str, Any]
 
 
@@ -40,11 +46,6 @@ def memory(result: Result, peer: str = "ours") -> float | None:
     if "peak" not in of_peer or result["made"] is None:
         return None
     return of_peer["peak"] / (of_peer["kept"] + result["made"])
-
-
-def memory_of_csr(result: Result) -> float:
-    """Return the peak of memory over the bytes of operands, CSR indices, results and gradients."""
-    return result["peers"]["ours"]["peak"] / result["held"]
 
 
 def select(results: Result, kind: str, **values: Any) -> list[Result]:
@@ -85,7 +86,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def machine(results: Result) -> str:
-    """Return what the run was made on, in one sentence."""
+    """Return what the run was made on, in one sentence or two."""
     m = results["machine"]
     versions = {name: v for peer in m["peers"].values() for name, v in peer.items()}
     ours, theirs = m["peers"].get("ours", {}), m["peers"].get("mlx_sparse", {})
@@ -95,19 +96,41 @@ def machine(results: Result) -> str:
     for name, label in (("scipy", "SciPy"), ("torch", "PyTorch")):
         if name in versions:
             parts.append(f"{label} {versions[name]}")
-    return (
-        f"{m.get('gpu') or m['processor']}, {m['cores']} cores, {m['system'].split('-with')[0]}, "
+    if "linear_openblas" in m["peers"]:
+        parts.append(m["peers"]["linear_openblas"]["blas"])
+    cores = f"{m['cores']} cores"
+    if m.get("used_cores", m["cores"]) != m["cores"]:
+        cores = f"{m['used_cores']} of {cores}"
+    sentence = (
+        f"{m.get('gpu') or m['processor']}, {cores}, {m['system'].split('-with')[0]}, "
         f"Python {m['python']}; {', '.join(parts)}."
     )
+    if roofline := m.get("roofline"):
+        sentence += (
+            f" The cores reach {roofline['gflops']:.0f} GFLOP/s in float32, and read "
+            f"{roofline['read'][-1][1]:.0f} GB/s from memory."
+        )
+    return sentence
+
+
+def label(results: Result, peer: str) -> str:
+    """Return a peer's name, a dense layer's with its BLAS."""
+    if peer not in PEERS:
+        return peer
+    says = results["machine"]["peers"].get(peer, {})
+    blas = says.get("blas", "netlib" if "Linux" in results["machine"]["system"] else None)
+    if peer != "linear" or blas is None or results["machine"].get("gpu"):
+        return PEERS[peer].label
+    return f"{PEERS[peer].label}, {blas}"
 
 
 def summary(results: Result) -> str:
     """Return the README's table: ratios at 1024 features and 256 rows, and of Ising products."""
-    head = ["product", "nn.Linear", "mlx-sparse", "SciPy", "PyTorch"]
-    peers = ("linear", "mlx_sparse", "scipy", "torch")
+    peers = [p for p in SUMMARY if p in results["machine"]["peers"]]
+    head = ["product", *(label(results, peer) for peer in peers)]
     rows = []
     for step in ("forward", "training"):
-        for block_size in (8, 16, 32, 64):
+        for block_size in BLOCKS:
             for density in (0.1, 0.5):
                 key = {"block_size": block_size, "density": density, "step": step}
                 for r in select(results, "layer", **base(), **key):
@@ -124,60 +147,156 @@ def summary(results: Result) -> str:
     )
 
 
+SUMMARY = ("linear", "linear_openblas", "mlx_sparse", "scipy", "torch")
+
+
 def base() -> dict[str, Any]:
     return {"features": 1024, "rows": 256, "dtype": "float32"}
 
 
 def aims(results: Result) -> str:
     """Return the table of what CPU products should reach, and what they do."""
-    layers = select(results, "layer")
-    blocks = [r for r in layers if r["workload"]["block_size"] >= 8]
-    sparse = [r for r in layers if r["workload"]["density"] <= 0.5]
+    return markdown(["aim", "reached", "measured"], list(_aims(results)))
 
-    def count(results: list[Result], peer: str) -> str:
-        values = [ratio(r, peer) for r in results if peer in r["peers"]]
+
+def _aims(results: Result) -> Iterator[list[str]]:
+    layers = [r for r in select(results, "layer") if r["workload"]["dtype"] == "float32"]
+
+    def cells(block_sizes: Sequence[int] = BLOCKS, **values: tuple) -> list[Result]:
+        values = {"features": (1024, 4096), "density": (0.1, 0.5)} | values
+        return [
+            r
+            for r in layers
+            if r["workload"]["block_size"] in block_sizes
+            and all(r["workload"][key] in value for key, value in values.items())
+        ]
+
+    def line(
+        aim: str,
+        values: list[float],
+        least: float = 0.0,
+        mean: float = 0.0,
+        most: float = math.inf,
+    ) -> list[str]:
         if not values:
-            return "not measured"
-        return (
-            f"{sum(v >= 1 for v in values)} of {len(values)}; "
-            f"{number(min(values))} to {number(max(values))} times, "
-            f"{number(statistics.geometric_mean(values))} in the geometric mean"
+            return [aim, "-", "not measured"]
+        of_all = statistics.geometric_mean(values)
+        kept = [v for v in values if least <= v <= most]
+        measured = (
+            f"{len(kept)} of {len(values)}; {number(min(values))} to {number(max(values))}, "
+            f"{number(of_all)} in the geometric mean"
         )
+        reached = len(kept) == len(values) and of_all >= mean
+        return [aim, "yes" if reached else "no", measured]
 
-    rows = []
+    def times(results: list[Result], peer: str) -> list[float]:
+        return [ratio(r, peer) for r in results if ratios(r, peer)]
+
+    many = (16, 64, 256, 1024)
     for step in ("forward", "training"):
-        of_step = [r for r in blocks if r["workload"]["step"] == step]
-        rows.append(
-            [f"{step}, B >= 8: at least as fast as mlx-sparse", count(of_step, "mlx_sparse")]
-        )
-    for step in ("forward", "training"):
-        for name, few in (("B >= 8", False), ("B = 1 and 4", True)):
-            of_step = [
-                r
-                for r in sparse
-                if r["workload"]["step"] == step and (r["workload"]["block_size"] < 8) == few
-            ]
-            rows.append(
-                [f"{step}, {name}, up to 50%: faster than nn.Linear", count(of_step, "linear")]
-            )
-    ising = select(results, "ising")
-    rows.append(["Ising: at least as fast as mlx-sparse", count(ising, "mlx_sparse")])
-    counted = [r for r in results["results"] if memory(r) is not None]
-    measures = {
-        "operands, layout of the pattern, results and gradients": memory,
-        "the same without the layout, but for its CSR indices": memory_of_csr,
-    }
-    for name, of in measures.items() if counted else ():
-        peaks = [(of(r), from_json(r["workload"]).name) for r in counted]
-        most, workload = max(peaks)
-        kept = f"{sum(peak <= 4 for peak, _ in peaks)} of {len(peaks)}"
-        rows.append(
-            [
-                f"peak memory: at most four times {name}",
-                f"{kept}; the most is {number(most)}: {workload}",
-            ]
-        )
-    return markdown(["aim", "measured"], rows)
+        some = cells(step=(step,), rows=many)
+        aim = f"{step}, 16 rows and more: 5 times mlx-sparse in the mean, never slower"
+        yield line(aim, times(some, "mlx_sparse"), 1, 5)
+        aim = f"{step}, 16 rows and more: 2.5 times PyTorch in the mean, never slower"
+        yield line(aim, times(some, "torch"), 1, 2.5)
+        best = [v for r in cells(step=(step,), rows=(1,)) if (v := fastest_peer(r)) is not None]
+        yield line(f"{step}, one row: as fast as the fastest native peer", best, 1)
+    for density, least in ((0.1, 6.0), (0.5, 1.6)):
+        some = cells(BLOCKS[1:], density=(density,), rows=(256,))
+        aim = f"B >= 16, {density:.0%}, 256 rows: {least:g} times nn.Linear with OpenBLAS"
+        yield line(aim, times(some, "linear_openblas"), least)
+    general = [r for r in layers if r["workload"]["block_size"] in (12, 24)]
+    yield line("blocks of 12 and 24: 3 times plain MLX", times(general, "plain"), 3)
+    if roofline := results["machine"].get("roofline"):
+        some = cells(BLOCKS[1:], rows=many[1:])
+        rates = [gflops(r) / roofline["gflops"] for r in some if "ours" in r["peers"]]
+        yield line("B >= 16, 64 rows and more: 0.55 of the cores' multiply-adds", rates, 0.55)
+        large = [r for r in cells(rows=(1,), step=("forward",)) if stored_bytes(r) > IN_CACHE]
+        read = [reads(r, roofline) for r in large if "ours" in r["peers"]]
+        yield line("one row, out of cache: at most 1.3 reads of the values", read, most=1.3)
+    for dtypes, most in ((("bfloat16", "float16"), 1.3), (("float64",), 2.2)):
+        for dtype in dtypes:
+            aim = f"{dtype}: at most {most} times float32's time"
+            yield line(aim, slower_than_float32(results, dtype), most=most)
+    scalars = [r for r in [*select(results, "array"), *select(results, "ising")]]
+    large = [r for r in scalars if stored_values(r["workload"]) >= 200_000]
+    best = [v for r in large if (v := fastest_peer(r)) is not None]
+    yield line("scalars, 200,000 values and more: 0.95 of the fastest native peer", best, 0.95)
+    small = [r for r in scalars if stored_values(r["workload"]) < 200_000]
+    yield line("scalars, fewer: as fast as mlx-sparse", times(small, "mlx_sparse"), 1)
+    yield line("making arrays: as fast as SciPy", times(select(results, "build"), "scipy"), 1)
+    calls = [microseconds(r, "ours") for r in select(results, "call", what="layer")]
+    yield line("a layer's call: built in at most 12 microseconds", calls, most=12)
+    for few, rows in ((False, "16 rows and more"), (True, "fewer")):
+        some = [r for r in layers if (r["workload"]["rows"] < 16) == few]
+        saved = [v for r in some if (v := less_memory(r)) is not None]
+        aim = f"peak memory above operands and results, {rows}: plain MLX takes twice as much"
+        yield line(aim, saved, 2)
+
+
+def stored_values(workload: dict[str, Any]) -> int:
+    """Return how many values a layer, an array or a Hamiltonian stores."""
+    if workload["kind"] == "layer":
+        n = workload["features"] // workload["block_size"]
+        return max(1, round(workload["density"] * n * n)) * workload["block_size"] ** 2
+    if workload["kind"] == "array":
+        return workload["size"] * workload["per_row"]
+    return (1 << workload["qubits"]) * (workload["qubits"] + 1)
+
+
+def seconds(result: Result, peer: str = "ours") -> float:
+    """Return the median seconds of a call."""
+    return statistics.median(result["peers"][peer]["turns"])
+
+
+def microseconds(result: Result, peer: str) -> float:
+    """Return the median time in which one call is built."""
+    return seconds(result, peer) / CALLS * 1e6
+
+
+def gflops(result: Result) -> float:
+    """Return the billions of multiplications and additions a second of a layer."""
+    w = result["workload"]
+    products = 3 if w["step"] == "training" else 1
+    return 2e-9 * stored_values(w) * w["rows"] * products / seconds(result)
+
+
+def stored_bytes(result: Result) -> int:
+    """Return the bytes of a float32 layer's stored values."""
+    return 4 * stored_values(result["workload"])
+
+
+def reads(result: Result, roofline: dict[str, Any]) -> float:
+    """Return a call's time over that of reading as many bytes as the stored values have."""
+    n_bytes = stored_bytes(result)
+    return seconds(result) / (n_bytes / reading(roofline, n_bytes))
+
+
+def fastest_peer(result: Result) -> float | None:
+    """Return the ratio to the fastest of the native peers, or None where there is none."""
+    values = [ratio(result, peer) for peer in NATIVE if ratios(result, peer)]
+    return min(values) if values else None
+
+
+def slower_than_float32(results: Result, dtype: str) -> list[float]:
+    """Return the time of each layer of a dtype over that of the same one in float32."""
+    of_float32 = {}
+    for r in select(results, "layer", dtype="float32"):
+        of_float32[tuple({**r["workload"], "dtype": dtype}.values())] = r
+    pairs = [
+        (r, of_float32.get(tuple(r["workload"].values())))
+        for r in select(results, "layer", dtype=dtype)
+    ]
+    return [seconds(r) / seconds(other) for r, other in pairs if other is not None]
+
+
+def less_memory(result: Result) -> float | None:
+    """Return the peak above operands and results, a page at least, in plain MLX over ours."""
+    peers = [result["peers"].get(name, {}) for name in ("plain", "ours")]
+    if result["made"] is None or not all("peak" in peer for peer in peers):
+        return None
+    plain, ours = (max(p["peak"] - p["kept"] - result["made"], PAGE_BYTES) for p in peers)
+    return plain / ours
 
 
 def tables(results: Result) -> str:
@@ -219,25 +338,63 @@ def tables(results: Result) -> str:
         for step in ("forward", "training"):
             of_step = [r for r in rows if r["workload"].get("step", "forward") == step]
             if of_step:
-                parts.append(f"### {heading.format(step)}\n\n{_table(columns, of_step)}")
-    return "\n\n".join(parts)
+                table = _table(results, columns, of_step)
+                parts.append(f"### {heading.format(step)}\n\n{table}")
+    return "\n\n".join([*parts, *_calls(results)])
 
 
-def _table(columns: dict[str, Callable[[dict], str]], rows: list[Result]) -> str:
-    """Return one table: what the workload is, ratios to peers, peak of memory."""
-    names = {name for r in rows for name in r["peers"]} - {"ours"}
+def _calls(results: Result) -> list[str]:
+    """Return the table of microseconds in which calls are built, if any was."""
+    rows = select(results, "call")
+    names = {name for r in rows for name in r["peers"]}
     peers = [name for name in [*PEERS, "against"] if name in names]
-    with_memory = any(memory(r) is not None for r in rows)
-    head = [*columns, *(PEERS[p].label if p in PEERS else p for p in peers)]
-    lines = []
-    for r in rows:
-        line = [column(r["workload"]) for column in columns.values()]
-        line += [cell(r, peer) for peer in peers]
-        if with_memory:
-            peak = memory(r)
-            line.append("-" if peak is None else number(peak))
-        lines.append(line)
-    return markdown([*head, "memory"] if with_memory else head, lines)
+    table = [
+        [r["workload"]["what"], str(r["workload"]["rows"])]
+        + [number(microseconds(r, p)) if p in r["peers"] else "-" for p in peers]
+        for r in rows
+    ]
+    head = ["call", "rows of x", *(label(results, p) for p in peers)]
+    return [f"### Building a call, microseconds\n\n{markdown(head, table)}"] if rows else []
+
+
+def _table(results: Result, columns: dict[str, Callable[[dict], str]], rows: list[Result]) -> str:
+    """Return one table: what the workload is, ratios to peers, and what the core was used for."""
+    names = {name for r in rows for name in r["peers"]} - {"ours"}
+    shown: dict[str, Callable[[Result], str]] = {}
+    for peer in [*PEERS, "against"]:
+        if peer in names:
+            shown[label(results, peer)] = lambda r, peer=peer: cell(r, peer)
+    if len(names & {*NATIVE}) > 1:
+        shown["fastest native"] = lambda r: _shown(fastest_peer(r))
+    roofline = results["machine"].get("roofline")
+    if rows[0]["workload"]["kind"] == "layer" and any("ours" in r["peers"] for r in rows):
+        shown["GFLOP/s"] = lambda r: number(gflops(r))
+        if roofline:
+            shown["of the cores'"] = lambda r: _of_peak(r, roofline)
+            shown["reads"] = lambda r: _reads(r, roofline)
+    if any(memory(r) is not None for r in rows):
+        shown["memory"] = lambda r: _shown(memory(r))
+    lines = [
+        [*(f(r["workload"]) for f in columns.values()), *(f(r) for f in shown.values())]
+        for r in rows
+    ]
+    return markdown([*columns, *shown], lines)
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else number(value)
+
+
+def _of_peak(result: Result, roofline: dict[str, Any]) -> str:
+    """Return the part of the float32 multiply-add rate that a layer reaches."""
+    return f"{gflops(result) / roofline['gflops']:.0%}"
+
+
+def _reads(result: Result, roofline: dict[str, Any]) -> str:
+    """Return how many reads of its stored values a forward call of one row takes."""
+    w = result["workload"]
+    one_read = w["rows"] == 1 and w["step"] == "forward" and w["dtype"] == "float32"
+    return number(reads(result, roofline)) if one_read else "-"
 
 
 # Cost as the work grows.
@@ -280,26 +437,30 @@ def slopes(results: Result) -> str:
 
 
 def plot_layers(results: Result, path: Path) -> None:
-    """Draw the speed relative to ``nn.Linear`` against density, one line a block size."""
-    plt = _pyplot()
+    """Draw the speed relative to ``nn.Linear`` against density, one line a block size.
+
+    The dense layer is the one with OpenBLAS, where it was measured.
+    """
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
+    dense = "linear_openblas" if "linear_openblas" in results["machine"]["peers"] else "linear"
     for axis, step in zip(axes, ("forward", "training"), strict=True):
         key = {**base(), "step": step, "density": (0.01, 0.05, 0.1, 0.25, 0.5)}
         for block_size in BLOCK_SIZES:
             points = select(results, "layer", **key, block_size=block_size)
-            points = [r for r in points if "linear" in r["peers"]]
+            points = [r for r in points if dense in r["peers"]]
             axis.plot(
                 [r["workload"]["density"] * 100 for r in points],
-                [ratio(r, "linear") for r in points],
+                [ratio(r, dense) for r in points],
                 marker="o",
                 label=f"B = {block_size}",
             )
         points = select(results, "layer", **key, block_size=32)
         for peer, style in (("mlx_sparse", "--"), ("torch", ":")):
-            both = [r for r in points if peer in r["peers"] and "linear" in r["peers"]]
+            both = [r for r in points if peer in r["peers"] and dense in r["peers"]]
             axis.plot(
                 [r["workload"]["density"] * 100 for r in both],
-                [ratio(r, "linear") / ratio(r, peer) for r in both],
+                [ratio(r, dense) / ratio(r, peer) for r in both],
                 style,
                 color="black",
                 label=f"{PEERS[peer].label}, B = 32",
@@ -310,7 +471,7 @@ def plot_layers(results: Result, path: Path) -> None:
         axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("speed relative to nn.Linear")
+    axes[0].set_ylabel(f"speed relative to {label(results, dense)}")
     axes[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -318,7 +479,7 @@ def plot_layers(results: Result, path: Path) -> None:
 
 def plot_growth(results: Result, path: Path) -> None:
     """Draw time and memory against the amount of work, beside lines of slope 1."""
-    plt = _pyplot()
+    plt = pyplot()
     lines = growth(results)
     figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained", sharex="col")
     for column, (name, unit, points) in enumerate(lines):
@@ -346,7 +507,7 @@ def plot_growth(results: Result, path: Path) -> None:
     plt.close(figure)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -369,9 +530,9 @@ def between(mark: str, text: str) -> str | None:
     return found.group(1) if found else None
 
 
-def write(results: Result, root: Path = ROOT) -> None:
-    """Put the tables into the pages that have their marks, and draw the plots."""
-    for (page, mark), table in MARKS.items():
+def fill(tables: dict[tuple[str, str], str], root: Path = ROOT) -> None:
+    """Put tables, by page and mark, between their marks."""
+    for (page, mark), table in tables.items():
         path = root / page
         text = path.read_text(encoding="utf-8")
         old = between(mark, text)
@@ -379,8 +540,13 @@ def write(results: Result, root: Path = ROOT) -> None:
             print(f"{page} has no mark <!-- {mark} -->: left as it is")
             continue
         path.write_text(
-            text.replace(f"<!-- {mark} -->\n{old}\n", f"<!-- {mark} -->\n{table(results)}\n"),
+            text.replace(f"<!-- {mark} -->\n{old}\n", f"<!-- {mark} -->\n{table}\n"),
             encoding="utf-8",
         )
+
+
+def write(results: Result, root: Path = ROOT) -> None:
+    """Put the tables into the pages that have their marks, and draw the plots."""
+    fill({key: table(results) for key, table in MARKS.items()}, root)
     plot_layers(results, root / "docs/cpu.png")
     plot_growth(results, root / "docs/scaling.png")

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,9 @@ class Server:
         self.kept: dict[int, int] = {}  # bytes that a workload holds between calls
 
     def versions(self) -> dict[str, str]:
-        """Return the version of each package that the peer is made of."""
-        installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
-        return {name: installed[name] for name in self.peer.PACKAGES if name in installed}
+        """Return the version of each package that the peer is made of, and what else it says."""
+        says = self.peer.describe() if hasattr(self.peer, "describe") else {}
+        return versions_of(self.peer.PACKAGES) | says
 
     def gpu(self) -> str | None:
         """Return the name of the GPU, where the peer uses one."""
@@ -94,15 +95,25 @@ class Server:
         return self.runtime.active_memory() if self.counts_memory else 0
 
 
-def main(name: str, device: str, package: str) -> None:
-    sys.path.insert(0, package)
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of the packages that are installed."""
+    installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
+    return {name: installed[name] for name in packages if name in installed}
+
+
+def answer(make: Callable[[], object]) -> None:
+    """Answer each request by a method of what ``make`` returns, until there are no more."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
-    server = Server(name, device)
+    server = make()
     for line in sys.stdin:
         request, arguments = json.loads(line)
-        answer = getattr(server, request)(**arguments)
-        print(json.dumps(answer), file=answers, flush=True)
+        print(json.dumps(getattr(server, request)(**arguments)), file=answers, flush=True)
+
+
+def main(name: str, device: str, package: str) -> None:
+    sys.path.insert(0, package)
+    answer(lambda: Server(name, device))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Layer:
         block_size: Side of the blocks.
         density: Stored fraction, rounded to a whole number of blocks.
         rows: Rows of x.
-        dtype: "float32" or "bfloat16".
+        dtype: "float32", "bfloat16", "float16" or "float64".
         step: "forward", or "training": the product, and the gradients of weight and x.
     """
 
@@ -53,12 +53,7 @@ class Layer:
         """Return ``mask`` of the stored blocks, ``weight`` with its zeros, ``x`` and ``target``."""
         rng = np.random.default_rng(1)
         n, size = self.features // self.block_size, (self.features, self.features)
-        total = max(1, round(self.density * n * n))
-        counts = np.full(n, total // n)
-        counts[: total % n] += 1  # stored blocks of the block-rows
-        mask = np.zeros((n, n), bool)
-        for row, count in enumerate(rng.permutation(counts)):
-            mask[row, rng.permutation(n)[:count]] = True
+        mask = draw_mask(rng, (n, n), self.density)
         weight = rng.choice(np.array([-1, 1], np.float32), size)
         weight *= np.kron(mask, np.ones((self.block_size, self.block_size), bool))
         draw = lambda: rng.integers(-1, 2, (self.rows, self.features)).astype(np.float32)  # noqa: E731
@@ -88,7 +83,7 @@ class Layer:
 
     @property
     def _item(self) -> int:
-        return 2 if self.dtype == "bfloat16" else 4
+        return {"float32": 4, "float64": 8}.get(self.dtype, 2)
 
 
 @dataclass(frozen=True)
@@ -144,8 +139,9 @@ class Array:
         y = sum_at(row, data, x, col)
         if self.step == "forward":
             return [y]
-        gradient = target[row] * x[col]
-        gradient = gradient if gradient.ndim == 1 else gradient.sum(axis=1)
+        gradient = np.zeros(data.size, np.float32)
+        for of_y, of_x in zip(columns_of(target), columns_of(x), strict=True):
+            gradient += of_y[row] * of_x[col]
         return [y, gradient, sum_at(col, data, target, row)]
 
     def held(self, arrays: Arrays) -> int:
@@ -286,8 +282,56 @@ class Build:
         """Return nothing, likewise."""
 
 
-Workload: TypeAlias = "Layer | Array | Ising | Build"
-KINDS: dict[str, type] = {"layer": Layer, "array": Array, "ising": Ising, "build": Build}
+@dataclass(frozen=True)
+class Call:
+    """``CALLS`` calls that are built and not evaluated: what the host does for one product.
+
+    Args:
+        what: "layer": a layer of 1024 features with bias, blocks of 32, 10%; "array": ``A @ x``
+            with 4096 rows of 16 values.
+        rows: Rows of the layer's x, or columns of the array's.
+    """
+
+    what: str
+    rows: int
+    step: str = "forward"
+
+    @property
+    def name(self) -> str:
+        return f"{CALLS} calls of a {self.what}, {self.rows} rows"
+
+    @property
+    def operands(self) -> Layer | Array:
+        """The workload whose product is built."""
+        if self.what == "layer":
+            return Layer(1024, 32, 0.1, self.rows)
+        return Array(4096, 16, "equal", self.rows)
+
+    def arrays(self) -> Arrays:
+        """Return the operands."""
+        return self.operands.arrays()
+
+    def expected(self, arrays: Arrays) -> list[np.ndarray]:
+        """Return nothing: nothing is computed."""
+        return []
+
+    def held(self, arrays: Arrays) -> None:
+        """Return nothing."""
+
+    def made(self, arrays: Arrays) -> None:
+        """Return nothing."""
+
+
+CALLS = 1000
+
+Workload: TypeAlias = "Layer | Array | Ising | Build | Call"
+KINDS: dict[str, type] = {
+    "layer": Layer,
+    "array": Array,
+    "ising": Ising,
+    "build": Build,
+    "call": Call,
+}
 
 
 def to_json(workload: Workload) -> dict[str, Any]:
@@ -301,6 +345,18 @@ def from_json(data: dict[str, Any]) -> Workload:
     return KINDS[data["kind"]](**{key: value for key, value in data.items() if key != "kind"})
 
 
+def draw_mask(rng: np.random.Generator, grid: tuple[int, int], density: float) -> np.ndarray:
+    """Return which blocks of a grid are stored: about as many in each block-row."""
+    n_rows, n_cols = grid
+    total = max(1, round(density * n_rows * n_cols))
+    counts = np.full(n_rows, total // n_rows)
+    counts[: total % n_rows] += 1
+    mask = np.zeros(grid, bool)
+    for row, count in enumerate(rng.permutation(counts)):
+        mask[row, rng.permutation(n_cols)[:count]] = True
+    return mask
+
+
 def rows_of(indptr: np.ndarray) -> np.ndarray:
     """Return the row of each stored value."""
     return np.repeat(np.arange(indptr.size - 1), np.diff(indptr))
@@ -308,9 +364,13 @@ def rows_of(indptr: np.ndarray) -> np.ndarray:
 
 def sum_at(place: np.ndarray, data: np.ndarray, x: np.ndarray, index: np.ndarray) -> np.ndarray:
     """Return y[place(j)] = sum of data[j] x[index(j)], column by column, in float64."""
-    columns = x.reshape(x.shape[0], -1).T
-    y = [np.bincount(place, data * column[index], x.shape[0]) for column in columns]
-    return np.stack(y, axis=-1).astype(np.float32).reshape(x.shape)
+    y = [np.bincount(place, data * column[index], x.shape[0]) for column in columns_of(x)]
+    return np.stack(y, axis=-1, dtype=np.float32, casting="same_kind").reshape(x.shape)
+
+
+def columns_of(x: np.ndarray) -> np.ndarray:
+    """Return the columns of x, one after the other in memory; a vector is one column."""
+    return np.ascontiguousarray(x.reshape(x.shape[0], -1).T)
 
 
 # The grids: full ones for choices of the command line, and the sets that run without any.
@@ -320,7 +380,7 @@ AXES: dict[str, Sequence[Any]] = {
     "block_size": (1, 4, 8, 16, 32, 64),
     "density": (0.01, 0.05, 0.1, 0.25, 0.5),
     "rows": (1, 16, 256, 1024),
-    "dtype": ("float32", "bfloat16"),
+    "dtype": ("float32", "bfloat16", "float16", "float64"),
     "step": ("forward", "training"),
 }
 
@@ -340,14 +400,18 @@ def default_layers() -> list[Workload]:
         "rows": [256],
         "dtype": ["float32"],
     }
+    sizes, ends = [8, 16, 32, 64], [0.1, 0.5]
     grids = (
         {"block_size": None, "density": None},
         {"density": [0.02, 1.0]},
         {"block_size": [16, 32], "rows": [1, 4, 16, 64, 1024]},
-        {"features": [4096], "block_size": [16, 32, 64], "rows": [1, 16]},
-        {"features": [4096]},
-        {"block_size": [8, 16, 32, 64], "density": [0.5], "rows": [1, 16]},
-        {"dtype": ["bfloat16"], "block_size": [8, 32], "density": [0.1, 0.5], "rows": [1, 16, 256]},
+        {"features": [1152], "block_size": [12, 24], "density": ends},
+        {"block_size": sizes, "density": ends, "rows": [1, 16]},
+        {"features": [4096], "block_size": sizes, "density": ends, "rows": [1, 16]},
+        {"features": [4096], "block_size": [16, 32], "density": ends},
+        {"dtype": ["bfloat16", "float16"], "density": ends, "rows": [1, 16, 256]},
+        {"dtype": ["bfloat16"], "block_size": [8], "rows": [1, 16, 256]},
+        {"dtype": ["float64"], "density": ends},
     )
     return [workload for grid in grids for workload in layers(**{**base, **grid})]
 
@@ -365,7 +429,7 @@ def arrays(columns: Sequence[int] | None = None) -> list[Workload]:
         Array(size, 16, lengths, n, step)
         for size in (1 << 12, 1 << 16)
         for lengths in ("equal", "skewed")
-        for n, step in product(columns or (1, 16), ("forward", "training"))
+        for n, step in product(columns or (1, 16, 256), ("forward", "training"))
     ]
 
 
@@ -383,3 +447,8 @@ def build() -> list[Workload]:
         Build("from dense", 2048, 32),
         Build("from dense", 2048, 256, block_size=32),
     ]
+
+
+def calls() -> list[Workload]:
+    """Return the calls that are built."""
+    return [Call(what, rows) for what in ("layer", "array") for rows in (1, 64)]

@@ -9,24 +9,34 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks.peers import Task, features_first, on_mlx, rows_first, stored_values
-from benchmarks.workloads import Array, Arrays, Build, Ising, Layer, Workload
+from benchmarks.workloads import Array, Arrays, Build, Call, Ising, Layer, Workload
 
 # To a type checker `import mlx_sparse` is this file, where mlx-sparse is not installed.
 ms: Any = importlib.import_module("mlx_sparse")
 
 RUNTIME = on_mlx
 PACKAGES = ("mlx-sparse", *on_mlx.PACKAGES)
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def prepare(w: Workload, arrays: Arrays) -> Task | None:
     """Return the task, but of blocks."""
     (ms.use_cpu if mx.default_device().type == mx.cpu else ms.use_gpu)()
+    if isinstance(w, Call):
+        return None if isinstance(w.operands, Layer) else call(arrays)
     if isinstance(w, Layer):
-        return layer(w, arrays)
+        return layer(w, arrays) if w.dtype in DTYPES else None
     if isinstance(w, Array | Ising):
         multiply = product(arrays["indptr"], arrays["indices"], arrays["indptr"].size - 1)
         return on_mlx.csr_product(arrays, w.step, multiply)
     return build(w, arrays)
+
+
+def call(arrays: Arrays) -> Task:
+    parts = tuple(mx.array(arrays[name]) for name in ("data", "indices", "indptr"))
+    mx.eval(parts)
+    A = ms.csr_array(parts, (arrays["x"].shape[0],) * 2, canonical=True)
+    return on_mlx.calls(lambda x: A @ x, arrays)
 
 
 def product(indptr: np.ndarray, indices: np.ndarray, size: int):

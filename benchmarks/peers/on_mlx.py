@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks.peers import Task
-from benchmarks.workloads import Arrays, Layer
+from benchmarks.workloads import CALLS, Arrays, Layer
 
 PACKAGES = ("mlx", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-metal", "numpy")
 
@@ -22,6 +24,23 @@ def start(device: str) -> None:
 def gpu() -> str:
     """Return the GPU's name."""
     return str(mx.device_info().get("device_name"))
+
+
+def blas() -> str:
+    """Return the name of the BLAS that multiplies dense float32 matrices on the CPU."""
+    if sys.platform != "linux":
+        return "Accelerate" if sys.platform == "darwin" else "MLX's own"
+    if (config := openblas("get_config")) is not None:
+        config.restype = ctypes.c_char_p
+        return " ".join(config().decode().split()[:2])
+    return "netlib"  # what the wheel brings: Fortran's reference, scalar code
+
+
+def openblas(name: str) -> Any:
+    """Return a function of the OpenBLAS that was loaded before MLX, or None."""
+    loaded_first = ctypes.CDLL(None)
+    names = (f"openblas_{name}", f"scipy_openblas_{name}")
+    return next(filter(None, (getattr(loaded_first, n, None) for n in names)), None)
 
 
 def ready(results: list) -> None:
@@ -77,6 +96,19 @@ def layer(
         return [y, stored(of_weight), of_x]
 
     return Task(run, convert)
+
+
+def calls(call: Callable[[mx.array], mx.array], arrays: Arrays) -> Task:
+    """Return the task that builds calls of x and evaluates none."""
+    x = mx.array(arrays["x"])
+    mx.eval(x)
+
+    def build(_):
+        for _ in range(CALLS):
+            call(x)
+        return []
+
+    return Task(build, lambda out: out)
 
 
 def csr_product(

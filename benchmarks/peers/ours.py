@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import numpy as np
 
 from benchmarks.peers import Task, on_mlx, stored_blocks
-from benchmarks.workloads import Array, Arrays, Build, Ising, Layer, Workload
+from benchmarks.workloads import Array, Arrays, Build, Call, Ising, Layer, Workload
 from mlx_sparse_nn import BlockSparseLinear, CSRArray, CSRPattern, coo_array, csr_array, from_dense
+from mlx_sparse_nn.core.backends import choose
 
 RUNTIME = on_mlx
 PACKAGES = ("mlx-sparse-nn", *on_mlx.PACKAGES)
 
 
+def describe() -> dict[str, str]:
+    """Name the backends that compute, the first one first."""
+    on_gpu = mx.default_device().type == mx.gpu
+    backends = choose.GPU if on_gpu else choose.CPU
+    return {"backends": ", ".join(b.NAME for b in backends if b.is_available())}
+
+
 def prepare(w: Workload, arrays: Arrays) -> Task:
     """Return the task: every workload has one."""
+    if isinstance(w, Call):
+        return on_mlx.calls(call(w, arrays), arrays)
     if isinstance(w, Layer):
         return layer(w, arrays)
     if isinstance(w, Array | Ising):
-        shape = (arrays["indptr"].size - 1,) * 2
-        pattern = CSRPattern(arrays["indptr"], arrays["indices"], shape)
+        pattern = scalars(arrays)
         return on_mlx.csr_product(arrays, w.step, lambda data, x: CSRArray(data, pattern) @ x)
     return build(w, arrays)
+
+
+def scalars(arrays: Arrays) -> CSRPattern:
+    shape = (arrays["indptr"].size - 1,) * 2
+    return CSRPattern(arrays["indptr"], arrays["indices"], shape)
+
+
+def call(w: Call, arrays: Arrays) -> Callable[[mx.array], mx.array]:
+    """Return what is called: a layer, or ``A @ x``."""
+    of = w.operands
+    if isinstance(of, Layer):
+        size = (of.features, of.features)
+        return BlockSparseLinear(*size, CSRPattern(*stored_blocks(arrays)[:2], size, of.block_size))
+    A = CSRArray(mx.array(arrays["data"]), scalars(arrays))
+    return lambda x: A @ x
 
 
 def layer(w: Layer, arrays: Arrays) -> Task:
