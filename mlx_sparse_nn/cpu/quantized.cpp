@@ -176,6 +176,7 @@ struct Group {
   const float* biases[MAX_GROUP];
   const float* values[MAX_GROUP];  // dequantized
   int64_t column[MAX_GROUP];
+  bool is_first;  // of its block-row: sums of few rows begin here
 };
 
 // sums[i] += rows i of the blocks times a panel x of X rows.
@@ -225,7 +226,9 @@ void multiply_few(const Group& g, int64_t B, int64_t group, const float* x, floa
 #pragma GCC unroll 4
     for (int m = 0; m < ROWS; ++m) {
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) acc[m][n] = load<L>(sums + ((i + m) * N + n) * L);
+      for (int n = 0; n < N; ++n) {
+        acc[m][n] = g.is_first ? vec<float, L>{} : load<L>(sums + ((i + m) * N + n) * L);
+      }
     }
     for (int e = 0; e < g.n; ++e) {
       const uint8_t* packed = g.packed[e] + i * row_bytes;
@@ -328,7 +331,7 @@ void multiply_few_t(const Group& g, int64_t B, const float* x, int64_t x_step, f
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
         float* to = sums + n * B + k + o * W;
-        vec<float, W> sum = load<W>(to);
+        vec<float, W> sum = g.is_first ? vec<float, W>{} : load<W>(to);
 #pragma GCC unroll 4
         for (int c = 0; c < CHAINS; ++c) sum += acc[c][o][n];
         store<W>(to, sum);
@@ -374,37 +377,77 @@ struct Layout {
 
   explicit Layout(const QuantizedProduct& q) {
     const Product& p = q.product;
-    const int64_t B = p.a.B, height = std::max(B, DEPTH), rows = std::min(round_up(p.N, W), CHUNK);
-    panels = round_up((rows + W) * p.a.C * B, 64);
-    few = FEW * p.a.C * B;
-    sums = (rows + W) * B;
-    values = height * B;
+    const int64_t B = p.a.B, n_cols = p.a.C * B;
+    const bool transposed = p.a.perm != nullptr;
+    // No more than is used: every page of it is new to the process.
+    const Plan whole(std::min(p.N, CHUNK)), rest(p.N % CHUNK);
+    const int64_t width = std::max(whole.width, rest.width);
+    const int64_t padded = std::max(whole.padded, rest.padded);
+    const int64_t depth = std::max(B, width || transposed ? DEPTH : FEW_DEPTH);
+    panels = round_up(width * n_cols, 64);
+    few = round_up(padded * n_cols, 64);
+    sums = width * B;
+    values = width || transposed ? depth * B : 0;
     affine = WIDENED ? round_up(std::max(B, FEW_DEPTH) * B / q.group, 64) : 0;
-    few_sums = FEW * B * std::max(L, W);
-    mine = round_up(sums + values + 2 * affine + few_sums + FEW * B, 64);
+    few_sums = padded * B * (transposed ? 1 : L);
+    mine = round_up(sums + values + 2 * affine + few_sums + padded * B, 64);
   }
   int64_t total(int workers) const { return panels + few + workers * mine; }
 };
+
+// Lanes ODD, ODD + 2 and so on of two vectors.
+template <int ODD, int... LANE>
+INLINE vec<float, L> every_second(vec<float, L> low, vec<float, L> high,
+                                  std::integer_sequence<int, LANE...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(low, high, (2 * LANE + ODD)...);
+#else
+  return __builtin_shuffle(low, high, vec<int32_t, L>{(2 * LANE + ODD)...});
+#endif
+}
+
+// Value PER_BYTE l + i of each L PER_BYTE to lane l of vector i.
+template <int N = PER_BYTE>
+INLINE void deinterleave(vec<float, L>* v) {
+  if constexpr (N > 1) {
+    constexpr auto lanes = std::make_integer_sequence<int, L>{};
+    vec<float, L> even[N / 2], odd[N / 2];
+    for (int i = 0; i < N / 2; ++i) {
+      even[i] = every_second<0>(v[2 * i], v[2 * i + 1], lanes);
+      odd[i] = every_second<1>(v[2 * i], v[2 * i + 1], lanes);
+    }
+    deinterleave<N / 2>(even);
+    deinterleave<N / 2>(odd);
+    for (int i = 0; i < N / 2; ++i) {
+      v[2 * i] = even[i];
+      v[2 * i + 1] = odd[i];
+    }
+  }
+}
 
 // A few rows of x, (C B / UNIT, VECTORS, padded, L), in the order of unpack(); or, for the
 // transpose, (padded, C B).
 void pack_few(const E* x, const Rows& steps, int64_t few, int64_t padded, int64_t n_cols,
               bool transposed, float* to) {
-  if (transposed) return gather(x, steps.n_step, steps.c_step, few, n_cols, to, n_cols, n_cols);
-  for (int64_t n = 0; n < padded; ++n) {
-    for (int64_t c = 0; c < n_cols; c += UNIT) {
-      float unit[UNIT] = {};
+  if (transposed) {
+    gather(x, steps.n_step, steps.c_step, few, n_cols, to, n_cols, n_cols);
+    std::fill_n(to + few * n_cols, (padded - few) * n_cols, 0.0f);
+    return;
+  }
+  for (int64_t c = 0; c < n_cols; c += UNIT) {
+    for (int64_t n = 0; n < padded; ++n) {
       const E* from = x + n * steps.n_step + c * steps.c_step;
-      if (n < few && steps.c_step == 1) {
-        copy_run(from, unit, UNIT);
-      } else if (n < few) {
-        for (int i = 0; i < UNIT; ++i) unit[i] = widen(from[i * steps.c_step]);
+      vec<float, L> unit[VECTORS] = {};
+      for (int k = 0; k < VECTORS && n < few; ++k) {
+        if (steps.c_step == 1) {
+          unit[k] = load<L>(from + k * L);
+        } else {
+          for (int l = 0; l < L; ++l) unit[k][l] = widen(from[(k * L + l) * steps.c_step]);
+        }
       }
-      float* place = to + c * padded + n * L;
-#pragma GCC unroll 8
+      for (int k = 0; k < VECTORS; k += PER_BYTE) deinterleave(unit + k);
       for (int k = 0; k < VECTORS; ++k) {
-        const float* first = unit + k / PER_BYTE * PER_BYTE * L + k % PER_BYTE;
-        for (int l = 0; l < L; ++l) place[k * padded * L + l] = first[l * PER_BYTE];
+        store<L>(to + c * padded + (k * padded + n) * L, unit[k]);
       }
     }
   }
@@ -466,7 +509,6 @@ void compute_chunk(const QuantizedProduct& q, const Layout& layout, int64_t v, i
   });
   if (plan.few) {
     pack_few(x + few0 * p.x.n_step, p.x, plan.few, plan.padded, n_cols, transposed, few);
-    if (transposed) std::fill(few + plan.few * n_cols, few + plan.padded * n_cols, 0.0f);
   }
 
   const bool dequantizes = plan.n || transposed;
@@ -488,9 +530,10 @@ void compute_chunk(const QuantizedProduct& q, const Layout& layout, int64_t v, i
           std::fill_n(to + i * plan.lanes[s], plan.lanes[s], bias ? widen(bias[r * B + i]) : 0.0f);
         }
       }
-      std::fill_n(few_sums, plan.padded * B * (transposed ? 1 : L), 0.0f);
+      if (a.indptr[r] == a.indptr[r + 1]) std::fill_n(few_sums, layout.few_sums, 0.0f);
       for (int64_t j0 = a.indptr[r]; j0 < a.indptr[r + 1]; j0 += group) {
         g.n = static_cast<int>(std::min<int64_t>(group, a.indptr[r + 1] - j0));
+        g.is_first = j0 == a.indptr[r];
         for (int e = 0; e < g.n; ++e) {
           const int64_t j = transposed ? a.perm[j0 + e] : j0 + e;
           g.packed[e] = packed + j * block_bytes;
