@@ -14,13 +14,11 @@ INLINE void copy_run(const From* from, To* to, int64_t n) {
   constexpr int W = sizeof(From) == 8 ? LANES<double> : LANES<float>;
   int64_t i = 0;
   for (; i + W <= n; i += W) store<W>(to + i, load<W>(from + i));
-  if (W > 8 && i + 8 <= n) {
-    store<8>(to + i, load<8>(from + i));
-    i += 8;
+  if constexpr (W > 8) {
+    for (; i + 8 <= n; i += 8) store<8>(to + i, load<8>(from + i));
   }
-  if (W > 4 && i + 4 <= n) {
-    store<4>(to + i, load<4>(from + i));
-    i += 4;
+  if constexpr (W > 4) {
+    for (; i + 4 <= n; i += 4) store<4>(to + i, load<4>(from + i));
   }
   for (; i < n; ++i) put(to + i, widen(from[i]));
 }

@@ -10,8 +10,8 @@
 
 #include <type_traits>
 
+#include "copy.h"
 #include "share.h"
-#include "vectors.h"
 
 namespace mlx_sparse_nn {
 namespace {
@@ -27,66 +27,54 @@ using Wide = std::conditional_t<COMPLEX, double, Lane>;
 constexpr bool NARROW = sizeof(Item) < sizeof(Wide);
 
 constexpr int W = LANES<Lane>;
-constexpr int MAX_VECTORS = REGISTERS / 4;  // of a panel's row: the sums stay in registers
-constexpr int TILE = LANES<Wide> < 8 ? LANES<Wide> : 8;
+constexpr int MAX_VECTORS = REGISTERS / 4;  // whose sums stay in registers
+constexpr int TILE = LANES<Wide>;
 constexpr int ROWS = 16;  // of A whose sums are written together
 constexpr int64_t LONG = 8192;
-constexpr int64_t MAX_WIDTH = MAX_VECTORS * W;
+// Terms from what is computed to what is fetched: of their own arrays, and of wide rows of x.
+constexpr int64_t AHEAD = 256;
+constexpr int64_t ROWS_AHEAD = 4;
+constexpr int64_t MAX_ROWS = 4 * W / PARTS;  // of x that are packed
+
+// ---- lanes
+
+using Bits = std::conditional_t<sizeof(Lane) == 4, int32_t, int64_t>;
+template <int L>
+INLINE vec<Bits, L> lane_numbers() {
+  vec<Bits, L> lane;
+  for (int l = 0; l < L; ++l) lane[l] = l;
+  return lane;
+}
+// The lanes where `kept` has ones, and zeros.
+template <int L>
+INLINE vec<Lane, L> keep(vec<Lane, L> value, vec<Bits, L> kept) {
+  return bit_cast<vec<Lane, L>>(bit_cast<vec<Bits, L>>(value) & kept);
+}
+
+// i x of the complex numbers in x.
+template <int L>
+INLINE vec<Lane, L> times_i(vec<Lane, L> x) {
+  vec<Lane, L> re = x, im = x;
+  swap_lanes<Lane, L, 1>(re, im, std::make_integer_sequence<int, L>{});
+  im = -im;
+  swap_lanes<Lane, L, 1>(im, re, std::make_integer_sequence<int, L>{});
+  return im;
+}
+
+// The conjugates of the complex numbers in x.
+template <int L>
+INLINE vec<Lane, L> conjugates(vec<Lane, L> x) {
+  const vec<Bits, L> sign = (lane_numbers<L>() & 1) << 31;
+  return bit_cast<vec<Lane, L>>(bit_cast<vec<Bits, L>>(x) ^ sign);
+}
 
 // ---- panels
 
-// Rows [begin, end) of a panel from N rows of x, of which some lanes may be past the last.
-void pack(const Item* x, int64_t n_step, int64_t c_step, int64_t N, int64_t begin, int64_t end,
-          Wide* panel) {
-  for (int64_t c = begin; c < end; c += TILE) {
-    const int64_t n_c = std::min<int64_t>(TILE, end - c);
-    for (int64_t n = 0; n < N; n += TILE) {
-      const int64_t n_n = std::min<int64_t>(TILE, N - n);
-      const Item* from = x + n * n_step + c * c_step;
-      Wide* to = panel + c * N + n;
-      if (n_c == TILE && n_n == TILE && c_step == 1) {
-        vec<Wide, TILE> tile[TILE];
-        for (int i = 0; i < TILE; ++i) tile[i] = load<TILE>(from + i * n_step);
-        transpose<Wide, TILE>(tile);
-        for (int i = 0; i < TILE; ++i) store<TILE>(to + i * N, tile[i]);
-      } else if (n_n == TILE && n_step == 1) {
-        for (int i = 0; i < n_c; ++i) store<TILE>(to + i * N, load<TILE>(from + i * c_step));
-      } else {
-        for (int i = 0; i < n_c; ++i) {
-          for (int k = 0; k < n_n; ++k) to[i * N + k] = widen(from[i * c_step + k * n_step]);
-        }
-      }
-    }
-  }
-}
-
-// The other way: rows [0, n_rows) of sums, each of N numbers, to y, rounded.
-void unpack(const Wide* sums, int64_t N, int64_t n_rows, Item* y, int64_t n_step, int64_t c_step) {
-  for (int64_t r = 0; r < n_rows; r += TILE) {
-    const int64_t n_r = std::min<int64_t>(TILE, n_rows - r);
-    for (int64_t n = 0; n < N; n += TILE) {
-      const int64_t n_n = std::min<int64_t>(TILE, N - n);
-      const Wide* from = sums + r * N + n;
-      Item* to = y + n * n_step + r * c_step;
-      if (n_r == TILE && n_n == TILE && c_step == 1) {
-        vec<Wide, TILE> tile[TILE];
-        for (int i = 0; i < TILE; ++i) tile[i] = load<TILE>(from + i * N);
-        transpose<Wide, TILE>(tile);
-        for (int i = 0; i < TILE; ++i) store<TILE>(to + i * n_step, tile[i]);
-      } else if (n_n == TILE && n_step == 1) {
-        for (int i = 0; i < n_r; ++i) store<TILE>(to + i * c_step, load<TILE>(from + i * N));
-      } else {
-        for (int i = 0; i < n_r; ++i) {
-          for (int k = 0; k < n_n; ++k) put(to + i * c_step + k * n_step, from[i * N + k]);
-        }
-      }
-    }
-  }
-}
-
 bool is_panel(const Rows& x, int64_t N) { return !NARROW && (N == 1 || x.n_step == 1); }
-// Where a single row of x is gathered from, its values lie side by side.
-bool is_row(const Rows& x) { return !NARROW && x.c_step == 1; }
+// The same of x, where the values of a single row have to lie side by side.
+bool x_is_panel(const Rows& x, int64_t N) {
+  return is_panel(x, N) && (N > 1 || COMPLEX || x.c_step == 1);
+}
 
 // N rows of x from n0 on, as a panel: in place, or packed into scratch.
 struct Panel {
@@ -99,51 +87,43 @@ Panel panel_of(const Crew& crew, const Rows& x, int64_t v, int64_t n0, int64_t N
   if (in_place) return {reinterpret_cast<const Lane*>(from), x.c_step * PARTS};
   share(crew, (n_cols + TILE - 1) / TILE, double(N) * double(n_cols),
         [&](int64_t begin, int64_t end, int) {
-          pack(from, x.n_step, x.c_step, N, begin * TILE, std::min(end * TILE, n_cols), scratch);
+          const int64_t c = begin * TILE, n_c = std::min(end * TILE, n_cols) - c;
+          const Item* x_c = from + c * x.c_step;
+          if (N == 1) {
+            gather(x_c, 0, x.c_step, 1, n_c, scratch + c, 0, n_c);
+          } else {
+            gather(x_c, x.c_step, x.n_step, n_c, N, scratch + c * N, N, N);
+          }
         });
   return {reinterpret_cast<const Lane*>(scratch), N * PARTS};
 }
 
 // ---- spmm
 
-struct Cut {
-  int64_t row;
-  int64_t begin;
-  int64_t end;
-};
-
-// Cuts of the rows in [begin, end) with more than LONG values, in order; returns past the last.
-Cut* cut_long_rows(const int32_t* indptr, int64_t begin, int64_t end, Cut* cuts) {
-  const int64_t first = indptr[begin], last = indptr[end];
-  if (last - first <= LONG) return cuts;
-  if (end - begin > 1) {
-    const int64_t middle = (begin + end) / 2;
-    return cut_long_rows(indptr, middle, end, cut_long_rows(indptr, begin, middle, cuts));
+// Calls f with n as a type, of I to MAX.
+template <int I, int MAX, class F>
+void with_count(int64_t n, const F& f) {
+  if constexpr (I < MAX) {
+    if (n > I) return with_count<I + 1, MAX>(n, f);
   }
-  for (int64_t j = first; j < last; j += LONG) *cuts++ = {begin, j, std::min(j + LONG, last)};
-  return cuts;
+  f(std::integral_constant<int, I>());
 }
-int64_t max_cuts(int64_t n_blocks) { return 2 * (n_blocks / LONG); }
-
-// Calls f with lanes L and vectors Q as types. They cover `width` lanes: the last vector ends with
-// them, and may begin among those of the last but one.
-template <int Q, class F>
-void with_vectors(int64_t width, const F& f) {
-  if constexpr (Q > 1) {
-    if (width <= (Q - 1) * W) return with_vectors<Q - 1>(width, f);
-  }
-  f(std::integral_constant<int, W>(), std::integral_constant<int, Q>());
-}
+// Calls f with the lanes of a vector as a type: at most W, and at most `width`.
 template <int L = W, class F>
 void with_lanes(int64_t width, const F& f) {
-  if constexpr (L == W) {
-    if (width >= W) return with_vectors<MAX_VECTORS>(width, f);
-  } else {
-    const std::integral_constant<int, L> lanes;
-    if (width == L) return f(lanes, std::integral_constant<int, 1>());
-    if (width > L) return f(lanes, std::integral_constant<int, 2>());
+  if constexpr (L > PARTS) {
+    if (width < L) return with_lanes<L / 2>(width, f);
   }
-  if constexpr (L > PARTS) with_lanes<L / 2>(width, f);
+  f(std::integral_constant<int, L>());
+}
+// And with the vectors of a part, all of which cover `width` lanes.
+template <class F>
+void with_vectors(int64_t width, const F& f) {
+  with_lanes(width, [&](auto lanes) {
+    constexpr int L = decltype(lanes)::value, MAX = L == W ? MAX_VECTORS : L > PARTS ? 2 : 1;
+    const int64_t vectors = (width + L - 1) / L, parts = (vectors + MAX - 1) / MAX;
+    with_count<1, MAX>((vectors + parts - 1) / parts, [&](auto count) { f(lanes, count); });
+  });
 }
 
 // A stored value or a bias as one lane or two.
@@ -159,269 +139,419 @@ INLINE Parts parts_of(const E& value) {
   }
 }
 
-// i x of the complex numbers in x.
-template <int L>
-INLINE vec<Lane, L> times_i(vec<Lane, L> x) {
-  vec<Lane, L> re = x, im = x;
-  swap_lanes<Lane, L, 1>(re, im, std::make_integer_sequence<int, L>{});
-  im = -im;
-  swap_lanes<Lane, L, 1>(im, re, std::make_integer_sequence<int, L>{});
-  return im;
-}
-
-// sums[l] = sum of data[j] x[indices[j]][l] over [begin, end), + bias
-template <int L, int Q>
-INLINE void sum_row(const Csr& a, const Element* data, Panel x, int64_t begin, int64_t end,
-                    int64_t last, const Element* bias, Lane* sums) {
-  constexpr int SUMS = Q * PARTS < 4 ? 2 : 1;
-  vec<Lane, L> acc[SUMS][PARTS][Q] = {};
-  auto add = [&](int64_t j, vec<Lane, L>(&to)[PARTS][Q]) __attribute__((always_inline)) {
-    const Lane* row = x.values + int64_t(a.indices[j]) * x.step;
-    const Parts w = parts_of(data[a.perm ? a.perm[j] : j]);
-#pragma GCC unroll 8
-    for (int q = 0; q < Q; ++q) {
-      const vec<Lane, L> values = load<L>(row + (q + 1 < Q ? q * L : last));
-#pragma GCC unroll 2
-      for (int i = 0; i < PARTS; ++i) to[i][q] += w.of[i] * values;
-    }
-  };
-  int64_t j = begin;
-  for (; j + SUMS <= end; j += SUMS) {
-#pragma GCC unroll 4
-    for (int s = 0; s < SUMS; ++s) add(j + s, acc[s]);
-  }
-  for (; j < end; ++j) add(j, acc[0]);
-#pragma GCC unroll 8
-  for (int q = 0; q < Q; ++q) {
-#pragma GCC unroll 4
-    for (int s = 1; s < SUMS; ++s) {
-#pragma GCC unroll 2
-      for (int i = 0; i < PARTS; ++i) acc[0][i][q] += acc[s][i][q];
-    }
-    vec<Lane, L> sum = acc[0][0][q];
-    if constexpr (COMPLEX && L > 1) sum += times_i<L>(acc[0][PARTS - 1][q]);
-    if (bias) {
-      const Parts add = parts_of(*bias);
-      vec<Lane, L> lanes;
-      for (int l = 0; l < L; ++l) lanes[l] = add.of[l % PARTS];
-      sum += lanes;
-    }
-    store<L>(sums + (q + 1 < Q ? q * L : last), sum);
-  }
-}
-
-// The same of a single row of x, for numbers of one lane.
-template <bool PERM>
-INLINE Lane dot(const Csr& a, const Element* data, const Lane* x, int64_t begin, int64_t end) {
-  constexpr int SUMS = 4;
-  Lane acc[SUMS] = {};
-  auto add = [&](int64_t j, Lane& to) __attribute__((always_inline)) {
-    to += parts_of(data[PERM ? a.perm[j] : j]).of[0] * x[a.indices[j]];
-  };
-  int64_t j = begin;
-  for (; j + SUMS <= end; j += SUMS) {
-#pragma GCC unroll 4
-    for (int s = 0; s < SUMS; ++s) add(j + s, acc[s]);
-  }
-  for (; j < end; ++j) add(j, acc[0]);
-  return (acc[0] + acc[2]) + (acc[1] + acc[3]);
-}
-
-// Rows of y from a panel of N rows of x; `y` is where the first of them begins.
-struct Pass {
-  const Product& p;
+// What sums are made of: sum of data[j] x[indices[j]][l], j of the transpose at perm[j].
+struct Terms {
   const Element* data;
+  const int32_t* indices;
+  const int32_t* perm;  // or null
+  int64_t n_blocks;
   Panel x;
-  int64_t N;
-  Item* y;
-  const Cut* cuts;
-  int64_t n_cuts;
-  Lane* partial;  // (n_cuts, N PARTS)
+  int64_t width;  // lanes of x
+};
 
-  // sums_of(begin, end, bias, sums) computes N sums of stored values [begin, end).
-  template <class F>
-  void run(const F& sums_of) const {
-    const Csr& a = p.a;
-    const int64_t width = N * PARTS;
-    const double work = double(a.n_blocks) * double(width + 3);
-    const bool in_place = !NARROW && (p.y.n_step == 1 || N == 1);
-    share_rows(p.crew, a.indptr, a.R, work, [&](int64_t first, int64_t last, int) {
-      alignas(64) Lane sums[ROWS * MAX_WIDTH];
-      for (int64_t r0 = first; r0 < last; r0 += ROWS) {
-        const int64_t r1 = std::min(r0 + ROWS, last);
-        for (int64_t r = r0; r < r1; ++r) {
-          const int64_t begin = a.indptr[r], end = a.indptr[r + 1];
-          Lane* to =
-              in_place ? reinterpret_cast<Lane*>(y + r * p.y.c_step) : sums + (r - r0) * width;
-          sums_of(begin, end - begin > LONG ? begin : end, bias_of(r), to);
+// Sums of n rows of A, row i over the terms [begins[i], ends[i]), plus bias[i]; `step` lies between
+// their sums. Rows of more than LONG terms are left out.
+using SumRows = void(const Terms& t, const int32_t* begins, const int32_t* ends, int64_t n,
+                     const Element* bias, Lane* sums, int64_t step);
+
+// In parts of Q vectors of L lanes. The last part ends with the lanes, as does the last vector of a
+// part that is alone: lanes that they have in common with those before are computed again.
+template <int L, int Q>
+void sum_rows(const Terms& t, const int32_t* begins, const int32_t* ends, int64_t n,
+              const Element* bias, Lane* sums, int64_t step) {
+  constexpr int SUMS = Q * PARTS < 4 ? 2 : 1;
+  constexpr bool IS_WIDE = Q >= 4;
+  const Element* data = t.data;
+  const int32_t *indices = t.indices, *perm = t.perm;
+  const int64_t x_step = t.x.step, last_part = std::max<int64_t>(0, t.width - Q * L);
+  const int64_t last = std::min<int64_t>((Q - 1) * L, t.width - L);
+  for (int64_t r = 0; r < n; ++r, sums += step) {
+    const int64_t begin = begins[r], end = ends[r];
+    if (end - begin > LONG) continue;
+    for (int64_t part = 0; part < t.width; part += Q * L) {
+      const int64_t first = std::min(part, last_part);
+      const Lane* x = t.x.values + first;
+      vec<Lane, L> acc[SUMS][PARTS][Q] = {};
+      auto add = [&](int64_t j, vec<Lane, L>(&to)[PARTS][Q]) __attribute__((always_inline)) {
+        const Lane* row = x + int64_t(indices[j]) * x_step;
+        const Parts w = parts_of(data[perm ? perm[j] : j]);
+        const int64_t ahead = std::min(j + ROWS_AHEAD, t.n_blocks - 1);
+        const Lane* next = x + int64_t(indices[ahead]) * x_step;
+#pragma GCC unroll 8
+        for (int q = 0; q < Q; ++q) {
+          if (IS_WIDE) __builtin_prefetch(next + q * L);
+          const vec<Lane, L> values = load<L>(row + (q + 1 < Q ? q * L : last));
+#pragma GCC unroll 2
+          for (int i = 0; i < PARTS; ++i) to[i][q] += w.of[i] * values;
         }
-        if (!in_place) write(sums, r0, r1);
+      };
+      int64_t j = begin;
+      for (; j + SUMS <= end; j += SUMS) {
+#pragma GCC unroll 4
+        for (int s = 0; s < SUMS; ++s) add(j + s, acc[s]);
       }
-    });
-    if (n_cuts == 0) return;
-    share(p.crew, n_cuts, work, [&](int64_t first, int64_t last, int) {
-      for (int64_t i = first; i < last; ++i) {
-        // The bias is added to the first of the cuts.
-        const bool is_first = i == 0 || cuts[i - 1].row != cuts[i].row;
-        sums_of(cuts[i].begin, cuts[i].end, is_first ? bias_of(cuts[i].row) : nullptr,
-                partial + i * width);
+      for (; j < end; ++j) add(j, acc[0]);
+#pragma GCC unroll 8
+      for (int q = 0; q < Q; ++q) {
+#pragma GCC unroll 4
+        for (int s = 1; s < SUMS; ++s) {
+#pragma GCC unroll 2
+          for (int i = 0; i < PARTS; ++i) acc[0][i][q] += acc[s][i][q];
+        }
+        vec<Lane, L> sum = acc[0][0][q];
+        if constexpr (COMPLEX && L > 1) sum += times_i<L>(acc[0][PARTS - 1][q]);
+        if (bias) {
+          const Parts add = parts_of(bias[r]);
+          vec<Lane, L> lanes;
+          for (int l = 0; l < L; ++l) lanes[l] = add.of[l % PARTS];
+          sum += lanes;
+        }
+        store<L>(sums + first + (q + 1 < Q ? q * L : last), sum);
       }
-    });
-    for (int64_t i = 0; i < n_cuts;) {
-      const int64_t row = cuts[i].row;
-      Lane* sums = partial + i * width;
-      for (++i; i < n_cuts && cuts[i].row == row; ++i) {
-        for (int64_t l = 0; l < width; ++l) sums[l] += partial[i * width + l];
-      }
-      write(sums, row, row + 1);
     }
   }
+}
 
-  const Element* bias_of(int64_t r) const {
-    return p.bias ? static_cast<const Element*>(p.bias) + r : nullptr;
+// G values from their places, which are read in pairs, because loads are what there are most of.
+constexpr int G = W < 4 ? W : 4;
+template <class E>
+INLINE vec<Lane, G> values_at(const E* from, const int32_t* places) {
+  uint64_t pairs[G / 2];
+  memcpy(pairs, places, sizeof pairs);
+  vec<Lane, G> values = {};
+#pragma GCC unroll 4
+  for (int i = 0; i < G / 2; ++i) {
+    values[2 * i] = widen(from[uint32_t(pairs[i])]);
+    values[2 * i + 1] = widen(from[pairs[i] >> 32]);
   }
-  void write(const Lane* sums, int64_t begin, int64_t end) const {
-    unpack(reinterpret_cast<const Wide*>(sums), N, end - begin, y + begin * p.y.c_step, p.y.n_step,
-           p.y.c_step);
+  return values;
+}
+
+// The same for a single row of x, of numbers of one lane. The end of a row is not a loop of its
+// own, which would be mispredicted: a whole step is computed, and what is past the end dropped.
+template <bool PERM, class E>
+void sum_rows_of_one(const Terms& t, const int32_t* begins, const int32_t* ends, int64_t n,
+                     const E* bias, Lane* sums, int64_t step) {
+  const E* data = t.data;
+  const int32_t *indices = t.indices, *perm = t.perm;
+  const Lane* x = t.x.values;
+  const int64_t n_blocks = t.n_blocks;
+  auto products = [=](int64_t j) __attribute__((always_inline)) {
+    vec<Lane, G> w;
+    if constexpr (PERM) {
+      w = values_at(data, perm + j);
+    } else {
+      w = load<G>(data + j);
+    }
+    return w * values_at(x, indices + j);
+  };
+  for (int64_t r = 0; r < n; ++r) {
+    int64_t j = begins[r];
+    const int64_t end = ends[r];
+    if (end - j > LONG) continue;
+    __builtin_prefetch(indices + j + AHEAD);
+    if (PERM) {
+      __builtin_prefetch(perm + j + AHEAD);
+    } else {
+      __builtin_prefetch(data + j + AHEAD);
+    }
+    vec<Lane, G> acc = {};
+    Lane sum = 0;
+    for (; j + G < end; j += G) acc += products(j);
+    if (j + G <= n_blocks) {
+      acc += keep<G>(products(j), lane_numbers<G>() < Bits(end - j));
+    } else {
+      for (; j < end; ++j) sum += widen(data[PERM ? perm[j] : j]) * x[indices[j]];
+    }
+    sum += total<Lane, G>(acc);
+    sums[r * step] = bias ? sum + widen(bias[r]) : sum;
+  }
+}
+
+// Where rows of more than LONG terms are cut: cut i is [begins[i], ends[i]) of `rows[i]`.
+struct Cuts {
+  int64_t n = 0;
+  int32_t* rows;
+  int32_t* begins;
+  int32_t* ends;
+
+  // Cuts the long ones of the rows in [begin, end).
+  void add(const int32_t* indptr, int64_t begin, int64_t end) {
+    if (indptr[end] - indptr[begin] <= LONG) return;
+    if (end - begin > 1) {
+      const int64_t middle = (begin + end) / 2;
+      add(indptr, begin, middle);
+      add(indptr, middle, end);
+      return;
+    }
+    for (int64_t j = indptr[begin]; j < indptr[end]; j += LONG, ++n) {
+      rows[n] = int32_t(begin);
+      begins[n] = int32_t(j);
+      ends[n] = int32_t(std::min<int64_t>(j + LONG, indptr[end]));
+    }
   }
 };
 
-// Rows of x in a panel.
-int64_t panel_rows(int64_t N) {
-  const int64_t width = N * PARTS;
-  const int64_t panels = (width + MAX_WIDTH - 1) / MAX_WIDTH;
-  const int64_t vectors = (width + panels * W - 1) / (panels * W);
-  return std::min(N, vectors * W / PARTS);
+// Rows of x that are taken at once: at most `most`, and about as many each time.
+int64_t rows_at_once(int64_t N, int64_t most) {
+  const int64_t times = (N + most - 1) / most, n_lanes = W / PARTS;
+  return std::min(N, (N + times * n_lanes - 1) / (times * n_lanes) * n_lanes);
 }
 
+// Rows of x in a panel: all where neither x nor y is copied.
+bool in_place(const Rows& y, int64_t N) { return !NARROW && (N == 1 || y.n_step == 1); }
+int64_t panel_rows(const Product& p) {
+  const bool as_they_are = x_is_panel(p.x, p.N) && in_place(p.y, p.N);
+  return as_they_are ? p.N : rows_at_once(p.N, MAX_ROWS);
+}
+
+size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 struct Scratch {
   size_t packed;   // bytes of a packed panel
-  size_t cuts;     // of the cuts
-  size_t partial;  // of their sums
+  size_t cuts;     // of each array of Cuts: a row that is cut has two at least
+  size_t partial;  // of the sums of cuts
 };
-size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 Scratch scratch_of(const Product& p) {
-  const size_t rows = panel_rows(p.N), n_cuts = max_cuts(p.a.n_blocks);
-  const bool in_place = p.N == 1 && !COMPLEX ? is_row(p.x) : is_panel(p.x, p.N);
-  return {in_place ? 0 : aligned(p.a.C * rows * sizeof(Wide)), aligned(n_cuts * sizeof(Cut)),
-          aligned(n_cuts * rows * sizeof(Wide))};
+  const size_t rows = panel_rows(p), n_cuts = 2 * (p.a.n_blocks / LONG);
+  return {x_is_panel(p.x, p.N) ? 0 : aligned(p.a.C * rows * sizeof(Wide)),
+          aligned(n_cuts * sizeof(int32_t)), aligned(n_cuts * rows * sizeof(Wide))};
+}
+
+// Rows of y from a panel of N rows of x: `y` is where the first of them begins.
+void multiply_panel(const Product& p, const Terms& t, int64_t N, Item* y, SumRows* sum,
+                    const Cuts& cuts, Lane* partial) {
+  const int32_t* indptr = p.a.indptr;
+  const int64_t width = t.width, y_step = p.y.c_step;
+  const Element* bias = static_cast<const Element*>(p.bias);
+  const double work = double(t.n_blocks) * double(width + 3);
+  auto write = [&](const Lane* sums, int64_t r, int64_t n_rows) {
+    const Wide* from = reinterpret_cast<const Wide*>(sums);
+    if (N == 1) {
+      scatter(from, 0, 1, n_rows, y + r * y_step, 0, y_step);
+    } else {
+      scatter(from, N, n_rows, N, y + r * y_step, y_step, p.y.n_step);
+    }
+  };
+  share_rows(p.crew, indptr, p.a.R, work, [&](int64_t first, int64_t last, int) {
+    auto rows = [&](int64_t r, int64_t n_rows, Lane* sums, int64_t step) {
+      sum(t, indptr + r, indptr + r + 1, n_rows, bias ? bias + r : nullptr, sums, step);
+    };
+    if (in_place(p.y, N)) {
+      return rows(first, last - first, reinterpret_cast<Lane*>(y + first * y_step), y_step * PARTS);
+    }
+    alignas(64) Lane sums[ROWS * MAX_ROWS * PARTS] = {};
+    for (int64_t r = first; r < last; r += ROWS) {
+      const int64_t n_rows = std::min<int64_t>(ROWS, last - r);
+      rows(r, n_rows, sums, width);
+      write(sums, r, n_rows);
+    }
+  });
+  if (cuts.n == 0) return;
+  share(p.crew, cuts.n, work, [&](int64_t first, int64_t last, int) {
+    sum(t, cuts.begins + first, cuts.ends + first, last - first, nullptr, partial + first * width,
+        width);
+  });
+  for (int64_t i = 0; i < cuts.n;) {
+    const int64_t r = cuts.rows[i];
+    Lane* sums = partial + i * width;
+    for (++i; i < cuts.n && cuts.rows[i] == r; ++i) {
+      for (int64_t l = 0; l < width; ++l) sums[l] += partial[i * width + l];
+    }
+    if (bias) {
+      for (int64_t l = 0; l < width; ++l) sums[l] += parts_of(bias[r]).of[l % PARTS];
+    }
+    write(sums, r, 1);
+  }
+}
+
+SumRows* kernel_of(const Product& p, int64_t width) {
+  SumRows* kernel = nullptr;
+  with_vectors(width, [&](auto lanes, auto vectors) {
+    constexpr int L = decltype(lanes)::value;
+    kernel = sum_rows<L, decltype(vectors)::value>;
+    if constexpr (L == 1) {
+      const bool is_row = p.N == 1;
+      if (is_row)
+        kernel = p.a.perm ? sum_rows_of_one<true, Element> : sum_rows_of_one<false, Element>;
+    }
+  });
+  return kernel;
 }
 
 void multiply(const Product& p) {
   const Csr& a = p.a;
   const Scratch sizes = scratch_of(p);
   char* scratch = static_cast<char*>(p.scratch);
-  Wide* packed = reinterpret_cast<Wide*>(scratch);
-  Cut* cuts = reinterpret_cast<Cut*>(scratch + sizes.packed);
-  Lane* partial = reinterpret_cast<Lane*>(scratch + sizes.packed + sizes.cuts);
-  const int64_t n_cuts = cut_long_rows(a.indptr, 0, a.R, cuts) - cuts;
-  const int64_t step = panel_rows(p.N);
+  auto take = [&](size_t bytes) {
+    char* taken = scratch;
+    scratch += bytes;
+    return taken;
+  };
+  Wide* packed = reinterpret_cast<Wide*>(take(sizes.packed));
+  Cuts cuts;
+  for (int32_t** array : {&cuts.rows, &cuts.begins, &cuts.ends}) {
+    *array = reinterpret_cast<int32_t*>(take(sizes.cuts));
+  }
+  Lane* partial = reinterpret_cast<Lane*>(take(sizes.partial));
+  cuts.add(a.indptr, 0, a.R);
+  const int64_t step = panel_rows(p);
   for (int64_t v = 0; v < p.V; ++v) {
     const Element* data = static_cast<const Element*>(p.data) + v * a.n_blocks;
     for (int64_t n0 = 0; n0 < p.N; n0 += step) {
-      const int64_t N = std::min(step, p.N - n0), width = N * PARTS;
+      const int64_t N = std::min(step, p.N - n0);
       const Panel x = panel_of(p.crew, p.x, v, n0, N, a.C, sizes.packed == 0, packed);
       Item* y = static_cast<Item*>(p.y.values) + v * p.y.v_step + n0 * p.y.n_step;
-      const Pass pass{p, data, x, N, y, cuts, n_cuts, partial};
-      if constexpr (!COMPLEX) {
-        if (p.N == 1) {
-          auto run = [&](auto transposed) {
-            pass.run([&](int64_t begin, int64_t end, const Element* bias, Lane* sum) {
-              const Lane s = dot<decltype(transposed)::value>(a, data, x.values, begin, end);
-              *sum = bias ? s + parts_of(*bias).of[0] : s;
-            });
-          };
-          a.perm ? run(std::true_type()) : run(std::false_type());
-          continue;
-        }
-      }
-      with_lanes(width, [&](auto lanes, auto vectors) {
-        constexpr int L = decltype(lanes)::value, Q = decltype(vectors)::value;
-        pass.run([&](int64_t begin, int64_t end, const Element* bias, Lane* sums) {
-          sum_row<L, Q>(a, data, x, begin, end, width - L, bias, sums);
-        });
-      });
+      const Terms t{data, a.indices, a.perm, a.n_blocks, x, N * PARTS};
+      multiply_panel(p, t, N, y, kernel_of(p, t.width), cuts, partial);
     }
   }
 }
 
 // ---- sddmm
 
-// Lanes of a chunk of N: what a row of y and those of x take at once.
-constexpr int64_t CHUNK = 64;
+// Rows of y and x that are taken at once: all where neither is copied.
+int64_t sampled_rows(const SampledProduct& p) {
+  const bool as_they_are = is_panel(p.y, p.N) && x_is_panel(p.x, p.N);
+  return as_they_are ? p.N : rows_at_once(p.N, MAX_ROWS);
+}
 
-// out[j] = the sum of y[row of j][l] x[indices[j]][l] over `width` lanes, for the entries
-// [begin, end) of one row; with ADD to what is there. The last vector of y is zero where the last
-// but one has the same lanes.
+struct Sampling {
+  size_t y;     // bytes of packed rows of y
+  size_t x;     // of x
+  size_t sums;  // of sums that `out` is too narrow for
+};
+Sampling sampling_of(const SampledProduct& p) {
+  const size_t rows = sampled_rows(p);
+  return {is_panel(p.y, p.N) ? 0 : aligned(p.a.R * rows * sizeof(Wide)),
+          x_is_panel(p.x, p.N) ? 0 : aligned(p.a.C * rows * sizeof(Wide)),
+          NARROW && p.N > 1 ? aligned(p.a.n_blocks * sizeof(Lane)) : 0};
+}
+
+// One lane of y and of x, which is all of N: out[j] = y x[indices[j]] for the entries [begin, end)
+// of one row. Writes whole vectors, up to `last`: what is past `end` is written again.
+template <class E>
+void multiply_row(const int32_t* indices, int64_t begin, int64_t end, int64_t last, Lane y,
+                  const Lane* x, E* out) {
+  int64_t j = begin;
+  for (; j < end && j + G <= last; j += G) store<G>(out + j, y * values_at(x, indices + j));
+  for (; j < end; ++j) put(out + j, y * x[indices[j]]);
+}
+
+// Adds lanes l and l + S of each 2 S lanes of a, and of b: of a to the lower S, of b to the upper.
+template <int S, int L>
+INLINE vec<Lane, L> fold(vec<Lane, L> a, vec<Lane, L> b) {
+  swap_lanes<Lane, L, S>(a, b, std::make_integer_sequence<int, L>{});
+  return a + b;
+}
+template <int S, int L>
+INLINE vec<Lane, L> fold_rest(vec<Lane, L> a) {
+  if constexpr (S == 0) {
+    return a;
+  } else {
+    return fold_rest<S / 2, L>(fold<S, L>(a, a));
+  }
+}
+// The totals of four vectors.
 template <int L>
-INLINE void sample_row(const int32_t* indices, int64_t begin, int64_t end, const Lane* y, Panel x,
-                       int64_t width, bool add, Lane* out) {
-  const int64_t n_full = width / L * L, rest = width - n_full;
-  for (int64_t j = begin; j < end; ++j) {
-    const Lane* row = x.values + int64_t(indices[j]) * x.step;
-    vec<Lane, L> acc[2][PARTS] = {};
-    int64_t l = 0;
-    for (; l + 2 * L <= width; l += 2 * L) {
-      for (int k = 0; k < 2; ++k) {
-        const vec<Lane, L> values = load<L>(row + l + k * L);
-        for (int i = 0; i < PARTS; ++i) acc[k][i] += load<L>(y + i * CHUNK + l + k * L) * values;
+INLINE void totals(const vec<Lane, L> (&acc)[4][PARTS], Lane* sums) {
+#pragma GCC unroll 2
+  for (int i = 0; i < PARTS; ++i) {
+    if constexpr (L >= 4) {
+      const vec<Lane, L> even = fold<L / 2, L>(acc[0][i], acc[2][i]);
+      const vec<Lane, L> odd = fold<L / 2, L>(acc[1][i], acc[3][i]);
+      const vec<Lane, L> all = fold_rest<L / 8, L>(fold<L / 4, L>(even, odd));
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) sums[k * PARTS + i] = all[k * L / 4];
+    } else {
+      for (int k = 0; k < 4; ++k) sums[k * PARTS + i] = total<Lane, L>(acc[k][i]);
+    }
+  }
+}
+
+// out[j] = the sum of y[l] x[indices[j]][l] over `width` lanes, for the entries [begin, end) of one
+// row; or that more. Four entries share what is read of y. The last vector ends with the lanes: of
+// those that it has in common with the last but one it takes none.
+template <int L>
+void sample_row(const int32_t* indices, int64_t begin, int64_t end, const Lane* y, Panel x,
+                int64_t width, bool add, Lane* out) {
+  const vec<Bits, L> kept = lane_numbers<L>() >= Bits((width + L - 1) / L * L - width);
+  for (int64_t j = begin; j < end; j += 4) {
+    const Lane* rows[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      rows[k] = x.values + int64_t(indices[std::min(j + k, end - 1)]) * x.step;
+    }
+    vec<Lane, L> acc[4][PARTS] = {};
+    // For the real parts y is conjugated, for the imaginary ones re and im change places.
+    auto add_products = [&](vec<Lane, L> y_lanes, auto x_lanes) __attribute__((always_inline)) {
+      vec<Lane, L> of[PARTS] = {y_lanes};
+      if constexpr (COMPLEX && L > 1) {
+        of[0] = conjugates<L>(y_lanes);
+        of[PARTS - 1] = times_i<L>(of[0]);
       }
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        const vec<Lane, L> values = x_lanes(rows[k]);
+        for (int i = 0; i < PARTS; ++i) acc[k][i] += of[i] * values;
+      }
+    };
+    for (int64_t l = 0; l < width - L; l += L) {
+      add_products(load<L>(y + l), [&](const Lane* row) { return load<L>(row + l); });
     }
-    if (l < n_full) {
-      const vec<Lane, L> values = load<L>(row + l);
-      for (int i = 0; i < PARTS; ++i) acc[0][i] += load<L>(y + i * CHUNK + l) * values;
+    add_products(keep<L>(load<L>(y + width - L), kept),
+                 [&](const Lane* row) { return keep<L>(load<L>(row + width - L), kept); });
+    Lane sums[4 * PARTS];
+    totals<L>(acc, sums);
+    Lane* to = out + j * PARTS;
+    const int64_t n_sums = (end - j) * PARTS;
+#pragma GCC unroll 8
+    for (int i = 0; i < 4 * PARTS; ++i) {
+      if (i < n_sums) to[i] = add ? to[i] + sums[i] : sums[i];
     }
-    Lane sums[PARTS];
-    for (int i = 0; i < PARTS; ++i) {
-      sums[i] = total<Lane, L>(acc[0][i] + acc[1][i]);
-      for (l = n_full; l < n_full + rest; ++l) sums[i] += y[i * CHUNK + l] * row[l];
-      out[j * PARTS + i] = add ? out[j * PARTS + i] + sums[i] : sums[i];
-    }
+  }
+}
+
+// Calls f(r, begin, end) for the entries of each row in [first, last).
+template <class F>
+void each_row(const Csr& a, int64_t first, int64_t last, const F& f) {
+  int64_t r = std::upper_bound(a.indptr, a.indptr + a.R + 1, int32_t(first)) - a.indptr - 1;
+  for (int64_t begin = first; begin < last; ++r) {
+    const int64_t end = std::min<int64_t>(a.indptr[r + 1], last);
+    if (begin < end) f(r, begin, end);
+    begin = end;
   }
 }
 
 void sample(const SampledProduct& p) {
   const Csr& a = p.a;
-  const int64_t step = CHUNK / PARTS;
-  const bool y_in_place = is_panel(p.y, p.N), x_in_place = is_panel(p.x, p.N);
+  const Sampling sizes = sampling_of(p);
+  const int64_t step = sampled_rows(p);
   char* scratch = static_cast<char*>(p.scratch);
-  Wide* packed_y = reinterpret_cast<Wide*>(scratch);
-  Wide* packed_x = packed_y + (y_in_place ? 0 : a.R * std::min(step, p.N));
-  Wide* wide_out = packed_x + (x_in_place ? 0 : a.C * std::min(step, p.N));
   for (int64_t v = 0; v < p.V; ++v) {
     Item* to = static_cast<Item*>(p.out) + v * a.n_blocks;
-    Lane* out = NARROW ? reinterpret_cast<Lane*>(wide_out) : reinterpret_cast<Lane*>(to);
+    Lane* sums =
+        reinterpret_cast<Lane*>(NARROW ? scratch + sizes.y + sizes.x : static_cast<void*>(to));
     for (int64_t n0 = 0; n0 < p.N; n0 += step) {
       const int64_t N = std::min(step, p.N - n0), width = N * PARTS;
-      const Panel y = panel_of(p.crew, p.y, v, n0, N, a.R, y_in_place, packed_y);
-      const Panel x = panel_of(p.crew, p.x, v, n0, N, a.C, x_in_place, packed_x);
-      const double work = double(a.n_blocks) * double(width + 3);
-      share(p.crew, a.n_blocks, work, [&](int64_t first, int64_t last, int) {
-        int64_t r = std::upper_bound(a.indptr, a.indptr + a.R + 1, int32_t(first)) - a.indptr - 1;
-        for (int64_t begin = first; begin < last; ++r) {
-          const int64_t end = std::min<int64_t>(a.indptr[r + 1], last);
-          if (begin == end) continue;
-          // Of complex numbers x + i y: x, -y for the real part and y, x for the imaginary one.
-          alignas(64) Lane rows[PARTS * CHUNK];
-          const Lane* from = y.values + r * y.step;
-          for (int64_t l = 0; l < width; ++l) {
-            rows[l] = l % PARTS ? -from[l] : from[l];
-            if (COMPLEX) rows[(PARTS - 1) * CHUNK + l] = from[l ^ 1];
+      const Panel y =
+          panel_of(p.crew, p.y, v, n0, N, a.R, sizes.y == 0, reinterpret_cast<Wide*>(scratch));
+      const Panel x = panel_of(p.crew, p.x, v, n0, N, a.C, sizes.x == 0,
+                               reinterpret_cast<Wide*>(scratch + sizes.y));
+      with_lanes(width, [&](auto lanes) {
+        constexpr int L = decltype(lanes)::value;
+        const double work = double(a.n_blocks) * double(width + 3);
+        share(p.crew, a.n_blocks, work, [&](int64_t first, int64_t last, int) {
+          each_row(a, first, last, [&](int64_t r, int64_t begin, int64_t end) {
+            const Lane* y_row = y.values + r * y.step;
+            if constexpr (L == 1) {
+              if (p.N == 1) return multiply_row(a.indices, begin, end, last, *y_row, x.values, to);
+            }
+            sample_row<L>(a.indices, begin, end, y_row, x, width, n0 > 0, sums);
+          });
+          if constexpr (NARROW) {
+            if (p.N > 1 && n0 + N == p.N) copy_run(sums + first, to + first, last - first);
           }
-          if (width >= W) {
-            sample_row<W>(a.indices, begin, end, rows, x, width, n0 > 0, out);
-          } else if (W > 4 && width >= 4) {
-            sample_row<(W < 4 ? W : 4)>(a.indices, begin, end, rows, x, width, n0 > 0, out);
-          } else {
-            sample_row<1>(a.indices, begin, end, rows, x, width, n0 > 0, out);
-          }
-          begin = end;
-        }
-        if constexpr (NARROW) {
-          if (n0 + N == p.N) {
-            for (int64_t j = first; j < last; ++j) put(to + j, wide_out[j]);
-          }
-        }
+        });
       });
     }
   }
@@ -431,14 +561,13 @@ void sample(const SampledProduct& p) {
 
 MLX_SPARSE_EXPORT size_t spmm_scratch(const Product* p) {
   const Scratch sizes = scratch_of(*p);
-  return sizes.packed + sizes.cuts + sizes.partial;
+  return sizes.packed + 3 * sizes.cuts + sizes.partial;
 }
 MLX_SPARSE_EXPORT void spmm(const Product* p) { multiply(*p); }
 
 MLX_SPARSE_EXPORT size_t sddmm_scratch(const SampledProduct* p) {
-  const int64_t step = std::min(CHUNK / PARTS, p->N);
-  return sizeof(Wide) * ((is_panel(p->y, p->N) ? 0 : p->a.R * step) +
-                         (is_panel(p->x, p->N) ? 0 : p->a.C * step) + (NARROW ? p->a.n_blocks : 0));
+  const Sampling sizes = sampling_of(*p);
+  return sizes.y + sizes.x + sizes.sums;
 }
 MLX_SPARSE_EXPORT void sddmm(const SampledProduct* p) { sample(*p); }
 

@@ -106,6 +106,11 @@ INLINE vec<float, N> load(const float16* p) {
   if constexpr (N == 8) {
     return bit_cast<vec<float, 8>>(_mm256_cvtph_ps(*reinterpret_cast<const __m128i_u*>(p)));
   }
+  if constexpr (N == 4) {
+    return bit_cast<vec<float, 4>>(
+        _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  if constexpr (N == 1) return vec<float, 1>{_cvtsh_ss(p->bits)};
 #endif
   // The exponent is moved up by a multiplication, which is exact; what has the largest exponent
   // already is infinite or no number.
@@ -150,6 +155,15 @@ INLINE void store(float16* p, vec<float, N> value) {
   if constexpr (N == 8) {
     const __m256 wide = bit_cast<__m256>(value);
     *reinterpret_cast<__m128i_u*>(p) = _mm256_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT);
+    return;
+  }
+  if constexpr (N == 4) {
+    const __m128i narrow = _mm_cvtps_ph(bit_cast<__m128>(value), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), narrow);
+    return;
+  }
+  if constexpr (N == 1) {
+    p->bits = _cvtss_sh(value[0], _MM_FROUND_TO_NEAREST_INT);
     return;
   }
 #endif

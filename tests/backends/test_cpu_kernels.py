@@ -1,0 +1,172 @@
+"""The CPU's kernels without MLX: small programs that run drawn cases against naive loops.
+
+They are built for other processors than this one, which an emulator runs, and with sanitizers,
+which see what no result shows: memory that is not the kernel's, and threads that race.
+"""
+
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from mlx_sparse_nn.core.backends import build
+
+DRIVERS = Path(__file__).parent / "cpu_driver"
+CASES = 40
+
+pytestmark = pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"),
+    reason="needs the compilers and the emulator of Linux on x86-64; CI has them",
+)
+
+
+class Kernel(NamedTuple):
+    """What is tested: a source, as it is compiled for users."""
+
+    source: str
+    element: str
+    block: int  # 0: any, at run time
+
+    def __str__(self) -> str:
+        return f"{self.source}-{self.element}-{self.block}"
+
+
+FLOATS = Kernel("scalars", "float", 1)
+COMPLEX = Kernel("scalars", "complex64", 1)
+BLOCKS = Kernel("blocks", "float", 8)
+ANY_SIDE = Kernel("blocks", "float", 0)
+NARROW = Kernel("blocks", "bfloat16", 16)
+KERNELS = [
+    FLOATS,
+    COMPLEX,
+    Kernel("scalars", "float16", 1),
+    BLOCKS,
+    ANY_SIDE,
+    NARROW,
+    Kernel("blocks", "float", 32),
+    Kernel("blocks", "float16", 4),
+    Kernel("blocks", "double", 8),
+]
+
+
+class Tools(NamedTuple):
+    """How a program is compiled and run, and what installs what that takes."""
+
+    compiler: tuple[str, ...]
+    flags: tuple[str, ...]
+    run: tuple[str, ...] = ()
+    package: str = "g++"
+
+
+GCC = ("g++",)
+STRICT = ("-O2", "-Wall", "-Wextra", "-Werror")
+NATIVE = Tools(GCC, (*STRICT, "-march=native"))
+NO_AVX = Tools(GCC, (*STRICT, "-march=x86-64-v2"))
+AVX2 = Tools(GCC, (*STRICT, "-march=x86-64-v3"))
+CLANG = Tools(
+    (sys.executable, "-m", "ziglang", "c++"),
+    (*STRICT, "-target", "x86_64-linux-gnu", "-mcpu=native"),
+)
+# Sanitizers make GCC warn of what is not there.
+SANITIZED = ("-O1", "-march=native", "-fno-sanitize-recover")
+ADDRESS = Tools(GCC, (*SANITIZED, "-fsanitize=address,undefined"))
+THREAD = Tools(GCC, (*SANITIZED, "-fsanitize=thread"))
+ARM = Tools(
+    ("aarch64-linux-gnu-g++",),
+    (*STRICT, "-static"),
+    ("qemu-aarch64",),
+    "g++-aarch64-linux-gnu qemu-user",
+)
+
+
+def command(tools: Tools, program: tuple[str, ...]) -> list[str]:
+    """Return a command of which the first word is a file that is there."""
+    path = shutil.which(program[0])
+    if path is None:
+        pytest.fail(f"{program[0]} is missing: apt-get install {tools.package}")
+    return [path, *program[1:]]
+
+
+def drive(kernel: Kernel, tools: Tools, folder: Path, sources: Path = build.SOURCES):
+    """Compile a kernel and its driver, run it, and return what became of it."""
+    defines = [f"-DELEMENT={kernel.element}", f"-DBLOCK={kernel.block}", f"-I{sources}"]
+    compiler = command(tools, tools.compiler)
+    objects = []
+    for source in (DRIVERS / "products.cpp", sources / f"{kernel.source}.cpp"):
+        objects.append(str(folder / f"{source.stem}.o"))
+        words = [*compiler, "-std=c++17", *tools.flags, *defines, "-c", str(source)]
+        subprocess.run([*words, "-o", objects[-1]], check=True)
+    # Zig would build a C++ library to link with, which nothing here needs.
+    linker = command(NATIVE, GCC) if tools is CLANG else [*compiler, *tools.flags]
+    program = str(folder / "driver")
+    subprocess.run([*linker, *objects, "-pthread", "-o", program], check=True)
+    runner = command(tools, tools.run) if tools.run else []
+    return subprocess.run(
+        [*runner, program, str(CASES), "1"], capture_output=True, text=True, timeout=300
+    )
+
+
+def check(kernel: Kernel, tools: Tools, folder: Path) -> None:
+    done = drive(kernel, tools, folder)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+
+
+class TestOnThisProcessor:
+    @pytest.mark.parametrize("kernel", [FLOATS, COMPLEX, BLOCKS, ANY_SIDE, NARROW], ids=str)
+    def test_memory(self, kernel, tmp_path):
+        check(kernel, ADDRESS, tmp_path)
+
+    @pytest.mark.parametrize("kernel", [FLOATS, BLOCKS, NARROW], ids=str)
+    def test_threads(self, kernel, tmp_path):
+        check(kernel, THREAD, tmp_path)
+
+    @pytest.mark.parametrize("kernel", [FLOATS, BLOCKS], ids=str)
+    def test_another_compiler(self, kernel, tmp_path):
+        check(kernel, CLANG, tmp_path)
+
+
+class TestOnOtherProcessors:
+    @pytest.mark.parametrize("kernel", KERNELS, ids=str)
+    def test_without_avx(self, kernel, tmp_path):
+        check(kernel, NO_AVX, tmp_path)
+
+    @pytest.mark.skipif("avx2" not in build._processor(), reason="this processor has no AVX2")
+    @pytest.mark.parametrize("kernel", [FLOATS, NARROW], ids=str)
+    def test_avx2(self, kernel, tmp_path):
+        check(kernel, AVX2, tmp_path)
+
+    @pytest.mark.parametrize("kernel", KERNELS, ids=str)
+    def test_arm(self, kernel, tmp_path):
+        check(kernel, ARM, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "right", "wrong", "kernel", "tools", "says"),
+    [
+        ("scalars.cpp", "() < Bits(end - j)", "() <=Bits(end - j)", FLOATS, NATIVE, "is"),
+        (
+            "scalars.cpp",
+            "j + G <= n_blocks",
+            "j + 0 <= n_blocks",
+            FLOATS,
+            ADDRESS,
+            "AddressSanitizer",
+        ),
+        ("share.h", "cut(i + 1)", "cut(i + 0)", BLOCKS, NATIVE, "gave other bits"),
+        ("vectors.h", "bits + 0x7FFF", "bits + 0x8000", NARROW, NO_AVX, "is"),
+    ],
+    ids=["a term too many", "memory of others", "a piece too few", "rounding to odd"],
+)
+def test_a_fault_is_found(tmp_path, file, right, wrong, kernel, tools, says):
+    sources = tmp_path / "cpu"
+    shutil.copytree(build.SOURCES, sources)
+    text = (sources / file).read_text(encoding="utf-8")
+    assert right in text
+    (sources / file).write_text(text.replace(right, wrong), encoding="utf-8")
+    done = drive(kernel, tools, tmp_path, sources)
+    assert done.returncode != 0
+    assert says in done.stdout + done.stderr
