@@ -117,7 +117,9 @@ def test_stored_values_lie_anyhow():
 QUANTIZED = [(32, 32), (64, 32), (64, 64), (96, 32), (128, 128), (160, 32)]
 
 
-def quantized(pattern, bits, group_size, dtype=mx.float32):
+def quantized(
+    pattern: CSRPattern, bits: int, group_size: int, dtype=mx.float32
+) -> tuple[mx.array, mx.array, mx.array]:
     """Packed integers of all bits; scales and biases that make them whole numbers."""
     lead = (pattern.n_blocks, pattern.block_size)
     words = np.random.default_rng(bits).integers(
@@ -146,7 +148,8 @@ def test_quantized_blocks_of_every_size_and_number_of_rows(block_size, group_siz
 def test_operands_of_quantized_blocks_lie_anyhow(view, n):
     pattern = random_pattern(5, 4, 32, density=0.6)
     for dtype in (mx.float32, mx.bfloat16):
-        matrix = [mx.repeat(a, 2, axis=0)[::2] for a in quantized(pattern, 4, 32, dtype)]
+        packed, *affine = (mx.repeat(a, 2, axis=0)[::2] for a in quantized(pattern, 4, 32, dtype))
+        matrix = packed, affine[0], affine[1]
         x, y = map(view, operands(pattern, n, dtype)[1:])
         bias = integers((2 * pattern.shape[0],), 4, dtype)[::2]
         mx.eval(matrix, x, y, bias)
