@@ -66,8 +66,9 @@ char* gather(const char* from, char* to, const mx::array& like, int axis) {
 const void* contiguous(const mx::array& array, mx::cpu::CommandEncoder& encoder) {
   if (array.flags().row_contiguous) return array.data<char>();
   char* to = static_cast<char*>(temporary(array.nbytes(), encoder));
-  encoder.dispatch([from = array.data<char>(), to,
-                    like = mx::array::unsafe_weak_copy(array)]() { gather(from, to, like, 0); });
+  encoder.dispatch([from = array.data<char>(), to, like = mx::array::unsafe_weak_copy(array)]() {
+    gather(from, to, like, 0);
+  });
   return to;
 }
 
@@ -280,7 +281,7 @@ MLX_SPARSE_EXPORT void probe(void* object, int64_t* out) {
   out[2] = array.itemsize();
 }
 
-// Whether MLX takes an array for a tracer: one kept from a trace, as long as a transform is running.
+// Whether MLX takes an array for a tracer: one kept from a trace, while a transform is running.
 MLX_SPARSE_EXPORT bool is_tracer(void* object) { return unwrap(object).is_tracer(); }
 
 MLX_SPARSE_EXPORT const char* make_spmm(void* out, const void* kernel, void* data, void* indptr,
