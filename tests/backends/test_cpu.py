@@ -25,8 +25,9 @@ from support import (
     random_pattern,
 )
 
-from mlx_sparse_nn import CSRPattern, sddmm, spmm, spmm_t
+from mlx_sparse_nn import CSRPattern, qspmm, qspmm_t, sddmm, spmm, spmm_t
 from mlx_sparse_nn.core.backends import choose, cpu, naive, plain
+from mlx_sparse_nn.core.quantized import BITS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="C++ kernels are for Linux")
 
@@ -114,6 +115,63 @@ def test_stored_values_lie_anyhow():
         seen = view(data)
         mx.eval(seen)
         check_products(pattern, seen, x, y, integers((2 * pattern.shape[0],), 4)[::2])
+
+
+QUANTIZED = [(32, 32), (64, 32), (64, 64), (96, 32), (128, 128), (160, 32)]
+
+
+def quantized(
+    pattern: CSRPattern, bits: int, group_size: int, dtype=mx.float32
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Packed integers of all bits; scales and biases that make them whole numbers."""
+    lead = (pattern.n_blocks, pattern.block_size)
+    words = np.random.default_rng(bits).integers(
+        0, 2**32, (*lead, pattern.block_size * bits // 32), dtype=np.uint32
+    )
+    scales = mx.sign(integers((*lead, pattern.block_size // group_size), bits, dtype))
+    return mx.array(words), scales, -scales
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("block_size", "group_size"), QUANTIZED)
+def test_quantized_blocks_of_every_size_and_number_of_rows(block_size, group_size, bits, dtype):
+    pattern = random_pattern(3, 4, block_size, density=0.7, seed=bits)
+    matrix, layout = quantized(pattern, bits, group_size, dtype), pattern.layout
+    for n in (1, 2, 3, 5, 8, 9, 17, 24, 25, 33, 140):
+        _, x, y = operands(pattern, n, dtype)
+        bias = integers(pattern.shape[:1], 4, dtype)
+        found = cpu.qspmm(*matrix, layout, x, bias)
+        assert_equal(found, naive.qspmm(*matrix, pattern, x, bias))
+        assert_equal(cpu.qspmm_t(*matrix, layout, y), naive.qspmm_t(*matrix, pattern, y))
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=list(VIEWS))
+@pytest.mark.parametrize("n", [1, 5, 40])
+def test_operands_of_quantized_blocks_lie_anyhow(view, n):
+    pattern = random_pattern(5, 4, 32, density=0.6)
+    for dtype in (mx.float32, mx.bfloat16):
+        packed, *affine = (mx.repeat(a, 2, axis=0)[::2] for a in quantized(pattern, 4, 32, dtype))
+        matrix = packed, affine[0], affine[1]
+        x, y = map(view, operands(pattern, n, dtype)[1:])
+        bias = integers((2 * pattern.shape[0],), 4, dtype)[::2]
+        mx.eval(matrix, x, y, bias)
+        found = qspmm(*matrix, pattern, x, bias)
+        assert_equal(found, naive.qspmm(*matrix, pattern, x, bias))
+        assert_equal(qspmm_t(*matrix, pattern, y), naive.qspmm_t(*matrix, pattern, y))
+
+
+@pytest.mark.parametrize("n", [1, 6, 40])
+def test_quantized_products_are_bit_for_bit_the_same(n):
+    """From run to run: on one thread or several, work is cut in whole block-rows."""
+    pattern = random_pattern(24, 24, 64, density=0.6)
+    data = mx.random.normal(pattern.data_shape)
+    packed, scales, biases = mx.quantize(data, 32, 5)
+    x = mx.random.normal((n, pattern.shape[1]))
+    first = qspmm(packed, scales, biases, pattern, x), qspmm_t(packed, scales, biases, pattern, x)
+    for _ in range(5):
+        assert_equal(qspmm(packed, scales, biases, pattern, x), first[0])
+        assert_equal(qspmm_t(packed, scales, biases, pattern, x), first[1])
 
 
 def test_results_have_the_order_of_x():
