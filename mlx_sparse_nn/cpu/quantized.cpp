@@ -456,7 +456,7 @@ void pack_few(const E* x, const Rows& steps, int64_t few, int64_t padded, int64_
 // n stored scales or biases as floats: where they lie, or widened to `to`.
 INLINE const float* widened(const E* from, float* to, int64_t n) {
   if (WIDENED) {
-    copy_run(from, to, n);
+    copy_run<LANES<float>>(from, to, n);
     return to;
   }
   return reinterpret_cast<const float*>(from);
