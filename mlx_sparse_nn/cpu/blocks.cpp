@@ -39,18 +39,24 @@ struct Layout {
   int64_t out_few;  // of a strip
 
   explicit Layout(const Product& p) {
-    const int64_t B = side(p.a), lanes = std::min(round_up(p.N, PANEL), CHUNK);
+    const int64_t B = side(p.a), most = most_few(B, p.a.perm);
+    const Plan whole(std::min(p.N, CHUNK), most), last(p.N % CHUNK, most);  // chunks
+    const int64_t lanes = std::max(whole.width(), last.width());
+    const int64_t n = few_width(std::max(whole.few, last.few));
     const int64_t height = round_up(std::max(B, STRIP), B);
     panels = round_up(lanes * p.a.C * B, 64);
-    few = round_up(MOST_FEW * p.a.C * x_step(B), 64);
+    few = round_up(n * p.a.C * x_step(B), 64);
     start = round_up(B, 64);
-    values = WIDENED ? round_up(std::max(B, DEPTH) * B, 64) : 0;
+    values = WIDENED && lanes ? round_up(std::max(B, DEPTH) * B, 64) : 0;
     sums = round_up(height * lanes, 64);
-    sums_few = round_up(MOST_FEW * few_sums(B) * V, 64);
-    out_few = round_up(MOST_FEW * height, 64);
+    sums_few = round_up(n * few_sums(B) * V, 64);
+    out_few = round_up(n * height, 64);
   }
   int64_t mine() const { return start + values + sums + sums_few + out_few; }
 };
+
+// Multiply-adds of some rows of x.
+double work_of(const Csr& a, int64_t rows) { return double(a.n_blocks) * side(a) * side(a) * rows; }
 
 // One chunk of rows of one matrix.
 class Chunk {
@@ -71,7 +77,7 @@ class Chunk {
   void run() {
     pack_panels();
     if (plan.few) pack_few();
-    const double work = double(a.n_blocks) * B * B * rows;
+    const double work = work_of(a, rows);
     const int64_t height = B < STRIP ? STRIP / B : 1;  // of a strip, in block-rows
     if (height == 1) {
       share_rows(p.crew, a.indptr, a.R, work, [&](int64_t begin, int64_t end, int worker) {
@@ -184,7 +190,8 @@ class Chunk {
 
 MLX_SPARSE_EXPORT size_t spmm_scratch(const Product* p) {
   const Layout layout(*p);
-  return (layout.panels + layout.few + p->crew.size * layout.mine()) * sizeof(A);
+  const int64_t n = workers(p->crew, p->a.R, work_of(p->a, std::min(p->N, CHUNK)));
+  return (layout.panels + layout.few + n * layout.mine()) * sizeof(A);
 }
 
 MLX_SPARSE_EXPORT void spmm(const Product* p) {

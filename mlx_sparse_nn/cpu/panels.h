@@ -34,6 +34,8 @@ struct Plan {
     }
     few = rows - done;
   }
+
+  int64_t width() const { return n ? first[n - 1] + lanes[n - 1] : 0; }
 };
 
 // sums[i] of rows i of the blocks, `lanes` of each; `start` is what they begin with.

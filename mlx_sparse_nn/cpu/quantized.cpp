@@ -579,7 +579,9 @@ void compute_chunk(const QuantizedProduct& q, const Layout& layout, int64_t v, i
 }  // namespace
 
 MLX_SPARSE_EXPORT size_t qspmm_scratch(const QuantizedProduct* q) {
-  return Layout(*q).total(q->product.crew.size) * sizeof(float);
+  const Product& p = q->product;
+  const double work = double(p.a.n_blocks) * p.a.B * p.a.B * std::min(p.N, CHUNK);
+  return Layout(*q).total(workers(p.crew, p.a.R, work)) * sizeof(float);
 }
 
 MLX_SPARSE_EXPORT void qspmm(const QuantizedProduct* q) {

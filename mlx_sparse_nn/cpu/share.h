@@ -8,9 +8,18 @@
 
 namespace mlx_sparse_nn {
 
-// Multiply-adds that are worth a second thread, and pieces for each of the threads.
-constexpr double MIN_SHARED_WORK = 2e5;
+// Multiply-adds that are worth a thread, and pieces for each of the threads.
+constexpr double WORK_PER_THREAD = 1e5;
 constexpr int PIECES_PER_THREAD = 4;
+
+// How many pieces n units of work are cut into, and the most threads that take one at once.
+inline int64_t pieces(const Crew& crew, int64_t n, double work) {
+  const double threads = std::min<double>(crew.size, work / WORK_PER_THREAD);
+  return threads < 2 ? 1 : std::min(n, static_cast<int64_t>(threads) * PIECES_PER_THREAD);
+}
+inline int64_t workers(const Crew& crew, int64_t n, double work) {
+  return std::min<int64_t>(crew.size, pieces(crew, n, work));
+}
 
 template <class F>
 void run(const Crew& crew, int64_t n, const F& f) {
@@ -22,8 +31,8 @@ void run(const Crew& crew, int64_t n, const F& f) {
 template <class F>
 void share(const Crew& crew, int64_t n, double work, const F& f) {
   if (n <= 0) return;
-  if (crew.size == 1 || n == 1 || work < MIN_SHARED_WORK) return f(int64_t(0), n, 0);
-  const int64_t m = std::min<int64_t>(n, crew.size * PIECES_PER_THREAD);
+  const int64_t m = pieces(crew, n, work);
+  if (m == 1) return f(int64_t(0), n, 0);
   run(crew, m, [&](int64_t i, int worker) { f(n * i / m, n * (i + 1) / m, worker); });
 }
 
@@ -32,8 +41,8 @@ void share(const Crew& crew, int64_t n, double work, const F& f) {
 template <class F>
 void share_rows(const Crew& crew, const int32_t* indptr, int64_t n_rows, double work, const F& f) {
   if (n_rows <= 0) return;
-  if (crew.size == 1 || n_rows == 1 || work < MIN_SHARED_WORK) return f(int64_t(0), n_rows, 0);
-  const int64_t m = std::min<int64_t>(n_rows, crew.size * PIECES_PER_THREAD);
+  const int64_t m = pieces(crew, n_rows, work);
+  if (m == 1) return f(int64_t(0), n_rows, 0);
   const int64_t total = int64_t(indptr[n_rows]) - indptr[0] + n_rows;
   auto cut = [&](int64_t i) {  // the first row with i / m of all before it
     int64_t low = 0, high = n_rows;
