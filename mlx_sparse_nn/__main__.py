@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx_sparse_nn import __version__
 from mlx_sparse_nn.core.backends import build, cpu, cuda, metal
 from mlx_sparse_nn.core.cores import n_cores
+from mlx_sparse_nn.core.quantized import BITS
 
 _DTYPES = {name: getattr(mx, name) for name in ("float32", "bfloat16", "float16", "float64")}
 _SIZES = (*cpu.OWN_KERNELS, 3)  # 3 stands for all other sizes
@@ -50,10 +51,12 @@ def build_all(dtypes: Sequence[str]) -> int:
     wanted = [(_DTYPES[name], size) for name in dtypes for size in (1, *_SIZES)]
     if "float32" in dtypes:
         wanted.append((mx.complex64, 1))
+    quantized = [(_DTYPES[name], bits) for name in dtypes if name != "float64" for bits in BITS]
     try:
         with ThreadPoolExecutor(n_cores()) as threads:
             products = threads.map(lambda kind: cpu.library(*kind), wanted)
-            paths = [build.primitive(), build.index(), *products]
+            packed = threads.map(lambda kind: cpu.quantized_library(*kind), quantized)
+            paths = [build.primitive(), build.index(), *products, *packed]
     except build.BuildError as error:
         print(f"[mlx_sparse_nn] {error}", file=sys.stderr)
         return 1

@@ -16,6 +16,7 @@ TARGET, PLATFORM = "aarch64-macos.14.0", "macosx_14_0_arm64"
 KERNELS = {
     "blocks": ["-DELEMENT=bfloat16", "-DBLOCK=16"],
     "scalars": ["-DELEMENT=float16"],
+    "quantized": ["-DELEMENT=float", "-DBITS=5"],
     "index": [],
 }
 

@@ -217,18 +217,20 @@ def _qspmm(
     x: mx.array,
     bias: mx.array | None = None,
 ) -> mx.array:
-    return _backend("qspmm", layout, x).qspmm(packed, scales, biases, layout, x, bias)
+    backend = _backend("qspmm", layout, x, quantized.bits_of(packed))
+    return backend.qspmm(packed, scales, biases, layout, x, bias)
 
 
 def _qspmm_t(
     layout: Layout, packed: mx.array, scales: mx.array, biases: mx.array, y: mx.array
 ) -> mx.array:
-    return _backend("qspmm_t", layout, y).qspmm_t(packed, scales, biases, layout, y)
+    backend = _backend("qspmm_t", layout, y, quantized.bits_of(packed))
+    return backend.qspmm_t(packed, scales, biases, layout, y)
 
 
-def _backend(op: str, layout: Layout, x: mx.array) -> ModuleType:
-    *matrices, n_x, _ = x.shape
-    return choose(op, layout, n_x, x.dtype, *matrices)
+def _backend(op: str, layout: Layout, x: mx.array, bits: int = 0) -> ModuleType:
+    n_matrices = x.shape[0] if x.ndim == 3 else 1
+    return choose(op, layout, x.shape[-2], x.dtype, n_matrices, bits)
 
 
 def _with_rules(

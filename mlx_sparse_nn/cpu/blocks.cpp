@@ -35,21 +35,21 @@ struct Layout {
   int64_t start;   // bias of a block-row
   int64_t values;  // of a group, widened
   int64_t sums;    // of a strip in panels
-  int64_t few_sums;
-  int64_t few_out;  // of a strip
+  int64_t sums_few;
+  int64_t out_few;  // of a strip
 
   explicit Layout(const Product& p) {
     const int64_t B = side(p.a), lanes = std::min(round_up(p.N, PANEL), CHUNK);
     const int64_t height = round_up(std::max(B, STRIP), B);
     panels = round_up(lanes * p.a.C * B, 64);
-    few = round_up(FEW * p.a.C * X_STEP, 64);
+    few = round_up(MOST_FEW * p.a.C * x_step(B), 64);
     start = round_up(B, 64);
     values = WIDENED ? round_up(std::max(B, DEPTH) * B, 64) : 0;
     sums = round_up(height * lanes, 64);
-    few_sums = FEW * round_up(FEW_SUMS * V, 64);
-    few_out = round_up(FEW * height, 64);
+    sums_few = round_up(MOST_FEW * few_sums(B) * V, 64);
+    out_few = round_up(MOST_FEW * height, 64);
   }
-  int64_t mine() const { return start + values + sums + few_sums + few_out; }
+  int64_t mine() const { return start + values + sums + sums_few + out_few; }
 };
 
 // One chunk of rows of one matrix.
@@ -59,7 +59,7 @@ class Chunk {
       : p(p),
         a(p.a),
         layout(layout),
-        plan(rows),
+        plan(rows, most_few(side(p.a), p.a.perm)),
         rows(rows),
         B(side(p.a)),
         data(static_cast<const E*>(p.data) + v * a.n_blocks * B * B),
@@ -101,13 +101,14 @@ class Chunk {
   }
 
   void pack_few() const {
-    const int64_t step = plan.few * X_STEP;
-    for (int64_t n = 0; n < plan.few; ++n) {
-      A* const to = few + n * X_STEP;
-      gather(x + (rows - plan.few + n) * p.x.n_step, B * p.x.c_step, p.x.c_step, a.C, B, to, step,
-             B);
+    const int64_t width = few_width(plan.few), step = width * x_step(B);
+    for (int64_t n = 0; n < width; ++n) {
+      A* const to = few + n * x_step(B);
+      // A row of x that is missing is some other; what it gives is not written.
+      const int64_t row = rows - plan.few + std::min(n, plan.few - 1);
+      gather(x + row * p.x.n_step, B * p.x.c_step, p.x.c_step, a.C, B, to, step, B);
       for (int64_t c = 0; c < a.C; ++c) {
-        for (int64_t k = B; k < X_STEP; ++k) to[c * step + k] = to[c * step + k - B];
+        for (int64_t k = B; k < x_step(B); ++k) to[c * step + k] = to[c * step + k - B];
       }
     }
   }
@@ -118,8 +119,8 @@ class Chunk {
     A* const start = few + layout.few + worker * layout.mine();
     A* const values = start + layout.start;
     A* const sums = values + layout.values;
-    A* const few_sums = sums + layout.sums;
-    A* const few_out = few_sums + layout.few_sums;
+    A* const sums_few = sums + layout.sums;
+    A* const out_few = sums_few + layout.sums_few;
     for (int64_t r = r0; r < r1; ++r) {
       const int64_t top = (r - r0) * B, end = a.indptr[r + 1];
       for (int64_t o = 0; o < B; ++o) {
@@ -130,14 +131,14 @@ class Chunk {
         Group g = group(r, j, values);
         for (int q = 0; q < plan.n; ++q) {
           const int64_t first = plan.first[q], lanes = plan.lanes[q];
-          multiply_panel(plan.lanes[q], g, B, panels + first * n_cols, start,
+          multiply_panel(plan.lanes[q], g, panels + first * n_cols, start,
                          sums + first * height + top * lanes);
         }
         j += g.n;
-        few_rows(plan.few, g, few, few_sums, j == end, few_out + top, height);
+        few_rows(few_width(plan.few), g, few, sums_few, j == end, out_few + top, height);
       } while (j < end);
       for (int64_t n = 0; n < plan.few; ++n) {
-        for (int64_t o = 0; o < B; ++o) few_out[n * height + top + o] += start[o];
+        for (int64_t o = 0; o < B; ++o) out_few[n * height + top + o] += start[o];
       }
     }
     E* const to = y + r0 * B * p.y.c_step;
@@ -146,7 +147,7 @@ class Chunk {
       scatter(sums + first * height, lanes, height, std::min(lanes, few0 - first),
               to + first * p.y.n_step, p.y.c_step, p.y.n_step);
     }
-    scatter(few_out, height, plan.few, height, to + few0 * p.y.n_step, p.y.n_step, p.y.c_step);
+    scatter(out_few, height, plan.few, height, to + few0 * p.y.n_step, p.y.n_step, p.y.c_step);
   }
 
   // The next blocks of block-row r, from j on: of DEPTH columns, or one block.
@@ -154,14 +155,14 @@ class Chunk {
     Group g;
     g.n = static_cast<int>(std::min(std::max<int64_t>(1, DEPTH / B), a.indptr[r + 1] - j));
     g.first = j == a.indptr[r];
-    g.size = B * B;
+    g.B = B;
     g.column = a.indices + j;
-    g.data = a.perm ? data : data + j * g.size;
+    g.data = a.perm ? data : data + j * g.size();
     g.place = a.perm ? a.perm + j : nullptr;
     g.next = a.perm && j + 2 * g.n <= a.n_blocks ? g.place + g.n : g.place;
     g.wide = values;
     for (int e = 0; WIDENED && plan.n && e < g.n; ++e) {
-      copy_run(g.stored(e), values + e * g.size, g.size);
+      copy_run<W>(g.stored(e), values + e * g.size(), g.size());
     }
     return g;
   }
@@ -217,7 +218,8 @@ MLX_SPARSE_EXPORT void sddmm(const SampledProduct* p) {
       while (r1 < a.R && a.indptr[r1 + 1] - a.indptr[r0] <= l.group) ++r1;
       for (int64_t n = 0; n < p->N; n += STEP) {
         const int64_t rows = std::min(STEP, p->N - n);
-        pack_steps(p->crew, y + n * p->y.n_step, p->y, a.R, B, l.step, B, rows, ys);
+        pack_steps(p->crew, y + n * p->y.n_step + r0 * B * p->y.c_step, p->y, r1 - r0, B, l.step, B,
+                   rows, ys + r0 * l.step * B);
         pack_steps(p->crew, x + n * p->x.n_step, p->x, a.C, B, l.step, l.padded, rows, xs);
         // Blocks count from the first of all.
         A* const kept = WIDENED ? sums - a.indptr[r0] * B * B : reinterpret_cast<A*>(out);

@@ -16,19 +16,18 @@ constexpr bool WIDENED = sizeof(E) != sizeof(A);
 
 constexpr int W = LANES<A>;
 constexpr int TALL = REGISTERS == 32 ? 8 : 4;  // rows of A in a tile of registers, 2 vectors wide
-constexpr int SIDE = BLOCK ? BLOCK : W;        // in code that is for fixed sides
 
 INLINE int64_t side(const Csr& a) { return BLOCK ? BLOCK : a.B; }
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Vectors that lie one after the other.
 template <int V, int COUNT>
-INLINE void read(const A* from, vec<A, V> (&to)[COUNT]) {
+INLINE void load_all(const A* from, vec<A, V> (&to)[COUNT]) {
 #pragma GCC unroll 32
   for (int i = 0; i < COUNT; ++i) to[i] = load<V>(from + i * V);
 }
 template <int V, int COUNT>
-INLINE void write(A* to, const vec<A, V> (&from)[COUNT]) {
+INLINE void store_all(A* to, const vec<A, V> (&from)[COUNT]) {
 #pragma GCC unroll 32
   for (int i = 0; i < COUNT; ++i) store<V>(to + i * V, from[i]);
 }
@@ -36,18 +35,20 @@ INLINE void write(A* to, const vec<A, V> (&from)[COUNT]) {
 // Neighbouring blocks of one block-row, which are multiplied by all rows of x before the next.
 struct Group {
   int n;
-  bool first;             // of its block-row: sums begin here
-  int64_t size;           // B B
+  bool first;  // of its block-row: sums begin here
+  int64_t B;
   const int32_t* column;  // block-columns
   const int32_t* place;   // where blocks lie in data; null: one after the other
   const int32_t* next;    // the same of the next group, which is fetched meanwhile
   const E* data;
   const A* wide;  // blocks one after the other, widened
 
-  INLINE const E* stored(int e) const { return data + (place ? place[e] : int64_t(e)) * size; }
-  INLINE const E* ahead(int e) const { return data + (place ? next[e] : int64_t(n + e)) * size; }
+  INLINE int64_t side() const { return BLOCK ? BLOCK : B; }
+  INLINE int64_t size() const { return side() * side(); }
+  INLINE const E* stored(int e) const { return data + (place ? place[e] : int64_t(e)) * size(); }
+  INLINE const E* ahead(int e) const { return data + (place ? next[e] : int64_t(n + e)) * size(); }
   INLINE const A* values(int e) const {
-    return WIDENED ? wide + e * size : reinterpret_cast<const A*>(stored(e));
+    return WIDENED ? wide + e * size() : reinterpret_cast<const A*>(stored(e));
   }
 };
 

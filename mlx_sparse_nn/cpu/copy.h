@@ -8,19 +8,50 @@
 
 namespace mlx_sparse_nn {
 
-// to[i] = from[i] for i < n, widened or rounded.
-template <class From, class To>
+// to[i] = from[i] for i < n, widened or rounded: N at a time while there are as many.
+template <int N, class From, class To>
 INLINE void copy_run(const From* from, To* to, int64_t n) {
-  constexpr int W = sizeof(From) == 8 ? LANES<double> : LANES<float>;
   int64_t i = 0;
-  for (; i + W <= n; i += W) store<W>(to + i, load<W>(from + i));
-  if constexpr (W > 8) {
-    for (; i + 8 <= n; i += 8) store<8>(to + i, load<8>(from + i));
+  for (; i + N <= n; i += N) store<N>(to + i, load<N>(from + i));
+  if constexpr (N > 1) copy_run<(N > 4 ? N / 2 : 1)>(from + i, to + i, n - i);
+}
+
+// to[i, k] = from[k, i] for i < rows and k < cols, of which `valid` exist and the others are zero.
+// T x T at a time, then 4 x 4, then one by one.
+template <int T, class From, class To>
+void copy_transposed(const From* from, int64_t from_step, int64_t rows, int64_t cols, int64_t valid,
+                     To* to, int64_t to_step) {
+  if constexpr (T == 1) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t k = 0; k < cols; ++k) {
+        put(to + i * to_step + k, k < valid ? widen(from[k * from_step + i]) : 0);
+      }
+    }
+  } else {
+    const int64_t whole_rows = rows / T * T, whole_cols = cols / T * T;
+    for (int64_t k0 = 0; k0 < whole_cols; k0 += T) {
+      for (int64_t i = 0; i < whole_rows; i += T) {
+        using Lanes = decltype(load<T>(from));
+        Lanes tile[T];
+#pragma GCC unroll 16
+        for (int k = 0; k < T; ++k) {
+          tile[k] = k0 + k < valid ? load<T>(from + (k0 + k) * from_step + i) : Lanes{};
+        }
+        transpose<accumulator<From>, T>(tile);
+#pragma GCC unroll 16
+        for (int k = 0; k < T; ++k) store<T>(to + (i + k) * to_step + k0, tile[k]);
+      }
+    }
+    constexpr int NEXT = T > 4 ? 4 : 1;
+    if (whole_rows < rows) {
+      copy_transposed<NEXT>(from + whole_rows, from_step, rows - whole_rows, cols, valid,
+                            to + whole_rows * to_step, to_step);
+    }
+    if (whole_cols < cols) {
+      copy_transposed<NEXT>(from + whole_cols * from_step, from_step, whole_rows, cols - whole_cols,
+                            valid - whole_cols, to + whole_cols, to_step);
+    }
   }
-  if constexpr (W > 4) {
-    for (; i + 4 <= n; i += 4) store<4>(to + i, load<4>(from + i));
-  }
-  for (; i < n; ++i) put(to + i, widen(from[i]));
 }
 
 // to[i, k] = from[i, k] for i < rows and k < cols; zero for cols <= k < padded.
@@ -28,59 +59,30 @@ template <class E, class A = accumulator<E>>
 void gather(const E* from, int64_t row_step, int64_t col_step, int64_t rows, int64_t cols, A* to,
             int64_t to_step, int64_t padded) {
   constexpr int T = LANES<A>;
-  for (int64_t i = 0; i < rows && cols < padded; ++i) {
-    for (int64_t k = cols; k < padded; ++k) to[i * to_step + k] = 0;
+  if (row_step == 1 && col_step != 1) {
+    return copy_transposed<T>(from, col_step, rows, padded, cols, to, to_step);
   }
-  if (col_step == 1) {
-    for (int64_t i = 0; i < rows; ++i) copy_run(from + i * row_step, to + i * to_step, cols);
-    return;
-  }
-  const int64_t whole = row_step == 1 ? rows / T * T : 0;
-  for (int64_t k0 = 0; k0 < padded; k0 += T) {
-    for (int64_t i = 0; i < whole && k0 + T <= padded; i += T) {
-      vec<A, T> tile[T];
-#pragma GCC unroll 16
-      for (int k = 0; k < T; ++k) {
-        tile[k] = k0 + k < cols ? load<T>(from + i + (k0 + k) * col_step) : vec<A, T>{};
-      }
-      transpose<A, T>(tile);
-#pragma GCC unroll 16
-      for (int k = 0; k < T; ++k) store<T>(to + (i + k) * to_step + k0, tile[k]);
-    }
-    const int64_t end = std::min(cols, k0 + T);
-    for (int64_t i = k0 + T <= padded ? whole : 0; i < rows; ++i) {
-      for (int64_t k = k0; k < end; ++k) {
+  for (int64_t i = 0; i < rows; ++i) {
+    if (col_step == 1) {
+      copy_run<T>(from + i * row_step, to + i * to_step, cols);
+    } else {
+      for (int64_t k = 0; k < cols; ++k) {
         to[i * to_step + k] = widen(from[i * row_step + k * col_step]);
       }
     }
+    for (int64_t k = cols; k < padded; ++k) to[i * to_step + k] = 0;
   }
 }
 
-// to[i, k] = from[i, k] for i < rows and k < cols.
+// to[i, k] = from[i, k] for i < rows and k < cols. One step of `to` is 1.
 template <class E, class A = accumulator<E>>
 void scatter(const A* from, int64_t from_step, int64_t rows, int64_t cols, E* to, int64_t row_step,
              int64_t col_step) {
   constexpr int T = LANES<A>;
   if (col_step == 1) {
-    for (int64_t i = 0; i < rows; ++i) copy_run(from + i * from_step, to + i * row_step, cols);
-    return;
-  }
-  const int64_t whole = row_step == 1 ? rows / T * T : 0;
-  for (int64_t k0 = 0; k0 < cols; k0 += T) {
-    const int64_t end = std::min(cols, k0 + T);
-    for (int64_t i = 0; i < whole && k0 + T <= cols; i += T) {
-      vec<A, T> tile[T];
-#pragma GCC unroll 16
-      for (int k = 0; k < T; ++k) tile[k] = load<T>(from + (i + k) * from_step + k0);
-      transpose<A, T>(tile);
-#pragma GCC unroll 16
-      for (int k = 0; k < T; ++k) store<T>(to + i + (k0 + k) * col_step, tile[k]);
-    }
-    for (int64_t i = k0 + T <= cols ? whole : 0; i < rows; ++i) {
-      for (int64_t k = k0; k < end; ++k) {
-        put(to + i * row_step + k * col_step, from[i * from_step + k]);
-      }
-    }
+    for (int64_t i = 0; i < rows; ++i) copy_run<T>(from + i * from_step, to + i * row_step, cols);
+  } else {
+    copy_transposed<T>(from, from_step, cols, rows, rows, to, col_step);
   }
 }
 

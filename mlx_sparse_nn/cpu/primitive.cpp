@@ -66,8 +66,9 @@ char* gather(const char* from, char* to, const mx::array& like, int axis) {
 const void* contiguous(const mx::array& array, mx::cpu::CommandEncoder& encoder) {
   if (array.flags().row_contiguous) return array.data<char>();
   char* to = static_cast<char*>(temporary(array.nbytes(), encoder));
-  encoder.dispatch([from = array.data<char>(), to,
-                    like = mx::array::unsafe_weak_copy(array)]() { gather(from, to, like, 0); });
+  encoder.dispatch([from = array.data<char>(), to, like = mx::array::unsafe_weak_copy(array)]() {
+    gather(from, to, like, 0);
+  });
   return to;
 }
 

@@ -12,7 +12,7 @@ namespace mlx_sparse_nn {
 namespace {
 
 constexpr int64_t STEP = 128;
-constexpr int64_t KEPT = 1 << 18;  // sums of 16-bit results that are kept between steps, about
+constexpr int64_t KEPT = 1 << 19;  // sums of 16-bit results that are kept between steps, about
 
 // A row of a block is padded to pieces of a power of two lanes, W / P of which make a vector.
 INLINE int64_t piece_lanes(int64_t B) {
@@ -31,7 +31,7 @@ struct Sampling {
   int64_t rows;
   bool first;
   bool last;
-  A* sums;
+  A* sums;  // out itself, where it is not rounded
   E* out;
 };
 
@@ -53,30 +53,17 @@ INLINE vec<A, P * PARTS> join_pieces(const A* const* pieces, int64_t at) {
   }
 }
 
-// Vectors of a tile, from blocks or to them: its rows begin at `blocks`, B apart.
-template <int P, class T, bool TO_BLOCKS>
-INLINE void copy_pieces(A* tile, T* blocks, int rows, int across, int64_t B, const int64_t* place,
-                        const int* width) {
+// Pieces of a tile from rows of blocks, which are B apart, or to them.
+template <int P, bool TO_BLOCKS, class T>
+void copy_pieces(T* tile, T* blocks, int rows, int across, int64_t B, const int64_t* place,
+                 const int* width) {
   for (int m = 0; m < rows; ++m) {
     for (int piece = 0; piece < across; ++piece, tile += P) {
-      T* at = blocks + m * B + place[piece];
-      if constexpr (TO_BLOCKS) {
-        copy_run(tile, at, BLOCK ? P : width[piece]);
-      } else {
-        copy_run(at, tile, BLOCK ? P : width[piece]);
-      }
+      T* const at = blocks + m * B + place[piece];
+      const size_t bytes = (BLOCK ? P : width[piece]) * sizeof(T);
+      TO_BLOCKS ? memcpy(at, tile, bytes) : memcpy(tile, at, bytes);
     }
   }
-}
-template <int P>
-void read_pieces(A* tile, A* blocks, int rows, int across, int64_t B, const int64_t* place,
-                 const int* width) {
-  copy_pieces<P, A, false>(tile, blocks, rows, across, B, place, width);
-}
-template <int P, class T>
-void write_pieces(A* tile, T* blocks, int rows, int across, int64_t B, const int64_t* place,
-                  const int* width) {
-  copy_pieces<P, T, true>(tile, blocks, rows, across, B, place, width);
 }
 
 // ROWS rows of blocks from row i on, Q vectors wide. y begins at row i too.
@@ -88,7 +75,6 @@ void sample_tile(const Sampling& s, const A* y, int64_t i, int64_t B,
   A tile[ROWS * Q * W] __attribute__((aligned(64)));
   vec<A, W> acc[ROWS * Q] = {};
   A* const sums = s.sums + i * B;
-  E* const out = s.out + i * B;
   if (!s.first) {
     if constexpr (WHOLE) {
 #pragma GCC unroll 16
@@ -96,8 +82,8 @@ void sample_tile(const Sampling& s, const A* y, int64_t i, int64_t B,
         acc[m] = load<W>(sums + m / Q * B + pieces.place[m % Q]);
       }
     } else {
-      read_pieces<P>(tile, sums, ROWS, ACROSS, B, pieces.place, pieces.width);
-      read<W>(tile, acc);
+      copy_pieces<P, false>(tile, sums, ROWS, ACROSS, B, pieces.place, pieces.width);
+      load_all<W>(tile, acc);
     }
   }
   const A* x[ACROSS];
@@ -114,19 +100,21 @@ void sample_tile(const Sampling& s, const A* y, int64_t i, int64_t B,
       for (int q = 0; q < Q; ++q) acc[m * Q + q] += value * xv[q];
     }
   }
+  E* const out = s.out + i * B;
   if constexpr (WHOLE) {
 #pragma GCC unroll 16
     for (int m = 0; m < ROWS * Q; ++m) {
       const int64_t at = m / Q * B + pieces.place[m % Q];
-      s.last ? store<W>(out + at, acc[m]) : store<W>(sums + at, acc[m]);
+      s.last&& WIDENED ? store<W>(out + at, acc[m]) : store<W>(sums + at, acc[m]);
     }
+  } else if (WIDENED && s.last) {
+    E rounded[ROWS * Q * W];
+    store_all<W>(tile, acc);
+    for (int m = 0; m < ROWS * Q; ++m) store<W>(rounded + m * W, load<W>(tile + m * W));
+    copy_pieces<P, true>(rounded, out, ROWS, ACROSS, B, pieces.place, pieces.width);
   } else {
-    write<W>(tile, acc);
-    if (s.last) {
-      write_pieces<P>(tile, out, ROWS, ACROSS, B, pieces.place, pieces.width);
-    } else {
-      write_pieces<P>(tile, sums, ROWS, ACROSS, B, pieces.place, pieces.width);
-    }
+    store_all<W>(tile, acc);
+    copy_pieces<P, true>(tile, sums, ROWS, ACROSS, B, pieces.place, pieces.width);
   }
 }
 
@@ -138,49 +126,67 @@ INLINE void sample_tiles(const Sampling& s, const A* y, int64_t i, int64_t B,
   if constexpr (BLOCK == 0 && ROWS > 1) sample_tiles<P, ROWS / 2, Q>(s, y, i, B, pieces);
 }
 
+// Q vectors of block-row r, from piece p on.
 template <int P, int Q>
-void sample_rows(const Sampling& s, int64_t begin, int64_t end) {
-  constexpr int PIECES = Q * W / P, MOST = TALL * 2 / Q;
+INLINE void sample_across(const Sampling& s, int64_t r, int64_t p, int64_t n_pieces) {
+  constexpr int PIECES = Q * W / P, MOST = BLOCK == W ? 2 * TALL : TALL;
   constexpr int ROWS = BLOCK && BLOCK < MOST ? BLOCK : MOST;
   const int64_t B = side(s.a), per_block = s.padded / P;
+  Pieces<PIECES> pieces;
+  for (int i = 0; i < PIECES; ++i) {
+    // Where pieces are missing at the end, the last is computed several times.
+    const int64_t piece = std::min(p + i, n_pieces - 1), k = piece % per_block * P;
+    const int64_t j = s.a.indptr[r] + piece / per_block;
+    pieces.x[i] = s.x + s.a.indices[j] * (s.step * s.padded) + k;
+    pieces.place[i] = j * B * B + k;
+    pieces.width[i] = static_cast<int>(std::min<int64_t>(P, B - k));
+  }
+  sample_tiles<P, ROWS, Q>(s, s.y + r * s.step * B, 0, B, pieces);
+}
+
+template <int P>
+void sample_rows(const Sampling& s, int64_t begin, int64_t end) {
+  constexpr int Q = BLOCK == W ? 1 : 2, PIECES = Q * W / P;
   for (int64_t r = begin; r < end; ++r) {
-    const A* y = s.y + r * s.step * B;
-    const int64_t j0 = s.a.indptr[r], n_pieces = (s.a.indptr[r + 1] - j0) * per_block;
+    const int64_t n_pieces = (s.a.indptr[r + 1] - s.a.indptr[r]) * (s.padded / P);
     for (int64_t p = 0; p < n_pieces; p += PIECES) {
-      Pieces<PIECES> pieces;
-      for (int i = 0; i < PIECES; ++i) {
-        // Where pieces are missing at the end, the last is computed several times.
-        const int64_t piece = std::min(p + i, n_pieces - 1), k = piece % per_block * P;
-        const int64_t j = j0 + piece / per_block;
-        pieces.x[i] = s.x + s.a.indices[j] * (s.step * s.padded) + k;
-        pieces.place[i] = j * B * B + k;
-        pieces.width[i] = static_cast<int>(std::min<int64_t>(P, B - k));
+      if constexpr (BLOCK > 0 && BLOCK < W) {
+        if (n_pieces - p <= W / P) {
+          sample_across<P, 1>(s, r, p, n_pieces);
+          break;
+        }
       }
-      sample_tiles<P, ROWS, Q>(s, y, 0, B, pieces);
+      sample_across<P, Q>(s, r, p, n_pieces);
     }
   }
 }
 
 void sample_rows(const Sampling& s, int64_t begin, int64_t end) {
   if constexpr (BLOCK > 0) {
-    return sample_rows<(BLOCK < W ? BLOCK : W), (BLOCK == W ? 1 : 2)>(s, begin, end);
+    return sample_rows<(BLOCK < W ? BLOCK : W)>(s, begin, end);
   } else {
     const int64_t lanes = piece_lanes(s.a.B);
-    if (lanes == W) return sample_rows<W, 2>(s, begin, end);
+    if (lanes == W) return sample_rows<W>(s, begin, end);
     if constexpr (W > 8) {
-      if (lanes == 8) return sample_rows<8, 2>(s, begin, end);
+      if (lanes == 8) return sample_rows<8>(s, begin, end);
     }
-    if constexpr (W > 4) return sample_rows<4, 2>(s, begin, end);
+    if constexpr (W > 4) return sample_rows<4>(s, begin, end);
   }
 }
 
-// (N, across * B) as (across, step, padded)
+// Rows of (N, across * B) as (across, step, padded), SLICE rows after SLICE, so that memory is read
+// in order.
 void pack_steps(const Crew& crew, const E* from, const Rows& steps, int64_t across, int64_t B,
                 int64_t step, int64_t padded, int64_t rows, A* to) {
-  share(crew, across, double(across) * B * rows, [&](int64_t begin, int64_t end, int) {
-    for (int64_t c = begin; c < end; ++c) {
-      gather(from + c * B * steps.c_step, steps.n_step, steps.c_step, rows, B,
-             to + c * step * padded, padded, padded);
+  constexpr int64_t SLICE = 16;
+  const int64_t slices = (rows + SLICE - 1) / SLICE;
+  share(crew, slices, double(across) * B * rows, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i * SLICE, height = std::min(SLICE, rows - n);
+      for (int64_t c = 0; c < across; ++c) {
+        gather(from + n * steps.n_step + c * B * steps.c_step, steps.n_step, steps.c_step, height,
+               B, to + (c * step + n) * padded, padded, padded);
+      }
     }
   });
 }

@@ -550,7 +550,8 @@ void sample(const SampledProduct& p) {
             sample_row<L>(a.indices, begin, end, y_row, x, width, n0 > 0, sums);
           });
           if constexpr (NARROW) {
-            if (p.N > 1 && n0 + N == p.N) copy_run(sums + first, to + first, last - first);
+            if (p.N > 1 && n0 + N == p.N)
+              copy_run<LANES<Lane>>(sums + first, to + first, last - first);
           }
         });
       });

@@ -135,6 +135,16 @@ INLINE void store(double* p, vec<double, N> value) {
 }
 template <int N>
 INLINE void store(bfloat16* p, vec<float, N> value) {
+#if defined(__AVX512BF16__) && defined(__AVX512DQ__)
+  if constexpr (N == 16) {
+    // The instruction takes subnormal numbers for zero.
+    const __m512 wide = bit_cast<__m512>(value);
+    if (__builtin_expect(_mm512_fpclass_ps_mask(wide, 0x20) == 0, 1)) {
+      *reinterpret_cast<__m256i_u*>(p) = bit_cast<__m256i>(_mm512_cvtneps_pbh(wide));
+      return;
+    }
+  }
+#endif
   const auto bits = bit_cast<vec<uint32_t, N>>(value);
   const vec<uint32_t, N> rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
   const auto nan = bit_cast<vec<uint32_t, N>>(value != value);

@@ -218,8 +218,12 @@ def backends_of(layer: SparseLinear, n_x: int, dtype: mx.Dtype) -> dict[str, str
         MLX's own sum.
     """
     computed, layout = mx.result_type(values_of(layer), dtype), layer.pattern.layout
-    ops = _QUANTIZED_OPS if isinstance(layer, QuantizedBlockSparseLinear) else _OPS
-    names = {product: choose(op, layout, n_x, computed).NAME for product, op in ops.items()}
+    ops, bits = _OPS, 0
+    if isinstance(layer, QuantizedBlockSparseLinear):
+        ops, bits = _QUANTIZED_OPS, layer.bits
+    names = {
+        product: choose(op, layout, n_x, computed, bits=bits).NAME for product, op in ops.items()
+    }
     return names | ({"bias gradient": MLX} if "bias" in layer else {})
 
 

@@ -13,9 +13,9 @@ from mlx_sparse_nn.core.backends import choose, cuda, metal, naive, plain
 OPS = ("spmm", "spmm_t", "sddmm")
 
 
-def name_of(op, block_size, n_x, dtype, n_blocks=1):
+def name_of(op, block_size, n_x, dtype, n_blocks=1, bits=0):
     pattern = CSRPattern([0, n_blocks], [0] * n_blocks, (block_size, block_size), block_size)
-    return choose.choose(op, pattern.layout, n_x, dtype).NAME
+    return choose.choose(op, pattern.layout, n_x, dtype, bits=bits).NAME
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -59,7 +59,7 @@ def test_metal_takes_its_dtypes_and_whatever_has_elements(op):
 @pytest.mark.parametrize("op", ["qspmm", "qspmm_t"])
 def test_quantized_blocks_have_no_kernel_on_a_gpu_yet(op):
     with computing(metal, cuda, plain):
-        assert name_of(op, 32, 4, mx.bfloat16) == "plain"
+        assert name_of(op, 32, 4, mx.bfloat16, bits=4) == "plain"
 
 
 def test_a_kernel_is_not_chosen_while_vmap_traces():
@@ -88,7 +88,7 @@ def test_a_fifth_backend_is_a_module_in_the_list():
     fifth.__dict__.update(
         NAME="fifth",
         is_available=lambda: True,
-        takes=lambda op, layout, n_x, dtype, n_matrices: op != "sddmm",
+        takes=lambda op, layout, n_x, dtype, n_matrices, bits: op != "sddmm",
         **{op: counted(op) for op in OPS},
     )
     with computing(fifth, plain):

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import time
-from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -26,11 +25,16 @@ from support import (
     random_pattern,
 )
 
-from mlx_sparse_nn import CSRPattern, sddmm, spmm, spmm_t
+from mlx_sparse_nn import CSRPattern, qspmm, qspmm_t, sddmm, spmm, spmm_t
 from mlx_sparse_nn.core.backends import choose, cpu, naive, plain
+from mlx_sparse_nn.core.quantized import BITS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="C++ kernels are for Linux")
 
+# MLX's own products abort there, too.
+not_with_cuda = pytest.mark.skipif(
+    mx.cuda.is_available(), reason="MLX for CUDA survives neither an exit with work nor a fork"
+)
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 
@@ -111,6 +115,63 @@ def test_stored_values_lie_anyhow():
         seen = view(data)
         mx.eval(seen)
         check_products(pattern, seen, x, y, integers((2 * pattern.shape[0],), 4)[::2])
+
+
+QUANTIZED = [(32, 32), (64, 32), (64, 64), (96, 32), (128, 128), (160, 32)]
+
+
+def quantized(
+    pattern: CSRPattern, bits: int, group_size: int, dtype=mx.float32
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Packed integers of all bits; scales and biases that make them whole numbers."""
+    lead = (pattern.n_blocks, pattern.block_size)
+    words = np.random.default_rng(bits).integers(
+        0, 2**32, (*lead, pattern.block_size * bits // 32), dtype=np.uint32
+    )
+    scales = mx.sign(integers((*lead, pattern.block_size // group_size), bits, dtype))
+    return mx.array(words), scales, -scales
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("block_size", "group_size"), QUANTIZED)
+def test_quantized_blocks_of_every_size_and_number_of_rows(block_size, group_size, bits, dtype):
+    pattern = random_pattern(3, 4, block_size, density=0.7, seed=bits)
+    matrix, layout = quantized(pattern, bits, group_size, dtype), pattern.layout
+    for n in (1, 2, 3, 5, 8, 9, 17, 24, 25, 33, 140):
+        _, x, y = operands(pattern, n, dtype)
+        bias = integers(pattern.shape[:1], 4, dtype)
+        found = cpu.qspmm(*matrix, layout, x, bias)
+        assert_equal(found, naive.qspmm(*matrix, pattern, x, bias))
+        assert_equal(cpu.qspmm_t(*matrix, layout, y), naive.qspmm_t(*matrix, pattern, y))
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=list(VIEWS))
+@pytest.mark.parametrize("n", [1, 5, 40])
+def test_operands_of_quantized_blocks_lie_anyhow(view, n):
+    pattern = random_pattern(5, 4, 32, density=0.6)
+    for dtype in (mx.float32, mx.bfloat16):
+        packed, *affine = (mx.repeat(a, 2, axis=0)[::2] for a in quantized(pattern, 4, 32, dtype))
+        matrix = packed, affine[0], affine[1]
+        x, y = map(view, operands(pattern, n, dtype)[1:])
+        bias = integers((2 * pattern.shape[0],), 4, dtype)[::2]
+        mx.eval(matrix, x, y, bias)
+        found = qspmm(*matrix, pattern, x, bias)
+        assert_equal(found, naive.qspmm(*matrix, pattern, x, bias))
+        assert_equal(qspmm_t(*matrix, pattern, y), naive.qspmm_t(*matrix, pattern, y))
+
+
+@pytest.mark.parametrize("n", [1, 6, 40])
+def test_quantized_products_are_bit_for_bit_the_same(n):
+    """From run to run: on one thread or several, work is cut in whole block-rows."""
+    pattern = random_pattern(24, 24, 64, density=0.6)
+    data = mx.random.normal(pattern.data_shape)
+    packed, scales, biases = mx.quantize(data, 32, 5)
+    x = mx.random.normal((n, pattern.shape[1]))
+    first = qspmm(packed, scales, biases, pattern, x), qspmm_t(packed, scales, biases, pattern, x)
+    for _ in range(5):
+        assert_equal(qspmm(packed, scales, biases, pattern, x), first[0])
+        assert_equal(qspmm_t(packed, scales, biases, pattern, x), first[1])
 
 
 def test_results_have_the_order_of_x():
@@ -258,6 +319,7 @@ def test_threads_of_python():
     assert run(THREADS)[:2] == (0, "[True, True, True, True]\n")
 
 
+@not_with_cuda
 @pytest.mark.parametrize("end", ["", "sys.exit(3)", "import os; os._exit(4)"])
 def test_exit_with_work_pending(end):
     status, out, errors = run(PENDING + end)
@@ -268,6 +330,7 @@ def test_an_interrupt():
     assert run(INTERRUPTED) == (0, "interrupted True\n", "")
 
 
+@not_with_cuda
 def test_a_fork():
     """The pool's threads stay behind: the child makes its own."""
     assert run(FORKED)[:2] == (0, "0\n")
@@ -291,33 +354,46 @@ def test_the_same_bits_in_every_run():
             assert_equal(a, b)
 
 
-def peak(run):
-    """Return the bytes that a product takes above what was there, its result included."""
-    mx.eval(run())
+MEMORY = """
+import sys
+import mlx.core as mx
+from mlx_sparse_nn import patterns
+from mlx_sparse_nn.core.backends import cpu, plain
+mx.set_default_device(mx.cpu)
+
+def peak(product, backend):
+    mx.eval(product(backend))
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    mx.eval(run())
-    return mx.get_peak_memory() - before
+    result = product(backend)
+    mx.eval(result)
+    return mx.get_peak_memory() - before - result.nbytes
+
+for dtype in (mx.float32, mx.bfloat16):
+    for block_size in (1, 8, 32, 48):
+        pattern = patterns.random(768, 768, 0.25, block_size, seed=0)
+        data = mx.ones(pattern.data_shape, dtype)
+        for n in (1, 4, 16, 256, 2048):
+            x = mx.ones((n, 768), dtype)
+            mx.eval(data, x, pattern.layout.cols.indptr)
+            products = {
+                "spmm": lambda backend: backend.spmm(data, pattern.layout, x),
+                "spmm_t": lambda backend: backend.spmm_t(data, pattern.layout, x),
+                "sddmm": lambda backend: backend.sddmm(pattern.layout, x, x),
+            }
+            for name, product in products.items():
+                ours, theirs = peak(product, cpu), peak(product, plain)
+                if ours > max(theirs / 2, LEAST):
+                    print(name, dtype, block_size, n, ours, theirs)
+"""
+LEAST = 64 * 1024  # bytes, up to which no peak is of interest
 
 
-@pytest.mark.parametrize("block_size", [1, 8, 32, 48])
-@pytest.mark.parametrize("n", [16, 256, 2048])
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
-def test_memory_is_at_most_half_of_plain_mlx(block_size, n, dtype):
-    """Above operands and results, for products of 768 features at a density of 25%."""
-    n_blocks = 768 // block_size
-    pattern = random_pattern(n_blocks, n_blocks, block_size, density=0.25)
-    data, x, y = operands(pattern, n, dtype)
-    mx.eval(data, x, y, pattern.layout.cols.indptr)
-    for product in (
-        lambda backend: backend.spmm(data, pattern.layout, x),
-        lambda backend: backend.spmm_t(data, pattern.layout, y),
-        lambda backend: backend.sddmm(pattern.layout, y, x),
-    ):
-        result = product(cpu).nbytes
-        ours, theirs = (peak(partial(product, b)) - result for b in (cpu, plain))
-        assert ours <= theirs / 2
+def test_memory_is_at_most_half_of_plain_mlx():
+    """Above operands and results, on two cores: each thread has scratch of its own."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    assert run(MEMORY.replace("LEAST", str(LEAST)), cores) == (0, "", "")
 
 
 def test_nothing_is_left_behind():

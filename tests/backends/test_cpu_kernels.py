@@ -29,10 +29,10 @@ class Kernel(NamedTuple):
 
     source: str
     element: str
-    block: int  # 0: any, at run time
+    size: int  # of a block, 0 for any at run time; or the bits of quantized ones
 
     def __str__(self) -> str:
-        return f"{self.source}-{self.element}-{self.block}"
+        return f"{self.source}-{self.element}-{self.size}"
 
 
 FLOATS = Kernel("scalars", "float", 1)
@@ -40,7 +40,15 @@ COMPLEX = Kernel("scalars", "complex64", 1)
 BLOCKS = Kernel("blocks", "float", 8)
 ANY_SIDE = Kernel("blocks", "float", 0)
 NARROW = Kernel("blocks", "bfloat16", 16)
+FOUR_BITS = Kernel("quantized", "float", 4)
+FIVE_BITS = Kernel("quantized", "bfloat16", 5)
 KERNELS = [
+    FOUR_BITS,
+    FIVE_BITS,
+    Kernel("quantized", "float16", 2),
+    Kernel("quantized", "float", 3),
+    Kernel("quantized", "float", 6),
+    Kernel("quantized", "bfloat16", 8),
     FLOATS,
     COMPLEX,
     Kernel("scalars", "float16", 1),
@@ -93,10 +101,13 @@ def command(tools: Tools, program: tuple[str, ...]) -> list[str]:
 
 def drive(kernel: Kernel, tools: Tools, folder: Path, sources: Path = build.SOURCES):
     """Compile a kernel and its driver, run it, and return what became of it."""
-    defines = [f"-DELEMENT={kernel.element}", f"-DBLOCK={kernel.block}", f"-I{sources}"]
+    is_quantized = kernel.source == "quantized"
+    driver = "quantized_products.cpp" if is_quantized else "products.cpp"
+    size = f"-D{'BITS' if is_quantized else 'BLOCK'}={kernel.size}"
+    defines = [f"-DELEMENT={kernel.element}", size, f"-I{sources}"]
     compiler = command(tools, tools.compiler)
     objects = []
-    for source in (DRIVERS / "products.cpp", sources / f"{kernel.source}.cpp"):
+    for source in (DRIVERS / driver, sources / f"{kernel.source}.cpp"):
         objects.append(str(folder / f"{source.stem}.o"))
         words = [*compiler, "-std=c++17", *tools.flags, *defines, "-c", str(source)]
         subprocess.run([*words, "-o", objects[-1]], check=True)
@@ -116,15 +127,19 @@ def check(kernel: Kernel, tools: Tools, folder: Path) -> None:
 
 
 class TestOnThisProcessor:
-    @pytest.mark.parametrize("kernel", [FLOATS, COMPLEX, BLOCKS, ANY_SIDE, NARROW], ids=str)
+    @pytest.mark.parametrize(
+        "kernel",
+        [FLOATS, COMPLEX, BLOCKS, ANY_SIDE, NARROW, FOUR_BITS, FIVE_BITS],
+        ids=str,
+    )
     def test_memory(self, kernel, tmp_path):
         check(kernel, ADDRESS, tmp_path)
 
-    @pytest.mark.parametrize("kernel", [FLOATS, BLOCKS, NARROW], ids=str)
+    @pytest.mark.parametrize("kernel", [FLOATS, BLOCKS, NARROW, FOUR_BITS], ids=str)
     def test_threads(self, kernel, tmp_path):
         check(kernel, THREAD, tmp_path)
 
-    @pytest.mark.parametrize("kernel", [FLOATS, BLOCKS], ids=str)
+    @pytest.mark.parametrize("kernel", [FLOATS, BLOCKS, FIVE_BITS], ids=str)
     def test_another_compiler(self, kernel, tmp_path):
         check(kernel, CLANG, tmp_path)
 
@@ -135,7 +150,7 @@ class TestOnOtherProcessors:
         check(kernel, NO_AVX, tmp_path)
 
     @pytest.mark.skipif("avx2" not in build._processor(), reason="this processor has no AVX2")
-    @pytest.mark.parametrize("kernel", [FLOATS, NARROW], ids=str)
+    @pytest.mark.parametrize("kernel", [FLOATS, NARROW, FOUR_BITS, FIVE_BITS], ids=str)
     def test_avx2(self, kernel, tmp_path):
         check(kernel, AVX2, tmp_path)
 
@@ -157,9 +172,16 @@ class TestOnOtherProcessors:
             "AddressSanitizer",
         ),
         ("share.h", "cut(i + 1)", "cut(i + 0)", BLOCKS, NATIVE, "gave other bits"),
+        ("quantized.cpp", "LANE * BITS % 8", "LANE * BITS % 9", FIVE_BITS, NATIVE, "is"),
         ("vectors.h", "bits + 0x7FFF", "bits + 0x8000", NARROW, NO_AVX, "is"),
     ],
-    ids=["a term too many", "memory of others", "a piece too few", "rounding to odd"],
+    ids=[
+        "a term too many",
+        "memory of others",
+        "a piece too few",
+        "a wrong shift",
+        "rounding to odd",
+    ],
 )
 def test_a_fault_is_found(tmp_path, file, right, wrong, kernel, tools, says):
     sources = tmp_path / "cpu"

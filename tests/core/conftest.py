@@ -1,5 +1,6 @@
-"""Tests of products run on what the rule chooses, and once more in plain MLX."""
+"""Tests of products run on what the rule chooses, and once more in plain MLX on the CPU."""
 
+import mlx.core as mx
 import pytest
 from support import computing
 
@@ -11,5 +12,8 @@ def each_backend(request):
     if request.param == "chosen":
         yield
         return
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
     with computing(plain):
         yield
+    mx.set_default_device(before)

@@ -20,7 +20,7 @@ from support import (
 )
 
 from mlx_sparse_nn import CSRPattern, qspmm, qspmm_t
-from mlx_sparse_nn.core.backends import naive, plain
+from mlx_sparse_nn.core.backends import choose, naive, plain
 from mlx_sparse_nn.core.quantized import BITS, GROUP_SIZES, dequantize, unpack
 
 FORMATS = [(32, 32), (64, 32), (64, 64), (96, 32), (128, 32), (128, 128)]
@@ -61,14 +61,18 @@ def patterns(draw):
     st.sampled_from([mx.float32, mx.float16, mx.bfloat16]),
     st.sampled_from([(), (3,)]),
 )
-def test_plain_mlx_is_the_oracle(drawn, bits, n, dtype, v):
+def test_every_backend_is_the_oracle(drawn, bits, n, dtype, v):
     pattern, group_size = drawn
     matrix = whole_blocks(pattern, group_size, bits, v, dtype)
     x, y = (integers((*v, n, size), i, dtype) for i, size in enumerate(pattern.shape[::-1]))
     bias, layout = integers(pattern.shape[:1], 4, dtype), pattern.layout
-    assert_equal(plain.qspmm(*matrix, layout, x, bias), naive.qspmm(*matrix, pattern, x, bias))
-    assert_equal(plain.qspmm(*matrix, layout, x), naive.qspmm(*matrix, pattern, x))
-    assert_equal(plain.qspmm_t(*matrix, layout, y), naive.qspmm_t(*matrix, pattern, y))
+    chosen = choose.choose("qspmm", layout, n, dtype, *v, bits=bits)
+    for backend in {plain, chosen}:
+        y_of = backend.qspmm
+        assert_equal(y_of(*matrix, layout, x, bias), naive.qspmm(*matrix, pattern, x, bias))
+        assert_equal(y_of(*matrix, layout, x), naive.qspmm(*matrix, pattern, x))
+        x_found = backend.qspmm_t(*matrix, layout, y)
+        assert_equal(x_found, naive.qspmm_t(*matrix, pattern, y))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -224,6 +228,7 @@ def flat(tree):
 
 
 @every_function
+@pytest.mark.usefixtures("each_backend")
 class TestTransforms:
     def test_grad(self, name):
         args = operands(name)

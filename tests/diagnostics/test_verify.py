@@ -83,7 +83,7 @@ def test_quantized_layers_are_verified(bits, dtype):
         ("layers.1.linear", "input gradient"),
     ]
     layout = model.layers[0].pattern.layout
-    by = [choose.choose(op, layout, 10, dtype).NAME for op in ("qspmm", "qspmm_t")]
+    by = [choose.choose(op, layout, 10, dtype, bits=bits).NAME for op in ("qspmm", "qspmm_t")]
     assert [check.backend for check in report.checks] == [*by, "mlx", *by]
     assert report.passed
 

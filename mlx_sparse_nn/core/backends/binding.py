@@ -65,6 +65,7 @@ class Binding:
         self.is_tracer = library.is_tracer
         self.is_tracer.argtypes, self.is_tracer.restype = [_OBJECT], ctypes.c_bool
         self._spmm = _function(library, "make_spmm", 6)
+        self._qspmm = _function(library, "make_qspmm", 8)
         self._sddmm = _function(library, "make_sddmm", 4)
 
     def spmm(
@@ -73,6 +74,22 @@ class Binding:
         """Return the product with a side of the matrix, not computed yet."""
         out = mx.array(0)  # C++ writes the product into it
         error = self._spmm(out, kernel.address, data, side.indptr, side.indices, side.perm, x, bias)
+        return out if error is None else _refuse(error)
+
+    def qspmm(
+        self,
+        kernel: Kernel,
+        packed: mx.array,
+        scales: mx.array,
+        biases: mx.array,
+        side: Side,
+        x: mx.array,
+        bias: mx.array | None,
+    ) -> mx.array:
+        """Return the product with a side of a matrix of quantized blocks, not computed yet."""
+        out = mx.array(0)
+        matrix = packed, scales, biases, side.indptr, side.indices, side.perm
+        error = self._qspmm(out, kernel.address, *matrix, x, bias)
         return out if error is None else _refuse(error)
 
     def sddmm(self, kernel: Kernel, side: Side, y: mx.array, x: mx.array) -> mx.array:

@@ -14,7 +14,9 @@ GPU = (metal, cuda, plain)
 CPU = (cpu, plain)
 
 
-def choose(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int = 1) -> ModuleType:
+def choose(
+    op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int = 1, bits: int = 0
+) -> ModuleType:
     """Return the backend that computes a product on MLX's default device.
 
     It is asked anew at each call, and depends on nothing but its arguments, that device, and
@@ -26,9 +28,10 @@ def choose(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int =
         n_x: Rows of x, for each matrix.
         dtype: Of all operands.
         n_matrices: Matrices that share the pattern.
+        bits: Of the integers of quantized blocks.
     """
     on_gpu = mx.default_device().type is mx.gpu  # "==" of these enums takes longer
     for backend in GPU if on_gpu else CPU:
-        if backend.is_available() and backend.takes(op, layout, n_x, dtype, n_matrices):
+        if backend.is_available() and backend.takes(op, layout, n_x, dtype, n_matrices, bits):
             return backend
     raise AssertionError("plain MLX takes every product")

@@ -21,6 +21,7 @@ from mlx_sparse_nn.core.backends import build
 from mlx_sparse_nn.core.backends.binding import Binding, Kernel, LayoutError
 from mlx_sparse_nn.core.cores import n_cores
 from mlx_sparse_nn.core.layout import Layout
+from mlx_sparse_nn.core.quantized import bits_of
 from mlx_sparse_nn.core.transforms import ask_directly, vmapping
 
 NAME = "cpu"
@@ -60,14 +61,16 @@ def why_not() -> str | None:
     return None
 
 
-def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int) -> bool:
+def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, bits: int) -> bool:
     """Return whether there is a kernel for a product: for all but empty ones, and under vmap.
 
     ``mx.vmap`` traces each operation, and no primitive of this package can be mapped: the products'
     own rule computes the mapped ones.
     """
-    if op in ("qspmm", "qspmm_t") or layout.data_shape[0] * n_x * n_matrices == 0 or vmapping():
+    if layout.data_shape[0] * n_x * n_matrices == 0 or vmapping():
         return False
+    if bits:
+        return _has(_quantized_kernel, dtype, bits)
     return _has(_kernels, dtype, layout.block_size)
 
 
@@ -89,6 +92,27 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     return _binding().sddmm(kernel, layout.rows, y, x)
 
 
+def qspmm(
+    packed: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    layout: Layout,
+    x: mx.array,
+    bias: mx.array | None = None,
+) -> mx.array:
+    """Return :func:`spmm` by quantized blocks; see ``plain.qspmm``."""
+    kernel = _quantized_kernel(x.dtype, bits_of(packed))
+    return _binding().qspmm(kernel, packed, scales, biases, layout.rows, x, bias)
+
+
+def qspmm_t(
+    packed: mx.array, scales: mx.array, biases: mx.array, layout: Layout, y: mx.array
+) -> mx.array:
+    """Return :func:`spmm_t` by quantized blocks; see ``plain.qspmm_t``."""
+    kernel = _quantized_kernel(y.dtype, bits_of(packed))
+    return _binding().qspmm(kernel, packed, scales, biases, layout.cols, y, None)
+
+
 def library(dtype: mx.Dtype, block_size: int) -> Path:
     """Return the library of the products of a dtype and block size, built if need be.
 
@@ -101,6 +125,26 @@ def library(dtype: mx.Dtype, block_size: int) -> Path:
     if block_size in OWN_KERNELS:
         return build.kernels("blocks", [name, str(block_size)], ELEMENT=element, BLOCK=block_size)
     return build.kernels("blocks", [name, *TESTED_SIZES], ELEMENT=element, BLOCK=0)
+
+
+def quantized_library(dtype: mx.Dtype, bits: int) -> Path:
+    """Return the library of the products of a dtype by quantized blocks, built if need be.
+
+    Raises:
+        BuildError: It cannot be had.
+    """
+    element, name = ELEMENTS[dtype], str(dtype).removeprefix("mlx.core.")
+    return build.kernels("quantized", [name, f"bits={bits}"], ELEMENT=element, BITS=bits)
+
+
+@cache
+def _quantized_kernel(dtype: mx.Dtype, bits: int) -> Kernel:
+    """Return the kernel of a dtype and a number of bits, built if need be.
+
+    Raises:
+        BuildError, OSError: It cannot be had.
+    """
+    return Kernel(ctypes.CDLL(str(quantized_library(dtype, bits))), "qspmm")
 
 
 @cache

@@ -28,7 +28,7 @@ def is_available() -> bool:
     return mx.cuda.is_available()
 
 
-def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int) -> bool:
+def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, bits: int) -> bool:
     """Return whether there is a kernel for a product.
 
     There is none for blocks of 8 and more and many rows of x, unless by tensor cores: MLX's own
@@ -38,7 +38,7 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int) -
     by_tensor_cores = dtype != mx.float32 and (op != "sddmm" or block_size in tuned.GRADIENT_TILES)
     if block_size >= 8 and n_x > tuned.CUDA_FEW_ROWS and not by_tensor_cores:
         return False
-    return launch.takes(op, layout, n_x, dtype, n_matrices)
+    return launch.takes(layout, n_x, dtype, n_matrices, bits)
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:

@@ -32,13 +32,13 @@ INPUTS = {
 }
 
 
-def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int) -> bool:
+def takes(layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, bits: int) -> bool:
     """Return whether kernels can compute a product with ``n_x`` rows of x, of operands of a dtype.
 
     They can for float32, float16 and bfloat16, every block size, and every shape and pattern with
     at least one element, where ``mx.vmap`` is not tracing. Quantized blocks have no kernel yet.
     """
-    if op in ("qspmm", "qspmm_t") or dtype not in tuned.KERNEL_DTYPES or vmapping():
+    if bits or dtype not in tuned.KERNEL_DTYPES or vmapping():
         return False
     return layout.data_shape[0] * n_x * n_matrices > 0
 

@@ -25,9 +25,9 @@ def is_available() -> bool:
     return mx.metal.is_available()
 
 
-def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int) -> bool:
+def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, bits: int) -> bool:
     """Return whether there is a kernel for a product: for all that kernels can do."""
-    return launch.takes(op, layout, n_x, dtype, n_matrices)
+    return launch.takes(layout, n_x, dtype, n_matrices, bits)
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:

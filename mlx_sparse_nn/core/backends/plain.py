@@ -29,7 +29,7 @@ def is_available() -> bool:
     return True
 
 
-def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int) -> bool:
+def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, bits: int) -> bool:
     """Return True: plain MLX takes every product."""
     return True
 

@@ -1,7 +1,7 @@
 """The test of a library that was just built, run in a process of its own.
 
-``python -m mlx_sparse_nn.core.backends.self_test PRIMITIVE [KERNELS DTYPE BLOCK_SIZE ...]`` ends
-with 0 if all is right. The oracle is ``naive``, on whole numbers, so that all results are equal.
+``python -m mlx_sparse_nn.core.backends.self_test PRIMITIVE [KERNELS DTYPE WHAT ...]`` ends with 0
+if all is right. The oracle is ``naive``, on whole numbers, so that all results are equal.
 With ``index INDEX``, it is that of index arrays, and NumPy is the oracle.
 """
 
@@ -33,9 +33,11 @@ def main(arguments: list[str]) -> None:
     mx.set_default_device(mx.cpu)
     binding = Binding(Path(arguments[0]), n_threads=2)
     if len(arguments) > 1:
-        path, dtype, *block_sizes = arguments[1:]
-        for block_size in block_sizes:
-            _test_products(binding, ctypes.CDLL(path), getattr(mx, dtype), int(block_size))
+        path, dtype, *tested = arguments[1:]
+        for what in tested:  # block sizes, or bits=4
+            bits = what.removeprefix("bits=")
+            test = _test_products if bits == what else _test_quantized
+            test(binding, ctypes.CDLL(path), getattr(mx, dtype), int(bits))
 
 
 def _test_products(
@@ -52,6 +54,31 @@ def _test_products(
         _same(binding.spmm(spmm, data, rows, x, bias), naive.spmm(data, pattern, x, bias))
         _same(binding.spmm(spmm, data, cols, y, None), naive.spmm_t(data, pattern, y))
         _same(binding.sddmm(sddmm, rows, y, x), naive.sddmm(pattern, y, x))
+
+
+def _test_quantized(binding: Binding, library: ctypes.CDLL, dtype: mx.Dtype, bits: int) -> None:
+    """Compare both products by quantized blocks with the oracle's."""
+    qspmm = Kernel(library, "qspmm")
+    for block_size, group_size in ((32, 32), (64, 32), (128, 128)):
+        shape = (4 * block_size, 5 * block_size)
+        pattern = CSRPattern(_INDPTR, _INDICES, shape, block_size)
+        lead = (pattern.n_blocks, block_size)
+        packed = _words((*lead, block_size * bits // 32))
+        scales = _numbers((*lead, block_size // group_size), dtype)
+        matrix, bias = (packed, scales, -scales), _numbers(shape[:1], dtype)
+        rows, cols = pattern.layout.rows, pattern.layout.cols
+        for n in _ROWS:
+            x, y = _numbers((n, shape[1]), dtype), _numbers((n, shape[0]), dtype)
+            found = binding.qspmm(qspmm, *matrix, rows, x, bias)
+            _same(found, naive.qspmm(*matrix, pattern, x, bias))
+            found = binding.qspmm(qspmm, *matrix, cols, y, None)
+            _same(found, naive.qspmm_t(*matrix, pattern, y))
+
+
+def _words(shape: tuple[int, ...]) -> mx.array:
+    """Return words of mixed bits."""
+    size = mx.zeros(shape).size
+    return (mx.arange(size, dtype=mx.uint32) * 2654435769 + 12345).reshape(shape)
 
 
 def _test_index(path: Path) -> None:
