@@ -112,12 +112,15 @@ class CPUPrimitive : public mx::Primitive {
 // Inputs: indptr, indices, data, x, [scales, biases], [perm], [bias].
 class SparseProduct : public CPUPrimitive {
  public:
-  SparseProduct(mx::Stream stream, const void* kernel, bool quantized, bool transposed, bool biased)
+  // `width` is that of the result, where it is not the rows of the CSR: 0 where it is.
+  SparseProduct(mx::Stream stream, const void* kernel, bool quantized, bool transposed, bool biased,
+                int width = 0)
       : CPUPrimitive(stream),
         kernel_(kernel),
         quantized_(quantized),
         transposed_(transposed),
-        biased_(biased) {}
+        biased_(biased),
+        width_(width) {}
 
   const char* name() const override {
     return quantized_ ? "QuantizedSparseProduct" : "SparseProduct";
@@ -125,12 +128,13 @@ class SparseProduct : public CPUPrimitive {
 
   bool is_equivalent(const mx::Primitive& other) const override {
     const auto& same = static_cast<const SparseProduct&>(other);
-    return kernel_ == same.kernel_ && transposed_ == same.transposed_ && biased_ == same.biased_;
+    return kernel_ == same.kernel_ && transposed_ == same.transposed_ && biased_ == same.biased_ &&
+           width_ == same.width_;
   }
 
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
     auto shape = inputs[3].shape();
-    shape.back() = (inputs[0].size() - 1) * block_size(inputs[2]);
+    shape.back() = width_ ? width_ : (inputs[0].size() - 1) * block_size(inputs[2]);
     return {shape};
   }
 
@@ -144,7 +148,7 @@ class SparseProduct : public CPUPrimitive {
            static_cast<const int32_t*>(contiguous(inputs[1], encoder)),
            nullptr,
            static_cast<int64_t>(inputs[0].size()) - 1,
-           x.shape(-1) / block_size(data),
+           width_ ? width_ : x.shape(-1) / block_size(data),
            static_cast<int64_t>(inputs[1].size()),
            block_size(data)};
     p.data = contiguous(data, encoder);
@@ -180,6 +184,7 @@ class SparseProduct : public CPUPrimitive {
   bool quantized_;
   bool transposed_;
   bool biased_;
+  int width_;
 };
 
 // Inputs: indptr, indices, y, x.
@@ -294,6 +299,18 @@ MLX_SPARSE_EXPORT const char* make_spmm(void* out, const void* kernel, void* dat
   const auto dtype = inputs[3].dtype();
   return write(out, std::move(inputs), dtype, [&](mx::Stream stream) {
     return std::make_shared<SparseProduct>(stream, kernel, false, perm != none, bias != none);
+  });
+}
+
+// The transpose of scalars times one row, by the CSR of the matrix itself, of `width` columns.
+MLX_SPARSE_EXPORT const char* make_spmm_t(void* out, const void* kernel, void* data, void* indptr,
+                                          void* indices, void* x, int width) {
+  std::vector<mx::array> inputs;
+  inputs.reserve(4);
+  for (void* object : {indptr, indices, data, x}) inputs.push_back(unwrap(object));
+  const auto dtype = inputs[3].dtype();
+  return write(out, std::move(inputs), dtype, [&](mx::Stream stream) {
+    return std::make_shared<SparseProduct>(stream, kernel, false, false, false, width);
   });
 }
 

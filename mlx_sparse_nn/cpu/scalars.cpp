@@ -31,6 +31,7 @@ constexpr int MAX_VECTORS = REGISTERS / 4;  // whose sums stay in registers
 constexpr int TILE = LANES<Wide>;
 constexpr int ROWS = 16;  // of A whose sums are written together
 constexpr int64_t LONG = 8192;
+constexpr int64_t MAX_PARTS = 16;
 // Terms from what is computed to what is fetched: of their own arrays, and of wide rows of x.
 constexpr int64_t AHEAD = 256;
 constexpr int64_t ROWS_AHEAD = 4;
@@ -370,9 +371,9 @@ SumRows* kernel_of(const Product& p, int64_t width) {
     constexpr int L = decltype(lanes)::value;
     kernel = sum_rows<L, decltype(vectors)::value>;
     if constexpr (L == 1) {
-      const bool is_row = p.N == 1;
-      if (is_row)
+      if (p.N == 1) {
         kernel = p.a.perm ? sum_rows_of_one<true, Element> : sum_rows_of_one<false, Element>;
+      }
     }
   });
   return kernel;
@@ -558,6 +559,57 @@ void sample(const SampledProduct& p) {
   }
 }
 
+// ---- spmm_t of a single row of x
+
+// Parts of the stored values that are summed apart: few, where adding their sums is not little
+// work.
+int64_t spread_parts(const Csr& a) {
+  return std::clamp<int64_t>(a.n_blocks / (4 * a.C), 1, MAX_PARTS);
+}
+
+// sums[indices[j]] += data[j] x for the entries [begin, end) of one row
+INLINE void spread_row(const Element* data, const int32_t* indices, int64_t begin, int64_t end,
+                       Parts x, Lane* sums) {
+  for (int64_t j = begin; j < end; ++j) {
+    const Parts w = parts_of(data[j]);
+    Lane* to = sums + int64_t(indices[j]) * PARTS;
+    if (COMPLEX) {
+      to[0] += w.of[0] * x.of[0] - w.of[PARTS - 1] * x.of[PARTS - 1];
+      to[PARTS - 1] += w.of[0] * x.of[PARTS - 1] + w.of[PARTS - 1] * x.of[0];
+    } else {
+      to[0] += w.of[0] * x.of[0];
+    }
+  }
+}
+
+void spread(const Product& p) {
+  const Csr& a = p.a;
+  const int64_t n_parts = spread_parts(a), width = a.C * PARTS;
+  Lane* sums = static_cast<Lane*>(p.scratch);  // (n_parts, width)
+  for (int64_t v = 0; v < p.V; ++v) {
+    const Element* data = static_cast<const Element*>(p.data) + v * a.n_blocks;
+    const Element* x = static_cast<const Element*>(p.x.values) + v * p.x.v_step;
+    Item* y = static_cast<Item*>(p.y.values) + v * p.y.v_step;
+    share(p.crew, n_parts, 4 * double(a.n_blocks), [&](int64_t first, int64_t last, int) {
+      for (int64_t part = first; part < last; ++part) {
+        Lane* to = sums + part * width;
+        std::fill(to, to + width, Lane(0));
+        each_row(a, a.n_blocks * part / n_parts, a.n_blocks * (part + 1) / n_parts,
+                 [&](int64_t r, int64_t begin, int64_t end) {
+                   spread_row(data, a.indices, begin, end, parts_of(x[r * p.x.c_step]), to);
+                 });
+      }
+    });
+    share(p.crew, a.C, double(n_parts * width), [&](int64_t first, int64_t last, int) {
+      for (int64_t part = 1; part < n_parts; ++part) {
+        for (int64_t l = first * PARTS; l < last * PARTS; ++l) sums[l] += sums[part * width + l];
+      }
+      const Wide* from = reinterpret_cast<const Wide*>(sums) + first;
+      scatter(from, 0, 1, last - first, y + first * p.y.c_step, 0, p.y.c_step);
+    });
+  }
+}
+
 }  // namespace
 
 MLX_SPARSE_EXPORT size_t spmm_scratch(const Product* p) {
@@ -565,6 +617,13 @@ MLX_SPARSE_EXPORT size_t spmm_scratch(const Product* p) {
   return sizes.packed + 3 * sizes.cuts + sizes.partial;
 }
 MLX_SPARSE_EXPORT void spmm(const Product* p) { multiply(*p); }
+
+// The transposed product of a single row of x by the CSR of A itself: y[v, 0, c] = sum over r of
+// A_v[r, c] x[v, 0, r]. a.perm and bias are null.
+MLX_SPARSE_EXPORT size_t spmm_t_scratch(const Product* p) {
+  return spread_parts(p->a) * p->a.C * sizeof(Wide);
+}
+MLX_SPARSE_EXPORT void spmm_t(const Product* p) { spread(*p); }
 
 MLX_SPARSE_EXPORT size_t sddmm_scratch(const SampledProduct* p) {
   const Sampling sizes = sampling_of(*p);

@@ -186,14 +186,21 @@ def test_results_have_the_order_of_x():
     assert np.array(y.T, copy=False).flags.c_contiguous
 
 
+def test_the_transpose_of_one_row_needs_no_transpose():
+    pattern = random_pattern(40, 30, 1)
+    data, _, y = operands(pattern, 1)
+    assert_equal(cpu.spmm_t(data, pattern.layout, y), naive.spmm_t(data, pattern, y))
+    assert "cols" not in vars(pattern.layout)
+
+
 @pytest.mark.parametrize("block_size", [1, 32])
 def test_a_call_computes_nothing(block_size):
     """A product of a second and a half in plain MLX is made in microseconds."""
     n = 4096 // block_size
     pattern = random_pattern(n, n, block_size, density=0.3)
     data, x, y = operands(pattern, 256)
-    mx.eval(data, x, y, spmm(data, pattern, x[:1]), spmm_t(data, pattern, y[:1]))
-    mx.eval(sddmm(pattern, y[:1], x[:1]))
+    mx.eval(data, x, y, spmm(data, pattern, x[:2]), spmm_t(data, pattern, y[:2]))
+    mx.eval(sddmm(pattern, y[:2], x[:2]))
     start = time.perf_counter()
     results = [spmm(data, pattern, x), spmm_t(data, pattern, y), sddmm(pattern, y, x)]
     made = time.perf_counter() - start

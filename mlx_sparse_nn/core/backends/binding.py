@@ -65,6 +65,7 @@ class Binding:
         self.is_tracer = library.is_tracer
         self.is_tracer.argtypes, self.is_tracer.restype = [_OBJECT], ctypes.c_bool
         self._spmm = _function(library, "make_spmm", 6)
+        self._spmm_t = _function(library, "make_spmm_t", 4, ctypes.c_int)
         self._qspmm = _function(library, "make_qspmm", 8)
         self._sddmm = _function(library, "make_sddmm", 4)
 
@@ -74,6 +75,13 @@ class Binding:
         """Return the product with a side of the matrix, not computed yet."""
         out = mx.array(0)  # C++ writes the product into it
         error = self._spmm(out, kernel.address, data, side.indptr, side.indices, side.perm, x, bias)
+        return out if error is None else _refuse(error)
+
+    def spmm_t(self, kernel: Kernel, data: mx.array, rows: Side, y: mx.array) -> mx.array:
+        """Return the product of the transpose of scalars with one row, not computed yet."""
+        out = mx.array(0)
+        matrix = data, rows.indptr, rows.indices
+        error = self._spmm_t(out, kernel.address, *matrix, y, rows.n_block_cols)
         return out if error is None else _refuse(error)
 
     def qspmm(
@@ -126,9 +134,9 @@ def _refuse(error: bytes) -> mx.array:
     raise RuntimeError(f"[mlx_sparse_nn] {error.decode()}")
 
 
-def _function(library: ctypes.PyDLL, name: str, n_arrays: int) -> Any:
-    """Return a function of an array to write to, a kernel, and arrays or None."""
+def _function(library: ctypes.PyDLL, name: str, n_arrays: int, *others: Any) -> Any:
+    """Return a function of an array to write to, a kernel, arrays or None, and others."""
     function = library[name]
-    function.argtypes = [_OBJECT, ctypes.c_void_p, *[_OBJECT] * n_arrays]
+    function.argtypes = [_OBJECT, ctypes.c_void_p, *[_OBJECT] * n_arrays, *others]
     function.restype = ctypes.c_char_p
     return function

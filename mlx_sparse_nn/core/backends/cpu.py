@@ -39,10 +39,16 @@ _FAILURES = (build.BuildError, LayoutError, OSError)
 
 
 class Kernels(NamedTuple):
-    """The kernels of a dtype and block size."""
+    """The kernels of a dtype and block size.
+
+    Args:
+        spmm_t: Of scalars alone, for a single row: it spreads the rows of the matrix, and needs no
+            transpose. ``spmm`` takes one in all other cases.
+    """
 
     spmm: Kernel
     sddmm: Kernel
+    spmm_t: Kernel | None
 
 
 def is_available() -> bool:
@@ -82,8 +88,10 @@ def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = No
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; see ``plain.spmm_t``."""
-    kernel = _kernels(y.dtype, layout.block_size).spmm
-    return _binding().spmm(kernel, data, layout.cols, y, None)
+    kernels = _kernels(y.dtype, layout.block_size)
+    if kernels.spmm_t is not None and y.shape[-2] == 1:
+        return _binding().spmm_t(kernels.spmm_t, data, layout.rows, y)
+    return _binding().spmm(kernels.spmm, data, layout.cols, y, None)
 
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
@@ -155,7 +163,8 @@ def _kernels(dtype: mx.Dtype, block_size: int) -> Kernels:
         BuildError, OSError: They cannot be had.
     """
     loaded = ctypes.CDLL(str(library(dtype, block_size)))
-    return Kernels(Kernel(loaded, "spmm"), Kernel(loaded, "sddmm"))
+    spmm_t = Kernel(loaded, "spmm_t") if block_size == 1 else None
+    return Kernels(Kernel(loaded, "spmm"), Kernel(loaded, "sddmm"), spmm_t)
 
 
 @cache

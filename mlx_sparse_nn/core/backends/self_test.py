@@ -54,6 +54,9 @@ def _test_products(
         _same(binding.spmm(spmm, data, rows, x, bias), naive.spmm(data, pattern, x, bias))
         _same(binding.spmm(spmm, data, cols, y, None), naive.spmm_t(data, pattern, y))
         _same(binding.sddmm(sddmm, rows, y, x), naive.sddmm(pattern, y, x))
+        if n == block_size == 1:
+            spmm_t = Kernel(library, "spmm_t")
+            _same(binding.spmm_t(spmm_t, data, rows, y), naive.spmm_t(data, pattern, y))
 
 
 def _test_quantized(binding: Binding, library: ctypes.CDLL, dtype: mx.Dtype, bits: int) -> None:

@@ -14,6 +14,8 @@ size_t spmm_scratch(const Product* p);
 void spmm(const Product* p);
 size_t sddmm_scratch(const SampledProduct* p);
 void sddmm(const SampledProduct* p);
+size_t spmm_t_scratch(const Product* p);
+void spmm_t(const Product* p);
 }
 
 }  // namespace mlx_sparse_nn
@@ -153,6 +155,36 @@ void check_sddmm(Chance& chance) {
   }
 }
 
+#if BLOCK == 1
+// The transposed product that scalars have for a single row of x.
+void check_spmm_t(Chance& chance) {
+  Sizes s(chance);
+  s.N = 1;
+  Pattern pattern(chance, s.R, s.C, s.most_blocks(), chance.one_in(2) ? LONG_ROW : 0);
+  Array<E> data(s.V * pattern.n_blocks);
+  for (size_t i = 0; i < data.size; ++i) data[i] = chance.small<E>();
+  Matrices<E> x(chance, s.V, 1, s.R, false), y(chance, s.V, 1, s.C, true);
+  x.fill(chance);
+
+  const Csr a = {
+      pattern.indptr.values, pattern.indices.values, nullptr, s.R, s.C, pattern.n_blocks, 1};
+  const Product p = {a, data.values, nullptr, x.rows, y.rows, s.V, 1, nullptr, {}};
+  run(p, spmm_t_scratch, spmm_t, y.array);
+  for (int64_t v = 0; v < s.V; ++v) {
+    Array<Number> sums(s.C);
+    for (int64_t c = 0; c < s.C; ++c) sums[c] = {};
+    for (int64_t r = 0; r < s.R; ++r) {
+      for (int64_t j = pattern.indptr[r]; j < pattern.indptr[r + 1]; ++j) {
+        Number& sum = sums[pattern.indices[j]];
+        sum = sum + number(data[v * pattern.n_blocks + j]) * number(x.at(v, 0, r));
+      }
+    }
+    for (int64_t c = 0; c < s.C; ++c) compare("spmm_t", s, y.at(v, 0, c), sums[c], v, 0, c);
+  }
+  check_gaps("spmm_t", y.array, s.V * s.C);
+}
+#endif
+
 }  // namespace
 }  // namespace drawn
 
@@ -161,5 +193,8 @@ int main(int, char** arguments) {
   for (int i = atoi(arguments[1]); i > 0; --i) {
     drawn::check_spmm(chance);
     drawn::check_sddmm(chance);
+#if BLOCK == 1
+    drawn::check_spmm_t(chance);
+#endif
   }
 }
