@@ -559,7 +559,7 @@ void sample(const SampledProduct& p) {
   }
 }
 
-// ---- spmm_t of a single row of x
+// ---- spmm_t of a single row of x; of several, one after the other
 
 // Parts of the stored values that are summed apart: few, where adding their sums is not little
 // work.
@@ -586,10 +586,11 @@ void spread(const Product& p) {
   const Csr& a = p.a;
   const int64_t n_parts = spread_parts(a), width = a.C * PARTS;
   Lane* sums = static_cast<Lane*>(p.scratch);  // (n_parts, width)
-  for (int64_t v = 0; v < p.V; ++v) {
+  for (int64_t i = 0; i < p.V * p.N; ++i) {
+    const int64_t v = i / p.N, n = i % p.N;
     const Element* data = static_cast<const Element*>(p.data) + v * a.n_blocks;
-    const Element* x = static_cast<const Element*>(p.x.values) + v * p.x.v_step;
-    Item* y = static_cast<Item*>(p.y.values) + v * p.y.v_step;
+    const Element* x = static_cast<const Element*>(p.x.values) + v * p.x.v_step + n * p.x.n_step;
+    Item* y = static_cast<Item*>(p.y.values) + v * p.y.v_step + n * p.y.n_step;
     share(p.crew, n_parts, 4 * double(a.n_blocks), [&](int64_t first, int64_t last, int) {
       for (int64_t part = first; part < last; ++part) {
         Lane* to = sums + part * width;
@@ -618,8 +619,9 @@ MLX_SPARSE_EXPORT size_t spmm_scratch(const Product* p) {
 }
 MLX_SPARSE_EXPORT void spmm(const Product* p) { multiply(*p); }
 
-// The transposed product of a single row of x by the CSR of A itself: y[v, 0, c] = sum over r of
-// A_v[r, c] x[v, 0, r]. a.perm and bias are null.
+// The transposed product by the CSR of A itself, made for a single row of x; a graph compiled
+// without shapes may bring several. y[v, n, c] = sum over r of A_v[r, c] x[v, n, r]. a.perm and
+// bias are null.
 MLX_SPARSE_EXPORT size_t spmm_t_scratch(const Product* p) {
   return spread_parts(p->a) * p->a.C * sizeof(Wide);
 }

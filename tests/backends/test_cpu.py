@@ -414,13 +414,19 @@ def test_nothing_is_left_behind():
     assert mx.get_active_memory() <= before
 
 
-def test_shapeless_compile():
-    pattern = random_pattern(6, 5, 8)
+@pytest.mark.parametrize("block_size", [1, 8, 12])
+@pytest.mark.parametrize("rows", [(20, 7, 1), (1, 20, 7)])
+def test_shapeless_compile(block_size, rows):
+    """One graph for all numbers of rows, whichever it was traced with."""
+    pattern = random_pattern(6, 5, block_size)
     data, x, y = operands(pattern, 20)
-    product = mx.compile(lambda x: cpu.spmm(data, pattern.layout, x * 2), shapeless=True)
-    sample = mx.compile(lambda y, x: cpu.sddmm(pattern.layout, y, x), shapeless=True)
-    for n in (20, 7, 1):
+    layout = pattern.layout
+    product = mx.compile(lambda x: cpu.spmm(data, layout, x * 2), shapeless=True)
+    transposed = mx.compile(lambda y: cpu.spmm_t(data, layout, y), shapeless=True)
+    sample = mx.compile(lambda y, x: cpu.sddmm(layout, y, x), shapeless=True)
+    for n in rows:
         assert_equal(product(x[:n]), 2 * naive.spmm(data, pattern, x[:n]))
+        assert_equal(transposed(y[:n]), naive.spmm_t(data, pattern, y[:n]))
         assert_equal(sample(y[:n], x[:n]), naive.sddmm(pattern, y[:n], x[:n]))
 
 
