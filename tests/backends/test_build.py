@@ -213,7 +213,7 @@ def test_the_command_that_tells(run):
 
 def test_a_mac_computes_in_plain_mlx_and_says_why(monkeypatch, capsys):
     monkeypatch.setattr(cpu.platform, "system", lambda: "Darwin")
-    assert not cpu.is_available()
+    assert not cpu.is_available.__wrapped__()
     assert main(["info"]) == 0
     assert "nobody has measured them beside Accelerate" in capsys.readouterr().out
 

@@ -51,6 +51,7 @@ class Kernels(NamedTuple):
     spmm_t: Kernel | None
 
 
+@cache
 def is_available() -> bool:
     """Return whether kernels can be had here; warn, once, if they should be and are not."""
     return platform.system() == "Linux" and _has(_binding)
