@@ -1,12 +1,21 @@
-// The products of scalars (B = 1), also by the transpose.
+// The products of scalars (B = 1), compiled with -DELEMENT=float, float16, bfloat16, double or
+// complex64. Letters as in ../metal/README.md.
 //
-// Compiled with -DELEMENT=float, float16, bfloat16, double or complex64. What is multiplied is
-// widened before: x becomes a panel, (n_cols, width) in float32 or double, of which a stored value
-// takes one row of `width` lanes. x whose rows of x are neighbours in memory is a panel as it is.
-// A complex number is two lanes, and not conjugated.
+// spmm     y[v, n, r] = bias[r] + sum of data[v, j] x[v, n, indices[j]] over the entries j of row
+//          r; data[v, perm[j]] of the transpose
+// spmm_t   y[v, 0, indices[j]] += data[v, j] x[v, 0, r] over all entries, r the row of j
+// sddmm    out[v, j] = sum over n of y[v, n, r] x[v, n, indices[j]]
 //
-// Sums: each lane adds its values in stored order, alternately to SUMS sums. Rows of more than
-// LONG values are cut, and the sums of the cuts are added in order. The bias comes last.
+// The lanes of vectors are rows of x. An entry takes from a panel, (n_cols, lanes), the row of its
+// column. Where neighbours in a column of x are neighbours in memory, x is a panel as it lies;
+// else it is packed, widened, some rows at a time. A single row of x is gathered from, G values at
+// once. A complex number is two lanes, and not conjugated.
+//
+// Sums in float32, or in float64 of float64. In spmm each lane adds its entries in stored order,
+// to two sums in turn where vectors are few, and a single row to G of them; rows of more than LONG
+// entries are cut, and the sums of the cuts added in order; the bias comes last. In spmm_t parts of
+// all entries are summed apart, and their sums added in order. The cuts and the parts follow from
+// the pattern alone. In sddmm each lane adds its products in order, then lanes are added by halves.
 
 #include <type_traits>
 
