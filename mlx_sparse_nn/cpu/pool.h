@@ -1,4 +1,4 @@
-// The threads that share the work of kernels. They sleep while there is none.
+// The threads that share the work of kernels. They sleep while there is none for some time.
 
 #pragma once
 
@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
@@ -14,6 +15,21 @@
 #include "kernels.h"
 
 namespace mlx_sparse_nn {
+
+// How long a thread looks for more before it sleeps: to wake one takes a tenth of a millisecond,
+// in which a small product is done.
+constexpr std::chrono::microseconds PATIENCE(200);
+
+// Waits for a condition while patience lasts, and lets other threads run; returns whether it came.
+template <class Condition>
+bool look_for(Condition condition) {
+  const auto end = std::chrono::steady_clock::now() + PATIENCE;
+  while (!condition()) {
+    if (std::chrono::steady_clock::now() > end) return false;
+    std::this_thread::yield();
+  }
+  return true;
+}
 
 class Pool {
  public:
@@ -30,15 +46,22 @@ class Pool {
     Job job{n, f, context};
     std::unique_lock<std::mutex> lock(mutex_);
     jobs_.push_back(&job);
+    ++n_jobs_;
+    const int asleep = asleep_;
     lock.unlock();
-    if (n > 2) {
-      work_.notify_all();
-    } else {
-      work_.notify_one();
+    if (asleep > 0) {
+      if (n > 2) {
+        work_.notify_all();
+      } else {
+        work_.notify_one();
+      }
     }
     job.take_steps(0);
     lock.lock();
     leave(job);
+    lock.unlock();
+    if (look_for([&] { return job.helpers == 0; })) return;
+    lock.lock();
     done_.wait(lock, [&] { return job.helpers == 0; });
   }
 
@@ -48,8 +71,8 @@ class Pool {
     void (*const f)(const void*, int64_t, int);
     const void* const context;
     std::atomic<int64_t> next{0};
-    int workers = 1;  // that ever joined: the caller, and helpers
-    int helpers = 0;  // at work now
+    std::atomic<int> helpers{0};  // at work now
+    int workers = 1;              // that ever joined: the caller, and helpers
 
     void take_steps(int worker) {
       for (int64_t i; (i = next.fetch_add(1)) < n;) f(context, i, worker);
@@ -59,10 +82,17 @@ class Pool {
   void help() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      work_.wait(lock, [&] { return !jobs_.empty(); });
+      if (jobs_.empty()) {
+        lock.unlock();
+        look_for([this] { return n_jobs_ > 0; });
+        lock.lock();
+        ++asleep_;
+        work_.wait(lock, [this] { return !jobs_.empty(); });
+        --asleep_;
+      }
       Job& job = *jobs_.front();
-      if (job.next.load() >= job.n) {
-        jobs_.pop_front();
+      if (job.next >= job.n) {
+        leave(job);
         continue;
       }
       const int worker = job.workers++;
@@ -71,19 +101,24 @@ class Pool {
       job.take_steps(worker);
       lock.lock();
       leave(job);
-      if (--job.helpers == 0) done_.notify_all();
+      if (--job.helpers == 0) done_.notify_all();  // the job may be gone from here on
     }
   }
 
   // Takes a job off the list: all of its steps have been taken.
   void leave(const Job& job) {
-    jobs_.erase(std::remove(jobs_.begin(), jobs_.end(), &job), jobs_.end());
+    const auto at = std::find(jobs_.begin(), jobs_.end(), &job);
+    if (at == jobs_.end()) return;
+    jobs_.erase(at);
+    --n_jobs_;
   }
 
   std::mutex mutex_;
   std::condition_variable work_;
   std::condition_variable done_;
   std::deque<Job*> jobs_;
+  std::atomic<int> n_jobs_{0};  // of the list, to be read without the lock
+  int asleep_ = 0;              // helpers
 };
 
 inline int& pool_size() {
