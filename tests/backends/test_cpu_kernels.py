@@ -156,6 +156,17 @@ class TestOnOtherProcessors:
         check(kernel, ARM, tmp_path)
 
 
+@pytest.mark.parametrize("tools", [THREAD, ADDRESS], ids=["threads", "memory"])
+def test_the_pool(tmp_path, tools):
+    """Several threads use it at once, awake and asleep."""
+    program = str(tmp_path / "driver")
+    words = [*command(tools, tools.compiler), "-std=c++17", *tools.flags, f"-I{build.SOURCES}"]
+    source = str(DRIVERS / "pool_users.cpp")
+    subprocess.run([*words, source, "-pthread", "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+
+
 @pytest.mark.parametrize(
     ("file", "right", "wrong", "kernel", "tools", "says"),
     [
