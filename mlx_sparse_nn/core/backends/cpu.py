@@ -178,7 +178,7 @@ def _binding() -> Binding:
     binding = Binding(build.primitive(), n_cores())
     ask_directly(binding.is_tracer)
     # Patterns use theirs from here on. NumPy does without it.
-    with suppress(build.BuildError):
+    with suppress(*_FAILURES):
         build.index()
         index.native.cache_clear()
     return binding
