@@ -39,7 +39,9 @@ def print_info() -> int:
         print(f"CPU: plain, MLX's own operations ({reason})")
     else:
         print(f"CPU: cpu, C++ kernels on {n_cores()} threads")
-        print(f"     compiled by {' '.join(build.compiler())} into {build.cache_folder()}")
+        print(f"     compiled at first use into {build.cache_folder()}")
+        for bad in sorted(build.cache_folder().rglob("*.bad")):
+            print(f"     plain for one: {bad.read_text(encoding='utf-8')} ({bad}; delete to retry)")
     gpus = [backend.NAME for backend in (metal, cuda) if backend.is_available()]
     print(f"GPU: {gpus[0]}, and plain for what has no kernel" if gpus else "GPU: none in this MLX")
     return 0
@@ -52,14 +54,17 @@ def build_all(dtypes: Sequence[str]) -> int:
     if "float32" in dtypes:
         wanted.append((mx.complex64, 1))
     quantized = [(_DTYPES[name], bits) for name in dtypes if name != "float64" for bits in BITS]
+    threads = ThreadPoolExecutor(n_cores())
     try:
-        with ThreadPoolExecutor(n_cores()) as threads:
-            products = threads.map(lambda kind: cpu.library(*kind), wanted)
-            packed = threads.map(lambda kind: cpu.quantized_library(*kind), quantized)
-            paths = [build.primitive(), build.index(), *products, *packed]
+        paths = [build.primitive(), build.index()]
+        products = threads.map(lambda kind: cpu.library(*kind), wanted)
+        packed = threads.map(lambda kind: cpu.quantized_library(*kind), quantized)
+        paths += [*products, *packed]
     except build.BuildError as error:
         print(f"[mlx_sparse_nn] {error}", file=sys.stderr)
         return 1
+    finally:
+        threads.shutdown(cancel_futures=True)
     size, seconds = sum(path.stat().st_size for path in paths) / 1e6, time.perf_counter() - start
     print(f"{len(paths)} libraries ({size:.1f} MB) lie in {build.cache_folder()}: {seconds:.1f} s")
     return 0

@@ -11,7 +11,8 @@
 namespace mlx_sparse_nn {
 
 // How work is shared: run() calls f(context, i, worker) once for each i < n, on at most `size`
-// threads, and returns when all is done. worker < size tells calls apart that run at once.
+// threads, and returns when all is done. worker, less than `size` and n, tells calls apart that run
+// at once.
 struct Crew {
   int size;
   void (*run)(int64_t n, void (*f)(const void* context, int64_t i, int worker),

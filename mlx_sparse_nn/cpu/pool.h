@@ -91,7 +91,8 @@ class Pool {
         --asleep_;
       }
       Job& job = *jobs_.front();
-      if (job.next >= job.n) {
+      // As many workers as pieces, at most: scratch is for no more.
+      if (job.next >= job.n || job.workers >= job.n) {
         leave(job);
         continue;
       }

@@ -99,13 +99,34 @@ Rows allocate_like(const mx::array& x, mx::array& y) {
   return rows_of(y);
 }
 
-// The base of all: computed on a CPU, and differentiated by Python.
+// The base of all: computed on a CPU, and differentiated by Python. Python also maps it, but for
+// functions that MLX maps without a call of Python, as mx.checkpoint's.
 class CPUPrimitive : public mx::Primitive {
  public:
   using mx::Primitive::Primitive;
+  using Mapped = std::pair<std::vector<mx::array>, std::vector<int>>;
 
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
     throw std::runtime_error("[mlx_sparse_nn] this product was made for a CPU");
+  }
+
+ protected:
+  // Returns an operand with its mapped axis, of size m, before all others, or joined with V.
+  mx::array matrices(const mx::array& a, int axis, int m, bool has_v) {
+    if (axis >= 0) {
+      const auto first = mx::moveaxis(a, axis, 0, stream());
+      return has_v ? mx::flatten(first, 0, 1, stream()) : first;
+    }
+    auto shape = a.shape();
+    shape.insert(shape.begin(), m);
+    const auto first = mx::broadcast_to(mx::expand_dims(a, 0, stream()), shape, stream());
+    return has_v ? mx::flatten(first, 0, 1, stream()) : first;
+  }
+
+  static void check_unmapped(const std::vector<int>& axes, std::initializer_list<int> indices) {
+    for (int i : indices) {
+      if (axes[i] >= 0) throw std::invalid_argument("[mlx_sparse_nn] index arrays are not mapped");
+    }
   }
 };
 
@@ -136,6 +157,47 @@ class SparseProduct : public CPUPrimitive {
     auto shape = inputs[3].shape();
     shape.back() = width_ ? width_ : (inputs[0].size() - 1) * block_size(inputs[2]);
     return {shape};
+  }
+
+  // Mapped over x alone, it is one product of more rows; over stored values, of more matrices.
+  Mapped vmap(const std::vector<mx::array>& inputs, const std::vector<int>& axes) override {
+    const int last = inputs.size() - 1, perm = quantized_ ? 6 : 4;
+    check_unmapped(axes, {0, 1, transposed_ ? perm : 0});
+    auto in = inputs;
+    const bool adds = biased_ && axes[last] >= 0;  // a mapped bias
+    if (adds) in.pop_back();
+    const auto &x = inputs[3], &bias = inputs[last];
+    const bool has_v = static_cast<int>(x.ndim()) - (axes[3] >= 0) > 2;
+    const bool maps_values = axes[2] >= 0 || (quantized_ && (axes[4] >= 0 || axes[5] >= 0));
+    int axis = -1;
+    auto unbatched = mx::Shape{};
+    if (maps_values) {
+      int m = 0;
+      for (int i : {2, 3, quantized_ ? 4 : 2, quantized_ ? 5 : 2}) {
+        if (axes[i] >= 0) m = inputs[i].shape(axes[i]);
+      }
+      for (int i : {2, 3}) in[i] = matrices(inputs[i], axes[i], m, has_v);
+      for (int i = 4; quantized_ && i < 6; ++i) in[i] = matrices(inputs[i], axes[i], m, has_v);
+      axis = 0;
+      if (has_v) unbatched = {m, in[3].shape(0) / m};
+    } else if (axes[3] >= 0) {
+      axis = has_v ? 1 : 0;
+      const auto moved = mx::moveaxis(x, axes[3], axis, stream());
+      unbatched = {moved.shape(axis), moved.shape(axis + 1)};
+      in[3] = mx::flatten(moved, axis, axis + 1, stream());
+    }
+    auto primitive = std::make_shared<SparseProduct>(stream(), kernel_, quantized_, transposed_,
+                                                     biased_ && !adds, width_);
+    const auto shape = primitive->output_shapes(in)[0];
+    mx::array y(shape, x.dtype(), primitive, std::move(in));
+    if (unbatched.size()) y = mx::unflatten(y, axis, unbatched, stream());
+    if (adds) {
+      auto added = mx::moveaxis(bias, axes[last], 0, stream());  // (m, n_rows)
+      if (axis < 0) y = mx::expand_dims(y, axis = 0, stream());
+      while (added.ndim() < y.ndim() - axis) added = mx::expand_dims(added, 1, stream());
+      y = mx::add(y, added, stream());
+    }
+    return {{y}, {axis}};
   }
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
@@ -206,6 +268,19 @@ class SampledSparseProduct : public CPUPrimitive {
     shape.push_back(inputs[1].size());
     if (B > 1) shape.insert(shape.end(), {B, B});
     return {shape};
+  }
+
+  Mapped vmap(const std::vector<mx::array>& inputs, const std::vector<int>& axes) override {
+    check_unmapped(axes, {0, 1});
+    auto in = inputs;
+    const int mapped = axes[2] >= 0 ? 2 : 3, m = inputs[mapped].shape(axes[mapped]);
+    const bool has_v = inputs[mapped].ndim() > 3;
+    for (int i : {2, 3}) in[i] = matrices(inputs[i], axes[i], m, has_v);
+    const auto shape = output_shapes(in)[0];
+    auto primitive = std::make_shared<SampledSparseProduct>(stream(), kernel_);
+    const int n = in[3].shape(0) / m;
+    mx::array out(shape, inputs[3].dtype(), primitive, std::move(in));
+    return {{has_v ? mx::unflatten(out, 0, {m, n}, stream()) : out}, {0}};
   }
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {

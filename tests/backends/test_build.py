@@ -143,8 +143,8 @@ exec $real "$@" -O0
 @pytest.mark.parametrize(
     ("source", "code", "reason"),
     [
-        ("primitive", TRAP, "primitive failed its test: it was ended by signal"),
-        ("blocks", TRAP, "blocks-float-2 failed its test: it was ended by signal"),
+        ("primitive", TRAP, "primitive failed its test: it was ended by SIG"),
+        ("blocks", TRAP, "blocks-float-2 failed its test: it was ended by SIG"),
         ("blocks", WRONG, "blocks-float-2 failed its test: AssertionError: a product of shape"),
         ("blocks", "int nothing;", "blocks-float-2 failed its test: AttributeError"),
     ],
@@ -156,11 +156,38 @@ def test_a_library_that_is_wrong_is_never_loaded(run, compiler, tmp_path, source
     cxx = compiler(REPLACED % (source, wrong))
     falls_back(run("-c", PRODUCT, CXX=cxx), reason)
     second = run("-c", PRODUCT, CXX=cxx)
-    falls_back(second, reason, "noted in")
+    falls_back(second, reason, "noted in", "delete that file to try again")
     assert "compiling" not in second[2]
+    assert reason in run("-m", "mlx_sparse_nn", "info", CXX=cxx)[1]
     # The mark is of that compiler: another one builds.
     if source == "primitive":
         assert run("-c", PRODUCT)[:2] == (0, f"cpu {RIGHT}")
+
+
+def test_a_test_that_somebody_ends_says_nothing_of_the_library(run, compiler, tmp_path):
+    """As Ctrl-C does, which reaches the child too: nothing is marked."""
+    ended = tmp_path / "ended.cpp"
+    code = "#include <csignal>\n__attribute__((constructor)) void end() { std::raise(SIGINT); }"
+    ended.write_text(code, encoding="utf-8")
+    cxx = compiler(REPLACED % ("primitive", ended))
+    falls_back(run("-c", PRODUCT, CXX=cxx), "primitive failed its test: ")
+    assert not list((tmp_path / "cache").rglob("*.bad"))
+
+
+def test_a_compiler_that_makes_nothing(run, tmp_path):
+    falls_back(run("-c", PRODUCT, CXX="true"), "made no primitive.so")
+    falls_back(run("-c", PRODUCT, CXX='g++ "-g'), "No closing quotation")
+    assert not list((tmp_path / "cache").rglob("*.bad"))
+
+
+def test_an_image_needs_no_compiler_once_all_is_built(run, tmp_path):
+    assert run("-c", PRODUCT)[:2] == (0, f"cpu {RIGHT}")
+    assert run("-c", PRODUCT, CXX="no-such-compiler") == (0, f"cpu {RIGHT}", "")
+
+
+def test_a_cache_by_a_relative_path(run, tmp_path):
+    assert run("-c", PRODUCT, cache="here")[:2] == (0, f"cpu {RIGHT}")
+    assert "primitive.so" in libraries(tmp_path / "here")
 
 
 def test_a_cache_that_cannot_be_written(run, tmp_path):
@@ -203,12 +230,12 @@ def test_the_command_that_builds(run, tmp_path):
 
 
 def test_the_command_that_tells(run):
-    status, out, _ = run("-m", "mlx_sparse_nn", "info")
-    assert status == 0
-    assert "CPU: cpu, C++ kernels on" in out
     status, out, _ = run("-m", "mlx_sparse_nn", "info", CXX="no-such-compiler")
     assert status == 0
     assert "CPU: plain, MLX's own operations (no C++ compiler was found" in out
+    status, out, _ = run("-m", "mlx_sparse_nn", "info")
+    assert status == 0
+    assert "CPU: cpu, C++ kernels on" in out
 
 
 def test_a_mac_computes_in_plain_mlx_and_says_why(monkeypatch, capsys):

@@ -460,11 +460,41 @@ def test_what_cannot_be_computed_is_left_to_plain_mlx():
         assert choose.choose("spmm", pattern.layout, 0, mx.float32).NAME == "plain"
         empty = CSRPattern([0, 0], [], (8, 8), 8)
         assert choose.choose("spmm", empty.layout, 4, mx.float32).NAME == "plain"
-        seen = []
-        mx.vmap(
-            lambda x: seen.append(choose.choose("spmm", pattern.layout, 4, mx.float32).NAME) or x
-        )(mx.ones((2, 3)))
-        assert seen == ["plain"]
+
+
+@pytest.mark.parametrize("axes", [(0, 0, None), (None, 1, None), (0, None, 0), (None, None, 0)])
+@pytest.mark.parametrize("v", [(), (2,)])
+@pytest.mark.parametrize("block_size", [1, 8])
+def test_primitives_are_mapped(axes, v, block_size):
+    """As MLX maps what it has traced, without the products' own rule: mx.checkpoint's graph."""
+    pattern = random_pattern(3, 4, block_size, density=0.7)
+    layout, m = pattern.layout, 3
+    shapes = [(*v, *pattern.data_shape), (*v, 5, pattern.shape[1]), pattern.shape[:1]]
+    mapped = lambda shape, axis: shape if axis is None else (*shape[:axis], m, *shape[axis:])
+    data, x, bias = (
+        integers(mapped(shape, axis), seed)
+        for seed, (shape, axis) in enumerate(zip(shapes, axes, strict=True))
+    )
+    one = lambda a, axis, i: a if axis is None else mx.take(a, i, axis=axis)
+    y = mx.vmap(lambda data, x, bias: cpu.spmm(data, layout, x, bias), axes)(data, x, bias)
+    for i in range(m):
+        each = [one(a, axis, i) for a, axis in zip((data, x, bias), axes, strict=True)]
+        assert_equal(y[i], naive.spmm(each[0], pattern, *each[1:]))
+    if axes[1] is not None:
+        g = integers((*v, 5, pattern.shape[0]), 9)
+        samples = mx.vmap(lambda x: cpu.sddmm(layout, g, x), axes[1])(x)
+        for i in range(m):
+            assert_equal(samples[i], naive.sddmm(pattern, g, one(x, axes[1], i)))
+
+
+def test_a_checkpoint_is_mapped():
+    pattern = random_pattern(3, 4, 8, density=0.7)
+    data, x, _ = operands(pattern, 5)
+    xs = mx.stack([x, 2 * x, -x])
+    loss = mx.checkpoint(lambda x: spmm(data, pattern, x))
+    assert_equal(mx.vmap(loss)(xs), naive.spmm(data, pattern, xs))
+    gradient = mx.vmap(mx.grad(lambda x: (loss(x) ** 2).sum()))(xs)
+    assert_equal(gradient, 2 * naive.spmm_t(data, pattern, naive.spmm(data, pattern, xs)))
 
 
 def test_values_that_are_not_finite():

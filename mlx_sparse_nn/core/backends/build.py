@@ -14,7 +14,9 @@ import platform
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from threading import Lock
 
@@ -27,6 +29,7 @@ PRIMITIVE_FLAGS = ("-std=c++20", *KERNEL_FLAGS[1:], "-pthread")
 SELF_TEST = "mlx_sparse_nn.core.backends.self_test"
 SELF_TEST_SECONDS = 120  # far more than it takes, on any machine
 MLX_VERSION: str = mx.__version__  # pyright: ignore[reportAttributeAccessIssue]
+_FAULTS = ("SIGILL", "SIGABRT", "SIGBUS", "SIGFPE", "SIGSEGV")  # by which a library ends a process
 _LAST_LINES = 12  # of what a compiler says
 
 _locks: defaultdict[Path, Lock] = defaultdict(Lock)  # one for each library
@@ -80,7 +83,7 @@ def built_index() -> Path | None:
     try:
         path = _path("index", (*KERNEL_FLAGS, *_processor_flags()), _mlx_identity())
         return path if path.exists() else None
-    except BuildError:
+    except (BuildError, OSError):
         return None
 
 
@@ -92,7 +95,7 @@ def cache_folder() -> Path:
     """
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = base / "mlx_sparse_nn"
+        folder = base.absolute() / "mlx_sparse_nn"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = folder.stat()
     except (OSError, RuntimeError) as error:
@@ -112,7 +115,11 @@ def compiler() -> list[str]:
     import shutil
 
     wanted = os.environ.get("CXX")
-    for command in [shlex.split(wanted)] if wanted else [[name] for name in COMPILERS]:
+    try:
+        commands = [shlex.split(wanted)] if wanted else [[name] for name in COMPILERS]
+    except ValueError as error:
+        raise BuildError(f"CXX={wanted} is no command: {error}") from error
+    for command in commands:
         if command and (path := shutil.which(command[0])):
             return [path, *command[1:]]
     looked = f"CXX={wanted}" if wanted else ", ".join(COMPILERS)
@@ -126,9 +133,12 @@ def _library(
     name: str, source: str, flags: Sequence[str], identity: str, test: Sequence[str] = ()
 ) -> Path:
     """Return the library of a source and flags; built, tested and renamed if it is not there."""
-    path = _path(name, flags, identity)
-    if path.exists():
-        return path
+    try:
+        path = _path(name, flags, identity)
+        if path.exists():
+            return path
+    except OSError as error:
+        raise BuildError(f"{name} cannot be read: {error}") from error
     import tempfile
 
     with _locks[path]:
@@ -136,26 +146,33 @@ def _library(
             return path
         bad = path.with_suffix(".bad")
         if bad.exists():
-            raise BuildError(f"{bad.read_text(encoding='utf-8')} (noted in {bad})")
+            reason = bad.read_text(encoding="utf-8")
+            raise BuildError(f"{reason} (noted in {bad}; delete that file to try again)")
         command = compiler()
-        print(
-            f"[mlx_sparse_nn] compiling {name} for this CPU with {Path(command[0]).name}, once",
-            file=sys.stderr,
-            flush=True,
-        )
+        _say(f"compiling {name} for this CPU with {Path(command[0]).name}, once")
         try:
-            path.parent.mkdir(mode=0o700, exist_ok=True)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
                 made = Path(folder) / path.name
                 file = str(SOURCES / f"{source}.cpp")
                 _compile([*command, f"-I{SOURCES}", file, *flags, "-o", str(made)])
-                if failure := _self_test([*test[:1], str(made), *test[1:]], folder):
-                    bad.write_text(f"{name} failed its test: {failure}", encoding="utf-8")
-                    raise BuildError(bad.read_text(encoding="utf-8"))
+                if not made.exists():
+                    raise BuildError(f"{' '.join(command)} made no {path.name}")
+                failure, is_final = _self_test([*test[:1], str(made), *test[1:]], folder)
+                if failure:
+                    reason = f"{name} failed its test: {failure}"
+                    if is_final:
+                        bad.write_text(reason, encoding="utf-8")
+                    raise BuildError(reason)
                 made.replace(path)
         except OSError as error:
             raise BuildError(f"{name} cannot be built: {error}") from error
     return path
+
+
+def _say(text: str) -> None:
+    with suppress(OSError, ValueError):  # who closed stderr wants to hear nothing
+        print(f"[mlx_sparse_nn] {text}", file=sys.stderr, flush=True)
 
 
 def _compile(command: list[str]) -> None:
@@ -167,12 +184,18 @@ def _compile(command: list[str]) -> None:
         raise BuildError(f"{' '.join(command)} failed:\n{last}")
 
 
-def _self_test(arguments: Sequence[str], folder: str) -> str:
-    """Test a library in a process of its own; return what went wrong, or an empty string."""
+def _self_test(arguments: Sequence[str], folder: str) -> tuple[str, bool]:
+    """Test a library in a process of its own.
+
+    Returns:
+        What went wrong, or an empty string; and whether that is the library's fault. A process may
+        also be ended by somebody else, as by Ctrl-C.
+    """
+    import signal
     import subprocess
 
     command = [sys.executable, "-m", SELF_TEST, *arguments]
-    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    paths = os.pathsep.join(str(path) or os.getcwd() for path in sys.path)
     environment = {**os.environ, "PYTHONPATH": paths}
     try:
         done = subprocess.run(
@@ -185,19 +208,31 @@ def _self_test(arguments: Sequence[str], folder: str) -> str:
             timeout=SELF_TEST_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        return f"it did not end within {SELF_TEST_SECONDS} s"
+        return f"it did not end within {SELF_TEST_SECONDS} s", False
     if done.returncode < 0:
-        return f"it was ended by signal {-done.returncode}"
+        name = signal.Signals(-done.returncode).name
+        return f"it was ended by {name}", name in _FAULTS
     if done.returncode:
-        return (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
-    return ""
+        lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+        return lines[-1], True
+    return "", False
 
 
 def _path(name: str, flags: Sequence[str], identity: str) -> Path:
-    """Return where a library lies: by all that it depends on, and by what it is compiled for."""
+    """Return where a library lies: by all that it depends on, and by what it is compiled for.
+
+    The compiler has a level of its own. Where there is none, as in the image of a container, a
+    library counts that any compiler made.
+    """
     common = [flag for flag in flags if not flag.startswith("-D")]
-    parts = [*_sources(), *common, *_compiler_identity(), _processor(), identity]
-    return cache_folder() / _key(parts) / f"{name}.so"
+    folder = cache_folder() / _key([*_sources(), *common, _processor(), identity])
+    try:
+        return folder / _key(_compiler_identity()) / f"{name}.so"
+    except BuildError:
+        made = sorted(folder.glob(f"*/{name}.so"))
+        if not made:
+            raise
+        return made[0]
 
 
 def _key(parts: Sequence[str]) -> str:
@@ -238,7 +273,7 @@ def _processor() -> str:
     """Return what ``-march=native`` stands for: the features of the first core."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            core = [line for line in iter(file.readline, "\n") if line]
+            core = list(takewhile(str.strip, file))
     except OSError:
         return platform.processor()
     names = ("flags", "Features", "CPU implementer", "CPU part", "vendor_id", "cpu family", "model")

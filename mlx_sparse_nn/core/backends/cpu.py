@@ -22,7 +22,7 @@ from mlx_sparse_nn.core.backends.binding import Binding, Kernel, LayoutError
 from mlx_sparse_nn.core.cores import n_cores
 from mlx_sparse_nn.core.layout import Layout
 from mlx_sparse_nn.core.quantized import bits_of
-from mlx_sparse_nn.core.transforms import ask_directly, vmapping
+from mlx_sparse_nn.core.transforms import ask_directly
 
 NAME = "cpu"
 ELEMENTS = {
@@ -69,12 +69,8 @@ def why_not() -> str | None:
 
 
 def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, bits: int) -> bool:
-    """Return whether there is a kernel for a product: for all but empty ones, and under vmap.
-
-    ``mx.vmap`` traces each operation, and no primitive of this package can be mapped: the products'
-    own rule computes the mapped ones.
-    """
-    if layout.data_shape[0] * n_x * n_matrices == 0 or vmapping():
+    """Return whether there is a kernel for a product: for all but empty ones."""
+    if layout.data_shape[0] * n_x * n_matrices == 0:
         return False
     if bits:
         return _has(_quantized_kernel, dtype, bits)
@@ -190,10 +186,21 @@ def _has(get: Callable, *arguments: object) -> bool:
     try:
         get(*arguments)
     except _FAILURES as error:
+        _warn(error)
+        return False
+    return True
+
+
+_has_warned = False
+
+
+def _warn(error: Exception) -> None:
+    """Warn of the first failure; ``python -m mlx_sparse_nn info`` tells of all."""
+    global _has_warned
+    if not _has_warned:
         warnings.warn(
             f"[mlx_sparse_nn] products on the CPU run in plain MLX, several times slower: {error}",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=4,
         )
-        return False
-    return True
+        _has_warned = True

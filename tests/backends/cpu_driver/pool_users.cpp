@@ -15,34 +15,42 @@ using namespace mlx_sparse_nn;
 namespace {
 
 constexpr int USERS = 3;
-constexpr int JOBS = 400;
+constexpr int JOBS = 600;
 std::atomic<int> wrong{0};
 
 struct Job {
   std::atomic<int64_t>* sums;  // of each worker
+  int n_workers;
 };
 
 void add_square(const void* context, int64_t i, int worker) {
-  static_cast<const Job*>(context)->sums[worker] += i * i;
+  const Job& job = *static_cast<const Job*>(context);
+  if (worker >= job.n_workers) {
+    ++wrong;
+  } else {
+    job.sums[worker] += i * i;
+  }
+  if (i % 3 == 0) std::this_thread::yield();
 }
 
 void use() {
   const Crew threads = crew();
-  for (int n = 1; n <= JOBS; ++n) {
-    std::vector<std::atomic<int64_t>> sums(threads.size);
-    const Job job{sums.data()};
+  for (int i = 1; i <= JOBS; ++i) {
+    const int n = i % 2 ? i : 1 + i % 7;  // many with fewer pieces than threads
+    std::vector<std::atomic<int64_t>> sums(std::min(n, threads.size));
+    const Job job{sums.data(), static_cast<int>(sums.size())};
     threads.run(n, add_square, &job);
     int64_t sum = 0;
     for (auto& part : sums) sum += part;
     if (sum != int64_t(n - 1) * n * (2 * n - 1) / 6) ++wrong;
-    if (n % 8 == 0) std::this_thread::sleep_for(2 * PATIENCE);
+    if (i % 8 == 0) std::this_thread::sleep_for(2 * PATIENCE);
   }
 }
 
 }  // namespace
 
 int main() {
-  pool_size() = 4;
+  pool_size() = 8;
   std::vector<std::thread> users;
   for (int i = 0; i < USERS; ++i) users.emplace_back(use);
   for (auto& user : users) user.join();
