@@ -96,6 +96,11 @@ def sweep_all(args: argparse.Namespace) -> None:
     axes = {name: getattr(args, name) for name in sweep.AXES if name != "shape"}
     if args.features:
         axes["shape"] = [s for s in sweep.AXES["shape"] if {*s} <= {*args.features}]
+    for name, values in sweep.AXES.items():
+        known = set(values) if name != "shape" else {size for shape in values for size in shape}
+        wanted = args.features if name == "shape" else axes[name]
+        if unknown := set(wanted or ()) - known:
+            sys.exit(f"[benchmarks] a sweep has no {name} {sorted(unknown)}, but {sorted(known)}")
     cells = sweep.grid(args.device, args.quick, **axes)
     try:
         results = sweep.run(cells, args.device, output, args.quick)

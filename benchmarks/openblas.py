@@ -32,6 +32,9 @@ def installed() -> str:
     found = importlib.util.find_spec("scipy_openblas32")
     if found is None or found.origin is None:
         return ""
+    if " " in str(RENAMED):
+        print(f"[openblas] LD_PRELOAD takes no path with a space: {RENAMED}", file=sys.stderr)
+        return ""
     return str(renamed(Path(found.origin).parent / "lib", RENAMED) or "")
 
 

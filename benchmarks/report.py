@@ -267,9 +267,14 @@ def stored_bytes(result: Result) -> int:
 
 
 def reads(result: Result, roofline: dict[str, Any]) -> float:
-    """Return a call's time over that of reading as many bytes as the stored values have."""
+    """Return a call's time over that of reading as many bytes as the stored values have.
+
+    Peers take turns: what the last cache does not hold beside theirs is read from memory.
+    """
     n_bytes = stored_bytes(result)
-    return seconds(result) / (n_bytes / reading(roofline, n_bytes))
+    cached = n_bytes <= IN_CACHE
+    rate = reading(roofline, n_bytes) if cached else roofline["read"][-1][1] * 1e9
+    return seconds(result) / (n_bytes / rate)
 
 
 def fastest_peer(result: Result) -> float | None:

@@ -52,10 +52,10 @@ def device_of(dtype: mx.Dtype) -> AbstractContextManager:
     return mx.stream(mx.cpu) if dtype == mx.float64 else nullcontext()
 
 
-def backend(op: str, block_size: int = 8, n_x: int = 1) -> ModuleType:
+def backend(op: str, block_size: int = 8, n_x: int = 1, bits: int = 0) -> ModuleType:
     """Return the module that computes a product of float32 blocks here, to spoil it."""
     pattern = CSRPattern([0, 1], [0], (block_size, block_size), block_size)
-    return choose.choose(op, pattern.layout, n_x, mx.float32)
+    return choose.choose(op, pattern.layout, n_x, mx.float32, bits=bits)
 
 
 @contextmanager

@@ -90,7 +90,7 @@ def test_quantized_layers_are_verified(bits, dtype):
 
 @pytest.mark.parametrize(("op", "product"), [("qspmm", "forward"), ("qspmm_t", "input gradient")])
 def test_each_wrong_quantized_product_is_named(monkeypatch, op, product):
-    module = backend(op, 32)
+    module = backend(op, 32, bits=4)
     right = getattr(module, op)
     monkeypatch.setattr(module, op, lambda *args: right(*args).at[1, 7].add(2e-3))
     layer = BlockSparseLinear(32, 64, density=0.5).to_quantized()
