@@ -129,7 +129,7 @@ class Side:
     def is_uniform(self) -> bool:
         return len(self.groups) <= 1 and not self.is_padded
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         arrays = (self.indptr, self.indices, self.perm)
         return sum(array.nbytes for array in arrays if array is not None)
