@@ -113,13 +113,11 @@ class CPUPrimitive : public mx::Primitive {
  protected:
   // Returns an operand with its mapped axis, of size m, before all others, or joined with V.
   mx::array matrices(const mx::array& a, int axis, int m, bool has_v) {
-    if (axis >= 0) {
-      const auto first = mx::moveaxis(a, axis, 0, stream());
-      return has_v ? mx::flatten(first, 0, 1, stream()) : first;
-    }
     auto shape = a.shape();
     shape.insert(shape.begin(), m);
-    const auto first = mx::broadcast_to(mx::expand_dims(a, 0, stream()), shape, stream());
+    const auto first = axis >= 0
+                           ? mx::moveaxis(a, axis, 0, stream())
+                           : mx::broadcast_to(mx::expand_dims(a, 0, stream()), shape, stream());
     return has_v ? mx::flatten(first, 0, 1, stream()) : first;
   }
 
@@ -168,18 +166,18 @@ class SparseProduct : public CPUPrimitive {
     if (adds) in.pop_back();
     const auto &x = inputs[3], &bias = inputs[last];
     const bool has_v = static_cast<int>(x.ndim()) - (axes[3] >= 0) > 2;
-    const bool maps_values = axes[2] >= 0 || (quantized_ && (axes[4] >= 0 || axes[5] >= 0));
+    const std::vector<int> values = quantized_ ? std::vector{2, 4, 5} : std::vector{2};
+    int m = -1;  // matrices, if any values are mapped
+    for (int i : values) {
+      if (axes[i] >= 0) m = inputs[i].shape(axes[i]);
+    }
     int axis = -1;
     auto unbatched = mx::Shape{};
-    if (maps_values) {
-      int m = 0;
-      for (int i : {2, 3, quantized_ ? 4 : 2, quantized_ ? 5 : 2}) {
-        if (axes[i] >= 0) m = inputs[i].shape(axes[i]);
-      }
-      for (int i : {2, 3}) in[i] = matrices(inputs[i], axes[i], m, has_v);
-      for (int i = 4; quantized_ && i < 6; ++i) in[i] = matrices(inputs[i], axes[i], m, has_v);
+    if (m >= 0) {
+      for (int i : values) in[i] = matrices(inputs[i], axes[i], m, has_v);
+      in[3] = matrices(x, axes[3], m, has_v);
       axis = 0;
-      if (has_v) unbatched = {m, in[3].shape(0) / m};
+      if (has_v) unbatched = {m, x.shape(axes[3] == 0 ? 1 : 0)};
     } else if (axes[3] >= 0) {
       axis = has_v ? 1 : 0;
       const auto moved = mx::moveaxis(x, axes[3], axis, stream());
@@ -278,7 +276,7 @@ class SampledSparseProduct : public CPUPrimitive {
     for (int i : {2, 3}) in[i] = matrices(inputs[i], axes[i], m, has_v);
     const auto shape = output_shapes(in)[0];
     auto primitive = std::make_shared<SampledSparseProduct>(stream(), kernel_);
-    const int n = in[3].shape(0) / m;
+    const int n = inputs[mapped].shape(axes[mapped] == 0 ? 1 : 0);
     mx::array out(shape, inputs[3].dtype(), primitive, std::move(in));
     return {{has_v ? mx::unflatten(out, 0, {m, n}, stream()) : out}, {0}};
   }
@@ -326,12 +324,18 @@ mx::array& unwrap(void* object) {
   return *reinterpret_cast<mx::array*>(start + offset);
 }
 
-// Writes the array that `primitive` makes of these inputs into an array object of Python's.
-// Returns what went wrong, or null.
+// Writes into an array object of Python's what a primitive computes of operands, the fourth of
+// which has its dtype; None is left out. Returns what went wrong, or null.
 template <class Make>
-const char* write(void* out, std::vector<mx::array> inputs, mx::Dtype dtype, Make make) {
+const char* write(void* out, std::initializer_list<void*> operands, Make make) {
   static std::string message;
   try {
+    std::vector<mx::array> inputs;
+    inputs.reserve(operands.size());
+    for (void* operand : operands) {
+      if (operand != none) inputs.push_back(unwrap(operand));
+    }
+    const auto dtype = inputs[3].dtype();
     std::shared_ptr<mx::Primitive> primitive = make(mx::default_stream(mx::default_device()));
     auto shape = primitive->output_shapes(inputs)[0];
     unwrap(out) = mx::array(std::move(shape), dtype, std::move(primitive), std::move(inputs));
@@ -366,13 +370,7 @@ MLX_SPARSE_EXPORT bool is_tracer(void* object) { return unwrap(object).is_tracer
 
 MLX_SPARSE_EXPORT const char* make_spmm(void* out, const void* kernel, void* data, void* indptr,
                                         void* indices, void* perm, void* x, void* bias) {
-  std::vector<mx::array> inputs;
-  inputs.reserve(6);
-  for (void* object : {indptr, indices, data, x}) inputs.push_back(unwrap(object));
-  if (perm != none) inputs.push_back(unwrap(perm));
-  if (bias != none) inputs.push_back(unwrap(bias));
-  const auto dtype = inputs[3].dtype();
-  return write(out, std::move(inputs), dtype, [&](mx::Stream stream) {
+  return write(out, {indptr, indices, data, x, perm, bias}, [&](mx::Stream stream) {
     return std::make_shared<SparseProduct>(stream, kernel, false, perm != none, bias != none);
   });
 }
@@ -380,11 +378,7 @@ MLX_SPARSE_EXPORT const char* make_spmm(void* out, const void* kernel, void* dat
 // The transpose of scalars times one row, by the CSR of the matrix itself, of `width` columns.
 MLX_SPARSE_EXPORT const char* make_spmm_t(void* out, const void* kernel, void* data, void* indptr,
                                           void* indices, void* x, int width) {
-  std::vector<mx::array> inputs;
-  inputs.reserve(4);
-  for (void* object : {indptr, indices, data, x}) inputs.push_back(unwrap(object));
-  const auto dtype = inputs[3].dtype();
-  return write(out, std::move(inputs), dtype, [&](mx::Stream stream) {
+  return write(out, {indptr, indices, data, x}, [&](mx::Stream stream) {
     return std::make_shared<SparseProduct>(stream, kernel, false, false, false, width);
   });
 }
@@ -392,26 +386,15 @@ MLX_SPARSE_EXPORT const char* make_spmm_t(void* out, const void* kernel, void* d
 MLX_SPARSE_EXPORT const char* make_qspmm(void* out, const void* kernel, void* packed, void* scales,
                                          void* biases, void* indptr, void* indices, void* perm,
                                          void* x, void* bias) {
-  std::vector<mx::array> inputs;
-  inputs.reserve(8);
-  for (void* object : {indptr, indices, packed, x, scales, biases}) {
-    inputs.push_back(unwrap(object));
-  }
-  if (perm != none) inputs.push_back(unwrap(perm));
-  if (bias != none) inputs.push_back(unwrap(bias));
-  const auto dtype = inputs[3].dtype();
-  return write(out, std::move(inputs), dtype, [&](mx::Stream stream) {
-    return std::make_shared<SparseProduct>(stream, kernel, true, perm != none, bias != none);
-  });
+  return write(
+      out, {indptr, indices, packed, x, scales, biases, perm, bias}, [&](mx::Stream stream) {
+        return std::make_shared<SparseProduct>(stream, kernel, true, perm != none, bias != none);
+      });
 }
 
 MLX_SPARSE_EXPORT const char* make_sddmm(void* out, const void* kernel, void* indptr, void* indices,
                                          void* y, void* x) {
-  std::vector<mx::array> inputs;
-  inputs.reserve(4);
-  for (void* object : {indptr, indices, y, x}) inputs.push_back(unwrap(object));
-  const auto dtype = inputs[3].dtype();
-  return write(out, std::move(inputs), dtype, [&](mx::Stream stream) {
+  return write(out, {indptr, indices, y, x}, [&](mx::Stream stream) {
     return std::make_shared<SampledSparseProduct>(
         stream, static_cast<const Kernel<SampledProduct>*>(kernel));
   });

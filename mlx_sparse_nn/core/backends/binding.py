@@ -73,16 +73,11 @@ class Binding:
         self, kernel: Kernel, data: mx.array, side: Side, x: mx.array, bias: mx.array | None
     ) -> mx.array:
         """Return the product with a side of the matrix, not computed yet."""
-        out = mx.array(0)  # C++ writes the product into it
-        error = self._spmm(out, kernel.address, data, side.indptr, side.indices, side.perm, x, bias)
-        return out if error is None else _refuse(error)
+        return _made(self._spmm, kernel, data, side.indptr, side.indices, side.perm, x, bias)
 
     def spmm_t(self, kernel: Kernel, data: mx.array, rows: Side, y: mx.array) -> mx.array:
         """Return the product of the transpose of scalars with one row, not computed yet."""
-        out = mx.array(0)
-        matrix = data, rows.indptr, rows.indices
-        error = self._spmm_t(out, kernel.address, *matrix, y, rows.n_block_cols)
-        return out if error is None else _refuse(error)
+        return _made(self._spmm_t, kernel, data, rows.indptr, rows.indices, y, rows.n_block_cols)
 
     def qspmm(
         self,
@@ -95,16 +90,12 @@ class Binding:
         bias: mx.array | None,
     ) -> mx.array:
         """Return the product with a side of a matrix of quantized blocks, not computed yet."""
-        out = mx.array(0)
         matrix = packed, scales, biases, side.indptr, side.indices, side.perm
-        error = self._qspmm(out, kernel.address, *matrix, x, bias)
-        return out if error is None else _refuse(error)
+        return _made(self._qspmm, kernel, *matrix, x, bias)
 
     def sddmm(self, kernel: Kernel, side: Side, y: mx.array, x: mx.array) -> mx.array:
         """Return the sampled product, not computed yet."""
-        out = mx.array(0)
-        error = self._sddmm(out, kernel.address, side.indptr, side.indices, y, x)
-        return out if error is None else _refuse(error)
+        return _made(self._sddmm, kernel, side.indptr, side.indices, y, x)
 
 
 def check_layout(array: mx.array) -> None:
@@ -130,8 +121,13 @@ def _check_probe(library: ctypes.PyDLL) -> None:
             raise LayoutError(f"an array of shape {array.shape} was read as {tuple(found)}")
 
 
-def _refuse(error: bytes) -> mx.array:
-    raise RuntimeError(f"[mlx_sparse_nn] {error.decode()}")
+def _made(function: Any, kernel: Kernel, *operands: Any) -> mx.array:
+    """Return the array that a function of the library makes of operands."""
+    out = mx.array(0)  # C++ writes the product into it
+    error = function(out, kernel.address, *operands)
+    if error is not None:
+        raise RuntimeError(f"[mlx_sparse_nn] {error.decode()}")
+    return out
 
 
 def _function(library: ctypes.PyDLL, name: str, n_arrays: int, *others: Any) -> Any:

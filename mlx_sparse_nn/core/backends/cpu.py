@@ -62,7 +62,7 @@ def why_not() -> str | None:
     if platform.system() != "Linux":
         return "C++ kernels are for Linux: nobody has measured them beside Accelerate yet"
     try:
-        Binding(build.primitive(), n_cores())
+        _binding()
     except _FAILURES as error:
         return str(error)
     return None
