@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_sparse_nn.core import blocks, quantized
+from mlx_sparse_nn.core import blocks, edges, quantized
 from mlx_sparse_nn.core.backends.choose import choose
 from mlx_sparse_nn.core.layout import Layout
 from mlx_sparse_nn.core.transforms import transforming
@@ -198,15 +198,25 @@ def _put(order: mx.array, data: mx.array) -> mx.array:
 
 
 def _spmm(layout: Layout, data: mx.array, x: mx.array, bias: mx.array | None = None) -> mx.array:
-    return _backend("spmm", layout, x).spmm(data, layout, x, bias)
+    backend = _backend("spmm", layout, x)
+    if not layout.has_edges:
+        return backend.spmm(data, layout, x, bias)
+    return _crop(layout, 0, backend.spmm(data, layout, *_padded(layout, x, bias)))
 
 
 def _spmm_t(layout: Layout, data: mx.array, y: mx.array) -> mx.array:
-    return _backend("spmm_t", layout, y).spmm_t(data, layout, y)
+    backend = _backend("spmm_t", layout, y)
+    if not layout.has_edges:
+        return backend.spmm_t(data, layout, y)
+    return _crop(layout, 1, backend.spmm_t(data, layout, edges.pad(y, layout.full_shape[0])))
 
 
 def _sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
-    return _backend("sddmm", layout, x).sddmm(layout, y, x)
+    backend = _backend("sddmm", layout, x)
+    if not layout.has_edges:
+        return backend.sddmm(layout, y, x)
+    n_rows, n_cols = layout.full_shape
+    return backend.sddmm(layout, edges.pad(y, n_rows), edges.pad(x, n_cols))
 
 
 def _qspmm(
@@ -218,14 +228,31 @@ def _qspmm(
     bias: mx.array | None = None,
 ) -> mx.array:
     backend = _backend("qspmm", layout, x, quantized.bits_of(packed))
-    return backend.qspmm(packed, scales, biases, layout, x, bias)
+    if not layout.has_edges:
+        return backend.qspmm(packed, scales, biases, layout, x, bias)
+    y = backend.qspmm(packed, scales, biases, layout, *_padded(layout, x, bias))
+    return _crop(layout, 0, y)
 
 
 def _qspmm_t(
     layout: Layout, packed: mx.array, scales: mx.array, biases: mx.array, y: mx.array
 ) -> mx.array:
     backend = _backend("qspmm_t", layout, y, quantized.bits_of(packed))
-    return backend.qspmm_t(packed, scales, biases, layout, y)
+    if not layout.has_edges:
+        return backend.qspmm_t(packed, scales, biases, layout, y)
+    y = edges.pad(y, layout.full_shape[0])
+    return _crop(layout, 1, backend.qspmm_t(packed, scales, biases, layout, y))
+
+
+def _padded(layout: Layout, x: mx.array, bias: mx.array | None) -> tuple[mx.array, mx.array | None]:
+    """Return the operands of a product with whole blocks."""
+    n_rows, n_cols = layout.full_shape
+    return edges.pad(x, n_cols), None if bias is None else edges.pad(bias, n_rows)
+
+
+def _crop(layout: Layout, axis: int, out: mx.array) -> mx.array:
+    """Return of a product with whole blocks what lies in the matrix."""
+    return out[..., : layout.shape[axis]]
 
 
 def _backend(op: str, layout: Layout, x: mx.array, bits: int = 0) -> ModuleType:

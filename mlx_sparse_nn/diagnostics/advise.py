@@ -192,6 +192,8 @@ def advise(
     if isinstance(layer, QuantizedBlockSparseLinear):
         if np.unique(layer.pattern.places).size < layer.pattern.n_blocks:
             left_out[QUANTIZED] = "the pattern stores a block more than once"
+        elif layer.input_dims % layer.group_size:
+            left_out[QUANTIZED] = f"its groups are of {layer.group_size} whole inputs"
         else:
             contestants[QUANTIZED] = _dense_quantized(layer)
     elif reason := _why_not_masked(layer):
@@ -238,11 +240,13 @@ def _dense_quantized(layer: QuantizedBlockSparseLinear) -> nn.QuantizedLinear:
     """Return ``nn.QuantizedLinear`` of the same packed blocks, with zeros where none is stored."""
     pattern = layer.pattern
     places = mx.array(pattern.row_indices), mx.array(pattern.indices)
+    n_cols = pattern.grid[1] * layer.block_size
 
     def dense(blocks: mx.array) -> mx.array:
         grid = mx.zeros((*pattern.grid, *blocks.shape[1:]), blocks.dtype)
         grid[places] = blocks
-        return grid.swapaxes(1, 2).reshape(layer.output_dims, -1)
+        whole = grid.swapaxes(1, 2).reshape(pattern.grid[0] * layer.block_size, -1)
+        return whole[: layer.output_dims, : layer.input_dims * whole.shape[1] // n_cols]
 
     linear = nn.QuantizedLinear.__new__(nn.QuantizedLinear)  # its own would draw random numbers
     nn.Module.__init__(linear)

@@ -199,7 +199,8 @@ def _row(path: str, module: nn.Module, arrays: dict[str, mx.array], optimizer_ar
         )
         lengths = np.diff(pattern.indptr), np.diff(pattern.T.indptr)
         dead_outputs, dead_inputs = (
-            block_size * np.count_nonzero(counts == 0) for counts in lengths
+            _n_in_blocks(counts == 0, block_size, size)
+            for counts, size in zip(lengths, shape, strict=True)
         )
         unstored = shape[0] * shape[1] - macs
     else:
@@ -226,12 +227,21 @@ def _row(path: str, module: nn.Module, arrays: dict[str, mx.array], optimizer_ar
 
 def _values(module: nn.Module, name: str, array: mx.array) -> int:
     """Return how many parameters an array stands for: of a quantized layer, those it packs."""
+    if name == "weight" and isinstance(module, PatternModule):
+        return module.pattern.nnz
     bits = getattr(module, "bits", None)
     if bits is None:
         return array.size
     if name == "weight":
         return array.size * 32 // bits
     return 0 if name in ("scales", "biases") else array.size
+
+
+def _n_in_blocks(chosen: np.ndarray, block_size: int, size: int) -> int:
+    """Return how many of ``size`` features lie in the chosen blocks of them."""
+    sizes = np.full(chosen.size, block_size)
+    sizes[-1:] -= chosen.size * block_size - size
+    return int(sizes[chosen].sum())
 
 
 def _linear_shape(module: nn.Module) -> tuple[int, int] | None:

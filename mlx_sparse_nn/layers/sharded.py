@@ -17,7 +17,6 @@ from mlx_sparse_nn.core.checks import (
     check_indices,
     check_model,
     check_name,
-    check_tiled,
 )
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.layers.linear import BlockSparseLinear, check_layer
@@ -103,7 +102,7 @@ def shard_boundaries(
         raise ValueError(f"[{owner}] layers have different numbers of these features: {sizes}")
     unit = math.lcm(*(block_size for _, _, block_size in sides))
     n_ranks = (group or mx.distributed.init()).size()
-    n_units = sizes[0] // unit
+    n_units = -(-sizes[0] // unit)
     if n_units < n_ranks:
         raise ValueError(
             f"[{owner}] {sizes[0]} features are {n_units} blocks of {unit}, fewer than "
@@ -112,7 +111,7 @@ def shard_boundaries(
     stored = np.zeros(n_units, np.int64)
     for block_indices, _, block_size in sides:
         stored += np.bincount(block_indices * block_size // unit, minlength=n_units) * block_size**2
-    return tuple(int(cut) * unit for cut in _cuts(stored, n_ranks))
+    return tuple(min(int(cut) * unit, sizes[0]) for cut in _cuts(stored, n_ranks))
 
 
 def shard_block_sparse(
@@ -130,9 +129,9 @@ def shard_block_sparse(
             returns its range of the outputs. ``"sharded-to-all"`` splits the block-columns: every
             rank takes its range of the inputs, and all get all outputs.
         boundaries: Where each rank's range of those features begins, and their number:
-            ``group.size() + 1`` rising multiples of the block size. By default those that balance
-            this layer's stored blocks. Two layers that share features need the same ones, from
-            :func:`shard_boundaries`.
+            ``group.size() + 1`` rising numbers, all but the last of them multiples of the block
+            size. By default those that balance this layer's stored blocks. Two layers that share
+            features need the same ones, from :func:`shard_boundaries`.
         group: The processes to share the layer, all of them by default.
 
     Raises:
@@ -270,8 +269,11 @@ def _check_boundaries(
         )
     if cuts[0] != 0 or cuts[-1] != features or sorted(set(cuts)) != cuts:
         raise ValueError(f"[{owner}] boundaries must rise from 0 to {features}, got {cuts}")
-    for cut in cuts:
-        check_tiled(owner, "boundary", cut, block_size)
+    for cut in cuts[1:-1]:
+        if cut % block_size:
+            raise ValueError(
+                f"[{owner}] boundary {cut} is not a multiple of block_size {block_size}"
+            )
     return tuple(cuts)
 
 
@@ -298,7 +300,7 @@ def _slice(pattern: CSRPattern, axis: int, start: int, stop: int) -> tuple[CSRPa
     before = np.concatenate([[0], np.cumsum(inside)])[pattern.indptr]  # inside, by block-row
     if axis == 0:
         indptr, shape = (
-            before[start // block_size : stop // block_size + 1],
+            before[start // block_size : -(-stop // block_size) + 1],
             (stop - start, pattern.shape[1]),
         )
         indices = pattern.indices[inside]

@@ -12,6 +12,7 @@ import mlx.optimizers as optim
 import numpy as np
 
 from mlx_sparse_nn.core.checks import check_density, check_name, check_size
+from mlx_sparse_nn.core.edges import clear
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.scores import (
     Balance,
@@ -159,7 +160,9 @@ def prune(
         layer.pattern.check_unique("prune")
     moments = {path: moments_of("prune", optimizer, model, layer) for path, layer in layers.items()}
     scores = {
-        path: block_scores(layer.weight, score, owner=f"prune {path}".rstrip())
+        path: block_scores(
+            clear(layer.pattern.layout, layer.weight), score, owner=f"prune {path}".rstrip()
+        )
         for path, layer in layers.items()
     }
     before = {path: layer.pattern.n_blocks for path, layer in layers.items()}

@@ -19,6 +19,7 @@ from mlx_sparse_nn.core.checks import (
     check_name,
     check_seed,
 )
+from mlx_sparse_nn.core.edges import clear
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.scores import Score, block_scores, check_score, grid_scores, strongest
 from mlx_sparse_nn.core.table import NOT_MEASURED, Report, Table
@@ -110,7 +111,7 @@ def regrow(
     pattern = layer.pattern
     pattern.check_unique("regrow")
     stored = pattern.places
-    strength = block_scores(layer.weight, score, owner="regrow")
+    strength = block_scores(clear(pattern.layout, layer.weight), score, owner="regrow")
     count = min(round(fraction * stored.size), pattern.n_places - stored.size)
     if criterion == "random":
         grown = _random_places(pattern, np.sort(stored), count, seed)

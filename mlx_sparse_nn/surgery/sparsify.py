@@ -16,7 +16,6 @@ from mlx_sparse_nn.core.checks import (
     check_dims,
     check_model,
     check_name,
-    why_no_blocks,
 )
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.scores import (
@@ -153,7 +152,7 @@ def sparsify(
         1 of 2 linear layers made sparse, density 0.25 in all
         layer      out x in  block  blocks  density
         layers.0  512 x 256     32      32    25.0%
-        layers.2 skipped: output_dims 10 is not a multiple of block_size 32
+        layers.2 skipped: output_dims 10 is less than block_size 32
         ...
     """
     _check_model("sparsify", model, _LINEAR, "BlockSparseLinear.from_linear")
@@ -221,7 +220,7 @@ class _Options:
         """Raise unless they fit a weight ``(output_dims, input_dims)``."""
         check_choice(owner, self.block_size, self.density, self.score, self.balance)
         if self.pattern is None:
-            check_dims(owner, shape, self.block_size)
+            check_dims(owner, shape)
         else:
             check_layer_pattern(owner, self.pattern, shape)
             self.pattern.check_unique(owner)
@@ -244,7 +243,11 @@ class _Target:
         options, pattern = self.options, self.options.pattern
         if pattern is None:
             pattern = strongest_pattern(
-                self.scores, self.n_blocks, options.block_size, options.balance
+                self.scores,
+                self.n_blocks,
+                self.linear.weight.shape,
+                options.block_size,
+                options.balance,
             )
         return BlockSparseLinear.from_linear(self.linear, pattern=pattern)
 
@@ -276,7 +279,7 @@ def _decide(
     if reason := why_not_linear(module):
         return reason
     if predicate is None:
-        return why_no_blocks(module.weight.shape, defaults.block_size) or defaults
+        return _why_too_small(module.weight.shape, defaults.block_size) or defaults
     answer, owner = predicate(path, module), f"sparsify {path}"
     if not isinstance(answer, bool | np.bool_ | dict):
         raise TypeError(f"[{owner}] predicate must return a bool or a dict, got {answer!r}")
@@ -288,6 +291,14 @@ def _decide(
         return "the predicate returned False"
     options.check(owner, module.weight.shape)
     return options
+
+
+def _why_too_small(shape: Sequence[int], block_size: int) -> str | None:
+    """Return in words why a weight ``(output_dims, input_dims)`` fills no block, or None."""
+    for name, size in zip(("output_dims", "input_dims"), shape, strict=True):
+        if size < block_size:
+            return f"{name} {size} is less than block_size {block_size}"
+    return None
 
 
 def _count_blocks(targets: list[_Target], scope: Scope, density: float) -> None:

@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import assert_equal, check_products, computing, flatten, integers, pattern_of
+from support import (
+    assert_equal,
+    check_products,
+    computing,
+    flatten,
+    integers,
+    pattern_of,
+    spoiled,
+    trimmed,
+)
 
 # The same tests of every transform, which run here on the kernels.
 from test_transforms import TestBias, TestOneProduct  # noqa: F401
@@ -31,7 +40,8 @@ def cases(draw):
     n_rows, n_cols = draw(st.integers(1, limit)), draw(st.integers(1, limit))
     row = st.lists(st.integers(0, n_cols - 1), max_size=n_cols + 1)
     rows = draw(st.lists(row, min_size=n_rows, max_size=n_rows).filter(any))
-    pattern = pattern_of(rows, n_cols, block)
+    below, behind = draw(st.integers(0, block - 1)), draw(st.integers(0, block - 1))
+    pattern = trimmed(pattern_of(rows, n_cols, block), below, behind)
     n = draw(st.one_of(st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 33, 64, 65])))
     return pattern, n, draw(st.sampled_from(DTYPES))
 
@@ -44,6 +54,7 @@ def test_forward_gradients_and_second_order(metal, case, with_bias):
     shapes = [pattern.data_shape, (n, pattern.shape[1])]
     shapes += [(pattern.shape[0],)] * with_bias
     primals = [small(shape, i) for i, shape in enumerate(shapes)]
+    primals[0] = spoiled(pattern, primals[0])
     tangents = [small(shape, i + 5) for i, shape in enumerate(shapes)]
     weights = small((n, pattern.shape[0]), 9)
 

@@ -7,7 +7,7 @@ from functools import cache, lru_cache
 
 import mlx.core as mx
 
-from mlx_sparse_nn.core import tuned
+from mlx_sparse_nn.core import edges, tuned
 from mlx_sparse_nn.core.backends import launch
 from mlx_sparse_nn.core.backends.launch import (
     Kernel,
@@ -43,12 +43,14 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
     """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c] + bias[r]; see ``plain.spmm``."""
-    return _product(data, layout.rows, x, layout.shape[0], bias)
+    data = edges.clear_cols(layout, data)
+    return _product(data, layout.rows, x, layout.full_shape[0], bias)
 
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; see ``plain.spmm_t``."""
-    return _product(data, layout.cols, y, layout.shape[1], None)
+    data = edges.clear_rows(layout, data)
+    return _product(data, layout.cols, y, layout.full_shape[1], None)
 
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
@@ -177,7 +179,7 @@ def _by_tensor_cores(
 def _gradient_by_scalars(layout: Layout, n_x: int, n_matrices: int) -> tuple[Kernel, int]:
     """Return the kernel of weight gradients by scalars, and in how many parts the rows go."""
     lanes, threads = min(32, lanes_per_row(layout.rows, layout.block_size)), tuned.GROUP_THREADS
-    width = round_up(layout.shape[0] * lanes, threads)
+    width = round_up(layout.full_shape[0] * lanes, threads)
     groups = width // threads * n_matrices
     n_splits = max(1, min(tuned.CUDA_GRADIENT_GROUPS // groups, n_x // tuned.CUDA_ROWS_PER_SPLIT))
     template = {"B": layout.block_size, "LANES": lanes}
@@ -192,7 +194,7 @@ def _takes_gradient_panels(layout: Layout, n_x: int) -> bool:
     small = layout.block_size in tuned.GRADIENT_PANELS and n_x >= tuned.GRADIENT_PANEL_ROWS
     if not small or not layout.rows.is_in_order:
         return False
-    columns = layout.shape[1] // layout.block_size
+    columns = layout.full_shape[1] // layout.block_size
     return 8 * columns <= tuned.GRADIENT_PANEL_SHARED and _architecture() == tuned.HOPPER
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_sparse_nn.core import tuned
+from mlx_sparse_nn.core import edges, tuned
 from mlx_sparse_nn.core.backends import launch
 from mlx_sparse_nn.core.backends.launch import (
     Kernel,
@@ -32,12 +32,14 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
     """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c] + bias[r]; see ``plain.spmm``."""
-    return _product(data, layout.rows, x, layout.shape[0], bias)
+    data = edges.clear_cols(layout, data)
+    return _product(data, layout.rows, x, layout.full_shape[0], bias)
 
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; see ``plain.spmm_t``."""
-    return _product(data, layout.cols, y, layout.shape[1], None)
+    data = edges.clear_rows(layout, data)
+    return _product(data, layout.cols, y, layout.full_shape[1], None)
 
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
@@ -60,7 +62,7 @@ def _sampling_kernel(layout: Layout, n_matrices: int) -> Kernel:
         template = {"B": block_size, "SIDE": tile}
         return Kernel("sddmm_tiles", template, (width, 1, n_matrices), threads)
     lanes, threads = min(32, lanes_per_row(side, block_size)), tuned.GROUP_THREADS
-    width = round_up(layout.shape[0] * lanes, threads)
+    width = round_up(layout.full_shape[0] * lanes, threads)
     return Kernel("sddmm_csr", {"B": block_size, "LANES": lanes}, (width, 1, n_matrices), threads)
 
 

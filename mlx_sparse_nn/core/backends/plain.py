@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_sparse_nn.core import tuned
+from mlx_sparse_nn.core import edges, tuned
 from mlx_sparse_nn.core.backends import schedule
 from mlx_sparse_nn.core.backends.buckets import Buckets, buckets_of
 from mlx_sparse_nn.core.backends.schedule import Index, Result, Step, depend_on
@@ -37,6 +37,9 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
     """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c] + bias[r].
 
+    Sizes are those of whole blocks, ``layout.full_shape``. Where these reach past the matrix, x has
+    zeros, and ``data`` anything.
+
     Args:
         data: ``(n_blocks,)`` for scalars or ``(n_blocks, B, B)``; or ``(V, ...)``.
         layout: Layout of the pattern.
@@ -46,12 +49,12 @@ def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = No
     Returns:
         ``(N, n_rows)`` or ``(V, N, n_rows)`` of the same dtype, accumulated in float32 at least.
     """
-    return _product((data,), layout, x, bias, transposed=False)
+    return _product((edges.clear_cols(layout, data),), layout, x, bias, transposed=False)
 
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; shapes as in :func:`spmm`, swapped."""
-    return _product((data,), layout, y, None, transposed=True)
+    return _product((edges.clear_rows(layout, data),), layout, y, None, transposed=True)
 
 
 def qspmm(
@@ -69,14 +72,16 @@ def qspmm(
         scales, biases: ``(n_blocks, B, B / group_size)`` of the dtype of ``x``; or ``(V, ...)``.
         layout, x, bias: As in :func:`spmm`.
     """
-    return _product((packed, scales, biases), layout, x, bias, transposed=False)
+    matrix = edges.clear_quantized_cols(layout, packed, scales, biases)
+    return _product(matrix, layout, x, bias, transposed=False)
 
 
 def qspmm_t(
     packed: mx.array, scales: mx.array, biases: mx.array, layout: Layout, y: mx.array
 ) -> mx.array:
     """Return :func:`spmm_t` by quantized blocks; shapes as in :func:`qspmm`, swapped."""
-    return _product((packed, scales, biases), layout, y, None, transposed=True)
+    matrix = edges.clear_quantized_rows(layout, packed, scales, biases)
+    return _product(matrix, layout, y, None, transposed=True)
 
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
@@ -120,7 +125,7 @@ def _product(
 ) -> mx.array:
     """Return the product with the matrix, or with its transpose."""
     n_x, block_size = x.shape[-2], layout.block_size
-    shape = (*x.shape[:-1], layout.shape[1 if transposed else 0])
+    shape = (*x.shape[:-1], layout.full_shape[1 if transposed else 0])
     if 0 in (*shape, stored[0].size):
         y = mx.zeros(shape, x.dtype)
         return y if bias is None else y + bias
