@@ -1,11 +1,16 @@
 """What the package changes in MLX, and why; and what it asks MLX while a transform is running.
 
-Importing the package changes nothing. Three functions are replaced later, when each is first
+Importing the package changes nothing. These functions are replaced later, when each is first
 needed, since MLX (0.32.4) has no other way:
 
-- ``mx.vmap`` notes when it traces, from the first layout on (:func:`note_vmap`). MLX maps every
-  operation that a mapped function traces, those inside a ``custom_function`` included, and raises
-  at a kernel, although it then uses the function's own rule alone.
+- ``mx.vmap`` notes when it traces, from the first layout on (:func:`note_transforms`). MLX maps
+  every operation that a mapped function traces, those inside a ``custom_function`` included, and
+  raises at a kernel, although it then uses the function's own rule alone.
+- ``mx.export_function`` and ``mx.exporter`` note when they trace, from then on too. MLX cannot write
+  a ``custom_function`` to a file, nor an operation that is not its own, and tells only C++ inside
+  of it that it is exporting.
+- ``mx.compile`` notes when it traces for every shape (``shapeless=True``), from then on too. There,
+  MLX cannot tell the shape of what a ``custom_function`` gives.
 - ``mx.array.__matmul__`` and ``mx.array.__mul__`` return ``NotImplemented`` for a sparse array, as
   Python's protocol asks, from the first sparse array on (:func:`defer_to`). MLX's raise instead, so
   that Python would never try ``A.__rmatmul__`` or ``A.__rmul__``.
@@ -28,7 +33,9 @@ class _State(threading.local):
     is_tracer: Callable[[mx.array], bool] | None = None
 
     def __init__(self):
-        self.vmaps = 0  # calls of mx.vmap that are tracing their function
+        # Functions that are being traced: by mx.vmap, for a file, and for every shape; and those
+        # for a file that take derivatives.
+        self.mapped = self.exported = self.shapeless = self.derived = 0
         # A probe of each thread's own: what MLX has compiled in a thread has to go before the
         # thread ends, since MLX would wait for Python where the interpreter may be shutting down.
         seen: list[mx.array] = []  # what the probe's Python was called with
@@ -65,31 +72,88 @@ def ask_directly(is_tracer: Callable[[mx.array], bool]) -> None:
     _State.is_tracer = is_tracer
 
 
-def vmapping() -> bool:
-    """Return whether ``mx.vmap`` is tracing a function in this thread, so that no kernel may run.
+def exporting() -> bool:
+    """Return whether a function is being traced for a file in this thread.
 
-    The products' own rule for ``vmap`` then computes the mapped ones, by kernels.
+    Then MLX derives and maps what is inside of the products, and writes it to the file.
     """
-    return _state.vmaps > 0
+    return _state.exported > 0
+
+
+def shapeless() -> bool:
+    """Return whether a function is being traced for every shape of its operands in this thread."""
+    return _state.shapeless > 0
+
+
+def refusing_kernels() -> bool:
+    """Return whether no kernel may be launched in this thread.
+
+    So it is while ``mx.vmap`` is tracing a function: the products' own rule then computes the
+    mapped ones, by kernels. And while a function is exported that takes derivatives.
+    """
+    return _state.mapped + _state.derived > 0
 
 
 @cache
-def note_vmap() -> None:
-    """Make ``mx.vmap`` note when it traces."""
-    mlx_vmap = mx.vmap
+def note_transforms() -> None:
+    """Make ``mx.vmap``, ``mx.compile`` and the functions that export note when they trace."""
+    vmap, compile_, export, exporter = mx.vmap, mx.compile, mx.export_function, mx.exporter
 
-    @wraps(mlx_vmap)
-    def vmap(fun: Callable, in_axes: Any = 0, out_axes: Any = 0) -> Callable:
-        def traced(*args):
-            _state.vmaps += 1
-            try:
-                return fun(*args)
-            finally:
-                _state.vmaps -= 1
+    @wraps(vmap)
+    def noting_vmap(fun: Callable, in_axes: Any = 0, out_axes: Any = 0) -> Callable:
+        return vmap(_noted(fun, "mapped"), in_axes, out_axes)
 
-        return mlx_vmap(traced, in_axes, out_axes)
+    @wraps(compile_)
+    def noting_compile(
+        fun: Callable, inputs: Any = None, outputs: Any = None, shapeless: bool = False
+    ) -> Callable:
+        return compile_(_noted(fun, "shapeless") if shapeless else fun, inputs, outputs, shapeless)
 
-    mx.vmap = vmap
+    @wraps(export)
+    def noting_export(file: Any, fun: Callable, *args, shapeless: bool = False, **others) -> None:
+        export(file, _exported(fun, shapeless), *args, shapeless=shapeless, **others)
+
+    @wraps(exporter)
+    def noting_exporter(file: str, fun: Callable, *, shapeless: bool = False, **others) -> Any:
+        return exporter(file, _exported(fun, shapeless), shapeless=shapeless, **others)
+
+    mx.vmap, mx.compile = noting_vmap, noting_compile
+    mx.export_function, mx.exporter = noting_export, noting_exporter
+
+
+def _exported(fun: Callable, shapeless: bool) -> Callable:
+    """Return a function that notes that it is being traced for a file."""
+    noted = _noted(fun, "exported", *["shapeless"] * shapeless)
+    derived = _noted(noted, "derived")
+
+    @wraps(fun, updated=())
+    def traced(*args, **kwargs):
+        try:
+            return noted(*args, **kwargs)
+        except ValueError as error:
+            if "Not implemented for CustomKernel" not in str(error):
+                raise
+        # MLX has no derivative of a kernel, and cannot write ours to a file: without kernels then.
+        return derived(*args, **kwargs)
+
+    return traced
+
+
+def _noted(fun: Callable, *names: str) -> Callable:
+    """Return a function that counts in ``_state`` while it is running."""
+
+    @wraps(fun, updated=())
+    def noted(*args, **kwargs):
+        counts = vars(_state)
+        for name in names:
+            counts[name] += 1
+        try:
+            return fun(*args, **kwargs)
+        finally:
+            for name in names:
+                counts[name] -= 1
+
+    return noted
 
 
 @cache

@@ -20,7 +20,8 @@ def choose(
     """Return the backend that computes a product on MLX's default device.
 
     It is asked anew at each call, and depends on nothing but its arguments, that device, and
-    whether ``mx.vmap`` is tracing: a launched kernel cannot be mapped.
+    whether MLX is tracing a function that may not hold a kernel: ``mx.vmap``, which cannot map a
+    launched one, or ``mx.export_function``, whose file cannot hold those of a CPU.
 
     Args:
         op: ``"spmm"``, ``"spmm_t"``, ``"sddmm"``, ``"qspmm"`` or ``"qspmm_t"``.

@@ -92,7 +92,8 @@ class Result:
 
 def depend_on(a: mx.array, other: mx.array) -> mx.array:
     """Return ``a``, to be there once ``other`` is; ``mx.depends`` cannot be mapped."""
-    return mx.where(other.reshape(-1)[:1], a, a)
+    # MLX would differentiate the condition, which it cannot.
+    return mx.where(mx.stop_gradient(other.reshape(-1)[:1]), a, a)
 
 
 def steps(side: Side, buckets: Buckets, cost: Cost) -> list[Step]:
