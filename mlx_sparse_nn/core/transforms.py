@@ -21,6 +21,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import cache, wraps
+from io import StringIO
 from typing import Any
 
 import mlx.core as mx
@@ -107,7 +108,7 @@ def note_transforms() -> None:
     def noting_compile(
         fun: Callable, inputs: Any = None, outputs: Any = None, shapeless: bool = False
     ) -> Callable:
-        return compile_(_noted(fun, "shapeless") if shapeless else fun, inputs, outputs, shapeless)
+        return compile_(_shapeless(fun) if shapeless else fun, inputs, outputs, shapeless)
 
     @wraps(export)
     def noting_export(file: Any, fun: Callable, *args, shapeless: bool = False, **others) -> None:
@@ -119,6 +120,27 @@ def note_transforms() -> None:
 
     mx.vmap, mx.compile = noting_vmap, noting_compile
     mx.export_function, mx.exporter = noting_export, noting_exporter
+
+
+def _shapeless(fun: Callable) -> Callable:
+    """Return a function that notes that it is being traced for every shape.
+
+    Called inside of another trace it is not: that one's shapes are known, if it is not shapeless.
+    """
+    noted = _noted(fun, "shapeless")
+
+    @wraps(fun, updated=())
+    def traced(*args, **kwargs):
+        return (noted if _shapes_are_open() else fun)(*args, **kwargs)
+
+    return traced
+
+
+def _shapes_are_open() -> bool:
+    """Return whether MLX is tracing for every shape: it then broadcasts what has one shape too."""
+    one, drawn = mx.array(1.0), StringIO()
+    mx.export_to_dot(drawn, mx.broadcast_arrays(one, one)[0])
+    return "Broadcast" in drawn.getvalue()
 
 
 def _exported(fun: Callable, shapeless: bool) -> Callable:

@@ -6,12 +6,12 @@ from types import ModuleType
 
 import mlx.core as mx
 
-from mlx_sparse_nn.core.backends import cpu, cuda, metal, plain
+from mlx_sparse_nn.core.backends import cpu, cuda, dense, metal, plain
 from mlx_sparse_nn.core.layout import Layout
 
 # By kind of device, the first one that is available and takes a product computes it.
-GPU = (metal, cuda, plain)
-CPU = (cpu, plain)
+GPU = (dense, metal, cuda, plain)
+CPU = (dense, cpu, plain)
 
 
 def choose(
