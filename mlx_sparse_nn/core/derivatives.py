@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx_sparse_nn.core import blocks, quantized
 from mlx_sparse_nn.core.backends.choose import choose
 from mlx_sparse_nn.core.layout import Layout
-from mlx_sparse_nn.core.transforms import exporting, shapeless, transforming
+from mlx_sparse_nn.core.transforms import tracing, transforming
 
 # What MLX passes to a rule and gets back: one array or axis, or a list of them.
 Arrays = Any
@@ -243,7 +243,7 @@ def _with_rules(
     where an operation in it has no jvp. MLX's own rules have to do for a file, which cannot hold
     others, and for every shape, where MLX cannot tell that of a ``custom_function``.
     """
-    if exporting() or shapeless():
+    if tracing.graph is not None:
         return lambda *operands: compute(by, *map(_writable, operands))
 
     def guarded(*operands: mx.array) -> mx.array:
@@ -258,7 +258,7 @@ def _with_rules(
 
 def _constant(packed: mx.array) -> mx.array:
     """Return ``packed``, with an error in place of a derivative."""
-    if exporting() or shapeless():
+    if tracing.graph is not None:
         return packed
 
     def refuse(*_: Arrays) -> Arrays:

@@ -14,7 +14,7 @@ from mlx_sparse_nn.core.checks import check_array, check_features
 from mlx_sparse_nn.core.layout import Layout
 from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
 from mlx_sparse_nn.core.quantized import check_quantized
-from mlx_sparse_nn.core.transforms import shapeless
+from mlx_sparse_nn.core.transforms import tracing
 
 
 def spmm(
@@ -233,7 +233,7 @@ def todense(data: mx.array, layout: Layout) -> mx.array:
 
 def _merge(a: mx.array) -> mx.array:
     """Return ``(..., n)`` as ``(N, n)``; as it is while no shape is known."""
-    if a.ndim == 2 or (a.ndim > 2 and shapeless()):
+    if a.ndim == 2 or (a.ndim > 2 and tracing.graph == "shapeless"):
         return a
     return a.reshape(1 if a.ndim == 1 else math.prod(a.shape[:-1]), a.shape[-1])
 

@@ -22,28 +22,36 @@ import threading
 from collections.abc import Callable
 from functools import cache, wraps
 from io import StringIO
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 
 
-class _State(threading.local):
-    """What is known of the transforms of one thread."""
+class Tracing(threading.local):
+    """What MLX is tracing in this thread, as far as the package has noted it.
+
+    Attributes:
+        graph: What the graph has to be: ``"exported"``, then MLX derives and maps what is inside of
+            the products, and a file holds that; or ``"shapeless"``, for every shape of the
+            operands, in a file or not; or None.
+        refuses_kernels: Whether it can hold no kernel of a GPU: while ``mx.vmap`` is tracing, after
+            which the products' own rule computes the mapped ones, by kernels; or where an exported
+            function takes derivatives.
+    """
 
     # Whether MLX takes an array for a tracer, if there is somebody to ask; of all threads.
     is_tracer: Callable[[mx.array], bool] | None = None
 
     def __init__(self):
-        # Functions that are being traced: by mx.vmap, for a file, and for every shape; and those
-        # for a file that take derivatives.
-        self.mapped = self.exported = self.shapeless = self.derived = 0
+        self.graph: Literal["exported", "shapeless"] | None = None
+        self.refuses_kernels = False
         # A probe of each thread's own: what MLX has compiled in a thread has to go before the
         # thread ends, since MLX would wait for Python where the interpreter may be shutting down.
         seen: list[mx.array] = []  # what the probe's Python was called with
         self.probe = mx.compile(seen.append), seen
 
 
-_state = _State()
+tracing = Tracing()
 
 
 def transforming() -> bool:
@@ -54,9 +62,9 @@ def transforming() -> bool:
     function again only for tracers. The first call in a thread or on a device always runs it: hence
     the second call. Where compilation is disabled, this answer is always True.
     """
-    if _state.is_tracer is not None:
-        return _state.is_tracer(_tracer())
-    probe, seen = _state.probe
+    if tracing.is_tracer is not None:
+        return tracing.is_tracer(_tracer())
+    probe, seen = tracing.probe
     seen.clear()
     probe(_tracer())
     if seen:
@@ -70,29 +78,7 @@ def ask_directly(is_tracer: Callable[[mx.array], bool]) -> None:
 
     It must not be a Python function, which would become a method.
     """
-    _State.is_tracer = is_tracer
-
-
-def exporting() -> bool:
-    """Return whether a function is being traced for a file in this thread.
-
-    Then MLX derives and maps what is inside of the products, and writes it to the file.
-    """
-    return _state.exported > 0
-
-
-def shapeless() -> bool:
-    """Return whether a function is being traced for every shape of its operands in this thread."""
-    return _state.shapeless > 0
-
-
-def refusing_kernels() -> bool:
-    """Return whether no kernel may be launched in this thread.
-
-    So it is while ``mx.vmap`` is tracing a function: the products' own rule then computes the
-    mapped ones, by kernels. And while a function is exported that takes derivatives.
-    """
-    return _state.mapped + _state.derived > 0
+    Tracing.is_tracer = is_tracer
 
 
 @cache
@@ -102,7 +88,7 @@ def note_transforms() -> None:
 
     @wraps(vmap)
     def noting_vmap(fun: Callable, in_axes: Any = 0, out_axes: Any = 0) -> Callable:
-        return vmap(_noted(fun, "mapped"), in_axes, out_axes)
+        return vmap(_noted(fun, refuses_kernels=True), in_axes, out_axes)
 
     @wraps(compile_)
     def noting_compile(
@@ -127,7 +113,7 @@ def _shapeless(fun: Callable) -> Callable:
 
     Called inside of another trace it is not: that one's shapes are known, if it is not shapeless.
     """
-    noted = _noted(fun, "shapeless")
+    noted = _noted(fun, graph="shapeless")
 
     @wraps(fun, updated=())
     def traced(*args, **kwargs):
@@ -145,8 +131,8 @@ def _shapes_are_open() -> bool:
 
 def _exported(fun: Callable, shapeless: bool) -> Callable:
     """Return a function that notes that it is being traced for a file."""
-    noted = _noted(fun, "exported", *["shapeless"] * shapeless)
-    derived = _noted(noted, "derived")
+    noted = _noted(fun, graph="shapeless" if shapeless else "exported")
+    without_kernels = _noted(noted, refuses_kernels=True)
 
     @wraps(fun, updated=())
     def traced(*args, **kwargs):
@@ -156,24 +142,22 @@ def _exported(fun: Callable, shapeless: bool) -> Callable:
             if "Not implemented for CustomKernel" not in str(error):
                 raise
         # MLX has no derivative of a kernel, and cannot write ours to a file: without kernels then.
-        return derived(*args, **kwargs)
+        return without_kernels(*args, **kwargs)
 
     return traced
 
 
-def _noted(fun: Callable, *names: str) -> Callable:
-    """Return a function that counts in ``_state`` while it is running."""
+def _noted(fun: Callable, **notes: Any) -> Callable:
+    """Return a function during which ``tracing`` has these attributes."""
 
     @wraps(fun, updated=())
     def noted(*args, **kwargs):
-        counts = vars(_state)
-        for name in names:
-            counts[name] += 1
+        before = {name: getattr(tracing, name) for name in notes}
+        vars(tracing).update(notes)
         try:
             return fun(*args, **kwargs)
         finally:
-            for name in names:
-                counts[name] -= 1
+            vars(tracing).update(before)
 
     return noted
 

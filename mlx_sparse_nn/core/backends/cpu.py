@@ -22,7 +22,7 @@ from mlx_sparse_nn.core.backends.binding import Binding, Kernel, LayoutError
 from mlx_sparse_nn.core.cores import n_cores
 from mlx_sparse_nn.core.layout import Layout
 from mlx_sparse_nn.core.quantized import bits_of
-from mlx_sparse_nn.core.transforms import ask_directly, exporting
+from mlx_sparse_nn.core.transforms import ask_directly
 
 NAME = "cpu"
 ELEMENTS = {
@@ -69,11 +69,8 @@ def why_not() -> str | None:
 
 
 def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, bits: int) -> bool:
-    """Return whether there is a kernel for a product: for all but empty ones.
-
-    None can be exported: MLX writes its own operations alone to a file.
-    """
-    if exporting() or layout.data_shape[0] * n_x * n_matrices == 0:
+    """Return whether there is a kernel for a product: for all but empty ones."""
+    if layout.data_shape[0] * n_x * n_matrices == 0:
         return False
     if bits:
         return _has(_quantized_kernel, dtype, bits)

@@ -15,19 +15,8 @@ import mlx.core as mx
 
 from mlx_sparse_nn.core import blocks, quantized
 from mlx_sparse_nn.core.layout import Layout
-from mlx_sparse_nn.core.transforms import shapeless
 
 NAME = "dense"
-
-
-def is_available() -> bool:
-    """Return whether MLX is tracing a function for every shape of its operands."""
-    return shapeless()
-
-
-def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, bits: int) -> bool:
-    """Return True: a dense product takes everything."""
-    return True
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:

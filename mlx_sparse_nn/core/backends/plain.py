@@ -19,7 +19,7 @@ from mlx_sparse_nn.core.backends.schedule import Index, Result, Step, depend_on
 from mlx_sparse_nn.core.backends.stored import Stored
 from mlx_sparse_nn.core.layout import Layout, Side
 from mlx_sparse_nn.core.quantized import dequantize
-from mlx_sparse_nn.core.transforms import exporting
+from mlx_sparse_nn.core.transforms import tracing
 
 NAME = "plain"
 _NARROW = (mx.bfloat16, mx.float16)
@@ -281,7 +281,7 @@ def _in_matrix_order(y: Result, buckets: Buckets, n_matrices: int) -> mx.array:
 
 def _contiguous(a: mx.array) -> mx.array:
     """Return ``a`` without gaps between its rows, but not in a file, which cannot hold this."""
-    return a if exporting() else mx.contiguous(a)
+    return mx.contiguous(a) if tracing.graph is None else a
 
 
 def _n_matrices(x: mx.array) -> int:
