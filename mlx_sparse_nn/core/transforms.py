@@ -6,9 +6,9 @@ needed, since MLX (0.32.4) has no other way:
 - ``mx.vmap`` notes when it traces, from the first layout on (:func:`note_transforms`). MLX maps
   every operation that a mapped function traces, those inside a ``custom_function`` included, and
   raises at a kernel, although it then uses the function's own rule alone.
-- ``mx.export_function`` and ``mx.exporter`` note when they trace, from then on too. MLX cannot write
-  a ``custom_function`` to a file, nor an operation that is not its own, and tells only C++ inside
-  of it that it is exporting.
+- ``mx.export_function`` and ``mx.exporter`` note when they trace, from then on too: a file can hold
+  neither a ``custom_function`` nor an operation that is not MLX's own, and MLX keeps to itself
+  whether it is exporting. They and ``mx.FunctionExporter`` explain where they find one.
 - ``mx.compile`` notes when it traces for every shape (``shapeless=True``), from then on too. There,
   MLX cannot tell the shape of what a ``custom_function`` gives.
 - ``mx.array.__matmul__`` and ``mx.array.__mul__`` return ``NotImplemented`` for a sparse array, as
@@ -97,6 +97,7 @@ def note_transforms() -> None:
         return compile_(_shapeless(fun) if shapeless else fun, inputs, outputs, shapeless)
 
     @wraps(export)
+    @_explaining
     def noting_export(file: Any, fun: Callable, *args, shapeless: bool = False, **others) -> None:
         export(file, _exported(fun, shapeless), *args, shapeless=shapeless, **others)
 
@@ -106,6 +107,7 @@ def note_transforms() -> None:
 
     mx.vmap, mx.compile = noting_vmap, noting_compile
     mx.export_function, mx.exporter = noting_export, noting_exporter
+    mx.FunctionExporter.__call__ = _explaining(mx.FunctionExporter.__call__)
 
 
 def _shapeless(fun: Callable) -> Callable:
@@ -145,6 +147,25 @@ def _exported(fun: Callable, shapeless: bool) -> Callable:
         return without_kernels(*args, **kwargs)
 
     return traced
+
+
+def _explaining(export: Callable) -> Callable:
+    """Return what exports a function, with an error that says what to do about a product of ours
+    that the function has not made, but found: an operation that no file can hold."""
+
+    @wraps(export)
+    def explaining(*args, **kwargs):
+        try:
+            return export(*args, **kwargs)
+        except ValueError as error:
+            if "SparseProduct" not in str(error):  # as the primitives of C++ are called
+                raise
+        raise ValueError(
+            "[export_function] the function reads a sparse product that was made before and is not "
+            "computed yet: call mx.eval on it first"
+        )
+
+    return explaining
 
 
 def _noted(fun: Callable, **notes: Any) -> Callable:
