@@ -3,7 +3,9 @@
 Data are small whole numbers, so that sums are exact and the comparison is for equality.
 """
 
+import re
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,6 +13,7 @@ import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_unflatten
 from support import (
+    ROOT,
     assert_equal,
     backend,
     computing,
@@ -19,6 +22,7 @@ from support import (
     fresh_launches,
     integers,
     random_pattern,
+    untyped,
 )
 
 from mlx_sparse_nn import BlockSparseLinear, CSRArray, densify, sddmm, spmm, spmm_t
@@ -44,7 +48,7 @@ def whole_layer(block_size, dims=(96, 64), dtype=mx.float32):
     return layer
 
 
-def read(file, fun, *args, **kwargs):
+def read(file, fun, *args, **kwargs) -> Any:
     """Export a function with these operands, and return what the file holds."""
     mx.export_function(file, fun, *args, **kwargs)
     return mx.import_function(file)
@@ -159,12 +163,12 @@ class TestAFile:
         first.unfreeze(keys=["lora_a", "lora_b"])
         expected = gradients(model, x)
         for a, b in zip(read(file, partial(gradients, model), x)(x), expected, strict=True):
-            assert mx.allclose(a, b, rtol=1e-4, atol=1e-4 * mx.abs(b).max().item()).item()
+            assert mx.allclose(a, b, rtol=1e-4, atol=1e-4).item()
 
     def test_of_a_transformer(self, file):
         block = nn.TransformerEncoderLayer(64, 4, 128)
-        block.linear1 = BlockSparseLinear(64, 128, block_size=16, density=0.5)
-        block.attention.query_proj = BlockSparseLinear(64, 64, block_size=1, density=0.5)
+        block.linear1 = untyped(BlockSparseLinear(64, 128, block_size=16, density=0.5))
+        block.attention.query_proj = untyped(BlockSparseLinear(64, 64, block_size=1, density=0.5))
         mx.eval(block.parameters())
         check_close(file, lambda x: block.eval()(x, None), mx.random.normal((2, 7, 64)))
 
@@ -205,7 +209,7 @@ class TestAFile:
         with mx.exporter(file, layer) as exporter:
             for n_x in (1, 8, 40):
                 exporter(mx.zeros((n_x, 256)))
-        imported = mx.import_function(file)
+        imported = untyped(mx.import_function(file))
         for n_x in (1, 8, 40):
             x = mx.random.normal((n_x, 256))
             assert mx.allclose(imported(x)[0], layer(x), atol=1e-5).item()
@@ -213,8 +217,8 @@ class TestAFile:
 
     def test_of_weights_that_are_not_loaded_yet_or_lie_with_gaps(self, file, tmp_path):
         layer, x = whole_layer(8), integers((5, 64))
-        layer.save_weights(str(tmp_path / "weights.npz"))
-        layer.load_weights(str(tmp_path / "weights.npz"))
+        layer.save_weights(str(tmp_path / "weights.safetensors"))
+        layer.load_weights(str(tmp_path / "weights.safetensors"))
         check(file, layer, x)
         data = mx.contiguous(layer.weight.swapaxes(1, 2)).swapaxes(1, 2)
         check(file, lambda x: spmm(data, layer.pattern, x), x)
@@ -253,6 +257,17 @@ class TestAFile:
                 export(file, lambda x: x + found, x)
         mx.eval(found)
         check(file, lambda x: x + found, x)
+
+
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code in re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.DOTALL
+    ):
+        exec(compile(code, "export.md", "exec"), names)
+    assert names["loss"].item() < ((names["model"](names["x"])) ** 2).mean().item()
+    assert names["y"].shape == (100, 64)
 
 
 class TestAFileOfKernels:
