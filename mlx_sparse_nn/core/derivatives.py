@@ -273,7 +273,7 @@ def _constant(packed: mx.array) -> mx.array:
     return function(packed)
 
 
-def _writable(operand: mx.array) -> mx.array:
+def _writable(operand: Any) -> mx.array:
     """Return an operand as a file can hold it: unless it is traced, evaluated and without gaps.
 
     MLX (0.32.4) cannot write one that is still to be loaded, and writes one with gaps wrongly.

@@ -266,7 +266,7 @@ def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
         r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.DOTALL
     ):
         exec(compile(code, "export.md", "exec"), names)
-    assert names["loss"].item() < ((names["model"](names["x"])) ** 2).mean().item()
+    assert names["loss"].item() < (names["model"](names["x"]) ** 2).mean().item()
     assert names["y"].shape == (100, 64)
 
 
