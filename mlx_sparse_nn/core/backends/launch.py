@@ -36,7 +36,7 @@ def takes(layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, bits: int)
     """Return whether kernels can compute a product with ``n_x`` rows of x, of operands of a dtype.
 
     They can for float32, float16 and bfloat16, every block size, and every shape and pattern with
-    at least one element, where ``mx.vmap`` is not tracing. Quantized blocks have no kernel yet.
+    at least one element, unless what MLX traces refuses kernels. Quantized blocks have none yet.
     """
     if bits or dtype not in tuned.KERNEL_DTYPES or tracing.refuses_kernels:
         return False
