@@ -1,7 +1,7 @@
 """What the package changes in MLX, and why; and what it asks MLX while a transform is running.
 
-Importing the package changes nothing. These functions are replaced later, when each is first
-needed, since MLX (0.32.4) has no other way:
+Importing the package changes nothing. Some functions are replaced later, when each is first needed,
+since MLX (0.32.4) has no other way:
 
 - ``mx.vmap`` notes when it traces, from the first layout on (:func:`note_transforms`). MLX maps
   every operation that a mapped function traces, those inside a ``custom_function`` included, and
