@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx_sparse_nn.core import blocks, edges, quantized
 from mlx_sparse_nn.core.backends.choose import choose
 from mlx_sparse_nn.core.layout import Layout
-from mlx_sparse_nn.core.transforms import transforming
+from mlx_sparse_nn.core.transforms import tracing, transforming
 
 # What MLX passes to a rule and gets back: one array or axis, or a list of them.
 Arrays = Any
@@ -267,8 +267,11 @@ def _with_rules(
 
     It is made anew at each call: kept with the layout, the two would be a cycle. ``compute`` gets
     its operands through stop_gradient: MLX would differentiate its graph too, for nothing, and fail
-    where an operation in it has no jvp.
+    where an operation in it has no jvp. MLX's own rules have to do for a file, which cannot hold
+    others, and for every shape, where MLX cannot tell that of a ``custom_function``.
     """
+    if tracing.graph is not None:
+        return lambda *operands: compute(by, *map(_writable, operands))
 
     def guarded(*operands: mx.array) -> mx.array:
         return compute(by, *map(mx.stop_gradient, operands))
@@ -282,6 +285,8 @@ def _with_rules(
 
 def _constant(packed: mx.array) -> mx.array:
     """Return ``packed``, with an error in place of a derivative."""
+    if tracing.graph is not None:
+        return packed
 
     def refuse(*_: Arrays) -> Arrays:
         raise ValueError(
@@ -293,6 +298,22 @@ def _constant(packed: mx.array) -> mx.array:
     function.jvp(refuse)
     function.vmap(lambda packed, axis: (packed, axis))
     return function(packed)
+
+
+def _writable(operand: Any) -> mx.array:
+    """Return an operand as a file can hold it: unless it is traced, evaluated and without gaps.
+
+    MLX (0.32.4) cannot write one that is still to be loaded, and writes one with gaps wrongly.
+    """
+    try:
+        without_gaps = memoryview(operand).c_contiguous
+    except RuntimeError:  # it is traced
+        return operand
+    if without_gaps:
+        return operand
+    operand = mx.contiguous(operand)
+    mx.eval(operand)
+    return operand
 
 
 def _bilinear_jvp(product: Callable, layout: Layout, primals: Arrays, tangents: Arrays) -> mx.array:

@@ -11,7 +11,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_sparse_nn.core import index, tuned
-from mlx_sparse_nn.core.transforms import note_vmap
+from mlx_sparse_nn.core.transforms import note_transforms
 
 _T = TypeVar("_T")
 
@@ -175,7 +175,7 @@ class Layout:
 
     def __init__(self, index: HostIndex, shape: tuple[int, int], block_size: int):
         """Lay out a pattern, given by its index arrays."""
-        note_vmap()
+        note_transforms()
         n_blocks = index.indices.size
         self.shape = shape
         self.full_shape = (index.indptr.size - 1) * block_size, index.n_cols * block_size

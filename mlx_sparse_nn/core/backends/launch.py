@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.layout import Layout, Side
-from mlx_sparse_nn.core.transforms import vmapping
+from mlx_sparse_nn.core.transforms import tracing
 
 _PACKAGE = Path(__file__).parents[2]
 _INCLUDE = re.compile(r'#include "(.+)"\n')  # a body names the headers that it needs
@@ -36,9 +36,9 @@ def takes(layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, bits: int)
     """Return whether kernels can compute a product with ``n_x`` rows of x, of operands of a dtype.
 
     They can for float32, float16 and bfloat16, every block size, and every shape and pattern with
-    at least one element, where ``mx.vmap`` is not tracing. Quantized blocks have no kernel yet.
+    at least one element, unless what MLX traces refuses kernels. Quantized blocks have none yet.
     """
-    if bits or dtype not in tuned.KERNEL_DTYPES or vmapping():
+    if bits or dtype not in tuned.KERNEL_DTYPES or tracing.refuses_kernels:
         return False
     return layout.data_shape[0] * n_x * n_matrices > 0
 

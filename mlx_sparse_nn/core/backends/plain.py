@@ -19,6 +19,7 @@ from mlx_sparse_nn.core.backends.schedule import Index, Result, Step, depend_on
 from mlx_sparse_nn.core.backends.stored import Stored
 from mlx_sparse_nn.core.layout import Layout, Side
 from mlx_sparse_nn.core.quantized import dequantize
+from mlx_sparse_nn.core.transforms import tracing
 
 NAME = "plain"
 _NARROW = (mx.bfloat16, mx.float16)
@@ -253,7 +254,7 @@ def _side_by_side(a: mx.array, step: Step, n_matrices: int, transposed: bool) ->
     ``(V * m, B, width * B)``."""
     block_size = a.shape[-1]
     if block_size > 1 and not transposed:
-        a = mx.contiguous(a.swapaxes(1, 2))  # (in, out), as they lie in the transpose
+        a = _contiguous(a.swapaxes(1, 2))  # (in, out), as they lie in the transpose
     a = a.reshape(n_matrices * step.n_rows, step.width * block_size, block_size)
     return a.swapaxes(1, 2)
 
@@ -283,6 +284,11 @@ def _in_matrix_order(y: Result, buckets: Buckets, n_matrices: int) -> mx.array:
     return _take(y.rows, buckets.position_of_row, n_matrices)
 
 
+def _contiguous(a: mx.array) -> mx.array:
+    """Return ``a`` without gaps between its rows, but not in a file, which cannot hold this."""
+    return mx.contiguous(a) if tracing.graph is None else a
+
+
 def _n_matrices(x: mx.array) -> int:
     return x.shape[0] if x.ndim == 3 else 1
 
@@ -295,7 +301,7 @@ def _row_blocks(x: mx.array, block_size: int) -> mx.array:
     """Return ``(V, N, C * B)`` as ``(V * C, N, B)``."""
     n_x, width = x.shape[-2:]
     if n_x > 1:
-        x = mx.contiguous(x.reshape(-1, n_x, width // block_size, block_size).swapaxes(1, 2))
+        x = _contiguous(x.reshape(-1, n_x, width // block_size, block_size).swapaxes(1, 2))
     return x.reshape(-1, n_x, block_size)
 
 
@@ -304,8 +310,8 @@ def _column_blocks(x: mx.array, block_size: int) -> mx.array:
     n_x = x.shape[-2]
     if x.size > tuned.MAX_CACHED_VALUES and block_size > 1:
         # Strides of whole rows of x would miss the cache: first by blocks, then within each.
-        return mx.contiguous(_row_blocks(x, block_size).swapaxes(1, 2))
-    return mx.contiguous(x.swapaxes(-1, -2)).reshape(-1, block_size, n_x)
+        return _contiguous(_row_blocks(x, block_size).swapaxes(1, 2))
+    return _contiguous(x.swapaxes(-1, -2)).reshape(-1, block_size, n_x)
 
 
 def _bias_blocks(
