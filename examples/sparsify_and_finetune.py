@@ -163,20 +163,11 @@ def regrown(dense: CharMLP, data: Data, density: float, bar: tqdm) -> CharMLP:
     end = (args.steps + args.finetune) * 3 // 4
     interval = max(1, end // 20)
     fraction = optim.cosine_decay(0.3, max(1, end))
-    layers: dict[str, Any] = dict(model.named_modules())
 
     def between(step: int, optimizer: optim.Optimizer) -> None:
         if step % interval == 0 and step < end:
             found = activations(model, loss_of, model, data.batch(step))
-            for path, (x, cotangent) in found.items():
-                regrow(
-                    layers[path],
-                    float(fraction(step)),
-                    x=x,
-                    cotangent=cotangent,
-                    model=model,
-                    optimizer=optimizer,
-                )
+            regrow(model, fraction(step).item(), activations=found, optimizer=optimizer)
 
     train(model, data, bar, 0, args.steps + args.finetune, between)
     return model

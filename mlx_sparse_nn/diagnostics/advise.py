@@ -23,6 +23,7 @@ from mlx_sparse_nn.diagnostics.products import (
     products_of,
     values_of,
 )
+from mlx_sparse_nn.layers.dense_twin import dense_twin
 from mlx_sparse_nn.layers.linear import BlockSparseLinear, QuantizedBlockSparseLinear
 from mlx_sparse_nn.layers.lora import SparseLinear
 
@@ -190,10 +191,11 @@ def advise(
     contestants: dict[str, nn.Module] = {SPARSE: layer}
     left_out = {}
     if isinstance(layer, QuantizedBlockSparseLinear):
-        if np.unique(layer.pattern.places).size < layer.pattern.n_blocks:
-            left_out[QUANTIZED] = "the pattern stores a block more than once"
+        twin = dense_twin(layer)
+        if isinstance(twin, nn.QuantizedLinear):
+            contestants[QUANTIZED] = twin
         else:
-            contestants[QUANTIZED] = _dense_quantized(layer)
+            left_out[QUANTIZED] = "the pattern stores a block more than once"
     elif reason := _why_not_masked(layer):
         left_out[MASKED] = reason
     else:
@@ -232,26 +234,6 @@ class _MaskedLinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         y = mx.block_masked_mm(x, self.weight.T, self.block_size, None, None, self.mask)
         return y + self.bias if "bias" in self else y
-
-
-def _dense_quantized(layer: QuantizedBlockSparseLinear) -> nn.QuantizedLinear:
-    """Return ``nn.QuantizedLinear`` of the same packed blocks, with zeros where none is stored."""
-    pattern = layer.pattern
-    places = mx.array(pattern.row_indices), mx.array(pattern.indices)
-
-    def dense(blocks: mx.array) -> mx.array:
-        grid = mx.zeros((*pattern.grid, *blocks.shape[1:]), blocks.dtype)
-        grid[places] = blocks
-        return grid.swapaxes(1, 2).reshape(layer.output_dims, -1)
-
-    linear = nn.QuantizedLinear.__new__(nn.QuantizedLinear)  # its own would draw random numbers
-    nn.Module.__init__(linear)
-    linear.group_size, linear.bits, linear.mode = layer.group_size, layer.bits, "affine"
-    for name in ("weight", "scales", "biases"):
-        linear[name] = dense(layer[name])
-    if "bias" in layer:
-        linear.bias = layer.bias
-    return linear
 
 
 def _why_not_masked(layer: BlockSparseLinear) -> str | None:

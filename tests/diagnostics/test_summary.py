@@ -150,14 +150,14 @@ def test_the_table():
         "layer out x in block density weights index dead share",
         "layers.0 1024 x 4 - 100.0% 0.02 - - 0.8%",
         "layers.1 2048 x 1024 64 25.0% 2.00 <0.01 0/0 99.2%",
-        "total 2.02 <0.01 0/0 100.0%",
+        "total 25.1% 2.02 <0.01 0/0 100.0%",
         "dead: inputs that no block reads / outputs that no block writes",
         "MACs of the linear layers: 528,384 for each row of x",
         "optimizer state: 2.02 MiB, 1 array for each trainable one (Adam 2, SGD 0)",
     ]
     assert repr(summary(layer)).splitlines()[2].startswith("(itself)  2048 x 1024")
     assert summary(nn.ReLU()).rows == ()
-    assert repr(summary(nn.ReLU())).splitlines()[2].split() == ["total", "0", "0", "0/0", "0.0%"]
+    assert repr(summary(nn.ReLU())).splitlines()[2].split() == ["total", "0.0%", "0", "0", "0/0", "0.0%"]
 
 
 @pytest.mark.parametrize(
