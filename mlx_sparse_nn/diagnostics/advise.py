@@ -13,7 +13,7 @@ import numpy as np
 from mlx_sparse_nn.core.backends import plain
 from mlx_sparse_nn.core.blocks import sample
 from mlx_sparse_nn.core.checks import check_number, check_seed, check_size
-from mlx_sparse_nn.core.table import Report, Table
+from mlx_sparse_nn.core.table import Report, Table, fold
 from mlx_sparse_nn.diagnostics.products import (
     MLX,
     backends_of,
@@ -176,7 +176,7 @@ def advise(
     if not isinstance(layer, BlockSparseLinear | QuantizedBlockSparseLinear):
         raise TypeError(
             "[advise] layer must be a BlockSparseLinear or a QuantizedBlockSparseLinear, "
-            f"got {type(layer).__name__}"
+            f"got {type(layer).__name__}{_held_by(layer)}"
         )
     if isinstance(batch_sizes, str) or not isinstance(batch_sizes, Sequence):
         raise TypeError(f"[advise] batch_sizes must be integers, got {batch_sizes!r}")
@@ -218,6 +218,15 @@ def advise(
         timings=tuple(sorted(timings, key=lambda t: TASKS.index(t.task))),
         left_out=left_out,
     )
+
+
+def _held_by(model: object) -> str:
+    """Return in words which layers could be given in place of the model that holds them."""
+    if not isinstance(model, nn.Module):
+        return ""
+    paths = [path for path, m in reversed(model.named_modules()) if isinstance(m, SparseLinear)]
+    folded = [path for path, _ in fold(paths, [None] * len(paths))]
+    return f"; give one of its layers: {', '.join(folded)}" if paths else ""
 
 
 class _MaskedLinear(nn.Module):

@@ -253,19 +253,18 @@ def _checked(layers: dict[str, BlockSparseLinear], activations: Activations | No
         owner, layer = _owner(path), layers[path]
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise TypeError(
-                f"[{owner}] activations must be inputs and cotangents, got {type(pair).__name__}"
+                f"[{owner}] activations must be (x, cotangent), got {type(pair).__name__}"
             )
         x, cotangent = pair
         for name, value, label, size in (
-            ("inputs", x, "input_dims", layer.input_dims),
-            ("cotangents", cotangent, "output_dims", layer.output_dims),
+            ("x", x, "input_dims", layer.input_dims),
+            ("cotangent", cotangent, "output_dims", layer.output_dims),
         ):
             check_floating(owner, name, value)
             check_features(owner, name, value, label, size)
         if x.shape[:-1] != cotangent.shape[:-1]:
             raise ValueError(
-                f"[{owner}] leading axes differ: inputs {x.shape[:-1]}, "
-                f"cotangents {cotangent.shape[:-1]}"
+                f"[{owner}] leading axes differ: x {x.shape[:-1]}, cotangent {cotangent.shape[:-1]}"
             )
     return activations
 

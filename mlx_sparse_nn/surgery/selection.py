@@ -14,7 +14,7 @@ from mlx_sparse_nn.layers.parameters import why_always_dense
 from mlx_sparse_nn.layers.pattern_module import PatternModule
 from mlx_sparse_nn.surgery.weight_readers import who_reads_weight
 
-_LINEAR = (nn.Linear, nn.QuantizedLinear, nn.QQLinear)
+LINEAR = (nn.Linear, nn.QuantizedLinear, nn.QQLinear, PatternModule)
 
 
 def leaves_of(model: nn.Module) -> list[tuple[list[str], Any]]:
@@ -53,11 +53,15 @@ def why_not_sparsified(
         return f"{kind} is sparse already"
     if reason := why_always_dense(module):
         return reason
-    if reason := isinstance(module, _LINEAR) and why_not_linear(module):
+    if not isinstance(module, LINEAR):
+        return None
+    if reason := why_not_linear(module):
         return reason
     for path in paths:
-        if method := who_reads_weight(path, modules):
-            return f"{method} reads its weight, and does not only call it"
+        if reader := who_reads_weight(path, modules):
+            adapts = hasattr(reader.kind, "fuse")  # what mlx-lm looks for
+            hint = ": fuse adapters first, or put them on afterwards" if adapts else ""
+            return f"{reader} reads its weight{hint}"
     return None
 
 

@@ -34,7 +34,7 @@ from mlx_sparse_nn.layers.lora import LoRABlockSparseLinear, SparseLinear
 from mlx_sparse_nn.layers.parameters import counts_of, density_of
 from mlx_sparse_nn.layers.pattern_module import check_layer_pattern
 from mlx_sparse_nn.surgery.optimizer_state import reshape_moments
-from mlx_sparse_nn.surgery.selection import leaves_of, replace_leaves, why_not_sparsified
+from mlx_sparse_nn.surgery.selection import LINEAR, leaves_of, replace_leaves, why_not_sparsified
 from mlx_sparse_nn.surgery.sparsify_report import SparsifyReport
 
 Scope: TypeAlias = Literal["layer", "global", "erdos-renyi"]
@@ -110,10 +110,9 @@ def sparsify(
         ...
     """
     check_model("sparsify", model)
-    if isinstance(model, BlockSparseLinear):
-        raise TypeError("[sparsify] model is itself a BlockSparseLinear; prune lowers its density")
-    if isinstance(model, nn.Linear | nn.QuantizedLinear | nn.QQLinear):
-        raise _nothing_around("sparsify", model, "BlockSparseLinear.from_linear")
+    if isinstance(model, LINEAR):
+        reason = why_not_sparsified(model, [], {})
+        raise _nothing_around("sparsify", model, reason or "use BlockSparseLinear.from_linear")
     check_name("sparsify", "scope", scope, _SCOPES)
     check_choice("sparsify", block_size, density, score, balance)
     if predicate is not None and not callable(predicate):
@@ -159,7 +158,7 @@ def densify(model: nn.Module, *, optimizer: optim.Optimizer | None = None) -> li
     """
     check_model("densify", model)
     if isinstance(model, SparseLinear):
-        raise _nothing_around("densify", model, "its to_linear()")
+        raise _nothing_around("densify", model, "use its to_linear()")
     for path, module in model.named_modules():
         if isinstance(module, LoRABlockSparseLinear):
             raise ValueError(
@@ -337,8 +336,8 @@ def _shares(model: nn.Module, skipped: dict[str, str]) -> dict[str, float]:
     return {path: of[path] for path in skipped if path in of}
 
 
-def _nothing_around(owner: str, model: nn.Module, instead: str) -> TypeError:
+def _nothing_around(owner: str, model: nn.Module, way_out: str) -> TypeError:
     return TypeError(
-        f"[{owner}] model is itself a {type(model).__name__}, which nothing can replace in place; "
-        f"use {instead}"
+        f"[{owner}] model is itself a {type(model).__name__}, with no module around it in which to "
+        f"replace it: {way_out}"
     )

@@ -11,6 +11,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 
 import mlx.nn as nn
@@ -18,8 +19,19 @@ import mlx.nn as nn
 Chain = tuple[str, ...]  # names of attributes, one in the other: ("mlp", "gate") of layer.mlp.gate
 
 
-def who_reads_weight(path: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """Return the method that reads the weight of the layer at ``path``, such as "Block.__call__".
+@dataclass(frozen=True)
+class Reader:
+    """A method of a class of modules."""
+
+    kind: type
+    method: str
+
+    def __str__(self) -> str:
+        return f"{self.kind.__name__}.{self.method}"
+
+
+def who_reads_weight(path: str, modules: Mapping[str, nn.Module]) -> Reader | None:
+    """Return the method that reads the weight of the layer at ``path``, or None.
 
     Methods of all modules around the layer are searched, up to the model. A reader is seen where it
     goes to the layer by the names of attributes, also through local names and loops. One that gets
@@ -35,22 +47,22 @@ def who_reads_weight(path: str, modules: Mapping[str, nn.Module]) -> str | None:
         if around is None:  # a list or a dict
             continue
         names = tuple(part for part in parts[n:] if not part.isdecimal())
-        for chain, method in _readers(type(around)).items():
+        for chain, reader in _readers(type(around)).items():
             if names[-len(chain) :] == chain:
-                return method
+                return reader
     return None
 
 
 @cache
-def _readers(kind: type) -> dict[Chain, str]:
+def _readers(kind: type) -> dict[Chain, Reader]:
     """Return what a class reads the weight of, and the first method that does."""
-    readers: dict[Chain, str] = {}
+    readers: dict[Chain, Reader] = {}
     for base in kind.__mro__:
         if base in nn.Module.__mro__:
             continue
         for name, function in _functions(base):
             for chain in _weights_read(_parse(function)):
-                readers.setdefault(chain, f"{kind.__name__}.{name}")
+                readers.setdefault(chain, Reader(kind, name))
     return readers
 
 
@@ -74,10 +86,8 @@ def _weights_read(tree: ast.AST) -> Iterator[Chain]:
     local: dict[str, list[Chain]] = {}  # what names stand for
 
     def chains(node: ast.AST) -> list[Chain]:
-        if isinstance(node, ast.Attribute):
-            return [(*chain, node.attr) for chain in chains(node.value)]
-        if isinstance(node, ast.Subscript):
-            return chains(node.value)
+        if isinstance(node, ast.Attribute | ast.Subscript):
+            return [(*chain, *filter(None, [_key(node)])) for chain in chains(node.value)]
         if isinstance(node, ast.Name):
             return local.get(node.id, [()])
         if isinstance(node, ast.Tuple | ast.List):
@@ -105,10 +115,13 @@ def _weights_read(tree: ast.AST) -> Iterator[Chain]:
     for node in nodes:
         if node in only_dtypes or not isinstance(node, ast.Attribute | ast.Subscript):
             continue
-        name_of = node.attr if isinstance(node, ast.Attribute) else _constant(node.slice)
-        if name_of == "weight":
+        if _key(node) == "weight":
             yield from filter(None, chains(node.value))
 
 
-def _constant(node: ast.AST) -> object:
-    return node.value if isinstance(node, ast.Constant) else None
+def _key(node: ast.Attribute | ast.Subscript) -> str | None:
+    """Return the name of an attribute, or the word of a subscript; None for other subscripts."""
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    word = node.slice.value if isinstance(node.slice, ast.Constant) else None
+    return word if isinstance(word, str) else None

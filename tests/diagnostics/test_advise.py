@@ -2,6 +2,7 @@
 
 import importlib
 import time
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -113,7 +114,7 @@ def test_a_quantized_layer_beside_the_dense_quantized_one(dtype):
 
 def test_the_dense_quantized_twin_holds_the_same_weight():
     layer = BlockSparseLinear(64, 96, density=0.5).to_quantized(bits=3)
-    twin = dense_twin(layer)
+    twin: Any = dense_twin(layer)
     parameters = twin.weight, twin.scales, twin.biases
     weight = mx.dequantize(*parameters, twin.group_size, twin.bits)
     assert mx.array_equal(weight, layer.todense())

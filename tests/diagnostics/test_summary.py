@@ -157,7 +157,14 @@ def test_the_table():
     ]
     assert repr(summary(layer)).splitlines()[2].startswith("(itself)  2048 x 1024")
     assert summary(nn.ReLU()).rows == ()
-    assert repr(summary(nn.ReLU())).splitlines()[2].split() == ["total", "0.0%", "0", "0", "0/0", "0.0%"]
+    assert repr(summary(nn.ReLU())).splitlines()[2].split() == [
+        "total",
+        "0.0%",
+        "0",
+        "0",
+        "0/0",
+        "0.0%",
+    ]
 
 
 @pytest.mark.parametrize(

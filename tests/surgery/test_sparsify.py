@@ -305,7 +305,8 @@ class TestSparsify:
             "layer     out x in  block  blocks  density",
             "layers.0   64 x 64     32       2    50.0%",
             "layers.2: the layer of layers.0",
-            "layers.1 skipped (13.5% of the model): output_dims 10 is not a multiple of block_size 32",
+            "layers.1 skipped (13.5% of the model): output_dims 10 is not a multiple of block_size"
+            " 32",
             "The model's quality is not measured here: evaluate the model, or fine-tune it.",
         ]
         assert repr(sparsify(nn.Sequential(nn.ReLU()))) == "0 layers made sparse, 0 skipped"
