@@ -420,6 +420,22 @@ def test_blocks_that_have_no_packing(block_size):
         refused(owner, call, ValueError, message)
 
 
+GROUP_DOORS = {
+    "check_same_pattern": lambda group: sparse.check_same_pattern(MODULE, group),
+    "shard_boundaries": lambda group: sparse.shard_boundaries([layer()], group=group),
+    "shard_block_sparse": lambda group: sparse.shard_block_sparse(
+        layer(), "all-to-sharded", group=group
+    ),
+}
+
+
+@pytest.mark.parametrize(("owner", "call"), GROUP_DOORS.items(), ids=GROUP_DOORS)
+@pytest.mark.parametrize("group", [2, "ring", [0, 1]])
+def test_a_group_of_another_type(owner, call, group):
+    message = rf"group must be an mx.distributed.Group, got {re.escape(repr(group))}$"
+    refused(owner, lambda: call(group), TypeError, message)
+
+
 OPTIMIZER_DOORS = {
     "sparsify": lambda optimizer: sparse.sparsify(
         nn.Sequential(nn.Linear(64, 64)), optimizer=optimizer

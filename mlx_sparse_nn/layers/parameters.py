@@ -105,6 +105,8 @@ def _own_arrays(module: nn.Module) -> dict[str, mx.array]:
 
 def _values(module: nn.Module, name: str, array: mx.array) -> int:
     """Return how many parameters an array stands for: of a quantized layer, those it packs."""
+    if name == "weight" and isinstance(module, PatternModule):
+        return module.pattern.nnz
     bits = getattr(module, "bits", None)
     if bits is None:
         return array.size

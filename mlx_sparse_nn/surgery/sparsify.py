@@ -131,8 +131,8 @@ def sparsify(
     mx.eval([layer.weight for layer in layers], moments.put())
     pairs = zip(targets, layers, strict=True)
     sparse = {path: layer for target, layer in pairs for path in target.paths}
-    n_blocks = {path: layer.pattern.n_blocks for path, layer in sparse.items()}
-    return SparsifyReport(sparse, n_blocks, skipped, shares, density_of(model))
+    patterns = {path: layer.pattern for path, layer in sparse.items()}
+    return SparsifyReport(sparse, patterns, skipped, shares, density_of(model))
 
 
 def densify(model: nn.Module, *, optimizer: optim.Optimizer | None = None) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.table import NOT_MEASURED, Report, Table, fold
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
 
@@ -15,7 +16,7 @@ class SparsifyReport(Report):
     Attributes:
         sparse: The new layer at each path that was made sparse. A layer that the model holds at
             several paths is here at each of them, and is one object.
-        n_blocks: How many blocks :func:`sparsify` left each of them, by path.
+        patterns: Which blocks :func:`sparsify` left each of them, by path.
         skipped: Why each other layer that holds a matrix was left alone, by path: linear layers,
             embeddings, convolutions, experts.
         shares: Fraction of the dense model's parameters that each layer in ``skipped`` holds, by
@@ -24,7 +25,7 @@ class SparsifyReport(Report):
     """
 
     sparse: dict[str, BlockSparseLinear]
-    n_blocks: dict[str, int]
+    patterns: dict[str, CSRPattern]
     skipped: dict[str, str]
     shares: dict[str, float]
     model_density: float
@@ -32,10 +33,9 @@ class SparsifyReport(Report):
     @property
     def density(self) -> float:
         """Stored fraction of all weights that were made sparse; 0 if there are none."""
-        layers = {path: self.sparse[path] for path in self._first_paths()}
-        places = sum(layer.input_dims * layer.output_dims for layer in layers.values())
-        nnz = sum(self.n_blocks[path] * layer.block_size**2 for path, layer in layers.items())
-        return nnz / max(1, places)
+        patterns = [self.patterns[path] for path in self._first_paths()]
+        values = sum(pattern.shape[0] * pattern.shape[1] for pattern in patterns)
+        return sum(pattern.nnz for pattern in patterns) / max(1, values)
 
     def _first_paths(self) -> list[str]:
         """Return the first path of each layer that was made sparse."""
@@ -46,7 +46,7 @@ class SparsifyReport(Report):
 
     def _table(self) -> Table:
         new = self._first_paths()
-        cells = [_cells(self.sparse[path], self.n_blocks[path]) for path in new]
+        cells = [_cells(self.patterns[path]) for path in new]
         first_path = {id(self.sparse[path]): path for path in new}
         shared = {
             path: first
@@ -82,7 +82,7 @@ class SparsifyReport(Report):
         return [line for _, line in sorted(lines, key=lambda line: -line[0])]
 
 
-def _cells(layer: BlockSparseLinear, n_blocks: int) -> list[str]:
-    n_out, n_in, block_size = layer.output_dims, layer.input_dims, layer.block_size
-    density = n_blocks * block_size**2 / (n_out * n_in)
-    return [f"{n_out} x {n_in}", str(block_size), f"{n_blocks:,}", f"{density:.1%}"]
+def _cells(pattern: CSRPattern) -> list[str]:
+    n_out, n_in = pattern.shape
+    density = f"{pattern.density:.1%}"
+    return [f"{n_out} x {n_in}", str(pattern.block_size), f"{pattern.n_blocks:,}", density]
