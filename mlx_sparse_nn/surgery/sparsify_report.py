@@ -73,13 +73,18 @@ class SparsifyReport(Report):
 
     def _said_of_skipped(self) -> list[str]:
         """Return a sentence on the layers left alone for one reason, those with most first."""
-        paths = list(self.shares)
-        lines = []
-        for path, places in fold(paths, [self.skipped[path] for path in paths]):
-            share = sum(self.shares[paths[i]] for i in places)
-            why = self.skipped[paths[places[0]]]
-            lines.append((share, f"{path} skipped ({share:.1%} of the model): {why}"))
-        return [line for _, line in sorted(lines, key=lambda line: -line[0])]
+        alike: dict[str, list[str]] = {}
+        for path in self.shares:
+            alike.setdefault(self.skipped[path], []).append(path)
+        shares = {why: sum(self.shares[path] for path in paths) for why, paths in alike.items()}
+        return [
+            f"{_names(alike[why])} skipped ({shares[why]:.1%} of the model): {why}"
+            for why in sorted(alike, key=lambda why: -shares[why])
+        ]
+
+
+def _names(paths: list[str]) -> str:
+    return ", ".join(name for name, _ in fold(paths, [None] * len(paths)))
 
 
 def _cells(pattern: CSRPattern) -> list[str]:

@@ -5,6 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from hypothesis import given
+from mlx_lm.models.switch_layers import SwitchLinear
 from support import computing, flatten, patterns, untyped
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern
@@ -138,6 +139,31 @@ def test_quantized_blocks_and_adapters():
         ("layers.0.linear", 2112, 0),  # frozen under the adapters
         ("layers.0", 512, 2 * 4 * 512),
     ]
+
+
+def test_what_stays_dense_is_said_with_its_share():
+    model = nn.Sequential(
+        nn.Embedding(32, 32),
+        SwitchLinear(32, 32, 8, bias=False),
+        BlockSparseLinear(32, 32, density=0.5, block_size=16, bias=False),
+        nn.Linear(32, 32, bias=False),
+        nn.LayerNorm(32, affine=False),
+    )
+    found = summary(model)
+    stored, dense = (1 + 8 + 0.5 + 1) * 1024, (1 + 8 + 1 + 1) * 1024
+    assert (found.parameters, found.dense_parameters) == (stored, dense)
+    assert found.density == stored / dense
+    assert [row.always_dense for row in found.rows] == [
+        "Embedding looks rows up; embeddings stay dense",
+        "SwitchLinear holds 8 experts, which stay dense",
+        None,
+        None,
+    ]
+    lines = repr(found).splitlines()
+    assert "always dense, of all parameters: Embedding 9.5%, SwitchLinear 76.2%" in lines
+    (total,) = [line for line in lines if line.startswith("total")]
+    assert total.split()[1] == "95.5%"
+    assert "always dense" not in repr(summary(nn.Linear(4, 4)))
 
 
 def test_the_table():

@@ -235,10 +235,10 @@ class TestWhatStaysDense:
         share = sum(done.shares[path] for path in experts)
         assert share > 0.8
         said = repr(done)
-        path = "model.layers.0-1.block_sparse_moe.switch_mlp.gate_proj x 2"
-        assert f"{path} skipped ({share / 3:.1%} of the model): SwitchLinear" in said.replace(
-            "\n  ", " "
-        )
+        inside = "model.layers.0-1.block_sparse_moe.switch_mlp"
+        names = ", ".join(f"{inside}.{name}_proj x 2" for name in ("gate", "up", "down"))
+        text = f"{names} skipped ({share:.1%} of the model): SwitchLinear holds 8 experts"
+        assert text in said.replace("\n  ", " ")
         assert done.model_density == pytest.approx(summary(model).density)
         assert f"{done.density:.3g} there, {done.model_density:.3g} in all" in said
         assert done.model_density > 0.9 > 0.3 >= done.density
