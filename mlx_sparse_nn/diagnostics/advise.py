@@ -23,7 +23,7 @@ from mlx_sparse_nn.diagnostics.products import (
     products_of,
     values_of,
 )
-from mlx_sparse_nn.layers.dense_twin import dense_twin
+from mlx_sparse_nn.layers.dense_twin import dense_twin, why_not_quantized
 from mlx_sparse_nn.layers.linear import BlockSparseLinear, QuantizedBlockSparseLinear
 from mlx_sparse_nn.layers.lora import SparseLinear
 
@@ -191,11 +191,10 @@ def advise(
     contestants: dict[str, nn.Module] = {SPARSE: layer}
     left_out = {}
     if isinstance(layer, QuantizedBlockSparseLinear):
-        twin = dense_twin(layer)
-        if isinstance(twin, nn.QuantizedLinear):
-            contestants[QUANTIZED] = twin
+        if reason := why_not_quantized(layer):
+            left_out[QUANTIZED] = reason
         else:
-            left_out[QUANTIZED] = "the pattern stores a block more than once"
+            contestants[QUANTIZED] = dense_twin(layer)
     elif reason := _why_not_masked(layer):
         left_out[MASKED] = reason
     else:

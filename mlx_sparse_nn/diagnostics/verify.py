@@ -27,8 +27,6 @@ from mlx_sparse_nn.diagnostics.products import (
 from mlx_sparse_nn.layers.layer_calls import all_sparse_layers, observed
 from mlx_sparse_nn.layers.lora import SparseLinear
 
-_STORED = ("weight", "scales", "biases", "bias")
-
 
 @dataclass(frozen=True, repr=False)
 class VerifyReport(Report):
@@ -163,7 +161,9 @@ def verify(model: nn.Module, *inputs: Any, seed: int = 0) -> VerifyReport:
 
 def _not_finite(layer: SparseLinear, x: mx.array) -> str | None:
     """Return the name of an operand of a layer that holds what is not finite, if one does."""
-    operands = {"input": x} | {name: layer[name] for name in _STORED if name in layer}
+    operands = {"input": x, "weight": layer.todense()}
+    if "bias" in layer:
+        operands["bias"] = layer.bias
     for name, a in operands.items():
         if mx.issubdtype(a.dtype, mx.inexact) and not mx.isfinite(a).all().item():
             return name

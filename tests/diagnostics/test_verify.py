@@ -189,7 +189,7 @@ def test_what_is_not_finite_is_named_and_no_product_is_called_wrong(value):
     assert verify(model, x).passed
     quantized = layer.to_quantized()
     quantized.scales = quantized.scales.at[0, 0, 0].add(value)
-    with pytest.raises(ValueError, match=r"QuantizedBlockSparseLinear has nan .* in its scales"):
+    with pytest.raises(ValueError, match=r"QuantizedBlockSparseLinear has nan .* in its weight"):
         verify(quantized, x)
 
 
