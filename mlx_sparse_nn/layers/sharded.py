@@ -258,7 +258,7 @@ def _checked_group(owner: str, group: mx.distributed.Group | None) -> mx.distrib
     """Return the group, all processes by default, or raise."""
     if group is None:
         return mx.distributed.init()
-    if not isinstance(group, mx.distributed.Group):
+    if not all(callable(getattr(group, name, None)) for name in ("rank", "size")):
         raise TypeError(f"[{owner}] group must be an mx.distributed.Group, got {group!r}")
     return group
 
