@@ -72,8 +72,11 @@ def sample(layout: Layout, dense: mx.array) -> mx.array:
     shape = (n_matrices, *layout.data_shape)
     if 0 in shape:
         return mx.zeros(shape, dense.dtype)
-    missing = [(0, n - m) for n, m in zip(layout.full_shape, layout.shape, strict=True)]
-    blocks = mx.pad(dense, [(0, 0), *missing]).reshape(
+    for axis, missing in ((1, n_rows - dense.shape[1]), (2, n_cols - dense.shape[2])):
+        if missing:  # not by mx.pad, whose shape MLX cannot tell where it traces for every shape
+            shape_of_zeros = [missing if i == axis else n for i, n in enumerate(dense.shape)]
+            dense = mx.concatenate([dense, mx.zeros(shape_of_zeros, dense.dtype)], axis=axis)
+    blocks = dense.reshape(
         n_matrices, n_rows // block_size, block_size, n_cols // block_size, block_size
     )
     return blocks.swapaxes(2, 3)[_places(layout.rows)].reshape(shape)

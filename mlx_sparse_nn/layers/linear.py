@@ -217,12 +217,23 @@ class BlockSparseLinear(SparseLinear):
         return carry_mode(self, layer)
 
     def to_quantized(
-        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
+        self,
+        group_size: int | None = None,
+        bits: int | None = None,
+        mode: str = "affine",
+        quantize_input: bool = False,
     ) -> QuantizedBlockSparseLinear:
         """Return this layer with quantized blocks; ``nn.quantize`` calls this.
 
-        See :class:`QuantizedBlockSparseLinear` for the arguments.
+        See :class:`QuantizedBlockSparseLinear` for the arguments. Other modes than "affine" and
+        quantized inputs, which ``nn.quantize`` has too, are not offered.
         """
+        if quantize_input:
+            raise ValueError(
+                "[QuantizedBlockSparseLinear] quantize_input must be False, got "
+                f"{quantize_input!r}; leave the layer out with nn.quantize's class_predicate, or "
+                "make it dense first"
+            )
         return QuantizedBlockSparseLinear.from_linear(self, group_size, bits, mode)
 
     def set_pattern(self, pattern: CSRPattern) -> np.ndarray:

@@ -39,11 +39,11 @@ def check_same_pattern(model: nn.Module, group: mx.distributed.Group | None = No
         group: The processes that compare theirs, all of them by default.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or ``group`` not a group.
         ValueError: Ranks disagree. Says on which layer.
     """
     check_model("check_same_pattern", model)
-    group = group or mx.distributed.init()
+    group = _checked_group("check_same_pattern", group)
     if group.size() == 1:
         return
     # Sizes that all ranks know, so that none waits for more than another sends.
@@ -81,7 +81,7 @@ def shard_boundaries(
         Where each rank's features begin, and the number of features: ``group.size() + 1`` numbers.
 
     Raises:
-        TypeError: A layer is not a BlockSparseLinear.
+        TypeError: A layer is not a BlockSparseLinear, or ``group`` not a group.
         ValueError: There is no layer, the layers differ in the number of these features, or there
             are fewer blocks of features than ranks.
 
@@ -101,7 +101,7 @@ def shard_boundaries(
     if len(sizes) > 1:
         raise ValueError(f"[{owner}] layers have different numbers of these features: {sizes}")
     unit = math.lcm(*(block_size for _, _, block_size in sides))
-    n_ranks = (group or mx.distributed.init()).size()
+    n_ranks = _checked_group(owner, group).size()
     n_units = -(-sizes[0] // unit)
     if n_units < n_ranks:
         raise ValueError(
@@ -135,13 +135,14 @@ def shard_block_sparse(
         group: The processes to share the layer, all of them by default.
 
     Raises:
-        TypeError: ``layer`` is not a BlockSparseLinear, or a boundary is not an integer.
+        TypeError: ``layer`` is not a BlockSparseLinear, ``group`` not a group, or a boundary not an
+            integer.
         ValueError: ``sharding`` is another word, or ``boundaries`` do not fit.
     """
     owner = "shard_block_sparse"
     check_layer(owner, layer)
     check_name(owner, "sharding", sharding, tuple(_SHARDED))
-    group = group or mx.distributed.init()
+    group = _checked_group(owner, group)
     axis, kind = _SHARDED[sharding]
     if boundaries is None:
         layers = [[layer], []] if axis == 0 else [[], [layer]]
@@ -250,6 +251,15 @@ def _disagreement(described: list[list[list[str]]]) -> str:
         f"{path!r} rank 0 has {names[0]}, rank {other} has {names[1]}; seed all ranks alike, or "
         "load one checkpoint on all"
     )
+
+
+def _checked_group(owner: str, group: mx.distributed.Group | None) -> mx.distributed.Group:
+    """Return the group, all processes by default, or raise."""
+    if group is None:
+        return mx.distributed.init()
+    if not all(callable(getattr(group, name, None)) for name in ("rank", "size")):
+        raise TypeError(f"[{owner}] group must be an mx.distributed.Group, got {group!r}")
+    return group
 
 
 def _gather(values: np.ndarray, group: mx.distributed.Group) -> np.ndarray:

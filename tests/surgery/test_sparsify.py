@@ -293,7 +293,7 @@ class TestSparsify:
             "layers.1": "input_dims 10 is less than block_size 32",
             "layers.2": "Scaled, a subclass of nn.Linear, may compute something else",
             "layers.3": "QuantizedLinear holds a packed weight; dequantize it first",
-            "layers.4": "BlockSparseLinear is sparse already",
+            "layers.4": "BlockSparseLinear is sparse already; prune lowers its density",
         }
         assert all(a is b for a, b in zip(before[:6], model.layers, strict=False))
 
@@ -301,14 +301,14 @@ class TestSparsify:
         shared = nn.Linear(64, 64)
         model = nn.Sequential(shared, nn.Linear(64, 10), shared)
         assert repr(sparsify(model, density=0.5)).splitlines() == [
-            "2 of 3 linear layers made sparse, density 0.5 in all",
+            "1 layer made sparse, 1 skipped: density 0.5 there, 0.574 in all",
             "layer     out x in  block  blocks  density",
             "layers.0   64 x 64     32       2    50.0%",
             "layers.2: the layer of layers.0",
-            "layers.1 skipped: output_dims 10 is less than block_size 32",
+            "layers.1 skipped (13.5% of the model): output_dims 10 is less than block_size 32",
             "The model's quality is not measured here: evaluate the model, or fine-tune it.",
         ]
-        assert repr(sparsify(nn.Sequential(nn.ReLU()))) == "0 of 0 linear layers made sparse"
+        assert repr(sparsify(nn.Sequential(nn.ReLU()))) == "0 layers made sparse, 0 skipped"
 
     def test_a_second_time_changes_nothing(self):
         model = make_mlp()
