@@ -135,7 +135,7 @@ class BlockSparseLinear(SparseLinear):
             ImportError: matplotlib is not installed.
         """
         labels = ("inputs", "outputs")
-        return draw.plot(self._pattern, ax, cmap=cmap, values=self.weight, labels=labels)
+        return draw.plot(self.pattern, ax, cmap=cmap, values=self.weight, labels=labels)
 
     @classmethod
     def from_linear(
@@ -209,7 +209,7 @@ class BlockSparseLinear(SparseLinear):
 
     def to_block_sparse(self) -> BlockSparseLinear:
         """Return another layer of the same arrays, in the same mode."""
-        layer = BlockSparseLinear._of(self._pattern, self.weight, self.get("bias"))
+        layer = BlockSparseLinear._of(self.pattern, self.weight, self.get("bias"))
         return carry_mode(self, layer)
 
     def to_quantized(
@@ -239,7 +239,7 @@ class BlockSparseLinear(SparseLinear):
             ValueError: ``pattern`` has another shape or block size, or repeats a block, or the
                 present pattern does.
         """
-        source = block_sources("BlockSparseLinear", self._pattern, pattern)
+        source = block_sources("BlockSparseLinear", self.pattern, pattern)
         weight = move_blocks(self.weight, source)
         self.__dict__.pop("_rollback", None)  # arrays of the old shapes cannot come back
         # Not through PatternModule's __setitem__, which holds every array to its present shape.
@@ -336,6 +336,7 @@ class QuantizedBlockSparseLinear(SparseLinear):
 
     def dequantized_weight(self) -> mx.array:
         """Return the stored blocks, ``(n_blocks, block_size, block_size)`` of the scales' dtype."""
+        self._check_whole()
         return dequantize(self.weight, self.scales, self.biases)
 
     def todense(self) -> mx.array:
@@ -344,15 +345,15 @@ class QuantizedBlockSparseLinear(SparseLinear):
 
     def to_block_sparse(self) -> BlockSparseLinear:
         """Return the layer of the dequantized blocks, all of it trainable."""
-        layer = BlockSparseLinear._of(self._pattern, self.dequantized_weight(), self.get("bias"))
+        layer = BlockSparseLinear._of(self.pattern, self.dequantized_weight(), self.get("bias"))
         layer.train(self.training)
         return layer
 
     def _extra_repr(self) -> str:
         return f"{super()._extra_repr()}, group_size={self.group_size}, bits={self.bits}"
 
-    def _checked(self, key: str, current: mx.array, value: Any) -> mx.array:
-        value = super()._checked(key, current, value)
+    def _checked(self, key: str, value: Any, shape: tuple[int, ...]) -> mx.array:
+        value = super()._checked(key, value, shape)
         if key == "weight" and value.dtype != mx.uint32:
             raise TypeError(
                 f"[QuantizedBlockSparseLinear] weight must stay uint32, got {value.dtype}"

@@ -88,6 +88,7 @@ class LoRABlockSparseLinear(nn.Module):
                 "[LoRABlockSparseLinear] linear must be a BlockSparseLinear or a "
                 f"QuantizedBlockSparseLinear, got {type(linear).__name__}"
             )
+        linear._check_whole()
         r = check_size("LoRABlockSparseLinear", "r", r, minimum=1)
         linear.freeze()
         self.linear = linear

@@ -22,6 +22,7 @@ from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
 from mlx_sparse_nn.core.transforms import transforming
 
 _INDICES = ("indptr", "indices")
+_BLOCKWISE = ("weight", "scales", "biases", "indices")  # their first axis is the stored blocks
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 
@@ -40,6 +41,9 @@ class PatternModule(nn.Module):
 
     Arrays keep their shape, whoever writes them, and the pattern follows the index arrays.
 
+    ``mx.array([])``, written into any of them, empties the layer: so mlx-lm gives back the memory
+    of a model while it saves it. What needs the layer then raises, until whole arrays are written.
+
     Args:
         pattern: The pattern of the layer's weight.
         pinned: Names of further arrays that stay frozen whatever is unfrozen.
@@ -48,6 +52,7 @@ class PatternModule(nn.Module):
     indptr: mx.array = _index_array("indptr")
     indices: mx.array = _index_array("indices")
     _pattern: CSRPattern
+    _emptied: Emptied | None = None
 
     def __init__(self, pattern: CSRPattern, pinned: Iterable[str] = ()):
         super().__init__()
@@ -56,7 +61,12 @@ class PatternModule(nn.Module):
 
     @property
     def pattern(self) -> CSRPattern:
-        """The pattern of the weight."""
+        """The pattern of the weight.
+
+        Raises:
+            ValueError: The layer was emptied.
+        """
+        self._check_whole()
         return self._pattern
 
     @property
@@ -77,14 +87,19 @@ class PatternModule(nn.Module):
     @property
     def density(self) -> float:
         """Stored fraction of the weight."""
-        return self._pattern.density
+        return self.pattern.density
+
+    def _check_whole(self) -> None:
+        """Raise if the layer was emptied. Whatever reads its arrays comes here."""
+        if self._emptied is not None:
+            raise ValueError(f"[{type(self).__name__}] {self._emptied.reason()}")
 
     def spy(self, width: int = 64) -> str:
         """Return the pattern drawn in characters; see :meth:`CSRPattern.spy`."""
-        return self._pattern.spy(width)
+        return self.pattern.spy(width)
 
     def _repr_svg_(self) -> str:
-        return self._pattern._repr_svg_()
+        return self.pattern._repr_svg_()
 
     def _multiply(self, weight: mx.array, x: mx.array, bias: mx.array | None = None) -> mx.array:
         """Return ``x Aᵀ + bias`` for the stored values of A. Every call of a layer comes here, or
@@ -108,7 +123,7 @@ class PatternModule(nn.Module):
         They are those of the pattern's own layout, unless a transform has put others in their
         place: ``mx.compile`` puts tracers there, and later the results of its graph.
         """
-        layout = self._pattern.layout
+        layout = self.pattern.layout
         if self["indices"] is self.__dict__.get("_laid_out") or not transforming():
             return layout
         return layout.with_arrays(self["indices"], self["_layout"])
@@ -128,11 +143,11 @@ class PatternModule(nn.Module):
 
     def _extra_repr(self) -> str:
         pattern = self._pattern
-        return (
-            f"input_dims={self.input_dims}, output_dims={self.output_dims}, "
-            f"block_size={pattern.block_size}, density={pattern.density:.3g}, "
-            f"blocks={pattern.n_blocks}, bias={'bias' in self}"
-        )
+        dims = f"input_dims={self.input_dims}, output_dims={self.output_dims}"
+        stored = f"density={pattern.density:.3g}, blocks={pattern.n_blocks}"
+        if self._emptied is not None:
+            stored = "emptied"
+        return f"{dims}, block_size={pattern.block_size}, {stored}, bias={'bias' in self}"
 
     # load_weights, update and apply write into a module item by item, through __setitem__, in any
     # order. Each item is checked by itself, since any valid indptr goes with any valid indices.
@@ -142,10 +157,16 @@ class PatternModule(nn.Module):
         if "_layout" not in self or key[0] == "_" or not isinstance(current, mx.array):
             super().__setitem__(key, value)
             return
+        if isinstance(value, mx.array) and value.shape == (0,) != current.shape:
+            self._empty(key, value)
+            return
+        if self._emptied is not None and key in self._emptied.shapes:
+            self._refill(self._emptied, key, value)
+            return
         rollback = self.__dict__.setdefault("_rollback", Rollback())
         rollback.begin(key)
         try:
-            value = self._checked(key, current, value)
+            value = self._checked(key, value, current.shape)
         except (TypeError, ValueError):
             for name, previous in rollback.replaced():
                 super().__setitem__(name, previous)
@@ -156,14 +177,64 @@ class PatternModule(nn.Module):
         if key in _INDICES:
             self._follow_indices()
 
-    def _checked(self, key: str, current: mx.array, value: Any) -> mx.array:
+    def _empty(self, key: str, nothing: mx.array) -> None:
+        """Let go of an array, and of the pattern where it is an index array."""
+        emptied = self._emptied or Emptied()
+        self.__dict__["_emptied"] = emptied
+        self.__dict__.pop("_rollback", None)  # nothing that was let go of comes back
+        for name in _INDICES if key in _INDICES else (key,):
+            emptied.shapes[name] = self[name].shape
+            super().__setitem__(name, nothing)
+        if key in _INDICES:
+            super().__setitem__("_layout", {})
+            self.__dict__.pop("_laid_out", None)
+            # Only its sizes are needed from now on: an array is held by whatever reads its memory.
+            empty = np.zeros(self._pattern.grid[0] + 1, np.int32), np.zeros(0, np.int32)
+            sizes = self._pattern.shape, self._pattern.block_size
+            self.__dict__["_pattern"] = CSRPattern(*empty, *sizes)
+
+    def _refill(self, emptied: Emptied, key: str, value: Any) -> None:
+        """Take an array that an emptied layer waits for. The last one makes the layer whole."""
+        if isinstance(value, mx.array) and value.shape == (0,) and value.dtype == mx.float32:
+            emptied.arrays.pop(key, None)  # emptied again
+            return
+        new_pattern = "indices" in emptied.shapes
+        shape = emptied.shapes[key]
+        if new_pattern and key in _BLOCKWISE and isinstance(value, mx.array):
+            shape = (*value.shape[:1], *shape[1:])  # of any number of blocks
+        try:
+            emptied.arrays[key] = self._checked(key, value, shape)
+            if emptied.missing():
+                return
+            pattern = self._refilled({**self, **emptied.arrays}) if new_pattern else None
+        except (TypeError, ValueError):
+            emptied.arrays.clear()
+            raise
+        del self.__dict__["_emptied"]
+        for name, array in emptied.arrays.items():
+            super().__setitem__(name, array)
+        if pattern is not None:
+            self._lay_out(pattern)
+
+    def _refilled(self, arrays: dict[str, mx.array]) -> CSRPattern:
+        """Return the pattern of arrays that are right one by one, if they go together."""
+        owner, n_blocks = type(self).__name__, arrays["indices"].size
+        check_indptr(owner, check_indices(owner, "indptr", arrays["indptr"]), n_blocks)
+        for name in _BLOCKWISE:
+            if name in arrays and arrays[name].shape[0] != n_blocks:
+                raise ValueError(
+                    f"[{owner}] {name} has {arrays[name].shape[0]} blocks, indices has {n_blocks}"
+                )
+        sizes = self._pattern.shape, self._pattern.block_size
+        return CSRPattern(arrays["indptr"], arrays["indices"], *sizes)
+
+    def _checked(self, key: str, value: Any, shape: tuple[int, ...]) -> mx.array:
         """Return the array to store as ``key``, or raise."""
         owner = type(self).__name__
-        if not isinstance(value, mx.array) or value.shape != current.shape:
-            shape = value.shape if isinstance(value, mx.array) else type(value).__name__
-            raise ValueError(
-                f"[{owner}] {key} must be an array of shape {current.shape}, got {shape}"
-            )
+        if not isinstance(value, mx.array) or value.shape != shape:
+            got = value.shape if isinstance(value, mx.array) else type(value).__name__
+            raise ValueError(f"[{owner}] {key} must be an array of shape {shape}, got {got}")
+        current = self[key]
         if key not in _INDICES or value is current:
             return value
         if mx.issubdtype(value.dtype, mx.floating):
@@ -175,13 +246,16 @@ class PatternModule(nn.Module):
             raise TypeError(f"[{owner}] {key} must be integers, got {value.dtype}")
         host = check_indices(owner, key, value)
         if key == "indptr":
-            check_indptr(owner, host, self._pattern.n_blocks)
+            waits = self._emptied is not None and "indices" in self._emptied.shapes
+            check_indptr(owner, host, int(host[-1]) if waits else self._pattern.n_blocks)
         else:
             check_range(owner, key, host, self._pattern.grid[1])
         return value if value.dtype == mx.int32 else mx.array(host)
 
     def _follow_indices(self) -> None:
-        """Make the pattern and its layout those of ``indptr`` and ``indices``."""
+        """Make the pattern and its layout those of ``indptr`` and ``indices``, unless emptied."""
+        if not self["_layout"]:
+            return
         shape, block_size = self._pattern.shape, self._pattern.block_size
         pattern = CSRPattern(self["indptr"], self["indices"], shape, block_size)
         if pattern != self._pattern:
@@ -190,6 +264,31 @@ class PatternModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         derived = ("_rollback", "_laid_out")
         return {key: value for key, value in self.__dict__.items() if key not in derived}
+
+
+class Emptied:
+    """What an emptied layer waits for: nothing enters it before all of it is there and fits.
+
+    Attributes:
+        shapes: What was emptied, and its shape before.
+        arrays: What has been written since.
+    """
+
+    def __init__(self):
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.arrays: dict[str, mx.array] = {}
+
+    def missing(self) -> list[str]:
+        """Return the names of arrays that have not been written yet."""
+        return [name for name in self.shapes if name not in self.arrays]
+
+    def reason(self) -> str:
+        """Say what happened, and what helps."""
+        return (
+            "the layer was emptied: mx.array([]) was written into it, as mlx_lm.utils.save does "
+            f"with the model that it saves; write {', '.join(self.missing())} again, for example "
+            "by load_weights(..., strict=False)"
+        )
 
 
 class Rollback:
