@@ -290,6 +290,7 @@ class QuantizedBlockSparseLinear(SparseLinear):
         super().__init__(pattern, pinned=("weight", "scales", "biases"))
         n_blocks, block_size = pattern.n_blocks, pattern.block_size
         self.group_size = _group_size(block_size, group_size)
+        self.mode = "affine"  # as nn.QuantizedLinear has it, for who asks
         self.bits = 4 if bits is None else check_size(owner, "bits", bits)
         if self.bits not in BITS:
             raise ValueError(f"[{owner}] bits must be one of {BITS}, got {bits!r}")
