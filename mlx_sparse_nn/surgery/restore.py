@@ -72,7 +72,7 @@ def restore_patterns(model: _Model, weights: Weights) -> _Model:
     check_model("restore_patterns", model)
     _replace("restore_patterns", model, _read("restore_patterns", weights))
     if _loader_quantizes(weights):
-        layers = {
+        layers: dict[str, nn.Module] = {
             path: module.to_block_sparse()
             for path, module in model.named_modules()
             if isinstance(module, QuantizedBlockSparseLinear)
