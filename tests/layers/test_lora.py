@@ -1,6 +1,7 @@
 """Low-rank adapters over block-sparse layers: values, what trains, and what they fuse into."""
 
 from contextlib import nullcontext
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -208,8 +209,8 @@ class TestOverAQuantizedLayer:
         adapted = self.adapted()
         rounds = "rounded to 8 bits again, .*; dequantize=True keeps it"
         with nullcontext() if dequantize else pytest.warns(UserWarning, match=rounds) as warned:
-            fused = adapted.fuse(dequantize, keep_pattern=keep_pattern)
-        assert dequantize or warned[0].filename == __file__
+            fused: Any = adapted.fuse(dequantize, keep_pattern=keep_pattern)
+        assert dequantize or untyped(warned)[0].filename == __file__
         assert type(fused) is kind
         expected = dense_of_adapted(adapted)
         if keep_pattern:
@@ -228,8 +229,8 @@ class TestOverAQuantizedLayer:
         adapted = layer.to_lora(r=1, scale=1e-4)
         adapted.lora_b = mx.ones(adapted.lora_b.shape)
         with pytest.warns(UserWarning, match=r"^\[LoRABlockSparseLinear\.fuse\] .* 4 bits"):
-            rounded = adapted.fuse(keep_pattern=True)
-        kept = adapted.fuse(True, keep_pattern=True)
+            rounded: Any = adapted.fuse(keep_pattern=True)
+        kept: Any = adapted.fuse(True, keep_pattern=True)
         update = mx.abs(kept.weight - layer.dequantized_weight()).sum()
         assert update > 0
         assert mx.abs(rounded.dequantized_weight() - kept.weight).sum() > 0.5 * update
