@@ -10,7 +10,13 @@ import numpy as np
 
 from mlx_sparse_nn.core import draw, ops
 from mlx_sparse_nn.core.blocks import block_sources, move_blocks, split_blocks
-from mlx_sparse_nn.core.checks import check_absent, check_density, check_dims, check_size
+from mlx_sparse_nn.core.checks import (
+    check_absent,
+    check_block_dtype,
+    check_density,
+    check_dims,
+    check_size,
+)
 from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
 from mlx_sparse_nn.core.quantized import BITS, GROUP_SIZES, dequantize
 from mlx_sparse_nn.core.scores import Balance, Score, choose_blocks
@@ -100,6 +106,7 @@ class BlockSparseLinear(SparseLinear):
         self._initialise(pattern, blocks.reshape(pattern.data_shape), biases)
 
     def _initialise(self, pattern: CSRPattern, weight: mx.array, bias: mx.array | None) -> None:
+        check_block_dtype("BlockSparseLinear", weight.dtype, pattern.block_size)
         super().__init__(pattern)
         self.weight = weight
         if bias is not None:
