@@ -198,7 +198,10 @@ class TestQuantization:
         assert mx.abs(model(TOKENS) - logits).max() < 0.03 * mx.abs(logits).max()
 
     def test_save_and_load(self, tmp_path, name, capsys):
-        saved, config = quantize_model(make_sparse(name), config_of(name), 32, 4)
+        """As the page shows it."""
+        names = {"model": make_sparse(name), "config": config_of(name)}
+        exec(code_of("Quantization"), names)
+        saved, config = names["model"], names["config"]
         assert len(layers_of(saved, QuantizedBlockSparseLinear)) == 14
         save_sparse(saved, tmp_path, config)
         model, _ = load_model(tmp_path, trust_remote_code=True)
@@ -234,6 +237,12 @@ class TestQuantization:
         exec(code_of("Quantization", 1), {"model": model})
         assert len(layers_of(model, BlockSparseLinear)) == 14
         assert close(model(TOKENS), logits)
+
+    def test_a_tool_of_dense_layers_is_told_what_to_do(self):
+        layer = make_sparse("llama").layers[0].mlp.up_proj
+        assert not hasattr(layer, "input_feat")
+        with pytest.raises(AttributeError, match=r"no attribute 'input_feat'.*densify"):
+            _ = layer.input_feat
 
     def test_quantize_model_leaves_out_layers_whose_blocks_are_too_small(self, capsys):
         model, _ = quantize_model(make_sparse("llama"), config_of("llama"), 64, 4)

@@ -132,16 +132,17 @@ def server(lab, command):
     ask = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": WORDS}
     url = f"http://127.0.0.1:{port}/v1/chat/completions"
     request = urllib.request.Request(url, json.dumps(ask).encode())
-    while process.poll() is None:
+    answer = None
+    while answer is None and process.poll() is None:
         try:
             with urllib.request.urlopen(request, timeout=60) as reply:
                 answer = json.load(reply)
-            break
         except urllib.error.URLError:
             time.sleep(0.1)  # it has not started yet
-    process.terminate()
+    process.terminate()  # it serves until then
     done = finish(process)
-    assert answer["choices"][0]["message"]["content"] == lab.words("sparse"), done.stderr
+    assert answer, done.stderr
+    assert answer["choices"][0]["message"]["content"] == lab.words("sparse")
     return subprocess.CompletedProcess(done.args, 0, done.stdout, done.stderr)
 
 
