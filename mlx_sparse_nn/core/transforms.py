@@ -1,7 +1,7 @@
 """What the package changes in MLX, and why; and what it asks MLX while a transform is running.
 
-Importing the package changes nothing. Three functions are replaced later, when each is first
-needed, since MLX (0.32.4) has no other way:
+Importing the package changes nothing. Some functions are replaced later, when each is first needed,
+since MLX (0.32.4) has no other way:
 
 - ``mx.vmap`` notes when it traces, from the first layout on (:func:`note_vmap`). MLX maps every
   operation that a mapped function traces, those inside a ``custom_function`` included, and raises
@@ -9,6 +9,9 @@ needed, since MLX (0.32.4) has no other way:
 - ``mx.array.__matmul__`` and ``mx.array.__mul__`` return ``NotImplemented`` for a sparse array, as
   Python's protocol asks, from the first sparse array on (:func:`defer_to`). MLX's raise instead, so
   that Python would never try ``A.__rmatmul__`` or ``A.__rmul__``.
+- ``nn.Module.load_weights`` and ``save_weights`` know of patterns, from the first layer on
+  (:func:`wrap_module_method`). A load writes array by array: what a layer refuses, it refuses when
+  others have been written, and only who called it can put those back.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from functools import cache, wraps
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 
 class _State(threading.local):
@@ -105,6 +109,18 @@ def _deferring(method: Callable, sparse: type) -> Callable:
         return NotImplemented if isinstance(other, sparse) else method(self, other)
 
     return deferring
+
+
+@cache
+def wrap_module_method(name: str, wrapper: Callable, *arguments: Any) -> None:
+    """Make a method of all modules call ``wrapper(method, *arguments, module, ...)``."""
+    method = getattr(nn.Module, name)
+
+    @wraps(method)
+    def wrapped(self: nn.Module, *args, **kwargs):
+        return wrapper(method, *arguments, self, *args, **kwargs)
+
+    setattr(nn.Module, name, wrapped)
 
 
 @cache

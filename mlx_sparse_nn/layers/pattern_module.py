@@ -22,6 +22,7 @@ from mlx_sparse_nn.core.checks import (
 from mlx_sparse_nn.core.layout import Layout
 from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
 from mlx_sparse_nn.core.transforms import transforming
+from mlx_sparse_nn.layers.checkpoints import RESTORE, guard
 
 _INDICES = ("indptr", "indices")
 _BLOCKWISE = ("weight", "scales", "biases", "indices")  # their first axis is the stored blocks
@@ -61,6 +62,10 @@ class PatternModule(nn.Module):
     indices: mx.array = _index_array("indices")
     _pattern: CSRPattern
     _emptied: Emptied | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        guard(PatternModule)
+        return super().__new__(cls, *args, **kwargs)
 
     def __init__(self, pattern: CSRPattern, pinned: Iterable[str] = ()):
         super().__init__()
@@ -252,8 +257,9 @@ class PatternModule(nn.Module):
         owner, current = type(self).__name__, self[key]
         check_array(owner, key, value)
         if value.shape != shape:
+            hint = f" {RESTORE}" if key in _BLOCKWISE and value.shape[1:] == shape[1:] else ""
             raise ValueError(
-                f"[{owner}] {key} must be an array of shape {shape}, got {value.shape}"
+                f"[{owner}] {key} must be an array of shape {shape}, got {value.shape}{hint}"
             )
         if key == "weight":
             check_block_dtype(owner, value.dtype, self.block_size)

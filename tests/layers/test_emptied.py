@@ -225,7 +225,10 @@ def test_a_layer_without_blocks():
 
 def test_a_file_of_an_emptied_model_loads_nowhere(tmp_path):
     path = str(tmp_path / "model.safetensors")
-    nn.Sequential(emptied()).save_weights(path)
+    for file in (path, str(tmp_path / "model.npz")):
+        with pytest.raises(ValueError, match=EMPTIED):
+            nn.Sequential(emptied()).save_weights(file)
+    mx.save_safetensors(path, dict(flatten(nn.Sequential(emptied()).parameters())))
     whole = nn.Sequential(BlockSparseLinear(64, 64))
     y = whole(X)
     with pytest.raises(ValueError, match="shape"):
