@@ -48,7 +48,7 @@ class Lab:
 
     Attributes:
         emptied: The model in memory, after ``sparse`` was saved.
-        logits: What it computed before.
+        logits, words: What it computed and generated before.
     """
 
     def __init__(self, name: str, folder: Path):
@@ -80,6 +80,7 @@ class Lab:
         exec(self.placed(first), names)
         self.logits = names["model"](TOKENS)
         mx.eval(self.logits)
+        self.words = speak(names["model"], names["tokenizer"])
         exec(self.placed(code_of("Save and load", 1)), names)
         self.emptied: nn.Module = names["model"]
 
@@ -137,12 +138,9 @@ class Lab:
         model, tokenizer, *_ = load(path, adapter_path=adapters, trust_remote_code=True)
         return model, tokenizer
 
-    def words(self, path: str, adapters: str | None = None, **options: Any) -> str:
-        """Return the words that a model generates, in this process."""
-        model, tokenizer = self.load(path, adapters)
-        chat = [{"role": "user", "content": PROMPT}]
-        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        return generate(model, tokenizer, prompt, max_tokens=WORDS, **options)
+    def words_of(self, path: str, adapters: str | None = None, **options: Any) -> str:
+        """Return the words that a directory generates, in this process."""
+        return speak(*self.load(path, adapters), **options)
 
     @cached_property
     def trained(self) -> subprocess.CompletedProcess[str]:
@@ -162,6 +160,13 @@ class Lab:
     def converted(self) -> subprocess.CompletedProcess[str]:
         """What ``convert`` said, which made ``quantized``."""
         return self.run("convert -q --q-group-size 32", "--mlx-path quantized")
+
+
+def speak(model: nn.Module, tokenizer: Any, **options: Any) -> str:
+    """Return the words that a model generates."""
+    chat = [{"role": "user", "content": PROMPT}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    return generate(model, tokenizer, prompt, max_tokens=WORDS, **options)
 
 
 def finish(process: subprocess.Popen[str], typed: str = "") -> subprocess.CompletedProcess[str]:

@@ -78,7 +78,8 @@ def patterns(model: nn.Module) -> list:
 @row("generate", *MODELS)
 def generate(lab, command):
     done = works(lab.run(command, QUIET))
-    assert done.stdout.strip() == lab.words("sparse")
+    assert done.stdout.strip() == lab.words
+    assert_equal(lab.load("sparse")[0](TOKENS), lab.logits)
     return done
 
 
@@ -86,7 +87,7 @@ def generate(lab, command):
 def generate_with_adapters(lab, command):
     works(lab.trained)
     done = works(lab.run(command, QUIET))
-    assert done.stdout.strip() == lab.words("sparse", "adapters") != lab.words("sparse")
+    assert done.stdout.strip() == lab.words_of("sparse", "adapters") != lab.words
     return done
 
 
@@ -94,14 +95,14 @@ def generate_with_adapters(lab, command):
 def generate_with_a_quantized_cache(lab, command):
     done = works(lab.run(command, QUIET, "--kv-group-size 32 --quantized-kv-start 0"))
     options = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}
-    assert done.stdout.strip() == lab.words("sparse", **options)
+    assert done.stdout.strip() == lab.words_of("sparse", **options)
     return done
 
 
 @row("generate --draft-model dense", "llama")
 def generate_with_a_dense_draft(lab, command):
     done = works(lab.run(command, QUIET))
-    assert done.stdout.strip() == lab.words("sparse")
+    assert done.stdout.strip() == lab.words
     return done
 
 
@@ -121,7 +122,7 @@ def cache_prompt(lab, command):
 @row("chat", "gemma3_text")
 def chat(lab, command):
     done = works(lab.run(command, f"--max-tokens {WORDS}", typed=f"{PROMPT}\nq\n"))
-    assert lab.words("sparse") in done.stdout
+    assert lab.words in done.stdout
     return done
 
 
@@ -142,7 +143,7 @@ def server(lab, command):
     process.terminate()  # it serves until then
     done = finish(process)
     assert answer, done.stderr
-    assert answer["choices"][0]["message"]["content"] == lab.words("sparse")
+    assert answer["choices"][0]["message"]["content"] == lab.words
     return subprocess.CompletedProcess(done.args, 0, done.stdout, done.stderr)
 
 
