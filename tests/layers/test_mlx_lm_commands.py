@@ -196,9 +196,8 @@ def lora(lab, command):
     return lab.trained
 
 
-@row("lora --train --mask-prompt", "qwen3")
-@row("lora --train --grad-checkpoint", "qwen3")
-def lora_with_an_option(lab, command):
+@row("lora --train --mask-prompt --grad-checkpoint", "qwen3")
+def lora_with_options(lab, command):
     done = works(lab.train(command, "--adapter-path others"))
     before, after = losses(done)
     assert after < before - 0.1
