@@ -384,6 +384,8 @@ MODEL_DOORS = {
     "restore": lambda model: sparse.restore(model, {}),
     "restore_patterns": lambda model: sparse.restore_patterns(model, {}),
     "check_same_pattern": sparse.check_same_pattern,
+    "save_trainable": lambda model: sparse.save_trainable(model, "a.safetensors"),
+    "load_trainable": lambda model: sparse.load_trainable(model, "a.safetensors"),
 }
 
 
@@ -578,6 +580,24 @@ REST = [
         lambda: sparse.restore_patterns(MODULE, {"a": untyped([1])}),
         TypeError,
         "a must be an mx.array, got list",
+    ),
+    (
+        "save_trainable",
+        lambda: sparse.save_trainable(MODULE, untyped(3)),
+        TypeError,
+        "file must be a path, got int",
+    ),
+    (
+        "save_trainable",
+        lambda: sparse.save_trainable(MODULE, "weights.npz"),
+        ValueError,
+        "file must end in .safetensors, got 'weights.npz'",
+    ),
+    (
+        "load_trainable",
+        lambda: sparse.load_trainable(MODULE, untyped({})),
+        TypeError,
+        "file must be a path, got dict",
     ),
     (
         "advise",

@@ -25,7 +25,7 @@ from mlx_sparse_nn.core.transforms import transforming
 from mlx_sparse_nn.layers.checkpoints import RESTORE, guard
 
 _INDICES = ("indptr", "indices")
-_BLOCKWISE = ("weight", "scales", "biases", "indices")  # their first axis is the stored blocks
+BLOCKWISE = ("weight", "scales", "biases", "indices")  # their first axis is the stored blocks
 # Relative error of an index array in a running average of one pattern: 1.3e-5 after any number of
 # steps that keep 0.999 of it, in float32. The mean of two patterns is that close only where they
 # differ by one in numbers above 32768.
@@ -224,7 +224,7 @@ class PatternModule(nn.Module):
             return
         new_pattern = "indices" in emptied.shapes
         shape = emptied.shapes[key]
-        if new_pattern and key in _BLOCKWISE and isinstance(value, mx.array):
+        if new_pattern and key in BLOCKWISE and isinstance(value, mx.array):
             shape = (*value.shape[:1], *shape[1:])  # of any number of blocks
         try:
             emptied.arrays[key] = self._checked(key, value, shape)
@@ -244,7 +244,7 @@ class PatternModule(nn.Module):
         """Return the pattern of arrays that are right one by one, if they go together."""
         owner, n_blocks = type(self).__name__, arrays["indices"].size
         check_indptr(owner, check_indices(owner, "indptr", arrays["indptr"]), n_blocks)
-        for name in _BLOCKWISE:
+        for name in BLOCKWISE:
             if name in arrays and arrays[name].shape[0] != n_blocks:
                 raise ValueError(
                     f"[{owner}] {name} has {arrays[name].shape[0]} blocks, indices has {n_blocks}"
@@ -257,7 +257,7 @@ class PatternModule(nn.Module):
         owner, current = type(self).__name__, self[key]
         check_array(owner, key, value)
         if value.shape != shape:
-            hint = f" {RESTORE}" if key in _BLOCKWISE and value.shape[1:] == shape[1:] else ""
+            hint = f" {RESTORE}" if key in BLOCKWISE and value.shape[1:] == shape[1:] else ""
             raise ValueError(
                 f"[{owner}] {key} must be an array of shape {shape}, got {value.shape}{hint}"
             )
