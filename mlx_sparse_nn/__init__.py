@@ -32,6 +32,7 @@ from mlx_sparse_nn.surgery.prune import PruneReport, cubic_density, prune
 from mlx_sparse_nn.surgery.regrow import RegrowReport, activations, regrow
 from mlx_sparse_nn.surgery.restore import restore, restore_patterns
 from mlx_sparse_nn.surgery.sparsify import SparsifyReport, densify, sparsify
+from mlx_sparse_nn.surgery.trainable import load_trainable, save_trainable
 
 __version__ = "0.1.0"
 
@@ -63,6 +64,7 @@ __all__ = [
     "densify",
     "from_dense",
     "from_scipy",
+    "load_trainable",
     "patterns",
     "physics",
     "prune",
@@ -71,6 +73,7 @@ __all__ = [
     "regrow",
     "restore",
     "restore_patterns",
+    "save_trainable",
     "sddmm",
     "shard_block_sparse",
     "shard_boundaries",

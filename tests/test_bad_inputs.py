@@ -4,6 +4,7 @@ Rules that many functions share are tried at each of them. The last table holds 
 that every public function and class has a row; more rows are beside the tests of each file.
 """
 
+import copy
 import dataclasses
 import inspect
 import re
@@ -200,19 +201,29 @@ def test_block_size(owner, call, size, error, message):
     refused(owner, lambda: call(size), error, message)
 
 
-LAYERS = {
-    "BlockSparseLinear": layer(),
-    "QuantizedBlockSparseLinear": layer().to_quantized(),
-    "AllToShardedBlockSparseLinear": sparse.shard_block_sparse(layer(), "all-to-sharded"),
-    "ShardedToAllBlockSparseLinear": sparse.shard_block_sparse(layer(), "sharded-to-all"),
-}
+def make_layers():
+    return {
+        "BlockSparseLinear": layer(),
+        "QuantizedBlockSparseLinear": layer().to_quantized(),
+        "AllToShardedBlockSparseLinear": sparse.shard_block_sparse(layer(), "all-to-sharded"),
+        "ShardedToAllBlockSparseLinear": sparse.shard_block_sparse(layer(), "sharded-to-all"),
+    }
+
+
+LAYERS = make_layers()
 
 
 @pytest.mark.parametrize(
     ("x", "error", "message"),
     [
-        ([1.0] * 64, TypeError, "x must be an mx.array, got list"),
-        (np.ones(64, np.float32), TypeError, "x must be an mx.array, got ndarray"),
+        ([1.0] * 64, TypeError, r"x must be an mx.array, got list; mx\.array\(x\) makes one$"),
+        ([[1.0]], TypeError, r"x must be an mx.array, got list; mx\.array\(x\) makes one$"),
+        (
+            np.ones((2, 64), np.float32),
+            TypeError,
+            r"x must be an mx.array, got ndarray; mx\.array\(x\) makes one$",
+        ),
+        (1.0, TypeError, r"x must be an mx.array, got float; mx\.array\(x\) makes one$"),
         (None, TypeError, "x must be an mx.array, got NoneType"),
         (mx.ones((2, 63)), ValueError, r"x has shape \(2, 63\), .* must be input_dims = 64"),
         (mx.array(1.0), ValueError, r"x has shape \(\), its last axis must be input_dims = 64"),
@@ -223,6 +234,57 @@ def test_what_a_layer_is_called_with(owner, called, x, error, message):
     refused(owner, lambda: called(x), error, message)
     if owner == "BlockSparseLinear":
         refused(owner, lambda: layer().to_lora()(x), error, message)
+
+
+WRITES = [
+    ("weight", None, TypeError, "weight must be an mx.array, got NoneType$"),
+    (
+        "weight",
+        np.ones((2, 32, 32), np.float32),
+        TypeError,
+        r"weight must be an mx.array, got ndarray; mx\.array\(weight\) makes one$",
+    ),
+    ("weight", mx.ones(3), ValueError, r"weight must be an array of shape \(2, .*, got \(3,\)$"),
+    ("bias", [0.0] * 64, TypeError, "bias must be an mx.array, got list;"),
+    ("indptr", np.array([0, 1, 2]), TypeError, "indptr must be an mx.array, got ndarray;"),
+    ("indices", mx.array([0, 9]), ValueError, r"indices\[1\] is 9, outside \[0, 2\)$"),
+    (
+        "indices",
+        mx.array([0.0, NAN]),
+        TypeError,
+        "indices must be integers, got .*float32 .* leave the pattern out, by model.apply",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "message"), WRITES)
+@pytest.mark.parametrize("owner", LAYERS)
+def test_what_is_written_into_a_layer(owner, name, value, error, message):
+    written = copy.copy(LAYERS[owner])
+    refused(owner, lambda: setattr(written, name, value), error, message)
+
+
+@pytest.mark.parametrize("owner", LAYERS)
+def test_an_emptied_layer_says_so(owner):
+    emptied = make_layers()[owner]
+    emptied.weight = mx.array([])
+    refused(owner, lambda: emptied(X), ValueError, r"the layer was emptied: mx\.array\(\[\]\) was")
+
+
+COMPLEX_DOORS = {
+    "BlockSparseLinear": lambda: setattr(layer(), "weight", mx.ones((2, 32, 32), mx.complex64)),
+    "CSRArray": lambda: sparse.CSRArray(mx.ones((2, 32, 32), mx.complex64), PATTERN),
+    "bsr_array": lambda: sparse.bsr_array((np.ones((1, 2, 2)) * 1j, [0], [0, 1]), (2, 2)),
+    "from_dense": lambda: sparse.from_dense(np.ones((4, 4)) * 1j, 2),
+    "spmm": lambda: sparse.spmm(mx.ones((2, 32, 32)), PATTERN, X.astype(mx.complex64)),
+}
+
+
+@pytest.mark.parametrize(("owner", "call"), COMPLEX_DOORS.items(), ids=COMPLEX_DOORS)
+def test_complex_blocks(owner, call):
+    refused(
+        owner, call, TypeError, r"complex64 is for block_size 1, got block_size \d+; blocks are"
+    )
 
 
 BESIDE = {"block_size": 32, "density": 7, "score": "l2", "balance": "row"}
@@ -317,6 +379,8 @@ MODEL_DOORS = {
     "restore": lambda model: sparse.restore(model, {}),
     "restore_patterns": lambda model: sparse.restore_patterns(model, {}),
     "check_same_pattern": sparse.check_same_pattern,
+    "save_trainable": lambda model: sparse.save_trainable(model, "a.safetensors"),
+    "load_trainable": lambda model: sparse.load_trainable(model, "a.safetensors"),
 }
 
 
@@ -613,6 +677,24 @@ REST = [
         lambda: sparse.restore_patterns(MODULE, {"a": untyped([1])}),
         TypeError,
         "a must be an mx.array, got list",
+    ),
+    (
+        "save_trainable",
+        lambda: sparse.save_trainable(MODULE, untyped(3)),
+        TypeError,
+        "file must be a path, got int",
+    ),
+    (
+        "save_trainable",
+        lambda: sparse.save_trainable(MODULE, "weights.npz"),
+        ValueError,
+        "file must end in .safetensors, got 'weights.npz'",
+    ),
+    (
+        "load_trainable",
+        lambda: sparse.load_trainable(MODULE, untyped({})),
+        TypeError,
+        "file must be a path, got dict",
     ),
     (
         "advise",

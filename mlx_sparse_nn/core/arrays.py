@@ -12,6 +12,7 @@ import numpy as np
 from mlx_sparse_nn.core import derivatives, edges, index, ops
 from mlx_sparse_nn.core.checks import (
     ArrayLike,
+    check_block_dtype,
     check_data,
     check_indices,
     check_range,
@@ -32,7 +33,8 @@ class CSRArray:
         pattern: Where they lie.
 
     Raises:
-        TypeError: ``data`` is not numeric, or ``pattern`` is not a CSRPattern.
+        TypeError: ``data`` is not numeric, or is complex blocks, or ``pattern`` is not a
+            CSRPattern.
         ValueError: ``data`` does not have the shape that the pattern needs.
 
     Example:
@@ -52,6 +54,7 @@ class CSRArray:
             raise ValueError(
                 f"[CSRArray] data has shape {data.shape}, the pattern needs {pattern.data_shape}"
             )
+        check_block_dtype("CSRArray", data.dtype, pattern.block_size)
         self.data = data
         self.pattern = pattern
 

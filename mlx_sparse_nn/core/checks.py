@@ -154,7 +154,17 @@ def check_range(owner: str, name: str, indices: np.ndarray, limit: int) -> None:
 def check_array(owner: str, name: str, value: object) -> None:
     """Raise unless ``value`` is an MLX array."""
     if not isinstance(value, mx.array):
-        raise TypeError(f"[{owner}] {name} must be an mx.array, got {type(value).__name__}")
+        makes = isinstance(value, list | tuple | np.ndarray | np.generic | Real)
+        hint = f"; mx.array({name}) makes one" if makes and name.isidentifier() else ""
+        raise TypeError(f"[{owner}] {name} must be an mx.array, got {type(value).__name__}{hint}")
+
+
+def check_block_dtype(owner: str, dtype: mx.Dtype, block_size: int) -> None:
+    """Raise for complex blocks: complex values are for scalars."""
+    if dtype == mx.complex64 and block_size > 1:
+        raise TypeError(
+            f"[{owner}] complex64 is for block_size 1, got block_size {block_size}; blocks are real"
+        )
 
 
 def check_floating(owner: str, name: str, value: object) -> None:

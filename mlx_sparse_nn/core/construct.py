@@ -9,7 +9,14 @@ import numpy as np
 
 from mlx_sparse_nn.core.arrays import COOArray, CSRArray
 from mlx_sparse_nn.core.blocks import split_blocks
-from mlx_sparse_nn.core.checks import ArrayLike, check_data, check_matrix, check_shape, check_size
+from mlx_sparse_nn.core.checks import (
+    ArrayLike,
+    check_block_dtype,
+    check_data,
+    check_matrix,
+    check_shape,
+    check_size,
+)
 from mlx_sparse_nn.core.edges import pad_matrix
 from mlx_sparse_nn.core.pattern import CSRPattern
 
@@ -67,7 +74,7 @@ def bsr_array(arg: tuple[ArrayLike, ArrayLike, ArrayLike], shape: tuple[int, int
         shape: ``(n_rows, n_cols)`` in scalars. Unlike in SciPy, the last blocks may reach past it.
 
     Raises:
-        TypeError: ``blocks`` is not numeric or the indices are not integers.
+        TypeError: ``blocks`` is complex or not numeric, or the indices are not integers.
         ValueError: The blocks are not square, or the indices do not describe such a matrix.
     """
     blocks, indices, indptr = _unpack("bsr_array", "(blocks, indices, indptr)", arg, 3)
@@ -75,6 +82,7 @@ def bsr_array(arg: tuple[ArrayLike, ArrayLike, ArrayLike], shape: tuple[int, int
     if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2] or blocks.shape[1] == 0:
         raise ValueError(f"[bsr_array] blocks must be (n_blocks, B, B), got shape {blocks.shape}")
     block_size = blocks.shape[1]
+    check_block_dtype("bsr_array", blocks.dtype, block_size)
     data = blocks.reshape(-1) if block_size == 1 else blocks
     return CSRArray(data, CSRPattern(indptr, indices, shape, block_size))
 
@@ -89,12 +97,13 @@ def from_dense(w: ArrayLike, block_size: int = 1) -> CSRArray:
         block_size: Side of the blocks.
 
     Raises:
-        TypeError: ``w`` is not numeric.
+        TypeError: ``w`` is not numeric, or complex and ``block_size`` is not 1.
         ValueError: ``w`` is not a matrix.
     """
     w = check_data("from_dense", w, "w")
     check_matrix("from_dense", "w", w)
     block_size = check_size("from_dense", "block_size", block_size, minimum=1)
+    check_block_dtype("from_dense", w.dtype, block_size)
     shape, w = check_shape("from_dense", w.shape), pad_matrix(w, block_size)
     blocks = split_blocks(w, block_size)
     places = np.flatnonzero(np.array((blocks != 0).any(axis=(2, 3))))
@@ -119,7 +128,7 @@ def from_scipy(array: Any) -> CSRArray | COOArray:
     64-bit values become MLX's default 32-bit types, as by ``mx.array``.
 
     Raises:
-        TypeError: The array is in another format.
+        TypeError: The array is in another format, or of complex blocks.
         ValueError: The blocks are not square, or indices do not fit 32 bits.
     """
     kind = getattr(array, "format", type(array).__name__)

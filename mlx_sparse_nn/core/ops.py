@@ -10,7 +10,7 @@ import math
 import mlx.core as mx
 
 from mlx_sparse_nn.core import derivatives, tuned
-from mlx_sparse_nn.core.checks import check_array, check_features
+from mlx_sparse_nn.core.checks import check_array, check_block_dtype, check_features
 from mlx_sparse_nn.core.layout import Layout
 from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
 from mlx_sparse_nn.core.quantized import check_quantized
@@ -256,8 +256,7 @@ def _promote(
     if not mx.issubdtype(dtype, mx.inexact):
         operands = f"{names[0]} {a.dtype} and {names[1]} {b.dtype}"
         raise TypeError(f"[{op}] {operands} give {dtype}; cast one to a floating type with astype")
-    if dtype == mx.complex64 and layout.block_size > 1:
-        raise TypeError(f"[{op}] complex64 is for block_size 1, got block_size {layout.block_size}")
+    check_block_dtype(op, dtype, layout.block_size)
     return a.astype(dtype), b.astype(dtype)
 
 

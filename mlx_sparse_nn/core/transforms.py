@@ -14,6 +14,9 @@ since MLX (0.32.4) has no other way:
 - ``mx.array.__matmul__`` and ``mx.array.__mul__`` return ``NotImplemented`` for a sparse array, as
   Python's protocol asks, from the first sparse array on (:func:`defer_to`). MLX's raise instead, so
   that Python would never try ``A.__rmatmul__`` or ``A.__rmul__``.
+- ``nn.Module.load_weights`` and ``save_weights`` know of patterns, from the first layer on
+  (:func:`wrap_module_method`). A load writes array by array: what a layer refuses, it refuses when
+  others have been written, and only who called it can put those back.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from io import StringIO
 from typing import Any, Literal
 
 import mlx.core as mx
+import mlx.nn as nn
 
 
 class Tracing(threading.local):
@@ -196,6 +200,18 @@ def _deferring(method: Callable, sparse: type) -> Callable:
         return NotImplemented if isinstance(other, sparse) else method(self, other)
 
     return deferring
+
+
+@cache
+def wrap_module_method(name: str, wrapper: Callable, *arguments: Any) -> None:
+    """Make a method of all modules call ``wrapper(method, *arguments, module, ...)``."""
+    method = getattr(nn.Module, name)
+
+    @wraps(method)
+    def wrapped(self: nn.Module, *args, **kwargs):
+        return wrapper(method, *arguments, self, *args, **kwargs)
+
+    setattr(nn.Module, name, wrapped)
 
 
 @cache

@@ -10,7 +10,13 @@ import numpy as np
 
 from mlx_sparse_nn.core import draw, edges, ops
 from mlx_sparse_nn.core.blocks import block_sources, move_blocks, split_blocks
-from mlx_sparse_nn.core.checks import check_absent, check_density, check_dims, check_size
+from mlx_sparse_nn.core.checks import (
+    check_absent,
+    check_block_dtype,
+    check_density,
+    check_dims,
+    check_size,
+)
 from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
 from mlx_sparse_nn.core.quantized import BITS, GROUP_SIZES, dequantize
 from mlx_sparse_nn.core.scores import Balance, Score, choose_blocks
@@ -103,6 +109,7 @@ class BlockSparseLinear(SparseLinear):
         self._initialise(pattern, weight, biases)
 
     def _initialise(self, pattern: CSRPattern, weight: mx.array, bias: mx.array | None) -> None:
+        check_block_dtype("BlockSparseLinear", weight.dtype, pattern.block_size)
         super().__init__(pattern)
         self.weight = weight
         if bias is not None:
@@ -138,8 +145,8 @@ class BlockSparseLinear(SparseLinear):
             ImportError: matplotlib is not installed.
         """
         labels = ("inputs", "outputs")
-        values = edges.clear(self._pattern.layout, self.weight)
-        return draw.plot(self._pattern, ax, cmap=cmap, values=values, labels=labels)
+        values = edges.clear(self.pattern.layout, self.weight)
+        return draw.plot(self.pattern, ax, cmap=cmap, values=values, labels=labels)
 
     @classmethod
     def from_linear(
@@ -213,7 +220,7 @@ class BlockSparseLinear(SparseLinear):
 
     def to_block_sparse(self) -> BlockSparseLinear:
         """Return another layer of the same arrays, in the same mode."""
-        layer = BlockSparseLinear._of(self._pattern, self.weight, self.get("bias"))
+        layer = BlockSparseLinear._of(self.pattern, self.weight, self.get("bias"))
         return carry_mode(self, layer)
 
     def to_quantized(
@@ -254,7 +261,7 @@ class BlockSparseLinear(SparseLinear):
             ValueError: ``pattern`` has another shape or block size, or repeats a block, or the
                 present pattern does.
         """
-        source = block_sources("BlockSparseLinear", self._pattern, pattern)
+        source = block_sources("BlockSparseLinear", self.pattern, pattern)
         weight = move_blocks(self.weight, source)
         self.__dict__.pop("_rollback", None)  # arrays of the old shapes cannot come back
         # Not through PatternModule's __setitem__, which holds every array to its present shape.
@@ -305,6 +312,7 @@ class QuantizedBlockSparseLinear(SparseLinear):
         super().__init__(pattern, pinned=("weight", "scales", "biases"))
         n_blocks, block_size = pattern.n_blocks, pattern.block_size
         self.group_size = _group_size(block_size, group_size)
+        self.mode = "affine"  # as nn.QuantizedLinear has it, for who asks
         self.bits = 4 if bits is None else check_size(owner, "bits", bits)
         if self.bits not in BITS:
             raise ValueError(f"[{owner}] bits must be one of {BITS}, got {bits!r}")
@@ -351,6 +359,7 @@ class QuantizedBlockSparseLinear(SparseLinear):
 
     def dequantized_weight(self) -> mx.array:
         """Return the stored blocks, ``(n_blocks, block_size, block_size)`` of the scales' dtype."""
+        self._check_whole()
         return dequantize(self.weight, self.scales, self.biases)
 
     def todense(self) -> mx.array:
@@ -359,15 +368,15 @@ class QuantizedBlockSparseLinear(SparseLinear):
 
     def to_block_sparse(self) -> BlockSparseLinear:
         """Return the layer of the dequantized blocks, all of it trainable."""
-        layer = BlockSparseLinear._of(self._pattern, self.dequantized_weight(), self.get("bias"))
+        layer = BlockSparseLinear._of(self.pattern, self.dequantized_weight(), self.get("bias"))
         layer.train(self.training)
         return layer
 
     def _extra_repr(self) -> str:
         return f"{super()._extra_repr()}, group_size={self.group_size}, bits={self.bits}"
 
-    def _checked(self, key: str, current: mx.array, value: Any) -> mx.array:
-        value = super()._checked(key, current, value)
+    def _checked(self, key: str, value: Any, shape: tuple[int, ...]) -> mx.array:
+        value = super()._checked(key, value, shape)
         if key == "weight" and value.dtype != mx.uint32:
             raise TypeError(
                 f"[QuantizedBlockSparseLinear] weight must stay uint32, got {value.dtype}"

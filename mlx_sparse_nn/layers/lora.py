@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sparse_nn.core import ops
-from mlx_sparse_nn.core.checks import check_size
-from mlx_sparse_nn.layers.pattern_module import PatternModule
+from mlx_sparse_nn.core.checks import check_number, check_size
+from mlx_sparse_nn.layers.pattern_module import Filter, PatternModule, without_indices
 
 
 class SparseLinear(PatternModule):
@@ -21,6 +23,13 @@ class SparseLinear(PatternModule):
 
     weight: mx.array
     bias: mx.array
+
+    def __getattr__(self, key: str) -> Any:
+        try:
+            return super().__getattr__(key)
+        except AttributeError as error:
+            # So a tool of dense layers, such as mlx-lm's AWQ, finds out that this is none.
+            raise AttributeError(f"{error}; if a tool expects a dense layer, densify") from None
 
     def todense(self) -> mx.array:
         """Return the dense ``(output_dims, input_dims)`` weight."""
@@ -71,8 +80,9 @@ class LoRABlockSparseLinear(nn.Module):
         lora_b: ``(r, output_dims)``, initially zero.
 
     Raises:
-        TypeError: ``linear`` is not a block-sparse layer, or ``r`` is not an integer.
-        ValueError: ``r`` is less than 1.
+        TypeError: ``linear`` is not a block-sparse layer, ``r`` is not an integer, or ``dropout``
+            or ``scale`` is not a number.
+        ValueError: ``r`` is less than 1, ``dropout`` is not in [0, 1), or ``linear`` was emptied.
     """
 
     def __init__(
@@ -88,7 +98,13 @@ class LoRABlockSparseLinear(nn.Module):
                 "[LoRABlockSparseLinear] linear must be a BlockSparseLinear or a "
                 f"QuantizedBlockSparseLinear, got {type(linear).__name__}"
             )
-        r = check_size("LoRABlockSparseLinear", "r", r, minimum=1)
+        linear._check_whole()
+        owner = "LoRABlockSparseLinear"
+        r = check_size(owner, "r", r, minimum=1)
+        check_number(owner, "dropout", dropout)
+        check_number(owner, "scale", scale)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"[{owner}] dropout must be in [0, 1), got {dropout}")
         linear.freeze()
         self.linear = linear
         self.dropout = nn.Dropout(p=dropout)
@@ -96,6 +112,14 @@ class LoRABlockSparseLinear(nn.Module):
         bound = 1 / math.sqrt(max(1, linear.input_dims))
         self.lora_a = mx.random.uniform(-bound, bound, (linear.input_dims, r))
         self.lora_b = mx.zeros((r, linear.output_dims))
+
+    def apply(
+        self,
+        map_fn: Callable[[mx.array], mx.array],
+        filter_fn: Filter | None = None,
+    ) -> nn.Module:
+        """Map the parameters, as ``nn.Module.apply`` does, but never the pattern's index arrays."""
+        return super().apply(map_fn, without_indices(filter_fn))
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return the adapted output: ``(..., input_dims)`` -> ``(..., output_dims)``."""
@@ -113,7 +137,8 @@ class LoRABlockSparseLinear(nn.Module):
 
         Args:
             dequantize: Whether to leave the layer unquantized where the base is quantized. Else it
-                is quantized again with the base's ``group_size`` and ``bits``.
+                is quantized again with the base's ``group_size`` and ``bits``, with a warning: what
+                of the update is smaller than a step of that rounding is lost.
             keep_pattern: Whether to keep the pattern of the base.
 
         Raises:
@@ -130,6 +155,11 @@ class LoRABlockSparseLinear(nn.Module):
         fused.weight = fused.weight + delta.astype(fused.weight.dtype)
         fused.unfreeze()  # the adapters had frozen it
         if "scales" in linear and not dequantize:
+            warnings.warn(
+                f"[LoRABlockSparseLinear.fuse] the fused layer is rounded to {linear.bits} bits "
+                "again, which may lose the update; dequantize=True keeps it",
+                stacklevel=2,
+            )
             return fused.to_quantized(linear.group_size, linear.bits)
         return fused
 

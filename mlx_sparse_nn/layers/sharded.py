@@ -19,6 +19,7 @@ from mlx_sparse_nn.core.checks import (
     check_name,
 )
 from mlx_sparse_nn.core.pattern import CSRPattern
+from mlx_sparse_nn.layers.checkpoints import fingerprint, sha256
 from mlx_sparse_nn.layers.linear import BlockSparseLinear, check_layer
 from mlx_sparse_nn.layers.lora import SparseLinear
 from mlx_sparse_nn.layers.pattern_module import PatternModule, carry_mode
@@ -48,7 +49,7 @@ def check_same_pattern(model: nn.Module, group: mx.distributed.Group | None = No
         return
     # Sizes that all ranks know, so that none waits for more than another sends.
     text = json.dumps(_describe(model)).encode()
-    digest = np.frombuffer(_sha256(text), np.uint8)
+    digest = np.frombuffer(sha256(text), np.uint8)
     if (_gather(digest, group) == digest).all(axis=1).all():
         return
     longest = int(_gather(np.array([len(text)], np.int32), group).max())
@@ -221,15 +222,8 @@ def _describe(model: nn.Module) -> list[tuple[str, str, str]]:
     for path, module in model.named_modules():
         if isinstance(module, SparseLinear):
             pattern = module.pattern
-            digest = _sha256(pattern.indptr.tobytes() + pattern.indices.tobytes())
-            described.append((path, repr(pattern), digest.hex()))
+            described.append((path, repr(pattern), fingerprint(pattern)))
     return sorted(described)
-
-
-def _sha256(data: bytes) -> bytes:
-    import hashlib  # loads OpenSSL, which several ranks need and no other user
-
-    return hashlib.sha256(data).digest()
 
 
 def _disagreement(described: list[list[list[str]]]) -> str:

@@ -9,9 +9,10 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
 from checkpoint_model import make_input, make_model
+from mlx.utils import tree_map
 from support import assert_equal, flatten
 
-from mlx_sparse_nn import BlockSparseLinear, CSRPattern
+from mlx_sparse_nn import BlockSparseLinear, CSRPattern, prune, restore
 
 LOADS = {
     "eager": "predict = model",
@@ -113,6 +114,174 @@ def test_a_bad_checkpoint_is_refused_and_changes_nothing(spoiled, order):
         assert_equal(b, a)
     assert layer.pattern == pattern
     assert_equal(layer(x), y)
+
+
+class Mixed(nn.Module):
+    """Dense layers before and after sparse ones, so that each is written before another fails."""
+
+    def __init__(self, seed):
+        super().__init__()
+        mx.random.seed(seed)
+        self.layers = [
+            nn.Linear(32, 32),
+            BlockSparseLinear(32, 32, block_size=8, density=0.5),
+            nn.QuantizedLinear(32, 32, group_size=32),
+            BlockSparseLinear(32, 64, density=0.5).to_quantized(),
+            BlockSparseLinear(64, 32, block_size=8, density=0.5).to_lora(),
+            nn.BatchNorm(32),
+        ]
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+MUTATIONS = {
+    "outside": lambda a: a + 1000,
+    "negative": lambda a: a - 1000,
+    "reversed": lambda a: a[::-1],
+    "nan": lambda a: mx.full(a.shape, float("nan")),
+    "halves": lambda a: a / 2,
+    "floats": lambda a: a.astype(mx.float32) + 1,
+    "shorter": lambda a: a[:-1],
+    "complex": lambda a: a.astype(mx.complex64),
+    "another rank": lambda a: a[None],
+}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS)
+def test_a_refused_load_leaves_the_whole_model_as_it_was(mutation, order, strict):
+    model, other = Mixed(0).eval(), Mixed(1)
+    x = mx.random.normal((4, 32))
+    before, y = dict(flatten(model.parameters())), model(x)
+    patterns = [model.layers[1].pattern, model.layers[3].pattern]
+    weights, refused = dict(flatten(other.parameters())), 0
+    for name in weights:
+        if "layers.1" not in name and "layers.3" not in name and "linear" not in name:
+            continue
+        spoiled = list((weights | {name: mutation(weights[name])}).items())[::order]
+        try:
+            model.load_weights(spoiled, strict=strict)
+        except (TypeError, ValueError):
+            refused += 1
+        else:
+            model = Mixed(0).eval()  # a valid pattern, such as one with two columns exchanged
+        after = dict(flatten(model.parameters()))
+        assert after.keys() == before.keys()
+        assert all(mx.array_equal(after[key], array) for key, array in before.items())
+        assert [model.layers[1].pattern, model.layers[3].pattern] == patterns
+    assert_equal(model(x), y)
+    assert refused > 2
+
+
+def test_models_without_sparse_layers_load_as_ever(tmp_path):
+    model, path = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm(4)), str(tmp_path / "m.safetensors")
+    model.save_weights(path)
+    assert mx.load(path, return_metadata=True)[1] == {}
+    assert model.load_weights(path) is model
+    with pytest.raises(ValueError, match=r"Missing 1 parameters: \nlayers\.0\.bias\.$"):
+        model.load_weights([("layers.0.weight", mx.ones((4, 4))), *flatten(model.parameters())[2:]])
+
+
+class TestAnotherNumberOfBlocks:
+    """As after prune: the errors name restore, and restore works."""
+
+    @pytest.mark.parametrize("strict", [True, False])
+    @pytest.mark.parametrize("as_file", [True, False])
+    def test_the_error_names_restore(self, tmp_path, strict, as_file):
+        model, pruned, path = make_model(0), make_model(0), str(tmp_path / "m.safetensors")
+        prune(pruned, 0.2)
+        pruned.save_weights(path)
+        weights = path if as_file else flatten(pruned.parameters())
+        with pytest.raises(ValueError, match=r"\(mlx_sparse_nn\.restore\(model, weights\)"):
+            model.load_weights(weights, strict=strict)
+        x = mx.random.normal((3, 32))
+        assert_equal(restore(model, path)(x), pruned(x))
+
+    def test_so_does_one_of_the_layer_itself(self):
+        layer, pruned = make_model(0).layers[0], make_model(0).layers[0]
+        prune(pruned, 0.2)
+        with pytest.raises(ValueError, match=r"parameter \w+ \(mlx_sparse_nn\.restore"):
+            layer.load_weights(flatten(pruned.parameters()))
+
+    def test_and_that_of_a_dense_layer_beside_sparse_ones(self):
+        model = nn.Sequential(nn.Linear(32, 32), BlockSparseLinear(32, 32))
+        saved = nn.Sequential(BlockSparseLinear(32, 32), BlockSparseLinear(32, 32))
+        with pytest.raises(ValueError, match=r"not in model(?s:.*)\(mlx_sparse_nn\.restore"):
+            model.load_weights(flatten(saved.parameters()))
+
+    def test_other_shapes_do_not(self):
+        model = nn.Sequential(nn.Linear(32, 32), BlockSparseLinear(32, 32))
+        weights = dict(flatten(model.parameters())) | {"layers.0.bias": mx.ones(3)}
+        with pytest.raises(ValueError, match=r"parameter layers\.0\.bias$"):
+            model.load_weights(list(weights.items()))
+
+    def test_an_emptied_layer_says_how_it_is_loaded(self):
+        model = make_model(0)
+        weights = flatten(model.parameters())
+        model.update(tree_map(lambda _: mx.array([]), model.parameters()))
+        with pytest.raises(ValueError, match=r"was emptied: load with strict=False"):
+            model.load_weights(weights)
+
+
+class TestFingerprints:
+    def save(self, tmp_path, model, keep=lambda name: True):
+        """Save some of the arrays of a model, with what save_weights says of its patterns."""
+        path = str(tmp_path / "m.safetensors")
+        model.save_weights(path)
+        arrays, metadata = mx.load(path, return_metadata=True)
+        arrays = {name: array for name, array in arrays.items() if keep(name)}
+        mx.eval(arrays)
+        mx.save_safetensors(path, arrays, metadata)
+        return path
+
+    def test_the_whole_model_is_loaded_with_its_patterns(self, tmp_path):
+        model, other = make_model(0), make_model(1)
+        x = mx.random.normal((3, 32))
+        assert_equal(other.load_weights(self.save(tmp_path, model))(x), model(x))
+
+    def test_values_of_another_pattern_are_refused(self, tmp_path):
+        model, other = make_model(0), make_model(1)
+        path = self.save(tmp_path, model, lambda name: "ind" not in name)
+        before = dict(flatten(other.parameters()))
+        with pytest.raises(ValueError, match=r"\[load_weights\] layers\.\d was saved with another"):
+            other.load_weights(path, strict=False)
+        for name, array in flatten(other.parameters()):
+            assert_equal(array, before[name])
+        twin = make_model(0)
+        twin.load_weights(path, strict=False)
+
+    def test_files_without_one_are_loaded(self, tmp_path):
+        model, other, path = make_model(0), make_model(1), str(tmp_path / "m.safetensors")
+        mx.save_safetensors(path, dict(flatten(model.trainable_parameters())), {"format": "mlx"})
+        other.load_weights(path, strict=False)
+        assert_equal(other.layers[0].weight, model.layers[0].weight)
+
+    def test_a_dense_layer_in_the_place_of_a_sparse_one(self, tmp_path):
+        path = self.save(tmp_path, make_model(0))
+        model = make_model(0)
+        model.layers[0] = model.layers[0].to_linear()
+        with pytest.raises(ValueError, match=r"layers\.0 is sparse in the file, a Linear in"):
+            model.load_weights(path, strict=False)
+        assert model.layers[0].weight.ndim == 2
+
+    @pytest.mark.parametrize("text", ["{", "[]", '{"layers.0": 3}', '{"layers.0": {}}', "null"])
+    def test_metadata_that_cannot_be_read(self, tmp_path, text):
+        model, path = make_model(0), str(tmp_path / "m.safetensors")
+        arrays = dict(flatten(model.parameters()))
+        mx.save_safetensors(path, arrays, {"mlx_sparse_nn.patterns": text})
+        with pytest.raises(ValueError, match=r"\[load_weights\] .* cannot be read"):
+            model.load_weights(path)
+
+    def test_other_metadata_is_none_of_ours(self, tmp_path):
+        model, path = make_model(0), str(tmp_path / "m.safetensors")
+        model.save_weights(path)
+        assert mx.load(path, return_metadata=True)[1]["format"] == "mlx"
+        model.layers[0].save_weights(path)
+        make_model(1).layers[0].load_weights(path)
 
 
 def test_training_then_a_bad_checkpoint_keeps_the_trained_weights():

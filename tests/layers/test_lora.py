@@ -1,5 +1,8 @@
 """Low-rank adapters over block-sparse layers: values, what trains, and what they fuse into."""
 
+from contextlib import nullcontext
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -204,7 +207,10 @@ class TestOverAQuantizedLayer:
     )
     def test_fuse(self, dequantize, keep_pattern, kind):
         adapted = self.adapted()
-        fused = adapted.fuse(dequantize, keep_pattern=keep_pattern)
+        rounds = "rounded to 8 bits again, .*; dequantize=True keeps it"
+        with nullcontext() if dequantize else pytest.warns(UserWarning, match=rounds) as warned:
+            fused: Any = adapted.fuse(dequantize, keep_pattern=keep_pattern)
+        assert dequantize or untyped(warned)[0].filename == __file__
         assert type(fused) is kind
         expected = dense_of_adapted(adapted)
         if keep_pattern:
@@ -217,8 +223,25 @@ class TestOverAQuantizedLayer:
         if not dequantize:
             assert (fused.group_size, fused.bits) == (32, 8)
 
+    def test_an_update_below_a_step_of_the_rounding_is_lost(self):
+        """What the warning is about."""
+        layer = BlockSparseLinear(64, 64, density=0.5).to_quantized(bits=4)
+        adapted = layer.to_lora(r=1, scale=1e-4)
+        adapted.lora_b = mx.ones(adapted.lora_b.shape)
+        with pytest.warns(UserWarning, match=r"^\[LoRABlockSparseLinear\.fuse\] .* 4 bits"):
+            rounded: Any = adapted.fuse(keep_pattern=True)
+        kept: Any = adapted.fuse(True, keep_pattern=True)
+        update = mx.abs(kept.weight - layer.dequantized_weight()).sum()
+        assert update > 0
+        assert mx.abs(rounded.dequantized_weight() - kept.weight).sum() > 0.5 * update
+
 
 BAD = [
+    (lambda: make_layer().to_lora(scale=untyped("abc")), TypeError, "scale must be a number"),
+    (lambda: make_layer().to_lora(scale=untyped(None)), TypeError, "scale must be a number"),
+    (lambda: make_layer().to_lora(dropout=untyped("0")), TypeError, "dropout must be a number"),
+    (lambda: make_layer().to_lora(dropout=1.0), ValueError, r"dropout must be in \[0, 1\), got 1"),
+    (lambda: make_layer().to_lora(dropout=-0.1), ValueError, r"dropout must be in \[0, 1\)"),
     (lambda: make_layer().to_lora(r=0), ValueError, r"r must be in \[1"),
     (lambda: make_layer().to_lora(r=untyped(2.5)), TypeError, r"r must be an integer, got 2.5"),
     (

@@ -6,11 +6,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from support import assert_equal, untyped
 
-from mlx_sparse_nn import BlockSparseLinear
+from mlx_sparse_nn import BlockSparseLinear, LoRABlockSparseLinear
 from mlx_sparse_nn.layers.linear import QuantizedBlockSparseLinear
+from mlx_sparse_nn.patterns import covering
 from mlx_sparse_nn.surgery.restore import restore, restore_patterns
 
 
@@ -30,6 +31,9 @@ class Block(nn.Module):
 
 class Model(nn.Module):
     """A dense model, with layers in a list, in children, and left dense."""
+
+    blocks: Any
+    head: Any
 
     def __init__(self, dims=64):
         super().__init__()
@@ -137,6 +141,145 @@ class TestRestore:
             for name, array in arrays(saved).items()
         }
         assert_equal(restore(Model(), weights)(X), saved(X))
+
+
+class TestQuantizedNeighbours:
+    @pytest.mark.parametrize(
+        "options", [{}, {"group_size": 32, "bits": 8}, {"group_size": 32, "mode": "mxfp4"}]
+    )
+    def test_they_are_quantized_as_in_the_checkpoint(self, tmp_path, options):
+        saved, model = make_sparse(), Model()
+        for m in (saved, model):
+            m.head = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 5))
+        nn.quantize(saved.head, **options)
+        path = str(tmp_path / "model.safetensors")
+        saved.save_weights(path)
+        restore(model, path)
+        assert type(model.head.layers[0]) is nn.QuantizedLinear
+        assert_equal(model(X), saved(X))
+
+    def test_embeddings_too(self):
+        saved = nn.Sequential(nn.Embedding(10, 64), BlockSparseLinear(64, 64))
+        model = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 64))
+        saved.layers[0] = saved.layers[0].to_quantized(32, 4)
+        tokens = mx.array([[1, 2, 9]])
+        assert_equal(restore(model, arrays(saved))(tokens), saved(tokens))
+
+    def test_a_model_that_is_quantized_already(self):
+        """Beside the sparse layers, and in their place."""
+        saved, model = make_sparse(quantized=True), Model()
+        nn.quantize(saved.blocks[1], group_size=32)
+        nn.quantize(model.blocks[1], group_size=32)
+        nn.quantize(model.blocks[0], group_size=32)
+        restore(model, arrays(saved))
+        assert_equal(model(X), saved(X))
+        assert type(model.blocks[0].up) is QuantizedBlockSparseLinear
+        assert type(model.blocks[1].up) is nn.QuantizedLinear
+
+    @pytest.mark.parametrize("shape", [(5, 7), (5, 0), (), (5, 2, 2)])
+    def test_packing_that_does_not_fit_is_refused(self, shape):
+        saved, model = make_sparse(), Model()
+        nn.quantize(saved.blocks[1], group_size=32)
+        weights, before = arrays(saved), arrays(model)
+        weights["blocks.1.up.scales"] = mx.ones(shape)
+        with pytest.raises(ValueError, match=r"quantized in the checkpoint|Expected shape"):
+            restore(model, weights)
+        assert all(mx.array_equal(before[name], array) for name, array in arrays(model).items())
+        assert type(model.blocks[0].up) is type(model.blocks[1].up) is nn.Linear
+
+
+class TestAdapters:
+    def adapted(self, quantized=False):
+        saved = make_sparse(quantized)
+        for name in ("up", "down"):
+            lora = getattr(saved.blocks[0], name).to_lora(r=4, scale=3.0)
+            lora.lora_b = mx.random.normal(lora.lora_b.shape)
+            setattr(saved.blocks[0], name, lora)
+        return saved
+
+    @pytest.mark.parametrize("quantized", [False, True])
+    def test_over_a_sparse_layer_of_another_pattern(self, quantized):
+        saved, model = self.adapted(quantized), self.adapted()
+        model.blocks[0].up.linear.set_pattern(covering(128, 64, 0.9, 32, seed=5))
+        restore(model, arrays(saved))
+        assert_equal(model(X), saved(X))
+        assert type(model.blocks[0].up) is LoRABlockSparseLinear
+        names = [name for name, _ in tree_flatten(model.trainable_parameters())]
+        assert names == [name for name, _ in tree_flatten(saved.trainable_parameters())]
+
+    def test_mlx_lms_adapters_over_a_dense_layer_become_ours(self):
+        LoRALinear = pytest.importorskip("mlx_lm.tuner.lora").LoRALinear
+        saved, model = self.adapted(), Model()
+        model.freeze()
+        for name in ("up", "down"):
+            dense = getattr(model.blocks[0], name)
+            setattr(model.blocks[0], name, LoRALinear.from_base(dense, r=4, dropout=0.5, scale=3.0))
+        restore(model, arrays(saved))
+        up = untyped(model.eval()).blocks[0].up
+        assert type(up) is LoRABlockSparseLinear
+        assert (up.scale, up.dropout._p_1) == (3.0, 0.5)
+        assert_equal(model(X), saved.eval()(X))
+        names = {name for name, _ in tree_flatten(model.trainable_parameters())}
+        assert names == {f"blocks.0.{n}.lora_{k}" for n in ("up", "down") for k in "ab"}
+
+    def test_dora_needs_a_dense_layer(self):
+        DoRALinear = pytest.importorskip("mlx_lm.tuner.dora").DoRALinear
+        model = Model()
+        model.blocks[0].up = DoRALinear.from_base(model.blocks[0].up, r=4)
+        with pytest.raises(ValueError, match=r"blocks\.0\.up\.linear .*DoRALinear needs a dense"):
+            restore(model, arrays(self.adapted()))
+        assert type(model.blocks[0].up) is DoRALinear
+
+    def test_a_model_without_them_is_refused(self):
+        with pytest.raises(ValueError, match=r"blocks\.0\.\w+ has adapters, the model has none"):
+            restore(Model(), arrays(self.adapted()))
+
+
+class TestWhatTheModelSays:
+    def test_another_width_whose_indices_fit_is_refused(self, tmp_path):
+        path = str(tmp_path / "model.safetensors")
+        nn.Sequential(BlockSparseLinear(64, 96)).save_weights(path)
+        model = nn.Sequential(nn.Linear(128, 96))
+        message = (
+            r"^\[restore\] layers\.0 was saved with \(output_dims, input_dims\) \[96, 64\], "
+            r"the model's has \[96, 128\]"
+        )
+        with pytest.raises(ValueError, match=message):
+            restore(model, path)
+        with pytest.raises(ValueError, match="restore_patterns"):
+            restore_patterns(model, path)
+        assert type(model.layers[0]) is nn.Linear
+
+    def test_so_is_a_file_whose_indices_are_not_those_of_its_fingerprint(self, tmp_path):
+        path = str(tmp_path / "model.safetensors")
+        saved = nn.Sequential(BlockSparseLinear(64, 96, density=0.5))
+        saved.save_weights(path)
+        weights, metadata = untyped(mx.load(path, return_metadata=True))
+        weights = weights | {"layers.0.indices": 1 - weights["layers.0.indices"]}
+        mx.save_safetensors(str(tmp_path / "other.safetensors"), weights, metadata)
+        with pytest.raises(ValueError, match=r"layers\.0 was saved with another pattern"):
+            restore(nn.Sequential(nn.Linear(64, 96)), tmp_path / "other.safetensors")
+
+    @pytest.mark.parametrize(("here", "there"), [(True, False), (False, True)])
+    @pytest.mark.parametrize("sparse", [True, False])
+    def test_a_bias_that_only_one_of_them_has_is_refused(self, here, there, sparse):
+        model = nn.Sequential(nn.Linear(64, 64, bias=here))
+        if sparse:
+            model = nn.Sequential(BlockSparseLinear(64, 64, bias=here))
+        saved = nn.Sequential(BlockSparseLinear(64, 64, bias=there))
+        owner = "checkpoint" if there else "model"
+        with pytest.raises(ValueError, match=rf"layers\.0 is .* the {owner} alone has a bias"):
+            restore(model, arrays(saved))
+
+    def test_an_emptied_layer_is_filled(self):
+        saved, model = make_sparse(), make_sparse()
+        model.update(tree_map(lambda _: mx.array([]), model.parameters()))
+        with pytest.raises(ValueError, match="shape"):  # the dense ones are empty too
+            restore(model, arrays(saved))
+        model = nn.Sequential(BlockSparseLinear(64, 64), nn.ReLU())
+        other = nn.Sequential(BlockSparseLinear(64, 64, density=0.9))
+        model.update(tree_map(lambda _: mx.array([]), model.parameters()))
+        assert_equal(restore(model, arrays(other))(X), nn.relu(other(X)))
 
 
 UP, DOWN, LAST = "blocks.0.up.", "blocks.0.down.", "blocks.2.down."

@@ -1,0 +1,163 @@
+"""What a file says of its patterns, and loads that change all of a model or nothing.
+
+A checkpoint holds the index arrays of its layers, but not their dims, and part of one may hold
+values alone. Values on another pattern compute without an error. So ``save_weights`` writes dims
+and a fingerprint of each pattern into the metadata of a safetensors file, and whatever reads one
+compares. Files of others have none, and are loaded as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_sparse_nn.core.pattern import CSRPattern
+from mlx_sparse_nn.core.transforms import wrap_module_method
+
+KEY = "mlx_sparse_nn.patterns"  # in the metadata of a file
+
+Arrays: TypeAlias = "dict[str, mx.array]"
+Described: TypeAlias = "dict[str, dict[str, Any]]"
+
+
+def sha256(data: bytes) -> bytes:
+    """Return the digest of some bytes."""
+    import hashlib  # loads OpenSSL, which several ranks and files need and no other user
+
+    return hashlib.sha256(data).digest()
+
+
+def fingerprint(pattern: CSRPattern) -> str:
+    """Return a digest of which blocks are stored, and in which order."""
+    return sha256(pattern.indptr.tobytes() + pattern.indices.tobytes()).hex()
+
+
+def describe(pattern: CSRPattern) -> dict[str, Any]:
+    """Return what a file says of a pattern."""
+    return {
+        "shape": list(pattern.shape),
+        "block_size": pattern.block_size,
+        "sha256": fingerprint(pattern),
+    }
+
+
+def save_arrays(file: str, arrays: Arrays, patterns: Mapping[str, CSRPattern]) -> None:
+    """Write arrays, and in the metadata what their patterns are, by path of the layer."""
+    described = {path: describe(pattern) for path, pattern in patterns.items()}
+    mx.save_safetensors(file, arrays, {"format": "mlx", KEY: json.dumps(described)})
+
+
+def load_arrays(owner: str, file: str | Path) -> tuple[Arrays, Described]:
+    """Read the arrays of a file, and what it says of their patterns: nothing, if it is another's.
+
+    Raises:
+        TypeError: The file is no dict of arrays.
+        ValueError: What it says of patterns cannot be read.
+    """
+    metadata: Any = {}
+    if Path(file).suffix == ".safetensors":
+        arrays, metadata = mx.load(str(file), return_metadata=True)
+    else:
+        arrays = mx.load(str(file))
+    if not isinstance(arrays, dict):
+        raise TypeError(f"[{owner}] {file} holds an array without a name")
+    try:
+        described = json.loads(metadata.get(KEY, "{}"))
+        for of_layer in described.values():
+            _ = of_layer["shape"], of_layer["block_size"], of_layer["sha256"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"[{owner}] {file} has metadata {KEY!r} that cannot be read") from error
+    return arrays, described
+
+
+def check_described(owner: str, path: str, saved: Mapping[str, Any], pattern: CSRPattern) -> None:
+    """Raise unless a layer has the pattern that the file names for it."""
+    present = describe(pattern)
+    for name, what in (("shape", "(output_dims, input_dims)"), ("block_size", "block_size")):
+        if saved[name] != present[name]:
+            raise ValueError(
+                f"[{owner}] {path or 'the layer'} was saved with {what} {saved[name]}, "
+                f"the model's has {present[name]}"
+            )
+    if saved["sha256"] != present["sha256"]:
+        raise ValueError(
+            f"[{owner}] {path or 'the layer'} was saved with another pattern than {pattern!r}: "
+            "load the pattern with the values, as save_trainable and save_weights write them"
+        )
+
+
+def check_patterns(owner: str, model: nn.Module, described: Described, kind: type) -> None:
+    """Raise unless the layers of a model have the patterns that a file names for them."""
+    modules = dict(model.named_modules())
+    for path in described.keys() & modules.keys():
+        if not isinstance(modules[path], kind):
+            raise ValueError(
+                f"[{owner}] {path} is sparse in the file, a {type(modules[path]).__name__} in the "
+                f"model {RESTORE}"
+            )
+        check_described(owner, path, described[path], modules[path].pattern)
+
+
+def guard(kind: type) -> None:
+    """Let loads of a model with modules of this kind change all or nothing, and check patterns."""
+    wrap_module_method("load_weights", _load_weights, kind)
+    wrap_module_method("save_weights", _save_weights, kind)
+
+
+def _load_weights(
+    load: Callable, kind: type, self: nn.Module, file_or_weights: Any, strict: bool = True
+) -> nn.Module:
+    layers = modules_of(self, kind)
+    if not layers:
+        return load(self, file_or_weights, strict)
+    weights, described = file_or_weights, {}
+    if isinstance(weights, str):
+        arrays, described = load_arrays("load_weights", weights)
+        weights = list(arrays.items())
+    before = self.parameters()
+    try:
+        load(self, weights, strict)
+        check_patterns("load_weights", self, described, kind)
+    except Exception as error:
+        # MLX checks names and shapes before it writes. What a layer refuses, it does when it is
+        # written, and others have been written by then.
+        self.update(before)
+        if hint := _hint(str(error), layers):
+            error.args = (f"{error} {hint}",)
+        raise
+    return self
+
+
+def _hint(message: str, layers: Mapping[str, Any]) -> str:
+    """Say what helps where names or shapes are refused because of the number of blocks."""
+    named = message.rsplit("for parameter ", 1)[-1] if "Expected shape" in message else ""
+    path, _, name = named.rpartition(".")
+    if path in layers and name in layers[path]:
+        if layers[path][name].shape == (0,):
+            return "(the layer was emptied: load with strict=False)"
+        return RESTORE
+    sparse_names = message.startswith(("Received ", "Missing ")) and ".indptr" in message
+    return RESTORE if sparse_names or "the number of stored blocks" in message else ""
+
+
+RESTORE = "(mlx_sparse_nn.restore(model, weights) takes layers of any pattern)"
+
+
+def _save_weights(save: Callable, kind: type, self: nn.Module, file: str) -> None:
+    patterns = {path: layer.pattern for path, layer in modules_of(self, kind).items()}
+    if patterns and file.endswith(".safetensors"):
+        arrays: Arrays = tree_flatten(self.parameters(), destination={})  # type: ignore[assignment]
+        save_arrays(file, arrays, patterns)
+    else:
+        save(self, file)
+
+
+def modules_of(model: nn.Module, kind: type) -> dict[str, Any]:
+    """Return the modules of a kind, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, kind)}
