@@ -54,11 +54,11 @@ auto load8 = [&](const T* p, bool valid) {
   return value;
 };
 
-// The first `count` of 8 elements, and zeros behind them.
-auto cut8 = [](uint4 value, int count) {
-  auto cut2 = [](unsigned pair, int count) {
-    return count > 1 ? pair : count > 0 ? pair & 0xffff : 0u;
-  };
+// The first `count` of 2 or 8 elements, and zeros behind them.
+auto cut2 = [](unsigned pair, int count) {
+  return count > 1 ? pair : count > 0 ? pair & 0xffff : 0;
+};
+auto cut8 = [&](uint4 value, int count) {
   return make_uint4(cut2(value.x, count), cut2(value.y, count - 2), cut2(value.z, count - 4),
                     cut2(value.w, count - 6));
 };

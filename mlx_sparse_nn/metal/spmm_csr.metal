@@ -44,8 +44,11 @@ if (row < n_rows) {
     const int k = e % B;
     const size_t place =
         TRANSPOSED ? ((size_t)perm[j] * B + k) * B + o : ((size_t)j * B + o) * B + k;
+    float w = float(blocks[place]);
     const int col = indices[j] * B + k;
-    const float w = INSIDE == B || col < n_inside ? float(blocks[place]) : 0.0f;
+    if (INSIDE < B && col >= n_inside) {
+      w = 0.0f;
+    }
 #pragma unroll
     for (int n = 0; n < ROWS; n++) {
       if (n < n_valid) {
