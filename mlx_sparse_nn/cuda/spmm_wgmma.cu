@@ -6,8 +6,8 @@
 //   the 3 warpgroups copies, the others multiply.
 //   Shared memory: STAGES (ROWS + B) 128 + 1024 bytes.
 // Template
-//   T half or bfloat16; B 64 or 128; INSIDE columns of the last block-column, 1 to B; ROWS of x in a
-//   tile, 128 or 256; STAGES; TRANSPOSED and BIAS 0 or 1.
+//   T half or bfloat16; B 64 or 128; INSIDE columns of the last block-column, 1 to B; ROWS of x in
+//   a tile, 128 or 256; STAGES; TRANSPOSED and BIAS 0 or 1.
 // Sums in float32: the bias, then blocks in stored order, k ascending by 16.
 
 #include "barriers.h"

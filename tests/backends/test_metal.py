@@ -41,8 +41,8 @@ def cases(draw):
     n_rows, n_cols = draw(st.integers(1, limit)), draw(st.integers(1, limit))
     row = st.lists(st.integers(0, n_cols - 1), max_size=n_cols + 1)
     rows = draw(st.lists(row, min_size=n_rows, max_size=n_rows).filter(any))
-    # Whole or cut, and always at the same place: each other place would be one more compilation.
-    below, behind = (draw(st.sampled_from([0, (block // 2) | 1])) for _ in range(2))
+    # Edges are always at the same place: each other is one more compilation.
+    below, behind = (draw(st.sampled_from([0, block // 2 | 1])) for _ in range(2))
     pattern = trimmed(pattern_of(rows, n_cols, block), below, behind)
     n = draw(st.one_of(st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 33, 64, 65])))
     return pattern, n, draw(st.sampled_from(DTYPES))
@@ -105,7 +105,9 @@ def test_what_lies_outside_is_masked(metal, monkeypatch, block_size, n, cut):
     expected = naive.spmm(data, pattern, x), naive.spmm_t(data, pattern, y)
     for name in ("clear_cols", "clear_rows"):
         monkeypatch.delattr(edges, name)
-    for actual, value in zip((spmm(data, pattern, x), spmm_t(data, pattern, y)), expected, strict=True):
+    for actual, value in zip(
+        (spmm(data, pattern, x), spmm_t(data, pattern, y)), expected, strict=True
+    ):
         assert_equal(actual, value)
     assert [dict(launch.template)["INSIDE"] for launch in metal.launches] == [
         size % block_size for size in reversed(pattern.shape)
