@@ -61,7 +61,8 @@ for (int j = indptr[r]; j < end; j++) {
   const device T* block = data + ((size_t)v * indices_shape[0] + stored) * (B * B);
   const device T* x_block = x_panel + indices[j] * B;
   for (int k0 = 0; k0 < B; k0 += DEPTH) {
-    const int depth = INSIDE < B ? min(DEPTH, n_inside - indices[j] * B - k0) : DEPTH;  // inside
+    // How many k of the stage lie in the matrix.
+    const int depth = INSIDE < B ? min(DEPTH, n_inside - indices[j] * B - k0) : DEPTH;
     threadgroup_barrier(mem_flags::mem_threadgroup);
     stage<T, ROWS, DEPTH, LDX, THREADS>(x_block + k0, n_cols, N - n0, x_tile, thread_index);
     if (TRANSPOSED) {
