@@ -35,7 +35,6 @@ const int lane = thread % 32;
 const int warpgroup = thread / 128;
 const int N = in_register(x_shape[x_ndim - 2]);
 const int n_cols = in_register(x_shape[x_ndim - 1]);
-const int n_inside = n_cols - B + INSIDE;
 const int all_tiles = (N + ROWS - 1) / ROWS;
 const int begin_n = (size_t)all_tiles * blockIdx.y / gridDim.y * ROWS;
 const int end_n = (size_t)all_tiles * (blockIdx.y + 1) / gridDim.y * ROWS;
@@ -70,7 +69,8 @@ if (warpgroup == WARPGROUPS) {
         T* x_tile = tiles + copier.begin() * STAGE + place;
         T* w_tile = x_tile + ROWS * DEPTH;
         const int valid = (N - n0 - copy_row + EVERY - 1) / EVERY;
-        const int depth = INSIDE < B ? n_inside - cols.at(j) * B - k : DEPTH;  // k in the matrix
+        // How many k of the stage lie in the matrix.
+        const int depth = INSIDE < B ? n_cols - B + INSIDE - cols.at(j) * B - k : DEPTH;
         copy_rows<ALIGNED, ROWS / EVERY, EVERY * DEPTH>(x_tile, x_src, EVERY * (size_t)n_cols,
                                                         valid);
         if (TRANSPOSED) {
