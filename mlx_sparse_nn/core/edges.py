@@ -27,7 +27,7 @@ def pad_matrix(a: mx.array, block_size: int) -> mx.array:
 
 def clear_cols(layout: Layout, data: mx.array) -> mx.array:
     """Return values ``(..., n_blocks, B, B)`` with zeros behind the last column of the matrix."""
-    inside = _n_inside(layout, 1)
+    inside = layout.inside[1]
     if inside == layout.block_size:
         return data
     return _clear(data, layout.rows.keep(_is_last_col), inside)
@@ -35,7 +35,7 @@ def clear_cols(layout: Layout, data: mx.array) -> mx.array:
 
 def clear_rows(layout: Layout, data: mx.array) -> mx.array:
     """Return values ``(..., n_blocks, B, n)`` with zeros below the last row of the matrix."""
-    inside = _n_inside(layout, 0)
+    inside = layout.inside[0]
     if inside == layout.block_size:
         return data
     is_last = layout.rows.keep(_is_last_row)
@@ -54,7 +54,7 @@ def clear_quantized_cols(
 
     The group in which the matrix ends keeps its scale and bias, with zeros for integers.
     """
-    inside, block_size = _n_inside(layout, 1), layout.block_size
+    inside, block_size = layout.inside[1], layout.block_size
     if inside == block_size:
         return packed, scales, biases
     is_last = layout.rows.keep(_is_last_col)
@@ -70,11 +70,6 @@ def clear_quantized_rows(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Return quantized blocks that are zeros below the last row of the matrix."""
     return packed, clear_rows(layout, scales), clear_rows(layout, biases)
-
-
-def _n_inside(layout: Layout, axis: int) -> int:
-    """Return how much of the last block lies in the matrix, along an axis."""
-    return layout.block_size - layout.full_shape[axis] + layout.shape[axis]
 
 
 def _clear(data: mx.array, is_last: mx.array, inside: int) -> mx.array:

@@ -22,6 +22,7 @@ from mlx_sparse_nn.core.checks import (
     check_size,
 )
 from mlx_sparse_nn.core.layout import HostIndex, Layout
+from mlx_sparse_nn.core.transforms import note_transforms
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,6 +95,7 @@ class CSRPattern:
         self, indptr: np.ndarray, indices: np.ndarray, shape: tuple[int, int], block_size: int
     ) -> None:
         """Take over what is right, and int32."""
+        note_transforms()
         indptr.flags.writeable = indices.flags.writeable = False
         # Not by attribute, which a frozen dataclass refuses.
         self.__dict__.update(indptr=indptr, indices=indices, shape=shape, block_size=block_size)

@@ -3,7 +3,7 @@
 Importing the package changes nothing. Some functions are replaced later, when each is first needed,
 since MLX (0.32.4) has no other way:
 
-- ``mx.vmap`` notes when it traces, from the first layout on (:func:`note_transforms`). MLX maps
+- ``mx.vmap`` notes when it traces, from the first pattern on (:func:`note_transforms`). MLX maps
   every operation that a mapped function traces, those inside a ``custom_function`` included, and
   raises at a kernel, although it then uses the function's own rule alone.
 - ``mx.export_function`` and ``mx.exporter`` note when they trace, from then on too: a file can hold

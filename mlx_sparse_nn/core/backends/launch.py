@@ -55,11 +55,6 @@ def lanes_per_row(side: Side, block_size: int) -> int:
     return tuned.GROUP_THREADS if rounds > tuned.MAX_ROUNDS else lanes
 
 
-def n_inside(layout: Layout, axis: int) -> int:
-    """Return how many rows (0) or columns (1) of the last blocks lie in the matrix."""
-    return layout.block_size - layout.full_shape[axis] + layout.shape[axis]
-
-
 def power_of_two(value: int) -> int:
     """Return the smallest power of two that is at least ``value`` and 1."""
     return 1 << max(0, value - 1).bit_length()

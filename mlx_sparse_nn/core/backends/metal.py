@@ -11,7 +11,6 @@ from mlx_sparse_nn.core.backends.launch import (
     lanes_per_row,
     launch_sddmm,
     launch_spmm,
-    n_inside,
     power_of_two,
     prepare,
     round_up,
@@ -33,12 +32,12 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
     """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c] + bias[r]; see ``plain.spmm``."""
-    return _product(data, layout.rows, x, layout.full_shape[0], n_inside(layout, 1), bias)
+    return _product(data, layout.rows, x, layout.full_shape[0], layout.inside[1], bias)
 
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; see ``plain.spmm_t``."""
-    return _product(data, layout.cols, y, layout.full_shape[1], n_inside(layout, 0), None)
+    return _product(data, layout.cols, y, layout.full_shape[1], layout.inside[0], None)
 
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
