@@ -261,7 +261,7 @@ class PatternModule(nn.Module):
             raise ValueError(
                 f"[{owner}] {key} must be an array of shape {shape}, got {value.shape}{hint}"
             )
-        if key == "weight":
+        if key in ("weight", "scales", "biases"):
             check_block_dtype(owner, value.dtype, self.block_size)
         if key not in _INDICES or value is current:
             return value

@@ -127,6 +127,19 @@ def test_adapters_over_an_emptied_layer():
             fused(empty(MAKE["LoRA"]()))
 
 
+@pytest.mark.parametrize("name", ["lora_a", "lora_b"])
+def test_adapters_alone(name):
+    adapted = MAKE["LoRA"]()
+    y, array = adapted(X), adapted[name]
+    setattr(adapted, name, mx.array([]))
+    assert "scale" in repr(adapted)
+    for call in (lambda: adapted(X), lambda: adapted.fuse()):
+        with pytest.raises(ValueError, match=r"^\[LoRABlockSparseLinear\] the adapters were empt"):
+            call()
+    setattr(adapted, name, array)
+    assert_equal(adapted(X), y)
+
+
 def test_a_compiled_step_and_its_refilled_layer():
     layer = BlockSparseLinear(64, 64, density=0.5)
     step = mx.compile(lambda x: layer(x), inputs=layer.state, outputs=layer.state)
