@@ -304,6 +304,22 @@ def test_training_then_a_bad_checkpoint_keeps_the_trained_weights():
         assert_equal(layer.weight, trained)
 
 
+@pytest.mark.parametrize("first", ["indptr", "indices"])
+def test_half_of_a_pattern_never_stays(first):
+    """By update, where nobody holds what was replaced."""
+    layer = BlockSparseLinear(48, 16, CSRPattern([0, 1, 4], [0, 1, 2, 3], (16, 48), 8))
+    pattern = layer.pattern
+    good = {"indptr": mx.array([0, 2, 4]), "indices": mx.array([5, 4, 1, 0])}
+    bad = {name: good[name] + 10 * (name != first) for name in sorted(good, key=first.__ne__)}
+    with pytest.raises(ValueError, match="ind"):
+        layer.update(bad)
+    assert layer.pattern == pattern
+    assert layer.indptr.tolist() == [0, 1, 4]
+    assert layer.indices.tolist() == [0, 1, 2, 3]
+    layer.update(good)
+    assert layer.pattern.indices.tolist() == [5, 4, 1, 0]
+
+
 def test_shapes_are_checked_even_when_loading_is_not_strict():
     model, other = make_model(seed=0), make_model(seed=1)
     weights = dict(flatten(other.parameters()))
