@@ -84,14 +84,15 @@ def load_trainable(model: _Model, file: str | Path) -> _Model:
     check_model(owner, model)
     arrays, described = load_arrays(owner, _name(owner, file))
     current, layers = _flat(model.parameters()), modules_of(model, PatternModule)
+    for path in described:
+        if path not in layers:
+            raise ValueError(f"[{owner}] {path} is sparse in the file, and not in the model")
     if unknown := sorted(arrays.keys() - current.keys()):
         raise ValueError(f"[{owner}] the file has {_some(unknown)}, which the model has not")
     if missing := sorted(_flat(model.trainable_parameters()).keys() - arrays.keys()):
         raise ValueError(f"[{owner}] the file has no {_some(missing)}, which the model trains")
     patterns = {path: _pattern(owner, path, layer, arrays) for path, layer in layers.items()}
     for path, saved in described.items():
-        if path not in patterns:
-            raise ValueError(f"[{owner}] {path} is sparse in the file, and not in the model")
         check_described(owner, path, saved, patterns[path])
     for name, array in arrays.items():
         path, _, key = name.rpartition(".")
