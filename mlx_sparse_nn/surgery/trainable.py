@@ -94,18 +94,7 @@ def load_trainable(model: _Model, file: str | Path) -> _Model:
     patterns = {path: _pattern(owner, path, layer, arrays) for path, layer in layers.items()}
     for path, saved in described.items():
         check_described(owner, path, saved, patterns[path])
-    for name, array in arrays.items():
-        path, _, key = name.rpartition(".")
-        expected = current[name].shape
-        if path in patterns and key in BLOCKWISE:
-            expected = (patterns[path].n_blocks, *expected[1:])
-        if array.shape != expected:
-            raise ValueError(f"[{owner}] {name} has shape {array.shape}, expected {expected}")
-        kinds = [mx.issubdtype(a.dtype, mx.inexact) for a in (array, current[name])]
-        if kinds[0] != kinds[1]:
-            raise TypeError(
-                f"[{owner}] {name} has dtype {array.dtype}, expected {current[name].dtype}"
-            )
+    _check_arrays(owner, arrays, current, patterns)
     changed = [path for path, pattern in patterns.items() if pattern != layers[path].pattern]
     before = model.parameters()
     try:
@@ -139,6 +128,24 @@ def _pattern(owner: str, path: str, layer: PatternModule, arrays: Arrays) -> CSR
             f"[{owner}] the file has another pattern for {_some(missing)} and no values"
         )
     return pattern
+
+
+def _check_arrays(
+    owner: str, arrays: Arrays, current: Arrays, patterns: dict[str, CSRPattern]
+) -> None:
+    """Raise unless each array fits the parameter of its name, with the blocks of these patterns."""
+    for name, array in arrays.items():
+        path, _, key = name.rpartition(".")
+        expected = current[name].shape
+        if path in patterns and key in BLOCKWISE:
+            expected = (patterns[path].n_blocks, *expected[1:])
+        if array.shape != expected:
+            raise ValueError(f"[{owner}] {name} has shape {array.shape}, expected {expected}")
+        kinds = [mx.issubdtype(a.dtype, mx.inexact) for a in (array, current[name])]
+        if kinds[0] != kinds[1]:
+            raise TypeError(
+                f"[{owner}] {name} has dtype {array.dtype}, expected {current[name].dtype}"
+            )
 
 
 def _flat(tree: object) -> Arrays:
