@@ -95,13 +95,15 @@ def check_described(owner: str, path: str, saved: Mapping[str, Any], pattern: CS
 def check_patterns(owner: str, model: nn.Module, described: Described, kind: type) -> None:
     """Raise unless the layers of a model have the patterns that a file names for them."""
     modules = dict(model.named_modules())
-    for path in described.keys() & modules.keys():
+    for path, saved in described.items():
+        if path not in modules:
+            continue
         if not isinstance(modules[path], kind):
             raise ValueError(
                 f"[{owner}] {path} is sparse in the file, a {type(modules[path]).__name__} in the "
                 f"model {RESTORE}"
             )
-        check_described(owner, path, described[path], modules[path].pattern)
+        check_described(owner, path, saved, modules[path].pattern)
 
 
 def guard(kind: type) -> None:
@@ -139,7 +141,7 @@ def _hint(message: str, layers: Mapping[str, Any]) -> str:
     named = message.rsplit("for parameter ", 1)[-1] if "Expected shape" in message else ""
     path, _, name = named.rpartition(".")
     if path in layers and name in layers[path]:
-        if layers[path][name].shape == (0,):
+        if layers[path]._emptied is not None:
             return "(the layer was emptied: load with strict=False)"
         return RESTORE
     sparse_names = message.startswith(("Received ", "Missing ")) and ".indptr" in message

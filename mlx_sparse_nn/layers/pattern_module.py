@@ -219,7 +219,7 @@ class PatternModule(nn.Module):
 
     def _refill(self, emptied: Emptied, key: str, value: Any) -> None:
         """Take an array that an emptied layer waits for. The last one makes the layer whole."""
-        if isinstance(value, mx.array) and value.shape == (0,) and value.dtype == mx.float32:
+        if isinstance(value, mx.array) and _is_nothing(value):
             emptied.arrays.pop(key, None)  # emptied again
             return
         new_pattern = "indices" in emptied.shapes
@@ -373,6 +373,11 @@ def without_indices(filter_fn: Filter | None) -> Filter:
         return not is_index and keep(module, key, value)
 
     return filtered
+
+
+def _is_nothing(value: mx.array) -> bool:
+    """Return whether an array is ``mx.array([])``, or a cast of it: index arrays are integers."""
+    return value.shape == (0,) and mx.issubdtype(value.dtype, mx.floating)
 
 
 def _is_rounded(value: mx.array, current: mx.array) -> bool:

@@ -164,6 +164,20 @@ def test_what_can_still_be_read():
         assert_equal(copied(X), source(X))
 
 
+def test_what_goes_over_all_parameters_leaves_it_empty():
+    layer, other = emptied(), BlockSparseLinear(64, 64)
+    layer.weight = other.weight
+    model = empty(nn.Sequential(layer))
+    model.set_dtype(mx.bfloat16)
+    model.apply(lambda p: p * 2)
+    model.update(tree_map(lambda p: p + 1, model.parameters()))
+    empty(model).update(model.parameters())
+    with pytest.raises(ValueError, match=EMPTIED):
+        model(X)
+    layer.update(other.parameters())
+    assert_equal(model(X), other(X))
+
+
 @pytest.mark.parametrize("order", list(permutations(["weight", "bias", "indptr", "indices"]))[::5])
 def test_any_pattern_of_these_dims_fills_it(order):
     layer, other = emptied(), BlockSparseLinear(64, 64, density=0.75)
