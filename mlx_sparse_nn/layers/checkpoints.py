@@ -138,14 +138,13 @@ def _load_weights(
 
 def _hint(message: str, layers: Mapping[str, Any]) -> str:
     """Say what helps where names or shapes are refused because of the number of blocks."""
+    if "Expected shape (0,)" in message and any(layer._emptied for layer in layers.values()):
+        return "(the model was emptied: load with strict=False)"
     named = message.rsplit("for parameter ", 1)[-1] if "Expected shape" in message else ""
     path, _, name = named.rpartition(".")
-    if path in layers and name in layers[path]:
-        if layers[path]._emptied is not None:
-            return "(the layer was emptied: load with strict=False)"
-        return RESTORE
-    sparse_names = message.startswith(("Received ", "Missing ")) and ".indptr" in message
-    return RESTORE if sparse_names or "the number of stored blocks" in message else ""
+    of_blocks = path in layers and name in layers[path]
+    of_names = message.startswith(("Received ", "Missing ")) and ".indptr" in message
+    return RESTORE if of_blocks or of_names or "the number of stored blocks" in message else ""
 
 
 RESTORE = "(mlx_sparse_nn.restore(model, weights) takes layers of any pattern)"
