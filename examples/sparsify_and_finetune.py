@@ -163,20 +163,11 @@ def regrown(dense: CharMLP, data: Data, density: float, bar: tqdm) -> CharMLP:
     end = (args.steps + args.finetune) * 3 // 4
     interval = max(1, end // 20)
     fraction = optim.cosine_decay(0.3, max(1, end))
-    layers: dict[str, Any] = dict(model.named_modules())
 
     def between(step: int, optimizer: optim.Optimizer) -> None:
         if step % interval == 0 and step < end:
             found = activations(model, loss_of, model, data.batch(step))
-            for path, (x, cotangent) in found.items():
-                regrow(
-                    layers[path],
-                    float(fraction(step)),
-                    x=x,
-                    cotangent=cotangent,
-                    model=model,
-                    optimizer=optimizer,
-                )
+            regrow(model, fraction(step).item(), activations=found, optimizer=optimizer)
 
     train(model, data, bar, 0, args.steps + args.finetune, between)
     return model
@@ -219,11 +210,8 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if not (math.isfinite(args.learning_rate) and args.learning_rate > 0):
         parser.error(f"--learning-rate must be above 0, got {args.learning_rate}")
-    for name, dims in (("hidden features", args.width), ("inputs", CONTEXT * EMBEDDING)):
-        if dims % args.block_size:
-            parser.error(f"--block-size {args.block_size} does not divide the {dims} {name}")
     # A random pattern with a block in every block-row and block-column is no sparser than this.
-    least = args.block_size / min(args.width, CONTEXT * EMBEDDING)
+    least = 1 / math.ceil(min(args.width, CONTEXT * EMBEDDING) / args.block_size)
     for density in args.densities:
         if not least <= density <= 1:
             parser.error(f"--densities must be in [{least:g}, 1], got {density}")

@@ -15,7 +15,7 @@ from mlx_sparse_nn.core.checks import (
     check_shape,
     check_size,
 )
-from mlx_sparse_nn.core.pattern import CSRPattern
+from mlx_sparse_nn.core.pattern import CSRPattern, grid_of
 
 
 def block_diagonal(features: int, blocks: int) -> CSRPattern:
@@ -54,12 +54,12 @@ def banded(n_rows: int, n_cols: int, bandwidth: int, block_size: int = 32) -> CS
     """Return the blocks ``(i, j)`` with ``|i - j| <= bandwidth``.
 
     Args:
-        n_rows, n_cols: Shape in scalars; multiples of ``block_size``.
+        n_rows, n_cols: Shape in scalars.
         bandwidth: Block-diagonals on each side of the main one; 0 keeps the diagonal alone.
         block_size: Side of the blocks.
 
     Raises:
-        ValueError: ``block_size`` does not divide the shape, or ``bandwidth`` is negative.
+        ValueError: A size or ``bandwidth`` is negative.
     """
     shape, n_block_rows, n_block_cols = _grid("patterns.banded", n_rows, n_cols, block_size)
     bandwidth = check_size("patterns.banded", "bandwidth", bandwidth)
@@ -81,10 +81,10 @@ def butterfly(n: int, block_size: int = 32) -> CSRPattern:
 
     Args:
         n: Rows and columns.
-        block_size: Side of the blocks; ``n / block_size`` is a power of two.
+        block_size: Side of the blocks; ``n / block_size``, rounded up, is a power of two.
 
     Raises:
-        ValueError: ``n / block_size`` is not a power of two.
+        ValueError: It is not.
     """
     shape, size, _ = _grid("patterns.butterfly", n, n, block_size)
     if size == 0 or size & (size - 1):
@@ -107,15 +107,14 @@ def random(
     block-columns.
 
     Args:
-        n_rows, n_cols: Shape in scalars; multiples of ``block_size``.
+        n_rows, n_cols: Shape in scalars.
         density: Fraction of the blocks to store, in [0, 1].
         block_size: Side of the blocks.
         seed: Seed of the generator; equal seeds give equal patterns.
 
     Raises:
         TypeError: ``density`` is not a number, or another argument not an integer.
-        ValueError: ``block_size`` does not divide the shape, ``density`` is not in [0, 1], or
-            ``seed`` is negative.
+        ValueError: A size or ``seed`` is negative, or ``density`` is not in [0, 1].
     """
     shape, n_block_rows, n_block_cols = _grid("patterns.random", n_rows, n_cols, block_size)
     check_fraction("patterns.random", "density", density)
@@ -152,7 +151,7 @@ def from_mask(mask: ArrayLike, block_size: int = 32) -> CSRPattern:
         block_size: Side of the blocks.
 
     Raises:
-        ValueError: ``mask`` is not a matrix, or ``block_size`` does not divide it.
+        ValueError: ``mask`` is not a matrix.
     """
     owner = "patterns.from_mask"
     mask = np.asarray(mask)
@@ -167,7 +166,7 @@ def from_dense(w: ArrayLike, block_size: int = 32) -> CSRPattern:
 
     Raises:
         TypeError: ``w`` is not numeric.
-        ValueError: ``w`` is not a matrix, or ``block_size`` does not divide it.
+        ValueError: ``w`` is not a matrix.
     """
     owner = "patterns.from_dense"
     w = check_data(owner, w, "w")
@@ -179,7 +178,9 @@ def _where(owner: str, mask: np.ndarray, block_size: int) -> CSRPattern:
     """Return the blocks in which any entry of a bool matrix is true."""
     n_rows, n_cols = mask.shape
     shape, n_block_rows, n_block_cols = _grid(owner, n_rows, n_cols, block_size)
-    blocks = mask.reshape(n_block_rows, block_size, n_block_cols, block_size).any(axis=(1, 3))
+    missing = [(0, -size % block_size) for size in shape]
+    whole = np.pad(mask, missing)
+    blocks = whole.reshape(n_block_rows, block_size, n_block_cols, block_size).any(axis=(1, 3))
     return CSRPattern.from_places(np.flatnonzero(blocks), shape, block_size)
 
 
@@ -192,7 +193,7 @@ def _balanced(
     a row goes on from one deck into the next, the next one is dealt with the row's own columns kept
     back, so that none comes twice.
     """
-    n_block_rows, n_block_cols = shape[0] // block_size, shape[1] // block_size
+    n_block_rows, n_block_cols = grid_of(shape, block_size)
     counts = np.full(n_block_rows, n_blocks // max(1, n_block_rows))
     counts[rng.permutation(n_block_rows)[: n_blocks - counts.sum()]] += 1
     rows, deck = [], np.zeros(0, dtype=np.int64)
@@ -222,5 +223,5 @@ def _grid(
     owner: str, n_rows: int, n_cols: int, block_size: int
 ) -> tuple[tuple[int, int], int, int]:
     block_size = check_size(owner, "block_size", block_size, minimum=1)
-    shape = check_shape(owner, (n_rows, n_cols), block_size)
-    return shape, shape[0] // block_size, shape[1] // block_size
+    shape = check_shape(owner, (n_rows, n_cols))
+    return shape, *grid_of(shape, block_size)

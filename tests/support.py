@@ -140,37 +140,68 @@ def random_pattern(
 
 def dense_of(pattern: CSRPattern, data: mx.array) -> mx.array:
     """Return the dense matrix by a NumPy loop over the stored blocks: the slow, obvious way."""
-    block = pattern.block_size
-    dense = np.zeros(pattern.shape, dtype=to_numpy(data).dtype)
+    block, (n_rows, n_cols) = pattern.block_size, pattern.shape
+    dense = np.zeros([size * block for size in pattern.grid], dtype=to_numpy(data).dtype)
     blocks = to_numpy(data).reshape(-1, block, block)
     for j, (row, col) in enumerate(zip(pattern.row_indices, pattern.indices, strict=True)):
         dense[row * block : (row + 1) * block, col * block : (col + 1) * block] += blocks[j]
+    dense = dense[:n_rows, :n_cols]
     return mx.array(dense.astype(np.complex64 if data.dtype == mx.complex64 else np.float32))
 
 
 def dense_weight(pattern: CSRPattern, data: mx.array) -> mx.array:
     """Return the dense matrix as a differentiable MLX expression: data times one-hot selectors."""
-    block = pattern.block_size
-    rows = mx.array(np.eye(pattern.shape[0] // block)[pattern.row_indices].astype(np.float32))
-    cols = mx.array(np.eye(pattern.shape[1] // block)[pattern.indices].astype(np.float32))
-    blocks = data.reshape(pattern.n_blocks, block * block)
+    block, (n_block_rows, n_block_cols) = pattern.block_size, pattern.grid
+    rows = mx.array(np.eye(n_block_rows)[pattern.row_indices].astype(np.float32))
+    cols = mx.array(np.eye(n_block_cols)[pattern.indices].astype(np.float32))
+    inside = mx.where(mx.array(outside(pattern)), mx.zeros((), data.dtype), data)
+    blocks = inside.reshape(pattern.n_blocks, block * block)
     places = (rows[:, :, None] * cols[:, None, :]).reshape(pattern.n_blocks, -1)
-    dense = (places.astype(data.dtype).T @ blocks).reshape(
-        pattern.shape[0] // block, pattern.shape[1] // block, block, block
+    dense = (places.astype(data.dtype).T @ blocks).reshape(n_block_rows, n_block_cols, block, block)
+    dense = dense.swapaxes(1, 2).reshape(n_block_rows * block, n_block_cols * block)
+    return dense[: pattern.shape[0], : pattern.shape[1]]
+
+
+def outside(pattern: CSRPattern) -> np.ndarray:
+    """Return which stored values lie outside the matrix, bool of ``pattern.data_shape``."""
+    block = pattern.block_size
+    row, col = (
+        stored[:, None] * block + np.arange(block)
+        for stored in (pattern.row_indices, pattern.indices)
     )
-    return dense.swapaxes(1, 2).reshape(pattern.shape)
+    beyond = (row >= pattern.shape[0])[:, :, None] | (col >= pattern.shape[1])[:, None, :]
+    return beyond.reshape(pattern.data_shape)
+
+
+def spoiled(pattern: CSRPattern, data: mx.array) -> mx.array:
+    """Return ``data`` with nans where it lies outside the matrix: nobody may read them."""
+    return mx.where(mx.array(outside(pattern)), mx.array(np.nan, data.dtype), data)
+
+
+def trimmed(pattern: CSRPattern, below: int, behind: int) -> CSRPattern:
+    """Return a pattern of so many fewer rows and columns, whose last blocks reach past it."""
+    (n_rows, n_cols), block = pattern.shape, pattern.block_size
+    shape = (max(0, n_rows - below % block), max(0, n_cols - behind % block))
+    return CSRPattern(pattern.indptr, pattern.indices, shape, block)
 
 
 @st.composite
 def patterns(
-    draw: st.DrawFn, block_sizes: tuple[int, ...] = (1, 2, 4, 8), fewest: int = 0
+    draw: st.DrawFn,
+    block_sizes: tuple[int, ...] = (1, 2, 4, 8),
+    fewest: int = 0,
+    whole: bool = False,
 ) -> CSRPattern:
-    """Draw any valid pattern: unsorted and repeated columns, empty rows, 0 rows or columns.
+    """Draw any valid pattern: unsorted and repeated columns, empty rows, 0 rows or columns, last
+    blocks that reach past the matrix.
 
-    ``fewest`` is the smallest number of block-rows and of block-columns: a layer has 1.
+    ``fewest`` is the smallest number of block-rows and of block-columns: a layer has 1. With
+    ``whole``, no block reaches past the matrix.
     """
     block = draw(st.sampled_from(block_sizes))
     n_rows, n_cols = draw(st.integers(fewest, 6)), draw(st.integers(fewest, 6))
     column = st.integers(0, max(0, n_cols - 1))
     row = st.lists(column, max_size=9 if n_cols else 0)
-    return pattern_of(draw(st.lists(row, min_size=n_rows, max_size=n_rows)), n_cols, block)
+    rows = draw(st.lists(row, min_size=n_rows, max_size=n_rows))
+    past = st.just(0) if whole else st.integers(0, block - 1)
+    return trimmed(pattern_of(rows, n_cols, block), draw(past), draw(past))

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core import derivatives, index, ops
+from mlx_sparse_nn.core import derivatives, edges, index, ops
 from mlx_sparse_nn.core.checks import (
     ArrayLike,
     check_block_dtype,
@@ -69,7 +69,7 @@ class CSRArray:
 
     @property
     def nnz(self) -> int:
-        """Number of stored values."""
+        """Number of stored values that lie in the matrix."""
         return self.pattern.nnz
 
     @property
@@ -113,9 +113,12 @@ class CSRArray:
         row = self.pattern.row_indices[:, None, None] * block_size + within[:, None]
         col = self.pattern.indices[:, None, None] * block_size + within
         row, col = (np.broadcast_to(a, self.pattern.data_shape).reshape(-1) for a in (row, col))
+        data = self.data.reshape(-1)
+        if self.nnz < data.size:
+            inside = np.flatnonzero((row < self.shape[0]) & (col < self.shape[1]))
+            row, col, data = row[inside], col[inside], _pick(data, inside)
         indptr, indices, order = index.sort_rows(row, col, self.shape)
-        data = _take(self.data.reshape(-1), order)
-        return CSRArray(data, CSRPattern._of(indptr, indices, self.shape))
+        return CSRArray(_take(data, order), CSRPattern._of(indptr, indices, self.shape))
 
     def tocoo(self) -> COOArray:
         """Return the same matrix as coordinates, rows in order."""
@@ -130,7 +133,8 @@ class CSRArray:
         """Sum all values, or over rows (``axis=0``, ``(n_cols,)``) or columns (``axis=1``)."""
         if axis is None:
             # MLX 0.32.4 may never return from the sum of an empty array that NumPy made.
-            return self.data.sum() if self.nnz else mx.zeros((), self.dtype)
+            data = edges.clear(self.pattern.layout, self.data)
+            return data.sum() if self.nnz else mx.zeros((), self.dtype)
         if isinstance(axis, bool) or axis not in (-2, -1, 0, 1):
             raise ValueError(f"[CSRArray.sum] axis must be None, 0 or 1, got {axis!r}")
         if axis % 2 == 0:
@@ -145,8 +149,9 @@ class CSRArray:
             block_size
         )
         rows = (pattern.indices[stored, None] * block_size + np.arange(block_size)).reshape(-1)
-        counts = np.bincount(rows, minlength=length)
-        order = places.reshape(-1)[np.argsort(rows, kind="stable")]
+        order = np.argsort(rows, kind="stable")
+        counts = np.bincount(rows, minlength=length)[:length]
+        order = places.reshape(-1)[order[: counts.sum()]]  # what lies outside comes last
         return _sum_runs(self.data.reshape(-1), order, np.cumsum(counts) - counts)
 
     def __matmul__(self, x: ArrayLike) -> mx.array:
@@ -215,7 +220,7 @@ class COOArray:
 
     def __init__(self, data: ArrayLike, row: ArrayLike, col: ArrayLike, shape: tuple[int, int]):
         self.data = check_data("COOArray", data)
-        self.shape = check_shape("COOArray", shape, 1)
+        self.shape = check_shape("COOArray", shape)
         self.row = _coordinates("row", row, self.shape[0])
         self.col = _coordinates("col", col, self.shape[1])
         lengths = {"data": self.data.shape, "row": self.row.shape, "col": self.col.shape}
@@ -316,6 +321,11 @@ def _coordinates(name: str, values: ArrayLike, size: int) -> np.ndarray:
 def _take(data: mx.array, order: np.ndarray) -> mx.array:
     """Return ``data[order]`` along the first axis, for an order that names each place once."""
     return derivatives.take(mx.array(order.view(np.uint32)), data)
+
+
+def _pick(data: mx.array, order: np.ndarray) -> mx.array:
+    """Return ``data[order]``, for an order that names some of the places."""
+    return _sum_runs(data, order, np.arange(order.size))
 
 
 def _sum_runs(data: mx.array, order: np.ndarray, starts: np.ndarray) -> mx.array:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
+from mlx_sparse_nn.core import edges
 from mlx_sparse_nn.core.layout import Layout, Side
 from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
 
 
 def split_blocks(weight: mx.array, block_size: int) -> mx.array:
-    """Return ``weight (R * B, C * B)`` seen as blocks ``(R, C, B, B)``: a view, nothing is copied.
+    """Return a matrix seen as blocks ``(R, C, B, B)``: a view, unless it ends within blocks.
 
-    ``split_blocks(weight, B)[rows, cols]`` copies the chosen blocks alone.
+    These are filled up with zeros. ``split_blocks(weight, B)[rows, cols]`` copies the chosen blocks
+    alone.
     """
+    weight = edges.pad_matrix(weight, block_size)
     n_rows, n_cols = weight.shape
     shape = (n_rows // block_size, block_size, n_cols // block_size, block_size)
     return weight.reshape(shape).swapaxes(1, 2)
@@ -51,23 +54,28 @@ def move_blocks(blocks: mx.array, source: np.ndarray) -> mx.array:
 
 def todense(layout: Layout, data: mx.array) -> mx.array:
     """Return the dense ``(V, n_rows, n_cols)`` matrices; repeated entries add up in float32."""
-    (n_rows, n_cols), block_size, n_matrices = layout.shape, layout.block_size, data.shape[0]
+    (n_rows, n_cols), block_size, n_matrices = layout.full_shape, layout.block_size, data.shape[0]
     shape = (n_matrices, n_rows // block_size, n_cols // block_size, block_size, block_size)
     wide = mx.float32 if data.dtype in (mx.float16, mx.bfloat16) else data.dtype
     blocks = mx.zeros(shape, wide)
     if data.size:
         values = data.astype(wide).reshape(n_matrices, -1, block_size, block_size)
         blocks = blocks.at[_places(layout.rows)].add(values)
-    return blocks.swapaxes(2, 3).reshape(n_matrices, n_rows, n_cols).astype(data.dtype)
+    dense = blocks.swapaxes(2, 3).reshape(n_matrices, n_rows, n_cols)
+    return dense[:, : layout.shape[0], : layout.shape[1]].astype(data.dtype)
 
 
 def sample(layout: Layout, dense: mx.array) -> mx.array:
     """Return the values of ``dense (V, n_rows, n_cols)`` at the stored places: :func:`todense`'s
     transpose, of shape ``(V, n_blocks)`` or ``(V, n_blocks, B, B)``."""
-    (n_rows, n_cols), block_size, n_matrices = layout.shape, layout.block_size, dense.shape[0]
+    (n_rows, n_cols), block_size, n_matrices = layout.full_shape, layout.block_size, dense.shape[0]
     shape = (n_matrices, *layout.data_shape)
     if 0 in shape:
         return mx.zeros(shape, dense.dtype)
+    for axis, missing in ((1, n_rows - dense.shape[1]), (2, n_cols - dense.shape[2])):
+        if missing:  # not by mx.pad, whose shape MLX cannot tell where it traces for every shape
+            shape_of_zeros = [missing if i == axis else n for i, n in enumerate(dense.shape)]
+            dense = mx.concatenate([dense, mx.zeros(shape_of_zeros, dense.dtype)], axis=axis)
     blocks = dense.reshape(
         n_matrices, n_rows // block_size, block_size, n_cols // block_size, block_size
     )

@@ -76,39 +76,20 @@ def check_absent(owner: str, why: str, **arguments: object) -> None:
             raise ValueError(f"[{owner}] {name} must be left out, got {got}: {why}")
 
 
-def check_shape(owner: str, shape: Sequence[int], block_size: int) -> tuple[int, int]:
-    """Return the shape of a matrix as two ints that ``block_size`` divides, or raise."""
+def check_shape(owner: str, shape: Sequence[int]) -> tuple[int, int]:
+    """Return the shape of a matrix as two ints, or raise."""
     if not isinstance(shape, Sequence) or len(shape) != 2:
         raise ValueError(f"[{owner}] shape must be (n_rows, n_cols), got {shape!r}")
-    n_rows = check_size(owner, "n_rows", shape[0])
-    n_cols = check_size(owner, "n_cols", shape[1])
-    for name, size in (("n_rows", n_rows), ("n_cols", n_cols)):
-        check_tiled(owner, name, size, block_size)
-    return n_rows, n_cols
+    return check_size(owner, "n_rows", shape[0]), check_size(owner, "n_cols", shape[1])
 
 
-def check_dims(owner: str, shape: Sequence[int], block_size: int = 1) -> None:
-    """Raise unless a weight ``(output_dims, input_dims)`` is made of blocks, one at least."""
+def check_dims(owner: str, shape: Sequence[int]) -> None:
+    """Raise unless a weight ``(output_dims, input_dims)`` has at least one value."""
     for name, size in zip(("output_dims", "input_dims"), shape, strict=True):
-        check_size(owner, name, size)
-    if reason := why_no_blocks(shape, block_size):
-        raise ValueError(f"[{owner}] {reason}")
-
-
-def check_tiled(owner: str, name: str, size: int, block_size: int) -> None:
-    """Raise unless ``block_size`` divides ``size``."""
-    if reason := _why_not_tiled(name, size, block_size):
-        raise ValueError(f"[{owner}] {reason}")
-
-
-def why_no_blocks(shape: Sequence[int], block_size: int) -> str | None:
-    """Return in words why a weight ``(output_dims, input_dims)`` is not made of blocks, or None."""
-    for name, size in zip(("output_dims", "input_dims"), shape, strict=True):
-        if size == 0:
-            return f"{name} is 0: a layer has at least one block-row and one block-column"
-        if reason := _why_not_tiled(name, size, block_size):
-            return reason
-    return None
+        if check_size(owner, name, size) == 0:
+            raise ValueError(
+                f"[{owner}] {name} is 0: a layer has at least one block-row and one block-column"
+            )
 
 
 def check_indices(
@@ -241,9 +222,3 @@ def _check_integer(owner: str, name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"[{owner}] {name} must be an integer, got {value!r}")
     return int(value)
-
-
-def _why_not_tiled(name: str, size: int, block_size: int) -> str | None:
-    if size % block_size:
-        return f"{name} {size} is not a multiple of block_size {block_size}"
-    return None

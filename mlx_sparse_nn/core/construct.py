@@ -17,6 +17,7 @@ from mlx_sparse_nn.core.checks import (
     check_shape,
     check_size,
 )
+from mlx_sparse_nn.core.edges import pad_matrix
 from mlx_sparse_nn.core.pattern import CSRPattern
 
 if TYPE_CHECKING:
@@ -69,8 +70,8 @@ def bsr_array(arg: tuple[ArrayLike, ArrayLike, ArrayLike], shape: tuple[int, int
 
     Args:
         arg: Stored blocks ``(n_blocks, B, B)``, their block-columns ``(n_blocks,)``, and starts of
-            the block-rows ``(n_rows / B + 1,)``, as SciPy lays them out.
-        shape: ``(n_rows, n_cols)`` in scalars.
+            the block-rows ``(n_block_rows + 1,)``, as SciPy lays them out.
+        shape: ``(n_rows, n_cols)`` in scalars. Unlike in SciPy, the last blocks may reach past it.
 
     Raises:
         TypeError: ``blocks`` is complex or not numeric, or the indices are not integers.
@@ -97,21 +98,21 @@ def from_dense(w: ArrayLike, block_size: int = 1) -> CSRArray:
 
     Raises:
         TypeError: ``w`` is not numeric, or complex and ``block_size`` is not 1.
-        ValueError: ``w`` is not a matrix, or ``block_size`` does not divide it.
+        ValueError: ``w`` is not a matrix.
     """
     w = check_data("from_dense", w, "w")
     check_matrix("from_dense", "w", w)
     block_size = check_size("from_dense", "block_size", block_size, minimum=1)
     check_block_dtype("from_dense", w.dtype, block_size)
-    n_rows, n_cols = check_shape("from_dense", w.shape, block_size)
+    shape, w = check_shape("from_dense", w.shape), pad_matrix(w, block_size)
     blocks = split_blocks(w, block_size)
     places = np.flatnonzero(np.array((blocks != 0).any(axis=(2, 3))))
-    pattern = CSRPattern.from_places(places, (n_rows, n_cols), block_size)
+    pattern = CSRPattern.from_places(places, shape, block_size)
     if block_size == 1:
         # Single elements: take_along_axis is ten times faster on the CPU than an index.
         return CSRArray(mx.take_along_axis(w.reshape(-1), mx.array(places), axis=0), pattern)
     # By lines of blocks, which lie in one piece: twice as fast as by blocks.
-    n_lines = n_cols // block_size
+    n_lines = w.shape[1] // block_size
     lines = pattern.row_indices[:, None] * np.int64(block_size) + np.arange(block_size)
     lines = lines * n_lines + pattern.indices[:, None]
     data = w.reshape(-1, block_size)[mx.array(lines)]
@@ -120,6 +121,9 @@ def from_dense(w: ArrayLike, block_size: int = 1) -> CSRArray:
 
 def from_scipy(array: Any) -> CSRArray | COOArray:
     """Make a sparse array of a SciPy array or matrix in csr, coo or bsr format, stored as it is.
+
+    SciPy's bsr has whole blocks alone. For others, convert with ``.tocsr()`` there, and go on with
+    ``from_dense(A.todense(), block_size)`` here.
 
     64-bit values become MLX's default 32-bit types, as by ``mx.array``.
 
@@ -147,6 +151,7 @@ def to_scipy(
 
     Raises:
         TypeError: ``array`` is not a sparse array of this package.
+        ValueError: Its last blocks reach past the matrix, which SciPy's bsr cannot hold.
     """
     import scipy.sparse
 
@@ -157,6 +162,11 @@ def to_scipy(
         return scipy.sparse.coo_array((data, (array.row, array.col)), shape=array.shape)
     parts = (data, array.pattern.indices.copy(), array.pattern.indptr.copy())
     if array.block_size > 1:
+        if array.pattern.layout.has_edges:
+            raise ValueError(
+                f"[to_scipy] SciPy's bsr holds whole blocks, and block_size {array.block_size} "
+                f"does not divide the shape {array.shape}; use to_scipy(A.tocsr())"
+            )
         return scipy.sparse.bsr_array(parts, shape=array.shape)
     return scipy.sparse.csr_array(parts, shape=array.shape)
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_sparse_nn.core import blocks, quantized
+from mlx_sparse_nn.core import blocks, edges, quantized
 from mlx_sparse_nn.core.backends.choose import choose
 from mlx_sparse_nn.core.layout import Layout
-from mlx_sparse_nn.core.transforms import transforming
+from mlx_sparse_nn.core.transforms import tracing, transforming
 
 # What MLX passes to a rule and gets back: one array or axis, or a list of them.
 Arrays = Any
@@ -198,15 +198,25 @@ def _put(order: mx.array, data: mx.array) -> mx.array:
 
 
 def _spmm(layout: Layout, data: mx.array, x: mx.array, bias: mx.array | None = None) -> mx.array:
-    return _backend("spmm", layout, x).spmm(data, layout, x, bias)
+    backend = _backend("spmm", layout, x)
+    if not layout.has_edges:
+        return backend.spmm(data, layout, x, bias)
+    return _crop(layout, 0, backend.spmm(data, layout, *_padded(layout, x, bias)))
 
 
 def _spmm_t(layout: Layout, data: mx.array, y: mx.array) -> mx.array:
-    return _backend("spmm_t", layout, y).spmm_t(data, layout, y)
+    backend = _backend("spmm_t", layout, y)
+    if not layout.has_edges:
+        return backend.spmm_t(data, layout, y)
+    return _crop(layout, 1, backend.spmm_t(data, layout, edges.pad(y, layout.full_shape[0])))
 
 
 def _sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
-    return _backend("sddmm", layout, x).sddmm(layout, y, x)
+    backend = _backend("sddmm", layout, x)
+    if not layout.has_edges:
+        return backend.sddmm(layout, y, x)
+    n_rows, n_cols = layout.full_shape
+    return backend.sddmm(layout, edges.pad(y, n_rows), edges.pad(x, n_cols))
 
 
 def _qspmm(
@@ -218,14 +228,31 @@ def _qspmm(
     bias: mx.array | None = None,
 ) -> mx.array:
     backend = _backend("qspmm", layout, x, quantized.bits_of(packed))
-    return backend.qspmm(packed, scales, biases, layout, x, bias)
+    if not layout.has_edges:
+        return backend.qspmm(packed, scales, biases, layout, x, bias)
+    y = backend.qspmm(packed, scales, biases, layout, *_padded(layout, x, bias))
+    return _crop(layout, 0, y)
 
 
 def _qspmm_t(
     layout: Layout, packed: mx.array, scales: mx.array, biases: mx.array, y: mx.array
 ) -> mx.array:
     backend = _backend("qspmm_t", layout, y, quantized.bits_of(packed))
-    return backend.qspmm_t(packed, scales, biases, layout, y)
+    if not layout.has_edges:
+        return backend.qspmm_t(packed, scales, biases, layout, y)
+    y = edges.pad(y, layout.full_shape[0])
+    return _crop(layout, 1, backend.qspmm_t(packed, scales, biases, layout, y))
+
+
+def _padded(layout: Layout, x: mx.array, bias: mx.array | None) -> tuple[mx.array, mx.array | None]:
+    """Return the operands of a product with whole blocks."""
+    n_rows, n_cols = layout.full_shape
+    return edges.pad(x, n_cols), None if bias is None else edges.pad(bias, n_rows)
+
+
+def _crop(layout: Layout, axis: int, out: mx.array) -> mx.array:
+    """Return of a product with whole blocks what lies in the matrix."""
+    return out[..., : layout.shape[axis]]
 
 
 def _backend(op: str, layout: Layout, x: mx.array, bits: int = 0) -> ModuleType:
@@ -240,8 +267,11 @@ def _with_rules(
 
     It is made anew at each call: kept with the layout, the two would be a cycle. ``compute`` gets
     its operands through stop_gradient: MLX would differentiate its graph too, for nothing, and fail
-    where an operation in it has no jvp.
+    where an operation in it has no jvp. MLX's own rules have to do for a file, which cannot hold
+    others, and for every shape, where MLX cannot tell that of a ``custom_function``.
     """
+    if tracing.graph is not None:
+        return lambda *operands: compute(by, *map(_writable, operands))
 
     def guarded(*operands: mx.array) -> mx.array:
         return compute(by, *map(mx.stop_gradient, operands))
@@ -255,6 +285,8 @@ def _with_rules(
 
 def _constant(packed: mx.array) -> mx.array:
     """Return ``packed``, with an error in place of a derivative."""
+    if tracing.graph is not None:
+        return packed
 
     def refuse(*_: Arrays) -> Arrays:
         raise ValueError(
@@ -266,6 +298,22 @@ def _constant(packed: mx.array) -> mx.array:
     function.jvp(refuse)
     function.vmap(lambda packed, axis: (packed, axis))
     return function(packed)
+
+
+def _writable(operand: Any) -> mx.array:
+    """Return an operand as a file can hold it: unless it is traced, evaluated and without gaps.
+
+    MLX (0.32.4) cannot write one that is still to be loaded, and writes one with gaps wrongly.
+    """
+    try:
+        without_gaps = memoryview(operand).c_contiguous
+    except RuntimeError:  # it is traced
+        return operand
+    if without_gaps:
+        return operand
+    operand = mx.contiguous(operand)
+    mx.eval(operand)
+    return operand
 
 
 def _bilinear_jvp(product: Callable, layout: Layout, primals: Arrays, tangents: Arrays) -> mx.array:

@@ -145,12 +145,18 @@ def local_density(pattern: Drawable, merge: int) -> np.ndarray:
 
 
 def _root_mean_square(pattern: Drawable, merge: int, values: mx.array) -> np.ndarray:
-    """Return the root mean square of the stored values in each cell, 0 where there is none."""
+    """Return the root mean square of the stored values in each cell, 0 where there is none.
+
+    Values outside the matrix are zeros, and do not count.
+    """
     blocks = values.astype(mx.float32).reshape(pattern.n_blocks, pattern.block_size**2)
-    squares = np.array(mx.square(blocks).mean(axis=1))
+    squares = np.array(mx.square(blocks).sum(axis=1))
     stored = pattern.row_indices, pattern.indices
+    counts = np.ones(pattern.n_blocks)
+    for size, blocks_along in zip(pattern.shape, stored, strict=True):
+        counts *= np.minimum(pattern.block_size, size - blocks_along * pattern.block_size)
     sums = _sum_cells(pattern, merge, *stored, weights=squares)
-    return np.sqrt(sums / np.maximum(1, _sum_cells(pattern, merge, *stored)))
+    return np.sqrt(sums / np.maximum(1, _sum_cells(pattern, merge, *stored, weights=counts)))
 
 
 def _sum_cells(pattern: Drawable, merge: int, rows, cols, weights=None) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_sparse_nn.core import index, tuned
-from mlx_sparse_nn.core.transforms import note_vmap
+from mlx_sparse_nn.core.transforms import note_transforms
 
 _T = TypeVar("_T")
 
@@ -167,15 +167,19 @@ class Layout:
 
     Attributes:
         shape: ``(n_rows, n_cols)`` in scalars.
+        full_shape: That of whole blocks.
+        has_edges: Whether the last of them reach past the matrix.
         block_size: Side of the blocks.
         data_shape: Shape of the stored values, ``(nnz,)`` or ``(n_blocks, B, B)``.
     """
 
     def __init__(self, index: HostIndex, shape: tuple[int, int], block_size: int):
         """Lay out a pattern, given by its index arrays."""
-        note_vmap()
+        note_transforms()
         n_blocks = index.indices.size
         self.shape = shape
+        self.full_shape = (index.indptr.size - 1) * block_size, index.n_cols * block_size
+        self.has_edges = self.full_shape != tuple(shape)
         self.block_size = block_size
         self.data_shape = (n_blocks,) if block_size == 1 else (n_blocks, block_size, block_size)
         # Not the pattern, which owns this layout: in a cycle, the arrays of a dropped pattern would

@@ -14,6 +14,7 @@ from mlx_sparse_nn.core.checks import check_array, check_block_dtype, check_feat
 from mlx_sparse_nn.core.layout import Layout
 from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
 from mlx_sparse_nn.core.quantized import check_quantized
+from mlx_sparse_nn.core.transforms import tracing
 
 
 def spmm(
@@ -89,7 +90,9 @@ def spmm_t(data: mx.array, pattern: CSRPattern, y: mx.array) -> mx.array:
     _check_shape("spmm_t", "data", data, layout.data_shape)
     check_features("spmm_t", "y", y, "n_rows", layout.shape[0])
     data, y = _promote("spmm_t", layout, ("data", "y"), data, y)
-    return derivatives.spmm_t(layout, data, _merge(y)).reshape(*y.shape[:-1], layout.shape[1])
+    rows = _merge(y)
+    x = derivatives.spmm_t(layout, data, rows)
+    return x if rows is y else x.reshape(*y.shape[:-1], layout.shape[1])
 
 
 def sddmm(pattern: CSRPattern, y: mx.array, x: mx.array) -> mx.array:
@@ -209,8 +212,9 @@ def qspmm_t(
     check_quantized("qspmm_t", packed, scales, biases, layout.data_shape)
     check_features("qspmm_t", "y", y, "n_rows", layout.shape[0])
     scales, biases, y = _promote_quantized("qspmm_t", "y", scales, biases, y)
-    x = derivatives.qspmm_t(layout, packed, scales, biases, _merge(y))
-    return x.reshape(*y.shape[:-1], layout.shape[1])
+    rows = _merge(y)
+    x = derivatives.qspmm_t(layout, packed, scales, biases, rows)
+    return x if rows is y else x.reshape(*y.shape[:-1], layout.shape[1])
 
 
 def todense(data: mx.array, layout: Layout) -> mx.array:
@@ -228,8 +232,8 @@ def todense(data: mx.array, layout: Layout) -> mx.array:
 
 
 def _merge(a: mx.array) -> mx.array:
-    """Return ``(..., n)`` as ``(N, n)``."""
-    if a.ndim == 2:
+    """Return ``(..., n)`` as ``(N, n)``; as it is while no shape is known."""
+    if a.ndim == 2 or (a.ndim > 2 and tracing.graph == "shapeless"):
         return a
     return a.reshape(1 if a.ndim == 1 else math.prod(a.shape[:-1]), a.shape[-1])
 

@@ -35,9 +35,13 @@ class CSRPattern:
     lies in block-column ``indices[j]``. With ``block_size=1`` this is plain CSR. Columns may be
     unsorted and may repeat: duplicates add up, as in SciPy.
 
+    There are ``ceil(n_rows / block_size)`` block-rows and as many block-columns as ``n_cols`` asks
+    for: where ``block_size`` does not divide the shape, the last blocks reach past the matrix. What
+    values lie outside is never read.
+
     Args:
-        indptr: ``(n_rows / block_size + 1,)`` integers, from 0, never decreasing, to ``n_blocks``.
-        indices: ``(n_blocks,)`` integers in ``[0, n_cols / block_size)``.
+        indptr: ``(n_block_rows + 1,)`` integers, from 0, never decreasing, to ``n_blocks``.
+        indices: ``(n_blocks,)`` integers in ``[0, n_block_cols)``.
         shape: ``(n_rows, n_cols)`` in scalars.
         block_size: Side of the square blocks.
 
@@ -72,8 +76,8 @@ class CSRPattern:
 
     def __post_init__(self) -> None:
         block_size = check_size("CSRPattern", "block_size", self.block_size, minimum=1)
-        shape = check_shape("CSRPattern", self.shape, block_size)
-        n_block_rows, n_block_cols = shape[0] // block_size, shape[1] // block_size
+        shape = check_shape("CSRPattern", self.shape)
+        n_block_rows, n_block_cols = grid_of(shape, block_size)
         _check_stored("CSRPattern", _length(self.indices), block_size)
         if (length := _length(self.indptr)) != n_block_rows + 1:
             raise ValueError(
@@ -126,8 +130,8 @@ class CSRPattern:
         """
         owner = "CSRPattern.from_places"
         block_size = check_size(owner, "block_size", block_size, minimum=1)
-        n_rows, n_cols = check_shape(owner, shape, block_size)
-        n_block_rows, n_block_cols = n_rows // block_size, n_cols // block_size
+        n_rows, n_cols = check_shape(owner, shape)
+        n_block_rows, n_block_cols = grid_of((n_rows, n_cols), block_size)
         places = check_indices(owner, "places", places, np.int64)
         check_range(owner, "places", places, n_block_rows * n_block_cols)
         _check_stored(owner, places.size, block_size)
@@ -140,7 +144,7 @@ class CSRPattern:
     @property
     def grid(self) -> tuple[int, int]:
         """``(n_block_rows, n_block_cols)``: the shape of the matrix in blocks."""
-        return self.shape[0] // self.block_size, self.shape[1] // self.block_size
+        return grid_of(self.shape, self.block_size)
 
     @property
     def n_places(self) -> int:
@@ -181,10 +185,19 @@ class CSRPattern:
         """Number of stored blocks (for ``block_size=1``, of stored values)."""
         return self.indices.size
 
-    @property
+    @cached_property
     def nnz(self) -> int:
-        """Number of stored values."""
-        return self.n_blocks * self.block_size**2
+        """Number of stored values that lie in the matrix."""
+        block_size, total = self.block_size, self.n_blocks * self.block_size**2
+        below, behind = (-size % block_size for size in self.shape)
+        if not below and not behind:
+            return total
+        last_row, last_col = self.grid[0] - 1, self.grid[1] - 1
+        in_last_row = self.indices[self.indptr[last_row] :]
+        n_corners = int(np.count_nonzero(in_last_row == last_col))
+        n_last_col = int(np.count_nonzero(self.indices == last_col))
+        outside = in_last_row.size * below + n_last_col * behind
+        return total - outside * block_size + n_corners * below * behind
 
     @property
     def density(self) -> float:
@@ -247,7 +260,8 @@ class CSRPattern:
         block_size = self.block_size
         mask = np.zeros(self.grid, dtype=bool)
         mask[self.row_indices, self.indices] = True
-        return mx.array(np.kron(mask, np.ones((block_size, block_size), dtype=bool)).astype(bool))
+        whole = np.kron(mask, np.ones((block_size, block_size), dtype=bool)).astype(bool)
+        return mx.array(whole[: self.shape[0], : self.shape[1]])
 
     def plot(self, ax: Axes | None = None, *, cmap: str = "Blues") -> Axes:
         """Draw the pattern on matplotlib's axes, to scale, and return them.
@@ -327,6 +341,11 @@ class CSRPattern:
             f"CSRPattern({self.shape[0]} x {self.shape[1]}, block_size={self.block_size}, "
             f"{self.n_blocks} {noun}{'s' * (self.n_blocks != 1)}, density {self.density:.3g})"
         )
+
+
+def grid_of(shape: Sequence[int], block_size: int) -> tuple[int, int]:
+    """Return the shape of a matrix in blocks, of which the last may reach past it."""
+    return -(-shape[0] // block_size), -(-shape[1] // block_size)
 
 
 def check_pattern(owner: str, pattern: object) -> None:

@@ -84,12 +84,12 @@ def grid_scores(
     """Return :func:`block_scores` of all blocks of a dense weight, on its grid.
 
     Args:
-        weight: ``(n_rows, n_cols)``; ``block_size`` divides both.
-        block_size: Side of the blocks.
+        weight: ``(n_rows, n_cols)``.
+        block_size: Side of the blocks; what the last ones reach past the weight counts as zeros.
         score, owner: As in :func:`block_scores`.
 
     Returns:
-        ``(n_rows / B, n_cols / B)`` float64 on the host.
+        ``(n_block_rows, n_block_cols)`` float64 on the host.
 
     Raises:
         TypeError, ValueError: As :func:`block_scores`.
@@ -136,13 +136,16 @@ def strongest(
 
 
 def strongest_pattern(
-    scores: np.ndarray, count: int, block_size: int, balance: Balance = "row"
+    scores: np.ndarray,
+    count: int,
+    shape: Sequence[int],
+    block_size: int,
+    balance: Balance = "row",
 ) -> CSRPattern:
     """Return the pattern of the :func:`strongest` ``count`` places of a grid ``(R, C)``."""
     n_block_rows, n_block_cols = scores.shape
     rows = np.repeat(np.arange(n_block_rows), n_block_cols)
     kept = strongest(scores.reshape(-1), rows, count, balance)
-    shape = (n_block_rows * block_size, n_block_cols * block_size)
     return CSRPattern.from_places(kept, shape, block_size)
 
 
@@ -162,9 +165,10 @@ def choose_blocks(
         block_size, density, score, balance: As in ``BlockSparseLinear.from_linear``.
     """
     check_choice(owner, block_size, density, score, balance)
-    check_dims(owner, weight.shape, block_size)
+    check_dims(owner, weight.shape)
     scores = grid_scores(weight, block_size, score, owner=owner)
-    return strongest_pattern(scores, blocks_for(density, scores.size), block_size, balance)
+    count = blocks_for(density, scores.size)
+    return strongest_pattern(scores, count, weight.shape, block_size, balance)
 
 
 def share_by_score(scores: Sequence[np.ndarray], budget: int) -> np.ndarray:

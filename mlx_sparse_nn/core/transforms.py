@@ -3,9 +3,14 @@
 Importing the package changes nothing. Some functions are replaced later, when each is first needed,
 since MLX (0.32.4) has no other way:
 
-- ``mx.vmap`` notes when it traces, from the first layout on (:func:`note_vmap`). MLX maps every
-  operation that a mapped function traces, those inside a ``custom_function`` included, and raises
-  at a kernel, although it then uses the function's own rule alone.
+- ``mx.vmap`` notes when it traces, from the first layout on (:func:`note_transforms`). MLX maps
+  every operation that a mapped function traces, those inside a ``custom_function`` included, and
+  raises at a kernel, although it then uses the function's own rule alone.
+- ``mx.export_function`` and ``mx.exporter`` note when they trace, from then on too: a file can hold
+  neither a ``custom_function`` nor an operation that is not MLX's own, and MLX keeps to itself
+  whether it is exporting. They and ``mx.FunctionExporter`` explain where they find one.
+- ``mx.compile`` notes when it traces for every shape (``shapeless=True``), from then on too. There,
+  MLX cannot tell the shape of what a ``custom_function`` gives.
 - ``mx.array.__matmul__`` and ``mx.array.__mul__`` return ``NotImplemented`` for a sparse array, as
   Python's protocol asks, from the first sparse array on (:func:`defer_to`). MLX's raise instead, so
   that Python would never try ``A.__rmatmul__`` or ``A.__rmul__``.
@@ -19,27 +24,38 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import cache, wraps
-from typing import Any
+from io import StringIO
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 
 
-class _State(threading.local):
-    """What is known of the transforms of one thread."""
+class Tracing(threading.local):
+    """What MLX is tracing in this thread, as far as the package has noted it.
+
+    Attributes:
+        graph: What the graph has to be: ``"exported"``, then MLX derives and maps what is inside of
+            the products, and a file holds that; or ``"shapeless"``, for every shape of the
+            operands, in a file or not; or None.
+        refuses_kernels: Whether it can hold no kernel of a GPU: while ``mx.vmap`` is tracing, after
+            which the products' own rule computes the mapped ones, by kernels; or where an exported
+            function takes derivatives.
+    """
 
     # Whether MLX takes an array for a tracer, if there is somebody to ask; of all threads.
     is_tracer: Callable[[mx.array], bool] | None = None
 
     def __init__(self):
-        self.vmaps = 0  # calls of mx.vmap that are tracing their function
+        self.graph: Literal["exported", "shapeless"] | None = None
+        self.refuses_kernels = False
         # A probe of each thread's own: what MLX has compiled in a thread has to go before the
         # thread ends, since MLX would wait for Python where the interpreter may be shutting down.
         seen: list[mx.array] = []  # what the probe's Python was called with
         self.probe = mx.compile(seen.append), seen
 
 
-_state = _State()
+tracing = Tracing()
 
 
 def transforming() -> bool:
@@ -50,9 +66,9 @@ def transforming() -> bool:
     function again only for tracers. The first call in a thread or on a device always runs it: hence
     the second call. Where compilation is disabled, this answer is always True.
     """
-    if _state.is_tracer is not None:
-        return _state.is_tracer(_tracer())
-    probe, seen = _state.probe
+    if tracing.is_tracer is not None:
+        return tracing.is_tracer(_tracer())
+    probe, seen = tracing.probe
     seen.clear()
     probe(_tracer())
     if seen:
@@ -66,34 +82,109 @@ def ask_directly(is_tracer: Callable[[mx.array], bool]) -> None:
 
     It must not be a Python function, which would become a method.
     """
-    _State.is_tracer = is_tracer
-
-
-def vmapping() -> bool:
-    """Return whether ``mx.vmap`` is tracing a function in this thread, so that no kernel may run.
-
-    The products' own rule for ``vmap`` then computes the mapped ones, by kernels.
-    """
-    return _state.vmaps > 0
+    Tracing.is_tracer = is_tracer
 
 
 @cache
-def note_vmap() -> None:
-    """Make ``mx.vmap`` note when it traces."""
-    mlx_vmap = mx.vmap
+def note_transforms() -> None:
+    """Make ``mx.vmap``, ``mx.compile`` and the functions that export note when they trace."""
+    vmap, compile_, export, exporter = mx.vmap, mx.compile, mx.export_function, mx.exporter
 
-    @wraps(mlx_vmap)
-    def vmap(fun: Callable, in_axes: Any = 0, out_axes: Any = 0) -> Callable:
-        def traced(*args):
-            _state.vmaps += 1
-            try:
-                return fun(*args)
-            finally:
-                _state.vmaps -= 1
+    @wraps(vmap)
+    def noting_vmap(fun: Callable, in_axes: Any = 0, out_axes: Any = 0) -> Callable:
+        return vmap(_noted(fun, refuses_kernels=True), in_axes, out_axes)
 
-        return mlx_vmap(traced, in_axes, out_axes)
+    @wraps(compile_)
+    def noting_compile(
+        fun: Callable, inputs: Any = None, outputs: Any = None, shapeless: bool = False
+    ) -> Callable:
+        return compile_(_shapeless(fun) if shapeless else fun, inputs, outputs, shapeless)
 
-    mx.vmap = vmap
+    @wraps(export)
+    @_explaining
+    def noting_export(file: Any, fun: Callable, *args, shapeless: bool = False, **others) -> None:
+        export(file, _exported(fun, shapeless), *args, shapeless=shapeless, **others)
+
+    @wraps(exporter)
+    def noting_exporter(file: str, fun: Callable, *, shapeless: bool = False, **others) -> Any:
+        return exporter(file, _exported(fun, shapeless), shapeless=shapeless, **others)
+
+    mx.vmap, mx.compile = noting_vmap, noting_compile
+    mx.export_function, mx.exporter = noting_export, noting_exporter
+    mx.FunctionExporter.__call__ = _explaining(mx.FunctionExporter.__call__)
+
+
+def _shapeless(fun: Callable) -> Callable:
+    """Return a function that notes that it is being traced for every shape.
+
+    Called inside of another trace it is not: that one's shapes are known, if it is not shapeless.
+    """
+    noted = _noted(fun, graph="shapeless")
+
+    @wraps(fun, updated=())
+    def traced(*args, **kwargs):
+        return (noted if _shapes_are_open() else fun)(*args, **kwargs)
+
+    return traced
+
+
+def _shapes_are_open() -> bool:
+    """Return whether MLX is tracing for every shape: it then broadcasts what has one shape too."""
+    one, drawn = mx.array(1.0), StringIO()
+    mx.export_to_dot(drawn, mx.broadcast_arrays(one, one)[0])
+    return "Broadcast" in drawn.getvalue()
+
+
+def _exported(fun: Callable, shapeless: bool) -> Callable:
+    """Return a function that notes that it is being traced for a file."""
+    noted = _noted(fun, graph="shapeless" if shapeless else "exported")
+    without_kernels = _noted(noted, refuses_kernels=True)
+
+    @wraps(fun, updated=())
+    def traced(*args, **kwargs):
+        try:
+            return noted(*args, **kwargs)
+        except ValueError as error:
+            if "Not implemented for CustomKernel" not in str(error):
+                raise
+        # MLX has no derivative of a kernel, and cannot write ours to a file: without kernels then.
+        return without_kernels(*args, **kwargs)
+
+    return traced
+
+
+def _explaining(export: Callable) -> Callable:
+    """Return what exports a function, with an error that says what to do about a product of ours
+    that the function has not made, but found: an operation that no file can hold."""
+
+    @wraps(export)
+    def explaining(*args, **kwargs):
+        try:
+            return export(*args, **kwargs)
+        except ValueError as error:
+            if "SparseProduct" not in str(error):  # as the primitives of C++ are called
+                raise
+        raise ValueError(
+            "[export_function] the function reads a sparse product that was made before and is not "
+            "computed yet: call mx.eval on it first"
+        )
+
+    return explaining
+
+
+def _noted(fun: Callable, **notes: Any) -> Callable:
+    """Return a function during which ``tracing`` has these attributes."""
+
+    @wraps(fun, updated=())
+    def noted(*args, **kwargs):
+        before = {name: getattr(tracing, name) for name in notes}
+        vars(tracing).update(notes)
+        try:
+            return fun(*args, **kwargs)
+        finally:
+            vars(tracing).update(before)
+
+    return noted
 
 
 @cache

@@ -17,6 +17,23 @@ __device__ __forceinline__ void copy16(T* dst, const T* src, bool valid) {
   }
 }
 
+// Copy 16 bytes as copy16 does, but only their first `count` elements, and zeros behind them. In
+// place of copy16, this would take more registers.
+template <bool ALIGNED, typename T>
+__device__ __forceinline__ void copy_first(T* dst, const T* src, int count) {
+  const int taken = max(0, min(16 / (int)sizeof(T), count));
+  if constexpr (ALIGNED) {
+    const unsigned address = (unsigned)__cvta_generic_to_shared(dst);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(src),
+                 "r"(taken * (int)sizeof(T)));
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < 16 / (int)sizeof(T); i++) {
+      dst[i] = i < taken ? src[i] : T(0.0f);
+    }
+  }
+}
+
 // Copy COUNT times 16 bytes: from `src` on, `stride` elements apart, to `dst` on, STEP elements
 // apart. From number `valid` on they are zeros, and nothing is read.
 template <bool ALIGNED, int COUNT, int STEP, typename T>

@@ -7,7 +7,8 @@
 //   group owns STRIP outputs of a block-row and 16 rows of x. Its warps take the stored values of a
 //   scalar row in turn, 32 at a time.
 // Template
-//   T half or bfloat16; B 8, 16, 32, 64 or 128; BIAS 0 or 1.
+//   T half or bfloat16; B 8, 16, 32, 64 or 128; INSIDE columns of the last block-column, 1 to B;
+//   BIAS 0 or 1.
 // Sums in float32: each warp its values in stored order, then over warps, then the bias.
 
 #include "mma.h"
@@ -27,6 +28,7 @@ const int warp = threadIdx.x / 32;
 const int N = x_shape[x_ndim - 2];
 const int n_cols = x_shape[x_ndim - 1];
 const int n_rows = (indptr_shape[0] - 1) * B;
+const int n_inside = n_cols - B + INSIDE;
 const int lane_row = lane / 4;    // of x, and of the outputs
 const int lane_e = lane % 4 * 8;  // 8 of every 32 values: both operands order k alike
 
@@ -52,6 +54,15 @@ auto load8 = [&](const T* p, bool valid) {
   return value;
 };
 
+// The first `count` of 2 or 8 elements, and zeros behind them.
+auto cut2 = [](unsigned pair, int count) {
+  return count > 1 ? pair : count > 0 ? pair & 0xffff : 0;
+};
+auto cut8 = [&](uint4 value, int count) {
+  return make_uint4(cut2(value.x, count), cut2(value.y, count - 2), cut2(value.z, count - 4),
+                    cut2(value.w, count - 6));
+};
+
 float acc[TILES][4];
 #pragma unroll
 for (int to = 0; to < TILES; to++) {
@@ -69,6 +80,9 @@ for (int e0 = warp * 32; e0 < n_values; e0 += WARPS * 32) {
 #pragma unroll
   for (int to = 0; to < TILES; to++) {
     w[to] = load8(w_rows + (size_t)b * (B * B) + to * 8 * B + e % B, stored);
+    if (INSIDE < B) {
+      w[to] = cut8(w[to], n_inside - col);
+    }
   }
 #pragma unroll
   for (int to = 0; to < TILES; to++) {

@@ -10,7 +10,8 @@
 //   outputs.
 //   Shared memory: STAGES 32768 + 65536 + 1024 bytes.
 // Template
-//   T half or bfloat16; B 16 or 32; STAGES; TRANSPOSED and BIAS 0 or 1.
+//   T half or bfloat16; B 16 or 32; INSIDE columns of the last block-column, 1 to B; STAGES;
+//   TRANSPOSED and BIAS 0 or 1.
 // Sums in float32: the bias, then blocks in stored order, k ascending by 16.
 
 #include "barriers.h"
@@ -125,6 +126,8 @@ const int end = indptr[min(R, r + 1)];
 const bool aligned = (size_t)data % 16 == 0;
 const T* blocks = data + (size_t)v * indices_shape[0] * (B * B) + (TRANSPOSED ? o0 : o0 * B);
 T* parts = tiles + STAGES * STAGE + warp * (RING_PARTS * PART);
+// Only the last block of a block-row can reach past the matrix.
+const bool at_edge = INSIDE < B && begin < end && (indices[end - 1] + 1) * B == n_cols;
 int copied = 0;
 int next = begin;  // block to copy, and in how many tiles more
 int rounds = begin < end ? (end_n - begin_n) / ROWS : 0;
@@ -132,16 +135,19 @@ Reader places(TRANSPOSED ? perm : indices, begin, end);
 auto copy_part = [&]() {
   if (rounds > 0) {
     const T* block = blocks + (size_t)(TRANSPOSED ? places.at(next) : next) * (B * B);
+    const int inside = at_edge && next == end - 1 ? INSIDE : B;  // k in the matrix
     T* part = parts + copied % RING_PARTS * PART;
 #pragma unroll
     for (int i = 0; i < PART / 8; i += 32) {
       const int part_row = (i + lane) / W_CHUNKS;
       const int chunk = (i + lane) % W_CHUNKS;
       T* dst = part + swizzle<W_CHUNKS>(part_row, chunk) * 8;
+      const int left = TRANSPOSED ? (part_row < inside ? 8 : 0) : inside - chunk * 8;
+      const int count = INSIDE < B ? left : 8;
       if (aligned) {
-        copy16<true>(dst, block + part_row * B + chunk * 8, true);
+        copy_first<true>(dst, block + part_row * B + chunk * 8, count);
       } else {
-        copy16<false>(dst, block + part_row * B + chunk * 8, true);
+        copy_first<false>(dst, block + part_row * B + chunk * 8, count);
       }
     }
     copied++;

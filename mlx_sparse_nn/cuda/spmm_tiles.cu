@@ -16,8 +16,9 @@
 //   after the other. Neighbours share their rows of x in L2.
 //   Shared memory: STAGES (ROWS + B) DEPTH elements.
 // Template
-//   T half or bfloat16; B 8, 16, 32, 64 or 128; ROWS of x in a tile; WARPS_N and WARPS_O warps over
-//   rows of x and outputs; DEPTH of k in a stage; STAGES; TRANSPOSED and BIAS 0 or 1.
+//   T half or bfloat16; B 8, 16, 32, 64 or 128; INSIDE columns of the last block-column, 1 to B;
+//   ROWS of x in a tile; WARPS_N and WARPS_O warps over rows of x and outputs; DEPTH of k in a
+//   stage; STAGES; TRANSPOSED and BIAS 0 or 1.
 // Sums in float32: the bias, then blocks in stored order, k ascending by 16.
 
 #include "copies.h"
@@ -44,6 +45,7 @@ const int warp_o = warp % WARPS_O * TILES_O * 8;
 const int N = in_register(x_shape[x_ndim - 2]);
 const int n_cols = in_register(x_shape[x_ndim - 1]);
 const int n_rows = (indptr_shape[0] - 1) * B;
+const int n_inside = n_cols - B + INSIDE;
 const int all_tiles = (N + ROWS - 1) / ROWS;
 const int first_tile = (size_t)all_tiles * blockIdx.y / gridDim.y;
 const int n_tiles = (size_t)all_tiles * (blockIdx.y + 1) / gridDim.y - first_tile;
@@ -64,18 +66,23 @@ const int x_k = thread % CHUNKS * 8;
 const int w_k = TRANSPOSED ? thread / W_CHUNKS % DEPTH : x_k;
 const T* x_mine = x + ((size_t)v * N + n0 + x_row) * n_cols;
 const T* w_mine = blocks + (TRANSPOSED ? thread % W_CHUNKS * 8 : thread / CHUNKS * B);
-// Of the stage to copy next: its tile, its place in the tile, its buffer, and where its blocks lie.
+// Of the stage to copy next: its tile, its place in the tile, its buffer, where its blocks lie, and
+// how many k of this thread's block of W lie in the matrix.
 int next_tile = 0;
 int next_stage = 0;
 int next_buffer = 0;
 int next_col;
 int next_stored;
+int next_inside = B;
 auto read_indices = [&]() {
   const int k = next_stage * DEPTH;
   const int j = begin + (k + x_k) / B;
   next_col = j < end ? indices[j] * B + (k + x_k) % B : -1;
   const int w_j = begin + (k + w_k) / B;
   next_stored = w_j >= end ? -1 : TRANSPOSED ? perm[w_j] : w_j;
+  if (INSIDE < B) {
+    next_inside = w_j < end ? n_inside - indices[w_j] * B : 0;
+  }
 };
 auto copy_stage_as = [&](auto alignment) {
   constexpr bool ALIGNED = alignment.value;
@@ -97,9 +104,16 @@ auto copy_stage_as = [&](auto alignment) {
     for (int i = thread; i < W_ROWS * W_CHUNKS; i += THREADS) {
       const int w_row = i / W_CHUNKS;
       const int skipped = (i - thread) / W_CHUNKS;
-      const T* src = TRANSPOSED ? w_src + (B < DEPTH ? w_row % B : k % B + w_row) * B
-                                : w_src + skipped * B + (k + x_k) % B;
-      copy16<ALIGNED>(w_tile + swizzle<W_CHUNKS>(w_row, i % W_CHUNKS) * 8, src, valid);
+      const int w_k0 = TRANSPOSED ? (B < DEPTH ? w_row % B : k % B + w_row) : (k + x_k) % B;
+      const T* src = TRANSPOSED ? w_src + w_k0 * B : w_src + skipped * B + w_k0;
+      T* dst = w_tile + swizzle<W_CHUNKS>(w_row, i % W_CHUNKS) * 8;
+      if (INSIDE == B) {
+        copy16<ALIGNED>(dst, src, valid);
+      } else if (TRANSPOSED) {
+        copy16<ALIGNED>(dst, src, w_k0 < next_inside);
+      } else {
+        copy_first<ALIGNED>(dst, src, next_inside - w_k0);
+      }
     }
     next_buffer = next_buffer + 1 == STAGES ? 0 : next_buffer + 1;
     if (++next_stage == n_stages) {

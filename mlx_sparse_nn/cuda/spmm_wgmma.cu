@@ -6,8 +6,8 @@
 //   the 3 warpgroups copies, the others multiply.
 //   Shared memory: STAGES (ROWS + B) 128 + 1024 bytes.
 // Template
-//   T half or bfloat16; B 64 or 128; ROWS of x in a tile, 128 or 256; STAGES; TRANSPOSED and BIAS
-//   0 or 1.
+//   T half or bfloat16; B 64 or 128; INSIDE columns of the last block-column, 1 to B; ROWS of x in
+//   a tile, 128 or 256; STAGES; TRANSPOSED and BIAS 0 or 1.
 // Sums in float32: the bias, then blocks in stored order, k ascending by 16.
 
 #include "barriers.h"
@@ -69,13 +69,21 @@ if (warpgroup == WARPGROUPS) {
         T* x_tile = tiles + copier.begin() * STAGE + place;
         T* w_tile = x_tile + ROWS * DEPTH;
         const int valid = (N - n0 - copy_row + EVERY - 1) / EVERY;
+        // How many k of the stage lie in the matrix.
+        const int depth = INSIDE < B ? n_cols - B + INSIDE - cols.at(j) * B - k : DEPTH;
         copy_rows<ALIGNED, ROWS / EVERY, EVERY * DEPTH>(x_tile, x_src, EVERY * (size_t)n_cols,
                                                         valid);
         if (TRANSPOSED) {
+          const int valid_k = INSIDE < B ? (depth - copy_row + EVERY - 1) / EVERY : DEPTH;
 #pragma unroll
           for (int o = 0; o < B; o += 64) {  // a slab
             copy_rows<ALIGNED, DEPTH / EVERY, EVERY * 64>(w_tile + o * DEPTH, w_src + k * B + o,
-                                                          EVERY * B, DEPTH);
+                                                          EVERY * B, valid_k);
+          }
+        } else if (INSIDE < B && depth < chunk * 8 + 8) {
+#pragma unroll 1
+          for (int o = 0; o < B; o += EVERY) {
+            copy_first<ALIGNED>(w_tile + o * DEPTH, w_src + k + o * B, depth - chunk * 8);
           }
         } else {
           copy_rows<ALIGNED, B / EVERY, EVERY * DEPTH>(w_tile, w_src + k, EVERY * B, B);

@@ -13,7 +13,7 @@ import numpy as np
 from mlx_sparse_nn.core.backends import plain
 from mlx_sparse_nn.core.blocks import sample
 from mlx_sparse_nn.core.checks import check_number, check_seed, check_size
-from mlx_sparse_nn.core.table import Report, Table
+from mlx_sparse_nn.core.table import Report, Table, fold
 from mlx_sparse_nn.diagnostics.products import (
     MLX,
     backends_of,
@@ -23,6 +23,7 @@ from mlx_sparse_nn.diagnostics.products import (
     products_of,
     values_of,
 )
+from mlx_sparse_nn.layers.dense_twin import dense_twin, why_not_quantized
 from mlx_sparse_nn.layers.linear import BlockSparseLinear, QuantizedBlockSparseLinear
 from mlx_sparse_nn.layers.lora import SparseLinear
 
@@ -175,7 +176,7 @@ def advise(
     if not isinstance(layer, BlockSparseLinear | QuantizedBlockSparseLinear):
         raise TypeError(
             "[advise] layer must be a BlockSparseLinear or a QuantizedBlockSparseLinear, "
-            f"got {type(layer).__name__}"
+            f"got {type(layer).__name__}{_held_by(layer)}"
         )
     if isinstance(batch_sizes, str) or not isinstance(batch_sizes, Sequence):
         raise TypeError(f"[advise] batch_sizes must be integers, got {batch_sizes!r}")
@@ -190,10 +191,10 @@ def advise(
     contestants: dict[str, nn.Module] = {SPARSE: layer}
     left_out = {}
     if isinstance(layer, QuantizedBlockSparseLinear):
-        if np.unique(layer.pattern.places).size < layer.pattern.n_blocks:
-            left_out[QUANTIZED] = "the pattern stores a block more than once"
+        if reason := why_not_quantized(layer):
+            left_out[QUANTIZED] = reason
         else:
-            contestants[QUANTIZED] = _dense_quantized(layer)
+            contestants[QUANTIZED] = dense_twin(layer)
     elif reason := _why_not_masked(layer):
         left_out[MASKED] = reason
     else:
@@ -218,6 +219,15 @@ def advise(
     )
 
 
+def _held_by(model: object) -> str:
+    """Return in words which layers could be given in place of the model that holds them."""
+    if not isinstance(model, nn.Module):
+        return ""
+    paths = [path for path, m in reversed(model.named_modules()) if isinstance(m, SparseLinear)]
+    folded = [path for path, _ in fold(paths, [None] * len(paths))]
+    return f"; give one of its layers: {', '.join(folded)}" if paths else ""
+
+
 class _MaskedLinear(nn.Module):
     """``nn.Linear`` by ``mx.block_masked_mm``: a dense weight, and a mask of its blocks."""
 
@@ -232,26 +242,6 @@ class _MaskedLinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         y = mx.block_masked_mm(x, self.weight.T, self.block_size, None, None, self.mask)
         return y + self.bias if "bias" in self else y
-
-
-def _dense_quantized(layer: QuantizedBlockSparseLinear) -> nn.QuantizedLinear:
-    """Return ``nn.QuantizedLinear`` of the same packed blocks, with zeros where none is stored."""
-    pattern = layer.pattern
-    places = mx.array(pattern.row_indices), mx.array(pattern.indices)
-
-    def dense(blocks: mx.array) -> mx.array:
-        grid = mx.zeros((*pattern.grid, *blocks.shape[1:]), blocks.dtype)
-        grid[places] = blocks
-        return grid.swapaxes(1, 2).reshape(layer.output_dims, -1)
-
-    linear = nn.QuantizedLinear.__new__(nn.QuantizedLinear)  # its own would draw random numbers
-    nn.Module.__init__(linear)
-    linear.group_size, linear.bits, linear.mode = layer.group_size, layer.bits, "affine"
-    for name in ("weight", "scales", "biases"):
-        linear[name] = dense(layer[name])
-    if "bias" in layer:
-        linear.bias = layer.bias
-    return linear
 
 
 def _why_not_masked(layer: BlockSparseLinear) -> str | None:

@@ -148,14 +148,16 @@ def dense_products(layer: SparseLinear, x: mx.array, cotangent: mx.array) -> Den
     n_out, n_in = layer.output_dims, layer.input_dims
     counts = np.diff(np.array(layer.indptr))
     rows, cols = np.repeat(np.arange(counts.size), counts), np.array(layer.indices)
-    grid = (n_out // block_size, n_in // block_size, block_size, block_size)
+    grid = (-(-n_out // block_size), -(-n_in // block_size), block_size, block_size)
+    whole = grid[0] * block_size, grid[1] * block_size
 
     def dense(values: np.ndarray) -> np.ndarray:
         out = np.zeros(grid)
         np.add.at(out, (rows, cols), values.reshape(-1, block_size, block_size))
-        return out.swapaxes(1, 2).reshape(n_out, n_in)
+        return out.swapaxes(1, 2).reshape(whole)[:n_out, :n_in]
 
     def sample(matrix: np.ndarray) -> np.ndarray:
+        matrix = np.pad(matrix, ((0, whole[0] - n_out), (0, whole[1] - n_in)))
         blocks = matrix.reshape(grid[0], block_size, grid[1], block_size).swapaxes(1, 2)
         return blocks[rows, cols].reshape(weight.shape)
 
@@ -176,9 +178,9 @@ def dense_products(layer: SparseLinear, x: mx.array, cotangent: mx.array) -> Den
             tf32_errors[name] = (2 * _TF32_EPS * magnitude).reshape(like.shape)
 
     bias = to_numpy(layer.bias) if "bias" in layer else np.zeros(n_out)
-    length = np.repeat(counts, block_size) * block_size + 1
+    length = np.repeat(counts, block_size)[:n_out] * block_size + 1
     add("forward", cotangent, x_rows @ a.T + bias, x_size @ a_size.T + np.abs(bias), length)
-    length = np.repeat(np.bincount(cols, minlength=grid[1]), block_size) * block_size
+    length = np.repeat(np.bincount(cols, minlength=grid[1]), block_size)[:n_in] * block_size
     add("input gradient", x, g_rows @ a, g_size @ a_size, length)
     if not isinstance(layer, QuantizedBlockSparseLinear):
         value, magnitude = sample(g_rows.T @ x_rows), sample(g_size.T @ x_size)

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from mlx_sparse_nn.core.checks import check_model, check_size
 from mlx_sparse_nn.core.table import Report, Table, fold
+from mlx_sparse_nn.layers.parameters import count, modules_with_arrays, why_always_dense
 from mlx_sparse_nn.layers.pattern_module import PatternModule
 
 _INDICES = ("indptr", "indices")
@@ -37,6 +38,8 @@ class LayerSummary:
         dead_inputs: Inputs that no stored block reads.
         dead_outputs: Outputs that no stored block writes: their bias, or 0.
         share: Fraction of the model's parameters.
+        always_dense: Why :func:`sparsify` has no sparse form for its weight: an embedding, a
+            convolution, the experts of a ``SwitchLinear``.
     """
 
     path: str
@@ -53,6 +56,7 @@ class LayerSummary:
     dead_inputs: int | None
     dead_outputs: int | None
     share: float
+    always_dense: str | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,6 +80,11 @@ class SummaryReport(Report):
     def dense_parameters(self) -> int:
         """What they would be if all weights were dense."""
         return sum(row.dense_parameters for row in self.rows)
+
+    @property
+    def density(self) -> float:
+        """Stored fraction of all parameters, those of dense layers and embeddings included."""
+        return self.parameters / max(1, self.dense_parameters)
 
     @property
     def weight_bytes(self) -> int:
@@ -114,7 +123,7 @@ class SummaryReport(Report):
             rows=[[path, *_cells([self.rows[i] for i in places], scale)] for path, places in lines],
             total=[
                 "total",
-                *["", "", ""],
+                *["", "", f"{self.density:.1%}"],
                 _size(self.weight_bytes, scale),
                 _size(self.index_bytes, scale),
                 _dead(self.rows),
@@ -122,12 +131,22 @@ class SummaryReport(Report):
             ],
             notes=[
                 *notes,
+                *self._always_dense(),
                 "dead: inputs that no block reads / outputs that no block writes",
                 f"MACs of the linear layers: {self.macs:,} for each row of x",
                 f"optimizer state: {_size(self.optimizer_bytes, scale_of_state)} {unit_of_state}, "
                 f"{arrays} for each trainable one (Adam 2, SGD 0)",
             ],
         )
+
+    def _always_dense(self) -> list[str]:
+        """Return a sentence on the types of layers that have no sparse form, if there are some."""
+        shares: dict[str, float] = {}
+        for row in self.rows:
+            if row.always_dense:
+                shares[row.type] = shares.get(row.type, 0.0) + row.share
+        of_each = [f"{kind} {share:.1%}" for kind, share in shares.items()]
+        return [f"always dense, of all parameters: {', '.join(of_each)}"] if of_each else []
 
 
 def summary(model: nn.Module, *, optimizer_arrays: int = 2) -> SummaryReport:
@@ -153,33 +172,15 @@ def summary(model: nn.Module, *, optimizer_arrays: int = 2) -> SummaryReport:
     """
     check_model("summary", model)
     optimizer_arrays = check_size("summary", "optimizer_arrays", optimizer_arrays)
-    counted: set[int] = set()
-    rows = []
-    for path, module in reversed(model.named_modules()):
-        arrays = {
-            name: array
-            for name, array in _own_arrays(module).items()
-            if not (id(array) in counted or counted.add(id(array)))
-        }
-        if arrays:
-            rows.append(_row(path, module, arrays, optimizer_arrays))
+    rows = [
+        _row(path, module, arrays, optimizer_arrays)
+        for path, module, arrays in modules_with_arrays(model)
+    ]
     total = max(1, sum(row["parameters"] for row in rows))
     return SummaryReport(
         tuple(LayerSummary(**row, share=row["parameters"] / total) for row in rows),
         optimizer_arrays,
     )
-
-
-def _own_arrays(module: nn.Module) -> dict[str, mx.array]:
-    """Return the arrays of ``module`` by name, without those of the modules in it."""
-    tree = module.filter_and_map(
-        nn.Module.valid_parameter_filter,
-        is_leaf_fn=lambda module, key, value: (
-            nn.Module.is_module(value) or not isinstance(value, dict | list)
-        ),
-    )
-    leaves = tree_flatten(tree, is_leaf=nn.Module.is_module)
-    return {name: array for name, array in leaves if isinstance(array, mx.array)}
 
 
 def _row(path: str, module: nn.Module, arrays: dict[str, mx.array], optimizer_arrays: int) -> dict:
@@ -190,7 +191,6 @@ def _row(path: str, module: nn.Module, arrays: dict[str, mx.array], optimizer_ar
         layout = [array for _, array in tree_flatten(module["_layout"])]
         index_bytes = sum(a.nbytes for a in [*layout, *(module[name] for name in _INDICES)])
         index_bytes += pattern.layout.derived_bytes
-        arrays = {name: array for name, array in arrays.items() if name not in _INDICES}
         shape, block_size, density, macs = (
             pattern.shape,
             pattern.block_size,
@@ -199,13 +199,13 @@ def _row(path: str, module: nn.Module, arrays: dict[str, mx.array], optimizer_ar
         )
         lengths = np.diff(pattern.indptr), np.diff(pattern.T.indptr)
         dead_outputs, dead_inputs = (
-            block_size * np.count_nonzero(counts == 0) for counts in lengths
+            _n_in_blocks(counts == 0, block_size, size)
+            for counts, size in zip(lengths, shape, strict=True)
         )
-        unstored = shape[0] * shape[1] - macs
     else:
-        shape, unstored = _linear_shape(module), 0
+        shape = _linear_shape(module)
         density, macs = (None, None) if shape is None else (1.0, shape[0] * shape[1])
-    parameters = sum(_values(module, name, array) for name, array in arrays.items())
+    parameters = count(module, arrays)
     trainable = [a for name, a in arrays.items() if name.partition(".")[0] not in module._no_grad]
     return {
         "path": path,
@@ -213,25 +213,23 @@ def _row(path: str, module: nn.Module, arrays: dict[str, mx.array], optimizer_ar
         "shape": shape,
         "block_size": block_size,
         "density": density,
-        "parameters": parameters,
-        "dense_parameters": parameters + unstored,
+        "parameters": parameters.stored,
+        "dense_parameters": parameters.dense,
         "weight_bytes": sum(array.nbytes for array in arrays.values()),
         "index_bytes": index_bytes,
         "optimizer_bytes": optimizer_arrays * sum(array.nbytes for array in trainable),
         "macs": macs,
         "dead_inputs": dead_inputs,
         "dead_outputs": dead_outputs,
+        "always_dense": why_always_dense(module),
     }
 
 
-def _values(module: nn.Module, name: str, array: mx.array) -> int:
-    """Return how many parameters an array stands for: of a quantized layer, those it packs."""
-    bits = getattr(module, "bits", None)
-    if bits is None:
-        return array.size
-    if name == "weight":
-        return array.size * 32 // bits
-    return 0 if name in ("scales", "biases") else array.size
+def _n_in_blocks(chosen: np.ndarray, block_size: int, size: int) -> int:
+    """Return how many of ``size`` features lie in the chosen blocks of them."""
+    sizes = np.full(chosen.size, block_size)
+    sizes[-1:] -= chosen.size * block_size - size
+    return int(sizes[chosen].sum())
 
 
 def _linear_shape(module: nn.Module) -> tuple[int, int] | None:

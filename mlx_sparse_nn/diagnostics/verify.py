@@ -101,7 +101,8 @@ def verify(model: nn.Module, *inputs: Any, seed: int = 0) -> VerifyReport:
     these are compared with dense float64 products on the host. A quantized layer has no gradient to
     its weight, which the host unpacks by itself. The error may be what rounding explains for the
     dtype and the length of the sums (``diagnostics.rounding.tolerance``), and for TF32 where plain
-    MLX computes in float32 and its matmul rounds so; anything not finite is wrong. The model is
+    MLX computes in float32 and its matmul rounds so; a product of finite numbers that is not finite
+    is wrong. The model is
     left as it was. Right products say nothing of the model's quality.
 
     The dense weights take ``16 * input_dims * output_dims`` bytes, one layer at a time.
@@ -119,7 +120,8 @@ def verify(model: nn.Module, *inputs: Any, seed: int = 0) -> VerifyReport:
         TypeError: ``model`` is not a module, or a layer computes in another dtype than float16,
             bfloat16, float32 or float64.
         ValueError: The model has no block-sparse layer, calls none with these inputs or only within
-            compiled functions, a layer's input is empty, or a product has a wrong shape.
+            compiled functions, a layer's input is empty, its input or weight holds nan or infinity,
+            or a product has a wrong shape.
         MismatchError: A product is wrong. The message names the device, the layer, the product,
             its worst element and what computed it.
 
@@ -137,19 +139,35 @@ def verify(model: nn.Module, *inputs: Any, seed: int = 0) -> VerifyReport:
     if not recorded:
         raise ValueError(f"[verify] the model called none of {', '.join(layers)} with these inputs")
     tf32 = matmul_uses_tf32()
-    checks = []
+    checks, not_finite = [], []
     for path, layer in layers.items():
         if path in recorded:
             x = _concrete(path, recorded[path])
-            checks += _check_layer(path, layer, x, seed, tf32)
+            if name := _not_finite(layer, x):
+                not_finite.append(f"{path} has nan or infinity in its {name}")
+            else:
+                checks += _check_layer(path, layer, x, seed, tf32)
     report = VerifyReport(
         checks=tuple(checks),
         not_reached=tuple(path for path in layers if path not in recorded),
         device=str(mx.default_device()),
     )
     if not report.passed:
-        raise MismatchError(report)
+        raise MismatchError(report)  # which may be why a later layer gets nan
+    if not_finite:
+        raise ValueError(f"[verify] {not_finite[0]}: products with that cannot be compared")
     return report
+
+
+def _not_finite(layer: SparseLinear, x: mx.array) -> str | None:
+    """Return the name of an operand of a layer that holds what is not finite, if one does."""
+    operands = {"input": x, "weight": layer.todense()}
+    if "bias" in layer:
+        operands["bias"] = layer.bias
+    for name, a in operands.items():
+        if mx.issubdtype(a.dtype, mx.inexact) and not mx.isfinite(a).all().item():
+            return name
+    return None
 
 
 def _check_layer(

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_sparse_nn.core import draw, ops
+from mlx_sparse_nn.core import draw, edges, ops
 from mlx_sparse_nn.core.blocks import block_sources, move_blocks, split_blocks
 from mlx_sparse_nn.core.checks import (
     check_absent,
@@ -44,6 +44,9 @@ class BlockSparseLinear(SparseLinear):
     The pattern is saved with the weights, as ``indptr`` and ``indices``, and ``load_weights``
     brings it back. These two are never trained: they stay frozen whatever is unfrozen.
 
+    Dims need not be multiples of the block size: the last blocks may reach past the weight, and
+    what they hold there is never read.
+
     Args:
         input_dims: Number of input features.
         output_dims: Number of output features.
@@ -62,9 +65,8 @@ class BlockSparseLinear(SparseLinear):
     Raises:
         TypeError: A size is not an integer, ``density`` is not a number, or ``pattern`` is not a
             CSRPattern.
-        ValueError: ``block_size`` does not divide the dims, a dim is 0, ``density`` is not in
-            (0, 1], ``pattern`` has another shape, or ``block_size`` or ``density`` is given with
-            it.
+        ValueError: A dim is 0, ``density`` is not in (0, 1], ``pattern`` has another shape, or
+            ``block_size`` or ``density`` is given with it.
 
     Example:
         >>> layer = BlockSparseLinear(512, 256, block_size=32, density=0.125)
@@ -87,7 +89,7 @@ class BlockSparseLinear(SparseLinear):
             block_size = 32 if block_size is None else block_size
             density = 0.1 if density is None else density
             check_size(owner, "block_size", block_size, minimum=1)
-            check_dims(owner, (output_dims, input_dims), block_size)
+            check_dims(owner, (output_dims, input_dims))
             check_density(owner, density)
             # On the host: a pattern is drawn there, once, when a layer is made.
             seed = int(mx.random.randint(0, 2**31 - 1).item())  # type: ignore[arg-type]
@@ -95,15 +97,16 @@ class BlockSparseLinear(SparseLinear):
         else:
             check_absent(owner, PATTERN_DECIDES, block_size=block_size, density=density)
             check_layer_pattern(owner, pattern, (output_dims, input_dims))
-        stored_inputs = np.maximum(1, np.diff(pattern.indptr) * pattern.block_size)
+        stored_inputs = np.maximum(1, _stored_inputs(pattern))
         bound = mx.array((1 / np.sqrt(stored_inputs)).astype(np.float32))  # (block rows,)
         blocks = mx.random.uniform(-1, 1, (pattern.n_blocks, pattern.block_size**2))
         blocks = blocks * bound[mx.array(pattern.row_indices)][:, None]
         biases = None
         if bias:
-            bound = mx.repeat(bound, pattern.block_size)
+            bound = mx.repeat(bound, pattern.block_size)[:output_dims]
             biases = mx.random.uniform(-1, 1, (output_dims,)) * bound
-        self._initialise(pattern, blocks.reshape(pattern.data_shape), biases)
+        weight = edges.clear(pattern.layout, blocks.reshape(pattern.data_shape))
+        self._initialise(pattern, weight, biases)
 
     def _initialise(self, pattern: CSRPattern, weight: mx.array, bias: mx.array | None) -> None:
         check_block_dtype("BlockSparseLinear", weight.dtype, pattern.block_size)
@@ -142,7 +145,8 @@ class BlockSparseLinear(SparseLinear):
             ImportError: matplotlib is not installed.
         """
         labels = ("inputs", "outputs")
-        return draw.plot(self.pattern, ax, cmap=cmap, values=self.weight, labels=labels)
+        values = edges.clear(self.pattern.layout, self.weight)
+        return draw.plot(self.pattern, ax, cmap=cmap, values=values, labels=labels)
 
     @classmethod
     def from_linear(
@@ -163,7 +167,7 @@ class BlockSparseLinear(SparseLinear):
         Args:
             linear: An ``nn.Linear``. Not a subclass, which may compute something else, and not a
                 quantized layer: dequantize it first.
-            block_size: Side of the blocks, 32 by default; it divides both dims.
+            block_size: Side of the blocks, 32 by default.
             density: Stored fraction, in (0, 1], 0.1 by default, rounded to whole blocks and to at
                 least one.
             pattern: Store exactly these blocks, ``(output_dims, input_dims)``, in place of the
@@ -220,12 +224,23 @@ class BlockSparseLinear(SparseLinear):
         return carry_mode(self, layer)
 
     def to_quantized(
-        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
+        self,
+        group_size: int | None = None,
+        bits: int | None = None,
+        mode: str = "affine",
+        quantize_input: bool = False,
     ) -> QuantizedBlockSparseLinear:
         """Return this layer with quantized blocks; ``nn.quantize`` calls this.
 
-        See :class:`QuantizedBlockSparseLinear` for the arguments.
+        See :class:`QuantizedBlockSparseLinear` for the arguments. Other modes than "affine" and
+        quantized inputs, which ``nn.quantize`` has too, are not offered.
         """
+        if quantize_input:
+            raise ValueError(
+                "[QuantizedBlockSparseLinear] quantize_input must be False, got "
+                f"{quantize_input!r}; leave the layer out with nn.quantize's class_predicate, or "
+                "make it dense first"
+            )
         return QuantizedBlockSparseLinear.from_linear(self, group_size, bits, mode)
 
     def set_pattern(self, pattern: CSRPattern) -> np.ndarray:
@@ -297,6 +312,7 @@ class QuantizedBlockSparseLinear(SparseLinear):
         super().__init__(pattern, pinned=("weight", "scales", "biases"))
         n_blocks, block_size = pattern.n_blocks, pattern.block_size
         self.group_size = _group_size(block_size, group_size)
+        self.mode = "affine"  # as nn.QuantizedLinear has it, for who asks
         self.bits = 4 if bits is None else check_size(owner, "bits", bits)
         if self.bits not in BITS:
             raise ValueError(f"[{owner}] bits must be one of {BITS}, got {bits!r}")
@@ -329,7 +345,7 @@ class QuantizedBlockSparseLinear(SparseLinear):
             )
         layer = cls(linear.pattern, bias=False, group_size=group_size, bits=bits)
         layer.weight, layer.scales, layer.biases = mx.quantize(
-            linear.weight, layer.group_size, layer.bits
+            edges.clear(linear.pattern.layout, linear.weight), layer.group_size, layer.bits
         )
         if "bias" in linear:
             layer.bias = linear.bias
@@ -387,6 +403,13 @@ def why_not_linear(module: nn.Module) -> str | None:
     if isinstance(module, nn.Linear):
         return f"{kind.__name__}, a subclass of nn.Linear, may compute something else"
     return f"got {kind.__name__}"
+
+
+def _stored_inputs(pattern: CSRPattern) -> np.ndarray:
+    """Return how many inputs each block-row has, ``(n_block_rows,)``."""
+    widths = np.full(pattern.grid[1], pattern.block_size)
+    widths[-1:] -= -pattern.shape[1] % pattern.block_size
+    return np.bincount(pattern.row_indices, widths[pattern.indices], pattern.grid[0])
 
 
 def _group_size(block_size: int, group_size: int | None) -> int:

@@ -24,6 +24,13 @@ class SparseLinear(PatternModule):
     weight: mx.array
     bias: mx.array
 
+    def __getattr__(self, key: str) -> Any:
+        try:
+            return super().__getattr__(key)
+        except AttributeError as error:
+            # So a tool of dense layers, such as mlx-lm's AWQ, finds out that this is none.
+            raise AttributeError(f"{error}; if a tool expects a dense layer, densify") from None
+
     def todense(self) -> mx.array:
         """Return the dense ``(output_dims, input_dims)`` weight."""
         raise NotImplementedError

@@ -17,7 +17,6 @@ from mlx_sparse_nn.core.checks import (
     check_indices,
     check_model,
     check_name,
-    check_tiled,
 )
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.layers.checkpoints import fingerprint, sha256
@@ -41,11 +40,11 @@ def check_same_pattern(model: nn.Module, group: mx.distributed.Group | None = No
         group: The processes that compare theirs, all of them by default.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or ``group`` not a group.
         ValueError: Ranks disagree. Says on which layer.
     """
     check_model("check_same_pattern", model)
-    group = group or mx.distributed.init()
+    group = _checked_group("check_same_pattern", group)
     if group.size() == 1:
         return
     # Sizes that all ranks know, so that none waits for more than another sends.
@@ -83,7 +82,7 @@ def shard_boundaries(
         Where each rank's features begin, and the number of features: ``group.size() + 1`` numbers.
 
     Raises:
-        TypeError: A layer is not a BlockSparseLinear.
+        TypeError: A layer is not a BlockSparseLinear, or ``group`` not a group.
         ValueError: There is no layer, the layers differ in the number of these features, or there
             are fewer blocks of features than ranks.
 
@@ -103,8 +102,8 @@ def shard_boundaries(
     if len(sizes) > 1:
         raise ValueError(f"[{owner}] layers have different numbers of these features: {sizes}")
     unit = math.lcm(*(block_size for _, _, block_size in sides))
-    n_ranks = (group or mx.distributed.init()).size()
-    n_units = sizes[0] // unit
+    n_ranks = _checked_group(owner, group).size()
+    n_units = -(-sizes[0] // unit)
     if n_units < n_ranks:
         raise ValueError(
             f"[{owner}] {sizes[0]} features are {n_units} blocks of {unit}, fewer than "
@@ -113,7 +112,7 @@ def shard_boundaries(
     stored = np.zeros(n_units, np.int64)
     for block_indices, _, block_size in sides:
         stored += np.bincount(block_indices * block_size // unit, minlength=n_units) * block_size**2
-    return tuple(int(cut) * unit for cut in _cuts(stored, n_ranks))
+    return tuple(min(int(cut) * unit, sizes[0]) for cut in _cuts(stored, n_ranks))
 
 
 def shard_block_sparse(
@@ -131,19 +130,20 @@ def shard_block_sparse(
             returns its range of the outputs. ``"sharded-to-all"`` splits the block-columns: every
             rank takes its range of the inputs, and all get all outputs.
         boundaries: Where each rank's range of those features begins, and their number:
-            ``group.size() + 1`` rising multiples of the block size. By default those that balance
-            this layer's stored blocks. Two layers that share features need the same ones, from
-            :func:`shard_boundaries`.
+            ``group.size() + 1`` rising numbers, all but the last of them multiples of the block
+            size. By default those that balance this layer's stored blocks. Two layers that share
+            features need the same ones, from :func:`shard_boundaries`.
         group: The processes to share the layer, all of them by default.
 
     Raises:
-        TypeError: ``layer`` is not a BlockSparseLinear, or a boundary is not an integer.
+        TypeError: ``layer`` is not a BlockSparseLinear, ``group`` not a group, or a boundary not an
+            integer.
         ValueError: ``sharding`` is another word, or ``boundaries`` do not fit.
     """
     owner = "shard_block_sparse"
     check_layer(owner, layer)
     check_name(owner, "sharding", sharding, tuple(_SHARDED))
-    group = group or mx.distributed.init()
+    group = _checked_group(owner, group)
     axis, kind = _SHARDED[sharding]
     if boundaries is None:
         layers = [[layer], []] if axis == 0 else [[], [layer]]
@@ -247,6 +247,15 @@ def _disagreement(described: list[list[list[str]]]) -> str:
     )
 
 
+def _checked_group(owner: str, group: mx.distributed.Group | None) -> mx.distributed.Group:
+    """Return the group, all processes by default, or raise."""
+    if group is None:
+        return mx.distributed.init()
+    if not all(callable(getattr(group, name, None)) for name in ("rank", "size")):
+        raise TypeError(f"[{owner}] group must be an mx.distributed.Group, got {group!r}")
+    return group
+
+
 def _gather(values: np.ndarray, group: mx.distributed.Group) -> np.ndarray:
     """Return the ``(n,)`` values of every rank, ``(n_ranks, n)``."""
     return np.array(mx.distributed.all_gather(mx.array(values)[None], group=group))
@@ -264,8 +273,11 @@ def _check_boundaries(
         )
     if cuts[0] != 0 or cuts[-1] != features or sorted(set(cuts)) != cuts:
         raise ValueError(f"[{owner}] boundaries must rise from 0 to {features}, got {cuts}")
-    for cut in cuts:
-        check_tiled(owner, "boundary", cut, block_size)
+    for cut in cuts[1:-1]:
+        if cut % block_size:
+            raise ValueError(
+                f"[{owner}] boundary {cut} is not a multiple of block_size {block_size}"
+            )
     return tuple(cuts)
 
 
@@ -292,7 +304,7 @@ def _slice(pattern: CSRPattern, axis: int, start: int, stop: int) -> tuple[CSRPa
     before = np.concatenate([[0], np.cumsum(inside)])[pattern.indptr]  # inside, by block-row
     if axis == 0:
         indptr, shape = (
-            before[start // block_size : stop // block_size + 1],
+            before[start // block_size : -(-stop // block_size) + 1],
             (stop - start, pattern.shape[1]),
         )
         indices = pattern.indices[inside]

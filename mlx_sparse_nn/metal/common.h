@@ -21,17 +21,33 @@ METAL_FUNC vec<T, 4> load4(const device T* p) {
   return *(const device typename packed4<T>::type*)p;
 }
 
+// The first `count` of four elements, and zeros behind them.
+template <typename T>
+METAL_FUNC vec<T, 4> cut4(vec<T, 4> v, const int count) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    if (i >= count) {
+      v[i] = T(0);
+    }
+  }
+  return v;
+}
+
 // Copy ROWS x COLS of src, whose rows are `stride` apart, to dst, whose rows are LD apart. Rows
-// from `valid` on are zeros. All THREADS of the group take part. The caller places the barriers.
+// from `valid` on are zeros, and columns from `cols` on. All THREADS of the group take part. The
+// caller places the barriers.
 template <typename T, int ROWS, int COLS, int LD, int THREADS>
 METAL_FUNC void stage(const device T* src, const size_t stride, const int valid, threadgroup T* dst,
-                      const int thread_index) {
+                      const int thread_index, const int cols = COLS) {
   for (int i = thread_index; i < ROWS * (COLS / 4); i += THREADS) {
     const int row = i / (COLS / 4);
     const int col = i % (COLS / 4) * 4;
     vec<T, 4> v = vec<T, 4>(T(0));
     if (row < valid) {
       v = load4<T>(src + row * stride + col);
+    }
+    if (cols < COLS) {
+      v = cut4(v, cols - col);
     }
     dst[row * LD + col] = v[0];
     dst[row * LD + col + 1] = v[1];

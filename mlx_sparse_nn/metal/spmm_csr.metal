@@ -6,8 +6,8 @@
 //   neighbouring threads own one scalar row and ROWS rows of x. They take its stored values in
 //   turn.
 // Template
-//   T float, half or bfloat; B; ROWS of x; LANES 1 to 256, a power of two; TRANSPOSED and BIAS
-//   0 or 1.
+//   T float, half or bfloat; B; INSIDE columns of the last block-column, 1 to B; ROWS of x; LANES 1
+//   to 256, a power of two; TRANSPOSED and BIAS 0 or 1.
 // Sums in float32: each lane its values in stored order, then over lanes, then over simdgroups,
 // then the bias.
 
@@ -25,6 +25,7 @@ const int v = threadgroup_position_in_grid.z;
 const int N = x_shape[x_ndim - 2];
 const int n_cols = x_shape[x_ndim - 1];
 const int n_rows = (indptr_shape[0] - 1) * B;
+const int n_inside = n_cols - B + INSIDE;
 const int n_valid = min(ROWS, N - n0);
 
 auto x_rows = x + ((size_t)v * N + n0) * n_cols;
@@ -43,8 +44,11 @@ if (row < n_rows) {
     const int k = e % B;
     const size_t place =
         TRANSPOSED ? ((size_t)perm[j] * B + k) * B + o : ((size_t)j * B + o) * B + k;
-    const float w = float(blocks[place]);
+    float w = float(blocks[place]);
     const int col = indices[j] * B + k;
+    if (INSIDE < B && col >= n_inside) {
+      w = 0.0f;
+    }
 #pragma unroll
     for (int n = 0; n < ROWS; n++) {
       if (n < n_valid) {

@@ -6,8 +6,8 @@
 //   min(B, 16). One group owns STRIP outputs of a block-row and ROWS rows of x. Its simdgroups take
 //   the blocks of the block-row in turn.
 // Template
-//   T float, half or bfloat; B 8, 16, 32, 64 or 128; ROWS of x, 1 to 8; GROUPS simdgroups;
-//   TRANSPOSED and BIAS 0 or 1.
+//   T float, half or bfloat; B 8, 16, 32, 64 or 128; INSIDE columns of the last block-column, 1 to
+//   B; ROWS of x, 1 to 8; GROUPS simdgroups; TRANSPOSED and BIAS 0 or 1.
 // Sums in float32: each lane its blocks in stored order and k ascending, then over lanes, then over
 // simdgroups, then the bias.
 
@@ -27,6 +27,7 @@ const int simd_group = simdgroup_index_in_threadgroup;
 const int N = x_shape[x_ndim - 2];
 const int n_cols = x_shape[x_ndim - 1];
 const int n_rows = (indptr_shape[0] - 1) * B;
+const int n_inside = n_cols - B + INSIDE;
 const int n_valid = min(ROWS, N - n0);
 
 const device T* x_rows = x + ((size_t)v * N + n0) * n_cols;
@@ -54,7 +55,8 @@ if (TRANSPOSED) {
     const device T* x_block = x_rows + indices[j] * B;
 #pragma unroll
     for (int k0 = 0; k0 < B; k0 += ALONG) {
-      const float4 w = float4(load4<T>(block + (k0 + k) * B));
+      const bool inside = INSIDE == B || indices[j] * B + k0 + k < n_inside;
+      const float4 w = inside ? float4(load4<T>(block + (k0 + k) * B)) : float4(0.0f);
 #pragma unroll
       for (int n = 0; n < ROWS; n++) {
         if (n < n_valid) {
@@ -101,7 +103,10 @@ if (TRANSPOSED) {
     }
 #pragma unroll
     for (int p = 0; p < PASSES; p++) {
-      const float4 w = float4(load4<T>(block + p * ALONG * B));
+      float4 w = float4(load4<T>(block + p * ALONG * B));
+      if (INSIDE < B) {
+        w = cut4(w, n_inside - indices[j] * B - k);
+      }
 #pragma unroll
       for (int n = 0; n < ROWS; n++) {
         acc[p][n] += dot(w, xs[n]);

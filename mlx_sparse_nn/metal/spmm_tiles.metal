@@ -14,8 +14,8 @@
 //   (R THREADS, ceil(N / ROWS), V) threads in groups of (THREADS, 1, 1), THREADS = 64 for B = 8,
 //   else 128. One group owns one block-row and ROWS rows of x. Neighbours share their rows of x.
 // Template
-//   T float, half or bfloat; B 8, 16, 32, 64 or 128; ROWS of x in a tile, a multiple of 16;
-//   TRANSPOSED and BIAS 0 or 1.
+//   T float, half or bfloat; B 8, 16, 32, 64 or 128; INSIDE columns of the last block-column, 1 to
+//   B; ROWS of x in a tile, a multiple of 16; TRANSPOSED and BIAS 0 or 1.
 // Sums in float32: blocks in stored order, k ascending, then the bias.
 
 #include "common.h"
@@ -43,6 +43,7 @@ const int tile_o = simd_group % ACROSS * TILES_O * 8;
 const int N = x_shape[x_ndim - 2];
 const int n_cols = x_shape[x_ndim - 1];
 const int n_rows = (indptr_shape[0] - 1) * B;
+const int n_inside = n_cols - B + INSIDE;
 
 simdgroup_float8x8 acc[TILES_N][TILES_O];
 #pragma unroll
@@ -60,12 +61,14 @@ for (int j = indptr[r]; j < end; j++) {
   const device T* block = data + ((size_t)v * indices_shape[0] + stored) * (B * B);
   const device T* x_block = x_panel + indices[j] * B;
   for (int k0 = 0; k0 < B; k0 += DEPTH) {
+    // How many k of the stage lie in the matrix.
+    const int depth = INSIDE < B ? min(DEPTH, n_inside - indices[j] * B - k0) : DEPTH;
     threadgroup_barrier(mem_flags::mem_threadgroup);
     stage<T, ROWS, DEPTH, LDX, THREADS>(x_block + k0, n_cols, N - n0, x_tile, thread_index);
     if (TRANSPOSED) {
-      stage<T, DEPTH, B, LDW, THREADS>(block + k0 * B, B, DEPTH, w_tile, thread_index);
+      stage<T, DEPTH, B, LDW, THREADS>(block + k0 * B, B, depth, w_tile, thread_index);
     } else {
-      stage<T, B, DEPTH, LDW, THREADS>(block + k0, B, B, w_tile, thread_index);
+      stage<T, B, DEPTH, LDW, THREADS>(block + k0, B, B, w_tile, thread_index, depth);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll

@@ -12,6 +12,7 @@ import mlx.optimizers as optim
 import numpy as np
 
 from mlx_sparse_nn.core.checks import check_density, check_name, check_size
+from mlx_sparse_nn.core.edges import clear
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.scores import (
     Balance,
@@ -24,9 +25,10 @@ from mlx_sparse_nn.core.scores import (
     strongest,
 )
 from mlx_sparse_nn.core.table import NOT_MEASURED, Report, Table, fold
-from mlx_sparse_nn.layers.layer_calls import sparse_layers
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
+from mlx_sparse_nn.layers.parameters import density_of
 from mlx_sparse_nn.surgery.optimizer_state import change_pattern, moments_of
+from mlx_sparse_nn.surgery.selection import blocks_of_floats
 
 Scope: TypeAlias = Literal["layer", "global"]
 
@@ -85,11 +87,13 @@ class PruneReport(Report):
         before: Number of blocks that each layer stored before, by path.
         after: Number of blocks that it stores now.
         density: Stored fraction of all these weights now.
+        model_density: Stored fraction of all parameters of the model, dense ones included.
     """
 
     before: dict[str, int]
     after: dict[str, int]
     density: float
+    model_density: float
 
     def _table(self) -> Table:
         cells = [_cells(before, self.after[path]) for path, before in self.before.items()]
@@ -98,7 +102,8 @@ class PruneReport(Report):
         if len(lines) < len(cells):
             notes.insert(0, "x n: n layers alike, with the numbers of each; the total is of all")
         return Table(
-            caption=f"blocks stored, density {self.density:.3g} in all",
+            caption=f"blocks stored: density {self.density:.3g} there, "
+            f"{self.model_density:.3g} in all",
             header=["layer", "before", "now", "kept"],
             rows=[[path, *cells[places[0]]] for path, places in lines],
             total=["total", *_cells(sum(self.before.values()), sum(self.after.values()))],
@@ -147,19 +152,19 @@ def prune(
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: ``density``, ``score``, ``scope`` or ``balance`` is out of its range, the model
-            has no BlockSparseLinear, a weight is not finite, block sizes differ under
-            ``"global"``, or a state of the optimizer cannot follow. Nothing is changed then.
+            has no BlockSparseLinear or a quantized one, a weight is not finite, block sizes differ
+            under ``"global"``, or a state of the optimizer cannot follow. Nothing is changed then.
     """
     check_density("prune", density)
     check_score("prune", score)
     check_balance("prune", balance)
     check_name("prune", "scope", scope, ("layer", "global"))
-    layers = sparse_layers("prune", model)
-    for layer in layers.values():
-        layer.pattern.check_unique("prune")
+    layers = blocks_of_floats("prune", model)
     moments = {path: moments_of("prune", optimizer, model, layer) for path, layer in layers.items()}
     scores = {
-        path: block_scores(layer.weight, score, owner=f"prune {path}".rstrip())
+        path: block_scores(
+            clear(layer.pattern.layout, layer.weight), score, owner=f"prune {path}".rstrip()
+        )
         for path, layer in layers.items()
     }
     before = {path: layer.pattern.n_blocks for path, layer in layers.items()}
@@ -177,7 +182,7 @@ def prune(
     for path, layer in layers.items():
         if counts[path] < before[path]:
             change_pattern(layer, patterns[path], moments[path])
-    return PruneReport(before, counts, _density(layers))
+    return PruneReport(before, counts, _density(layers), density_of(model))
 
 
 def _global_counts(

@@ -1,8 +1,8 @@
-"""Dynamic sparse training: dropping the weakest blocks of a layer and growing as many elsewhere."""
+"""Dynamic sparse training: dropping the weakest blocks of layers and growing as many elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -19,14 +19,17 @@ from mlx_sparse_nn.core.checks import (
     check_name,
     check_seed,
 )
+from mlx_sparse_nn.core.edges import clear
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.scores import Score, block_scores, check_score, grid_scores, strongest
-from mlx_sparse_nn.core.table import NOT_MEASURED, Report, Table
+from mlx_sparse_nn.core.table import NOT_MEASURED, Report, Table, fold
 from mlx_sparse_nn.layers.layer_calls import observed, sparse_layers
-from mlx_sparse_nn.layers.linear import BlockSparseLinear, check_layer
+from mlx_sparse_nn.layers.linear import BlockSparseLinear
 from mlx_sparse_nn.surgery.optimizer_state import change_pattern, moments_of
+from mlx_sparse_nn.surgery.selection import blocks_of_floats
 
 Criterion: TypeAlias = Literal["gradient", "random"]
+Activations: TypeAlias = Mapping[str, tuple[mx.array, mx.array]]  # by path: inputs, cotangents
 
 TILE = 2**20  # values of the dense gradient that are computed at a time
 
@@ -36,39 +39,50 @@ class RegrowReport(Report):
     """What :func:`regrow` did; ``print`` it for a table.
 
     Attributes:
-        dropped: ``(n, 2)`` int64, block-row and block-column of each block dropped.
-        grown: ``(n, 2)`` int64, those of each new block.
+        dropped: By path of the layer, ``(n, 2)`` int64: block-row and block-column of each block
+            dropped.
+        grown: Those of each new block.
         n_blocks: Blocks that the layer stores, before as after.
+        not_reached: Paths of the layers that were left alone, since the loss does not depend on
+            them.
     """
 
-    dropped: np.ndarray
-    grown: np.ndarray
-    n_blocks: int
+    dropped: dict[str, np.ndarray]
+    grown: dict[str, np.ndarray]
+    n_blocks: dict[str, int]
+    not_reached: tuple[str, ...]
 
     def _table(self) -> Table:
-        count = len(self.grown)
-        cells = [self.n_blocks, self.n_blocks - count, len(self.dropped), count]
+        counts = {path: len(grown) for path, grown in self.grown.items()}
+        cells = [_cells(self.n_blocks[path], count) for path, count in counts.items()]
+        lines = fold(list(counts), [tuple(line) for line in cells])
+        n_blocks, n_grown = sum(self.n_blocks.values()), sum(counts.values())
+        notes = [NOT_MEASURED]
+        if self.not_reached:
+            paths = fold(self.not_reached, [None] * len(self.not_reached))
+            notes.insert(0, f"not reached by the loss: {', '.join(path for path, _ in paths)}")
+        if len(lines) < len(cells):
+            notes.insert(0, "x n: n layers alike, with the numbers of each; the total is of all")
         return Table(
-            caption=f"{count} of {self.n_blocks} blocks dropped, and as many grown",
-            header=["", "stored", "kept", "dropped", "grown"],
-            rows=[["blocks", *(f"{cell:,}" for cell in cells)]],
-            notes=[NOT_MEASURED],
+            caption=f"{n_grown:,} of {n_blocks:,} blocks dropped, and as many grown",
+            header=["layer", "stored", "kept", "dropped", "grown"],
+            rows=[[path, *cells[places[0]]] for path, places in lines],
+            total=["total", *_cells(n_blocks, n_grown)],
+            notes=notes,
         )
 
 
 def regrow(
-    layer: BlockSparseLinear,
+    model: nn.Module,
     fraction: float,
     criterion: Criterion = "gradient",
     *,
-    x: mx.array | None = None,
-    cotangent: mx.array | None = None,
-    seed: int | None = None,
-    score: Score = "l2",
-    model: nn.Module | None = None,
+    activations: Activations | None = None,
     optimizer: optim.Optimizer | None = None,
+    score: Score = "l2",
+    seed: int | None = None,
 ) -> RegrowReport:
-    """Drop the weakest blocks of a layer and grow as many in places that were empty.
+    """Drop the weakest blocks of every BlockSparseLinear and grow as many in empty places.
 
     With ``criterion="gradient"`` blocks grow where the gradient of the loss to the dense weight is
     largest, as in "Rigging the Lottery" (RigL; Evci et al., 2020); with ``"random"`` anywhere, as
@@ -77,54 +91,83 @@ def regrow(
 
     Call it between training steps, compiled or not: all shapes of weights stay.
 
-        for path, (x, cotangent) in activations(model, loss_fn, inputs, targets).items():
-            regrow(layers[path], 0.3, x=x, cotangent=cotangent, model=model, optimizer=optimizer)
+        found = activations(model, loss_fn, inputs, targets)
+        regrow(model, 0.3, activations=found, optimizer=optimizer)
 
     Args:
-        layer: Changed in place.
-        fraction: Of the stored blocks, in [0, 1]. Fewer are exchanged where the layer has fewer
-            empty places.
-        criterion: ``"gradient"``, which needs ``x`` and ``cotangent``, or ``"random"``.
-        x: ``(..., input_dims)``, inputs of the layer; :func:`activations` gives both.
-        cotangent: ``(..., output_dims)``, the gradient of the loss to the layer's outputs for them.
-        seed: Of the random criterion; drawn with MLX's random seed by default.
+        model: Changed in place; it may itself be a layer.
+        fraction: Of the blocks that each layer stores, in [0, 1]. Fewer are exchanged where it has
+            fewer empty places.
+        criterion: ``"gradient"``, which needs ``activations``, or ``"random"``.
+        activations: What :func:`activations` returns for this model: by path of a layer, inputs
+            ``(..., input_dims)`` and the gradient of the loss to its outputs,
+            ``(..., output_dims)``. Layers that it does not name are left alone.
+        optimizer: The optimizer that updates ``model``. Its moments, of whatever kind, follow the
+            blocks. Needed once it has been used, since its moments would belong to other blocks.
         score: What makes a block of weights or of gradients strong: ``"l1"``, ``"l2"``, ``"max"``,
             or a function from ``(n, B, B)`` to ``(n,)``.
-        model: The model that ``optimizer`` updates. It tells where in the optimizer's state the
-            layer lies; pass both or neither.
-        optimizer: Its moments follow the blocks, of whatever kind they are. Needed once it has been
-            used, since its moments would belong to other blocks.
+        seed: Of the random criterion; drawn with MLX's random seed by default.
 
     Returns:
-        The blocks dropped and grown.
+        The blocks dropped and grown; ``print`` it for a table.
 
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: An argument is out of its range, is missing, or does not fit the criterion or
-            the layer; a number is not finite; the layer is not in the model; or a state of the
-            optimizer cannot follow. Nothing is changed then.
+            a layer; the model has no BlockSparseLinear or a quantized one; a number is not finite;
+            or a state of the optimizer cannot follow. Nothing is changed then.
     """
-    _check(layer, fraction, criterion, x, cotangent, seed)
+    check_fraction("regrow", "fraction", fraction)
+    check_name("regrow", "criterion", criterion, ("gradient", "random"))
     check_score("regrow", score)
-    moments = _moments(layer, model, optimizer)
-    pattern = layer.pattern
-    pattern.check_unique("regrow")
-    stored = pattern.places
-    strength = block_scores(layer.weight, score, owner="regrow")
-    count = min(round(fraction * stored.size), pattern.n_places - stored.size)
-    if criterion == "random":
-        grown = _random_places(pattern, np.sort(stored), count, seed)
-    else:
-        grown = _steepest_places(pattern, stored, count, x, cotangent, score)  # type: ignore[arg-type]
-    kept = strongest(strength, pattern.row_indices, stored.size - count, "global")
-    if count:
-        places = np.sort(np.concatenate([stored[kept], grown]))
-        new = CSRPattern.from_places(places, pattern.shape, pattern.block_size)
-        change_pattern(layer, new, moments)
-    dropped = np.sort(np.delete(stored, kept))
+    by_gradient = criterion == "gradient"
+    if not by_gradient and activations is not None:
+        raise ValueError("[regrow] activations must be left out: they are for criterion 'gradient'")
+    if by_gradient:
+        check_absent("regrow", "it is for criterion 'random'", seed=seed)
+    elif seed is not None:
+        check_seed("regrow", seed)
+    layers = blocks_of_floats("regrow", model)
+    found: Activations = _checked(layers, activations) if by_gradient else {}
+    chosen = {path: layer for path, layer in layers.items() if path in found or not by_gradient}
+    rng = np.random.default_rng(_drawn() if seed is None and not by_gradient else seed)
+    moments = {
+        path: moments_of("regrow", optimizer, model, layer) for path, layer in chosen.items()
+    }
+    exchanges: dict[str, _Exchange] = {}
+    for path, layer in chosen.items():
+        pattern, stored = layer.pattern, layer.pattern.places
+        strength = block_scores(clear(pattern.layout, layer.weight), score, owner=_owner(path))
+        count = min(round(fraction * stored.size), pattern.n_places - stored.size)
+        kept = strongest(strength, pattern.row_indices, stored.size - count, "global")
+        if by_gradient:
+            x, cotangent = found[path]
+            grown = _steepest_places(_owner(path), pattern, count, x, cotangent, score)
+        else:
+            grown = _random_places(pattern, count, rng)
+        exchanges[path] = _Exchange(stored[kept], np.sort(np.delete(stored, kept)), np.sort(grown))
+    patterns = {path: layer.pattern for path, layer in chosen.items()}
+    for path, done in exchanges.items():
+        if done.grown.size:
+            places = np.sort(np.concatenate([done.kept, done.grown]))
+            old = patterns[path]
+            new = CSRPattern.from_places(places, old.shape, old.block_size)
+            change_pattern(chosen[path], new, moments[path])
     return RegrowReport(
-        _coordinates(dropped, pattern), _coordinates(np.sort(grown), pattern), stored.size
+        dropped={p: _coordinates(done.dropped, patterns[p]) for p, done in exchanges.items()},
+        grown={p: _coordinates(done.grown, patterns[p]) for p, done in exchanges.items()},
+        n_blocks={path: pattern.n_blocks for path, pattern in patterns.items()},
+        not_reached=tuple(path for path in layers if path not in chosen),
     )
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """Places of a layer: those kept, dropped and grown; the last two in order."""
+
+    kept: np.ndarray
+    dropped: np.ndarray
+    grown: np.ndarray
 
 
 def activations(
@@ -195,60 +238,59 @@ def activations(
     return pairs
 
 
-def _check(layer, fraction, criterion, x, cotangent, seed) -> None:
-    check_layer("regrow", layer)
-    check_fraction("regrow", "fraction", fraction)
-    check_name("regrow", "criterion", criterion, ("gradient", "random"))
-    if criterion == "random":
-        check_absent("regrow", "it is for criterion 'gradient'", x=x, cotangent=cotangent)
-        if seed is not None:
-            check_seed("regrow", seed)
-        return
-    check_absent("regrow", "it is for criterion 'random'", seed=seed)
-    for name, value, label, size in (
-        ("x", x, "input_dims", layer.input_dims),
-        ("cotangent", cotangent, "output_dims", layer.output_dims),
-    ):
-        if value is None:
+def _checked(layers: dict[str, BlockSparseLinear], activations: Activations | None) -> Activations:
+    """Return the activations, or raise unless they are of these layers."""
+    how = "activations(model, loss_fn, ...) returns it"
+    if activations is None:
+        raise ValueError(f"[regrow] criterion 'gradient' needs activations; {how}")
+    if not isinstance(activations, Mapping):
+        kind = type(activations).__name__
+        raise TypeError(f"[regrow] activations must be a dict by path, got {kind}; {how}")
+    for path, pair in activations.items():
+        if path not in layers:
             raise ValueError(
-                f"[regrow] criterion 'gradient' needs {name}; activations(model, loss_fn, ...) "
-                "gives x and cotangent of each layer"
+                f"[regrow] activations name {path!r}, which is no BlockSparseLinear of the model"
             )
-        check_floating("regrow", name, value)
-        check_features("regrow", name, value, label, size)
-    if x.shape[:-1] != cotangent.shape[:-1]:
-        raise ValueError(
-            f"[regrow] leading axes differ: x {x.shape[:-1]}, cotangent {cotangent.shape[:-1]}"
-        )
+        owner, layer = _owner(path), layers[path]
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(
+                f"[{owner}] activations must be (x, cotangent), got {type(pair).__name__}"
+            )
+        x, cotangent = pair
+        for name, value, label, size in (
+            ("x", x, "input_dims", layer.input_dims),
+            ("cotangent", cotangent, "output_dims", layer.output_dims),
+        ):
+            check_floating(owner, name, value)
+            check_features(owner, name, value, label, size)
+        if x.shape[:-1] != cotangent.shape[:-1]:
+            raise ValueError(
+                f"[{owner}] leading axes differ: x {x.shape[:-1]}, cotangent {cotangent.shape[:-1]}"
+            )
+    return activations
 
 
-def _moments(
-    layer: BlockSparseLinear, model: nn.Module | None, optimizer: optim.Optimizer | None
-) -> list[dict[str, Any]]:
-    if (model is None) != (optimizer is None):
-        raise ValueError("[regrow] pass both model and optimizer, or neither")
-    if model is None:
-        return []
-    if all(layer is not other for other in sparse_layers("regrow", model).values()):
-        raise ValueError(f"[regrow] the model does not contain the layer {layer}")
-    return moments_of("regrow", optimizer, model, layer)
+def _owner(path: str) -> str:
+    return f"regrow {path}".rstrip()
 
 
-def _random_places(
-    pattern: CSRPattern, stored: np.ndarray, count: int, seed: int | None
-) -> np.ndarray:
-    """Draw ``count`` places, given the sorted ones that are stored."""
-    if seed is None:
-        seed = int(mx.random.randint(0, 2**31 - 1).item())  # type: ignore[arg-type]
+def _drawn() -> int:
+    """Draw a seed with MLX's random seed."""
+    return int(mx.random.randint(0, 2**31 - 1).item())  # type: ignore[arg-type]
+
+
+def _random_places(pattern: CSRPattern, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw ``count`` of the empty places."""
+    stored = np.sort(pattern.places)
     n_free = pattern.n_places - stored.size
-    drawn = np.random.default_rng(seed).choice(n_free, count, replace=False)
+    drawn = rng.choice(n_free, count, replace=False)
     free_before = stored - np.arange(stored.size)  # empty places before each stored one
     return drawn + np.searchsorted(free_before, drawn, side="right")
 
 
 def _steepest_places(
+    owner: str,
     pattern: CSRPattern,
-    stored: np.ndarray,
     count: int,
     x: mx.array,
     cotangent: mx.array,
@@ -259,7 +301,7 @@ def _steepest_places(
     It is computed some block-rows at a time, and of each tile only the places that may still be
     chosen are kept. Among equals the first place wins.
     """
-    block_size, n_block_cols = pattern.block_size, pattern.grid[1]
+    block_size, n_block_cols, stored = pattern.block_size, pattern.grid[1], pattern.places
     dtype = mx.result_type(x, cotangent, mx.float32)  # 16-bit types accumulate in float32
     x = x.reshape(-1, x.shape[-1]).astype(dtype)
     cotangent = cotangent.reshape(-1, cotangent.shape[-1])
@@ -269,9 +311,9 @@ def _steepest_places(
         gradient = cotangent[:, first : first + rows].T.astype(dtype) @ x
         if not mx.isfinite(gradient).all().item():
             raise ValueError(
-                "[regrow] the gradient cotangentᵀ x must be finite, got nan or infinity"
+                f"[{owner}] the gradient cotangentᵀ x must be finite, got nan or infinity"
             )
-        scores = grid_scores(gradient, block_size, score, owner="regrow").reshape(-1)
+        scores = grid_scores(gradient, block_size, score, owner=owner).reshape(-1)
         begin = first // block_size * n_block_cols
         free = np.setdiff1d(np.arange(begin, begin + scores.size), stored, assume_unique=True)
         places = np.concatenate([best, free])
@@ -285,3 +327,7 @@ def _steepest_places(
 def _coordinates(places: np.ndarray, pattern: CSRPattern) -> np.ndarray:
     """Return block-row and block-column of each place, ``(n, 2)``."""
     return np.stack(np.divmod(places, pattern.grid[1]), axis=1)
+
+
+def _cells(n_blocks: int, count: int) -> list[str]:
+    return [f"{cell:,}" for cell in (n_blocks, n_blocks - count, count, count)]

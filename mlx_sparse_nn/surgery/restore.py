@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -71,13 +72,29 @@ def restore(model: _Model, weights: Weights) -> _Model:
 def restore_patterns(model: _Model, weights: Weights) -> _Model:
     """Make layers sparse as :func:`restore` does, and leave all values to be loaded.
 
-    For a loader that calls ``load_weights`` itself, such as ``mlx_lm.load``.
+    For a loader that calls ``load_weights`` itself, such as ``mlx_lm.load``. A directory whose
+    ``config.json`` names a quantization is of a loader that quantizes layers too: those that are
+    sparse are left to it unquantized.
 
     Args, Returns, Raises: As :func:`restore`.
     """
     check_model("restore_patterns", model)
     _replace("restore_patterns", model, *_read("restore_patterns", weights))
+    if _loader_quantizes(weights):
+        layers: dict[str, nn.Module] = {
+            path: module.to_block_sparse()
+            for path, module in model.named_modules()
+            if isinstance(module, QuantizedBlockSparseLinear)
+        }
+        _update(model, layers)
     return model
+
+
+def _loader_quantizes(weights: Weights) -> bool:
+    """Return whether mlx-lm, which loads these weights, quantizes the layers before it does so."""
+    if not isinstance(weights, str | Path) or not (file := Path(weights) / "config.json").is_file():
+        return False
+    return bool(json.loads(file.read_text(encoding="utf-8")).get("quantization"))
 
 
 def _read(owner: str, weights: Weights) -> tuple[dict[str, mx.array], Described]:

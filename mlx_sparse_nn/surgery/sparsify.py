@@ -8,15 +8,14 @@ from typing import Any, Literal, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
 
 from mlx_sparse_nn.core.checks import (
     check_absent,
     check_dims,
     check_model,
     check_name,
-    why_no_blocks,
 )
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.scores import (
@@ -28,71 +27,19 @@ from mlx_sparse_nn.core.scores import (
     share_by_score,
     strongest_pattern,
 )
-from mlx_sparse_nn.core.table import NOT_MEASURED, Report, Table, fold
-from mlx_sparse_nn.layers.linear import PATTERN_DECIDES, BlockSparseLinear, why_not_linear
+from mlx_sparse_nn.layers.dense_twin import dense_twin
+from mlx_sparse_nn.layers.linear import PATTERN_DECIDES, BlockSparseLinear
+from mlx_sparse_nn.layers.lora import LoRABlockSparseLinear, SparseLinear
+from mlx_sparse_nn.layers.parameters import counts_of, density_of
 from mlx_sparse_nn.layers.pattern_module import check_layer_pattern
+from mlx_sparse_nn.surgery.optimizer_state import reshape_moments
+from mlx_sparse_nn.surgery.selection import LINEAR, leaves_of, replace_leaves, why_not_sparsified
+from mlx_sparse_nn.surgery.sparsify_report import SparsifyReport
 
 Scope: TypeAlias = Literal["layer", "global", "erdos-renyi"]
 Predicate: TypeAlias = Callable[[str, nn.Module], "bool | np.bool_ | dict[str, Any]"]
-_Kinds: TypeAlias = "type | tuple[type, ...]"
 
 _SCOPES = ("layer", "global", "erdos-renyi")
-_LINEAR = (nn.Linear, nn.QuantizedLinear, nn.QQLinear, BlockSparseLinear)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class SparsifyReport(Report):
-    """What :func:`sparsify` did to the linear layers of a model; ``print`` it for a table.
-
-    Attributes:
-        sparse: The new layer at each path that was made sparse. A layer that the model holds at
-            several paths is here at each of them, and is one object.
-        n_blocks: How many blocks :func:`sparsify` left each of them, by path.
-        skipped: Why each other linear layer was left alone, by path.
-    """
-
-    sparse: dict[str, BlockSparseLinear]
-    n_blocks: dict[str, int]
-    skipped: dict[str, str]
-
-    @property
-    def density(self) -> float:
-        """Stored fraction of all weights that were made sparse; 0 if there are none."""
-        first_path = {id(layer): path for path, layer in self.sparse.items()}.values()
-        layers = {path: self.sparse[path] for path in first_path}
-        places = sum(layer.input_dims * layer.output_dims for layer in layers.values())
-        nnz = sum(self.n_blocks[path] * layer.block_size**2 for path, layer in layers.items())
-        return nnz / max(1, places)
-
-    def _table(self) -> Table:
-        first_path: dict[int, str] = {}
-        for path, layer in self.sparse.items():
-            first_path.setdefault(id(layer), path)
-        new = list(first_path.values())
-        cells = [_cells(self.sparse[path], self.n_blocks[path]) for path in new]
-        shared = {
-            path: first
-            for path, layer in self.sparse.items()
-            if (first := first_path[id(layer)]) != path
-        }
-        lines = fold(new, [tuple(line) for line in cells])
-        notes = []
-        if len(lines) < len(new):
-            notes.append("x n: n layers alike, with the numbers of each")
-        for paths, first in _folded(shared):
-            notes.append(f"{paths}: the layer of {first}")
-        for paths, why in _folded(self.skipped):
-            notes.append(f"{paths} skipped: {why}")
-        if self.sparse:
-            notes.append(NOT_MEASURED)
-        state = f", density {self.density:.3g} in all" if self.sparse else ""
-        n_layers = len(self.sparse) + len(self.skipped)
-        return Table(
-            caption=f"{len(self.sparse)} of {n_layers} linear layers made sparse{state}",
-            header=["layer", "out x in", "block", "blocks", "density"],
-            rows=[[path, *cells[places[0]]] for path, places in lines],
-            notes=notes,
-        )
 
 
 def sparsify(
@@ -104,12 +51,13 @@ def sparsify(
     score: Score = "l2",
     balance: Balance = "row",
     scope: Scope = "layer",
+    optimizer: optim.Optimizer | None = None,
 ) -> SparsifyReport:
     """Replace the linear layers of a model by block-sparse ones that keep their strongest blocks.
 
     The model is changed in place, as by ``nn.quantize``; after an error it is as it was. A layer
     that the model holds at several paths stays one layer. Biases, dtypes, training mode and what is
-    frozen stay. An optimizer has to be made, or its ``init`` called, after this.
+    frozen stay.
 
     Args:
         model: The model. Its layers are looked for where ``model.leaf_modules()`` finds them.
@@ -134,62 +82,94 @@ def sparsify(
             The last two share out ``round(density * places)`` blocks, where ``places`` counts the
             blocks of all layers, among layers of one block size. A layer to which the predicate
             gives a ``density`` or a ``pattern`` has that, outside the shared budget.
+        optimizer: The optimizer that updates ``model``. Its moments are kept for the blocks that
+            stay. Needed once it has been used, since its state would not fit.
 
     Returns:
-        The new layers, and the linear layers left alone with the reason for each: those that the
-        predicate or, without one, the block size leaves out, and what is not an ``nn.Linear``
-        itself: subclasses, quantized layers, layers that are sparse already.
+        The new layers, and the layers left alone with the reason for each: those that the predicate
+        or, without one, the block size leaves out, those whose weight a module around them reads,
+        as adapters do, and what is not an ``nn.Linear`` itself: subclasses, quantized and sparse
+        layers, embeddings, convolutions and the experts of a ``SwitchLinear``.
 
     Raises:
         TypeError: An argument or option has the wrong type, the predicate returns neither a bool
             nor a dict, or ``model`` is itself a linear layer, with no module around it.
         ValueError: An option is unknown, out of range or does not fit its layer; a weight is not
-            finite; the predicate wants different things of one layer at two paths; or layers that
-            share a budget differ in ``block_size`` or, under ``"global"``, in ``score``.
+            finite; the predicate wants different things of one layer at two paths; layers that
+            share a budget differ in ``block_size`` or, under ``"global"``, in ``score``; or a state
+            of the optimizer cannot follow.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 10))
         >>> sparsify(model, density=0.25)
-        1 of 2 linear layers made sparse, density 0.25 in all
+        1 layer made sparse, 1 skipped: density 0.25 there, 0.28 in all
         layer      out x in  block  blocks  density
         layers.0  512 x 256     32      32    25.0%
-        layers.2 skipped: output_dims 10 is not a multiple of block_size 32
+        layers.2 skipped (3.8% of the model): output_dims 10 is less than block_size 32
         ...
     """
-    _check_model("sparsify", model, _LINEAR, "BlockSparseLinear.from_linear")
+    check_model("sparsify", model)
+    if isinstance(model, LINEAR):
+        reason = why_not_sparsified(model, [], {})
+        raise _nothing_around("sparsify", model, reason or "use BlockSparseLinear.from_linear")
     check_name("sparsify", "scope", scope, _SCOPES)
     check_choice("sparsify", block_size, density, score, balance)
+    if predicate is not None and not callable(predicate):
+        raise TypeError(
+            f"[sparsify] predicate must be a function of (path, module), got {predicate!r}"
+        )
     defaults = _Options(block_size, density, None, score, balance, shared=scope != "layer")
     targets, skipped = _targets(model, predicate, defaults)
     _count_blocks(targets, scope, density)
     layers = [target.to_sparse() for target in targets]
-    mx.eval([layer.weight for layer in layers])  # the dense weights need not be kept for them
-    _replace(model, [target.linear for target in targets], layers)
+    old = [target.linear for target in targets]
+    shares = _shares(model, skipped)
+    moments = reshape_moments("sparsify", optimizer, model, old, layers)
+    replace_leaves(model, old, layers)
+    # The dense weights need not be kept for the blocks, nor the moments for theirs.
+    mx.eval([layer.weight for layer in layers], moments.put())
     pairs = zip(targets, layers, strict=True)
     sparse = {path: layer for target, layer in pairs for path in target.paths}
-    n_blocks = {path: layer.pattern.n_blocks for path, layer in sparse.items()}
-    return SparsifyReport(sparse, n_blocks, skipped)
+    patterns = {path: layer.pattern for path, layer in sparse.items()}
+    return SparsifyReport(sparse, patterns, skipped, shares, density_of(model))
 
 
-def densify(model: nn.Module) -> list[str]:
-    """Replace every BlockSparseLinear of a model by the ``nn.Linear`` of the same product.
+def densify(model: nn.Module, *, optimizer: optim.Optimizer | None = None) -> list[str]:
+    """Replace the block-sparse layers of a model by dense ones of the same product.
 
-    The model is changed in place. A layer that it holds at several paths stays one layer. Biases,
-    dtypes, training mode and what is frozen stay. Quantized block-sparse layers are left alone.
+    A BlockSparseLinear becomes an ``nn.Linear``, a quantized one the ``nn.QuantizedLinear`` of the
+    same packed values. The model is changed in place; after an error it is as it was. A layer that
+    the model holds at several paths stays one layer. Biases, dtypes, training mode and what is
+    frozen stay.
 
     Args:
         model: The model. Its layers are looked for where ``model.leaf_modules()`` finds them.
+        optimizer: The optimizer that updates ``model``. Its moments stay those of the blocks, and
+            are zero elsewhere. Needed once it has been used, since its state would not fit.
 
     Returns:
         The paths of the layers that were replaced.
 
     Raises:
-        TypeError: ``model`` is not a module, or itself a BlockSparseLinear.
+        TypeError: ``model`` is not a module, or itself a block-sparse layer; or ``optimizer`` is
+            not an optimizer.
+        ValueError: A layer lies under adapters, or a state of the optimizer cannot follow.
     """
-    _check_model("densify", model, BlockSparseLinear, "its to_linear()")
-    found = _leaves(model, BlockSparseLinear)
-    layers = [layer for _, layer in found]
-    _replace(model, layers, [layer.to_linear() for layer in layers])
+    check_model("densify", model)
+    if isinstance(model, SparseLinear):
+        raise _nothing_around("densify", model, "use its to_linear()")
+    for path, module in model.named_modules():
+        if isinstance(module, LoRABlockSparseLinear):
+            raise ValueError(
+                f"[densify {path}".rstrip() + "] LoRABlockSparseLinear lies over a block-sparse "
+                "layer: put its fuse() in its place first, which is dense"
+            )
+    found = [(paths, m) for paths, m in leaves_of(model) if isinstance(m, SparseLinear)]
+    old = [layer for _, layer in found]
+    new = [dense_twin(layer) for layer in old]
+    moments = reshape_moments("densify", optimizer, model, old, new)
+    replace_leaves(model, old, new)
+    moments.put()
     return [path for paths, _ in found for path in paths]
 
 
@@ -221,7 +201,7 @@ class _Options:
         """Raise unless they fit a weight ``(output_dims, input_dims)``."""
         check_choice(owner, self.block_size, self.density, self.score, self.balance)
         if self.pattern is None:
-            check_dims(owner, shape, self.block_size)
+            check_dims(owner, shape)
         else:
             check_layer_pattern(owner, self.pattern, shape)
             self.pattern.check_unique(owner)
@@ -244,7 +224,11 @@ class _Target:
         options, pattern = self.options, self.options.pattern
         if pattern is None:
             pattern = strongest_pattern(
-                self.scores, self.n_blocks, options.block_size, options.balance
+                self.scores,
+                self.n_blocks,
+                self.linear.weight.shape,
+                options.block_size,
+                options.balance,
             )
         return BlockSparseLinear.from_linear(self.linear, pattern=pattern)
 
@@ -252,10 +236,16 @@ class _Target:
 def _targets(
     model: nn.Module, predicate: Predicate | None, defaults: _Options
 ) -> tuple[list[_Target], dict[str, str]]:
-    """Return the layers to make sparse, and why each other linear layer is not one of them."""
+    """Return the layers to make sparse, and why each other that holds a matrix is left alone."""
     targets: list[_Target] = []
     skipped: dict[str, str] = {}
-    for paths, module in _leaves(model, _LINEAR):
+    modules = dict(model.named_modules())
+    for paths, module in leaves_of(model):
+        if reason := why_not_sparsified(module, paths, modules):
+            skipped.update(dict.fromkeys(paths, reason))
+            continue
+        if not isinstance(module, nn.Linear):  # it holds no matrix
+            continue
         options, *others = [_decide(path, module, predicate, defaults) for path in paths]
         if any(other != options for other in others):
             raise ValueError(
@@ -270,14 +260,12 @@ def _targets(
 
 
 def _decide(
-    path: str, module: Any, predicate: Predicate | None, defaults: _Options
+    path: str, linear: nn.Linear, predicate: Predicate | None, defaults: _Options
 ) -> _Options | str:
     """Return what is wanted of a linear layer, or in words why it is left alone."""
-    if reason := why_not_linear(module):
-        return reason
     if predicate is None:
-        return why_no_blocks(module.weight.shape, defaults.block_size) or defaults
-    answer, owner = predicate(path, module), f"sparsify {path}"
+        return _why_too_small(linear.weight.shape, defaults.block_size) or defaults
+    answer, owner = predicate(path, linear), f"sparsify {path}"
     if not isinstance(answer, bool | np.bool_ | dict):
         raise TypeError(f"[{owner}] predicate must return a bool or a dict, got {answer!r}")
     if isinstance(answer, dict):
@@ -286,8 +274,16 @@ def _decide(
         options = defaults
     else:
         return "the predicate returned False"
-    options.check(owner, module.weight.shape)
+    options.check(owner, linear.weight.shape)
     return options
+
+
+def _why_too_small(shape: Sequence[int], block_size: int) -> str | None:
+    """Return in words why a weight ``(output_dims, input_dims)`` fills no block, or None."""
+    for name, size in zip(("output_dims", "input_dims"), shape, strict=True):
+        if size < block_size:
+            return f"{name} {size} is less than block_size {block_size}"
+    return None
 
 
 def _count_blocks(targets: list[_Target], scope: Scope, density: float) -> None:
@@ -341,41 +337,18 @@ def _share_by_erdos_renyi(scores: list[np.ndarray], budget: int) -> np.ndarray:
     return counts
 
 
-def _check_model(owner: str, model: nn.Module, kinds: _Kinds, instead: str) -> None:
-    """Raise unless ``model`` is a module in which layers of these kinds can be replaced."""
-    check_model(owner, model)
-    if isinstance(model, kinds):
-        raise TypeError(
-            f"[{owner}] model is itself a {type(model).__name__}, which nothing can replace in "
-            f"place; use {instead}"
-        )
+def _shares(model: nn.Module, skipped: dict[str, str]) -> dict[str, float]:
+    """Return which fraction of the parameters, if all were dense, each of these layers holds."""
+    modules, counts = dict(model.named_modules()), counts_of(model)
+    n_dense = {id(modules[path]): count.dense for path, count in counts.items()}
+    total = max(1, sum(n_dense.values()))
+    first = {id(modules[path]): path for path in reversed(skipped)}
+    of = {path: n_dense.get(module, 0) / total for module, path in first.items()}
+    return {path: of[path] for path in skipped if path in of}
 
 
-def _leaves(model: nn.Module, kinds: _Kinds) -> list[tuple[list[str], Any]]:
-    """Return each leaf module of these kinds once, with all its paths."""
-    found: dict[int, tuple[list[str], Any]] = {}
-    for path, module in tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module):
-        if isinstance(module, kinds):
-            found.setdefault(id(module), ([], module))[0].append(path)
-    return list(found.values())
-
-
-def _replace(model: nn.Module, old: Sequence[nn.Module], new: Sequence[nn.Module]) -> None:
-    """Put each of ``new`` wherever the model holds that of ``old``."""
-    other = {id(module): replacement for module, replacement in zip(old, new, strict=True)}
-    leaves = tree_map(
-        lambda m: other.get(id(m), m), model.leaf_modules(), is_leaf=nn.Module.is_module
+def _nothing_around(owner: str, model: nn.Module, way_out: str) -> TypeError:
+    return TypeError(
+        f"[{owner}] model is itself a {type(model).__name__}, with no module around it in which to "
+        f"replace it: {way_out}"
     )
-    model.update_modules(leaves)
-
-
-def _cells(layer: BlockSparseLinear, n_blocks: int) -> list[str]:
-    n_out, n_in, block_size = layer.output_dims, layer.input_dims, layer.block_size
-    density = n_blocks * block_size**2 / (n_out * n_in)
-    return [f"{n_out} x {n_in}", str(block_size), f"{n_blocks:,}", f"{density:.1%}"]
-
-
-def _folded(said: dict[str, str]) -> list[tuple[str, str]]:
-    """Return what is said of layers, once for those of whom the same is said."""
-    texts = list(said.values())
-    return [(paths, texts[places[0]]) for paths, places in fold(list(said), texts)]

@@ -53,7 +53,7 @@ def operands(pattern, n, dtype=mx.float32, v=()):
 
 
 @given(
-    patterns(block_sizes=(1, 2, 3, 8, 20)),
+    patterns(block_sizes=(1, 2, 3, 8, 20), whole=True),
     st.integers(1, 70),
     st.sampled_from([*FLOATS, mx.float64, mx.complex64]),
     st.sampled_from([(), (3,)]),

@@ -6,10 +6,19 @@ import pytest
 from cuda_emulator import CudaFault, emulated
 from hypothesis import given
 from hypothesis import strategies as st
-from support import assert_equal, check_products, integers, pattern_of, patterns, random_pattern
+from support import (
+    assert_equal,
+    check_products,
+    integers,
+    pattern_of,
+    patterns,
+    random_pattern,
+    spoiled,
+    trimmed,
+)
 
-from mlx_sparse_nn import spmm
-from mlx_sparse_nn.core import tuned
+from mlx_sparse_nn import CSRPattern, spmm, spmm_t
+from mlx_sparse_nn.core import edges, tuned
 from mlx_sparse_nn.core.backends import naive
 
 
@@ -18,6 +27,7 @@ def check(pattern, n, dtype, least=(), **settings):
     n_rows, n_cols = pattern.shape
     shapes = [pattern.data_shape, (n, n_cols), (n, n_rows), (n_rows,)]
     data, x, y, bias = (integers(shape, i, dtype) for i, shape in enumerate(shapes))
+    data = spoiled(pattern, data)
     with emulated(**settings) as emulation:
         check_products(pattern, data, x, y, bias)
     assert emulation.conflicts == 0
@@ -39,10 +49,58 @@ def test_products(block_size, dtype, n):
     check(pattern, n, dtype)
 
 
-@given(pattern=patterns(block_sizes=(1, 4, 8, 16)), n=st.integers(1, 40), seed=st.integers(0, 99))
+def cut_alike(pattern):
+    """Return a pattern with edges always at the same place: each other is one more compilation."""
+    block = pattern.block_size
+    whole = tuple(n * block for n in pattern.grid)
+    cuts = (block // 2 | 1 if a < b else 0 for a, b in zip(pattern.shape, whole, strict=True))
+    return trimmed(CSRPattern(pattern.indptr, pattern.indices, whole, block), *cuts)
+
+
+@given(
+    pattern=patterns(block_sizes=(1, 4, 8, 16)).map(cut_alike),
+    n=st.integers(1, 40),
+    seed=st.integers(0, 99),
+)
 def test_drawn_patterns(pattern, n, seed):
     if pattern.n_blocks:  # plain MLX takes the others
         check(pattern, n, mx.bfloat16, seed=seed)
+
+
+@pytest.mark.parametrize(("cut", "offset"), [(1, 0), (-5, 1)])
+@pytest.mark.parametrize(("n", "architecture"), [(1, "sm_90"), (17, "sm_90"), (70, "sm_80")])
+@pytest.mark.parametrize("block_size", [3, 4, 8, 16, 32, 64, 128])
+def test_what_lies_outside_is_masked(block_size, n, architecture, cut, offset):
+    """Whatever the weight holds there, be it a nan, in the kernels of few rows and of tiles."""
+    pattern = trimmed(random_pattern(3, 3, block_size, density=0.9), cut, -cut)
+    check(pattern, n, mx.bfloat16, architecture=architecture, offset=offset)
+
+
+@pytest.mark.parametrize("block_size", [3, 8, 16, 64])
+def test_what_lies_outside_is_masked_by_scalars(block_size):
+    pattern = trimmed(random_pattern(3, 3, block_size, density=0.9), 1, -1)
+    check(pattern, 5, mx.float32, ["spmm_csr"])
+
+
+@pytest.mark.parametrize(("cut", "offset"), [(1, 0), (37, 0), (-5, 1)])
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_what_lies_outside_is_masked_by_warpgroups(block_size, cut, offset):
+    pattern = trimmed(random_pattern(2, 3, block_size, density=0.9), cut, -cut)
+    check(pattern, 70, mx.bfloat16, ["spmm_wgmma"], offset=offset)
+
+
+@pytest.mark.parametrize("n", [1, 16, 40, 150])
+def test_a_weight_with_edges_is_not_copied(monkeypatch, n):
+    pattern = trimmed(random_pattern(3, 3, 64, density=0.9), 5, 9)
+    data = spoiled(pattern, integers(pattern.data_shape, 1, mx.bfloat16))
+    x, y = (integers((n, size), i, mx.bfloat16) for i, size in enumerate(reversed(pattern.shape)))
+    expected = naive.spmm(data, pattern, x), naive.spmm_t(data, pattern, y)
+    for name in ("clear_cols", "clear_rows"):
+        monkeypatch.delattr(edges, name)
+    with emulated():
+        products = spmm(data, pattern, x), spmm_t(data, pattern, y)
+        for actual, value in zip(products, expected, strict=True):
+            assert_equal(actual, value)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -76,19 +134,21 @@ def panel_pattern(block_size, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings"),
+    ("kind", "cut", "settings"),
     [
-        ("even", {}),
-        ("even", {"seed": 2}),
-        ("even", {"offset": 1}),
-        ("uneven", {}),
-        ("diagonal", {}),
+        ("even", 0, {}),
+        ("even", 0, {"seed": 2}),
+        ("even", 0, {"offset": 1}),
+        ("even", 1, {}),
+        ("even", -5, {"offset": 1}),
+        ("uneven", 0, {}),
+        ("diagonal", 0, {}),
     ],
 )
 @pytest.mark.parametrize("block_size", [16, 32])
-def test_panels(filled, monkeypatch, block_size, kind, settings):
+def test_panels(filled, monkeypatch, block_size, kind, cut, settings):
     monkeypatch.setattr(tuned, "PANEL_DENSITY", {16: 0.0, 32: 0.0})
-    pattern = panel_pattern(block_size, kind)
+    pattern = trimmed(panel_pattern(block_size, kind), cut, -cut)
     check(pattern, 300, mx.bfloat16, ["spmm_panels", "sddmm_panels"], **settings)
 
 

@@ -5,12 +5,22 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import assert_equal, check_products, computing, flatten, integers, pattern_of
+from support import (
+    assert_equal,
+    check_products,
+    computing,
+    flatten,
+    integers,
+    pattern_of,
+    spoiled,
+    trimmed,
+)
 
 # The same tests of every transform, which run here on the kernels.
 from test_transforms import TestBias, TestOneProduct  # noqa: F401
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern, sddmm, spmm, spmm_t
+from mlx_sparse_nn.core import edges
 from mlx_sparse_nn.core.backends import choose, cpu, naive, plain
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
@@ -31,7 +41,9 @@ def cases(draw):
     n_rows, n_cols = draw(st.integers(1, limit)), draw(st.integers(1, limit))
     row = st.lists(st.integers(0, n_cols - 1), max_size=n_cols + 1)
     rows = draw(st.lists(row, min_size=n_rows, max_size=n_rows).filter(any))
-    pattern = pattern_of(rows, n_cols, block)
+    # Edges are always at the same place: each other is one more compilation.
+    below, behind = (draw(st.sampled_from([0, block // 2 | 1])) for _ in range(2))
+    pattern = trimmed(pattern_of(rows, n_cols, block), below, behind)
     n = draw(st.one_of(st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 33, 64, 65])))
     return pattern, n, draw(st.sampled_from(DTYPES))
 
@@ -44,6 +56,7 @@ def test_forward_gradients_and_second_order(metal, case, with_bias):
     shapes = [pattern.data_shape, (n, pattern.shape[1])]
     shapes += [(pattern.shape[0],)] * with_bias
     primals = [small(shape, i) for i, shape in enumerate(shapes)]
+    primals[0] = spoiled(pattern, primals[0])
     tangents = [small(shape, i + 5) for i, shape in enumerate(shapes)]
     weights = small((n, pattern.shape[0]), 9)
 
@@ -76,6 +89,29 @@ def test_every_kernel(block_size, n, dtype):
     data, x = integers(pattern.data_shape, 1, dtype), integers((n, pattern.shape[1]), 2, dtype)
     y, bias = integers((n, pattern.shape[0]), 3, dtype), integers((pattern.shape[0],), 4, dtype)
     check_products(pattern, data, x, y, bias)
+
+
+@pytest.mark.parametrize("cut", [1, -1])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES[1:])
+@pytest.mark.parametrize("n", [1, 5, 12, 40])
+def test_what_lies_outside_is_masked(metal, monkeypatch, block_size, n, cut):
+    """Whatever the weight holds there, be it a nan; and it is not copied for that."""
+    pattern = CSRPattern(
+        [0, 2, 2, 5, 6], [1, 0, 2, 1, 1, 2], (4 * block_size, 3 * block_size), block_size
+    )
+    pattern = trimmed(pattern, cut, -cut)
+    data = spoiled(pattern, integers(pattern.data_shape, 1))
+    x, y = (integers((n, size), i) for i, size in enumerate(reversed(pattern.shape), 2))
+    expected = naive.spmm(data, pattern, x), naive.spmm_t(data, pattern, y)
+    for name in ("clear_cols", "clear_rows"):
+        monkeypatch.delattr(edges, name)
+    for actual, value in zip(
+        (spmm(data, pattern, x), spmm_t(data, pattern, y)), expected, strict=True
+    ):
+        assert_equal(actual, value)
+    assert [dict(launch.template)["INSIDE"] for launch in metal.launches] == [
+        size % block_size for size in reversed(pattern.shape)
+    ]
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 8, 16])

@@ -172,7 +172,8 @@ class TestPlot:
         assert ax.get_ylim() == (max(1, pattern.shape[0]), 0)
         assert ax.get_aspect() == 1
         if pattern.nnz:
-            assert ax.images[0].get_extent() == [0, pattern.shape[1], pattern.shape[0], 0]
+            height, width = (size * pattern.block_size for size in pattern.grid)
+            assert ax.images[0].get_extent() == [0, width, height, 0]
         plt.close(ax.figure)
 
     def test_it_draws_on_the_given_axes(self):

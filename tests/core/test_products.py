@@ -14,6 +14,7 @@ from support import (
     pattern_of,
     patterns,
     random_pattern,
+    spoiled,
     to_numpy,
     untyped,
 )
@@ -37,7 +38,7 @@ def test_products_of_whole_numbers_are_exact(pattern, lead, dtype):
 
 
 def check_exact(pattern, lead, dtype):
-    data = integers(pattern.data_shape, 1, dtype)
+    data = spoiled(pattern, integers(pattern.data_shape, 1, dtype))
     x = integers((*lead, pattern.shape[1]), 2, dtype)
     y = integers((*lead, pattern.shape[0]), 3, dtype)
     dense = to_numpy(dense_of(pattern, data))
@@ -59,9 +60,10 @@ def outer_sum(y: np.ndarray, x: np.ndarray) -> np.ndarray:
 def sample(pattern: CSRPattern, dense: np.ndarray) -> np.ndarray:
     """Return the blocks of a dense matrix at the pattern's places, by a loop."""
     block = pattern.block_size
-    blocks = dense.reshape(
-        pattern.shape[0] // block, block, pattern.shape[1] // block, block
-    ).swapaxes(1, 2)
+    n_block_rows, n_block_cols = pattern.grid
+    whole = np.zeros((n_block_rows * block, n_block_cols * block), dense.dtype)
+    whole[: dense.shape[0], : dense.shape[1]] = dense
+    blocks = whole.reshape(n_block_rows, block, n_block_cols, block).swapaxes(1, 2)
     return blocks[pattern.row_indices, pattern.indices].reshape(pattern.data_shape)
 
 

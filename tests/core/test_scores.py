@@ -94,8 +94,9 @@ def test_strongest_is_what_a_plain_loop_takes(candidates, data):
 def test_rows_of_a_full_grid_are_balanced(n_rows, n_cols, data, seed):
     scores = np.random.default_rng(seed).random((n_rows, n_cols))
     count = data.draw(st.integers(0, n_rows * n_cols))
-    pattern = strongest_pattern(scores, count, 4)
-    assert pattern.shape == (4 * n_rows, 4 * n_cols)
+    shape = (4 * n_rows - min(n_rows, 1), 4 * n_cols)
+    pattern = strongest_pattern(scores, count, shape, 4)
+    assert pattern.shape == shape
     assert pattern.n_blocks == count
     assert pattern.is_canonical
     assert np.ptp(np.diff(pattern.indptr)) <= 1
@@ -107,7 +108,7 @@ def test_rows_of_a_full_grid_are_balanced(n_rows, n_cols, data, seed):
 
 def test_extra_blocks_go_to_the_rows_with_the_strongest_next_one():
     scores = np.array([[9.0, 1.0], [8.0, 3.0], [7.0, 2.0]])
-    pattern = strongest_pattern(scores, 4, 1)
+    pattern = strongest_pattern(scores, 4, (3, 2), 1)
     assert np.diff(pattern.indptr).tolist() == [1, 2, 1]
 
 
@@ -119,7 +120,7 @@ def test_ties_keep_the_lowest_positions():
 
 def test_a_row_or_column_may_get_nothing_under_global():
     scores = np.array([[5.0, 4.0, 0.0], [1.0, 0.0, 0.0]])
-    pattern = strongest_pattern(scores, 2, 2, "global")
+    pattern = strongest_pattern(scores, 2, (4, 6), 2, "global")
     assert pattern.indptr.tolist() == [0, 2, 2]
     assert pattern.indices.tolist() == [0, 1]
 

@@ -2,6 +2,7 @@
 
 import importlib
 import time
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +13,7 @@ from support import backend, untyped
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern
 from mlx_sparse_nn.core.backends import cuda
 from mlx_sparse_nn.diagnostics.advise import AdviceReport, MethodTiming, advise
+from mlx_sparse_nn.layers.dense_twin import dense_twin
 
 ADVISE = importlib.import_module("mlx_sparse_nn.diagnostics.advise")
 PRODUCTS = ["forward", "input gradient", "weight gradient", "bias gradient"]
@@ -112,7 +114,7 @@ def test_a_quantized_layer_beside_the_dense_quantized_one(dtype):
 
 def test_the_dense_quantized_twin_holds_the_same_weight():
     layer = BlockSparseLinear(64, 96, density=0.5).to_quantized(bits=3)
-    twin = ADVISE._dense_quantized(layer)
+    twin: Any = dense_twin(layer)
     parameters = twin.weight, twin.scales, twin.biases
     weight = mx.dequantize(*parameters, twin.group_size, twin.bits)
     assert mx.array_equal(weight, layer.todense())

@@ -5,6 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from hypothesis import given
+from mlx_lm.models.switch_layers import SwitchLinear
 from support import computing, flatten, patterns, untyped
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern
@@ -140,6 +141,31 @@ def test_quantized_blocks_and_adapters():
     ]
 
 
+def test_what_stays_dense_is_said_with_its_share():
+    model = nn.Sequential(
+        nn.Embedding(32, 32),
+        SwitchLinear(32, 32, 8, bias=False),
+        BlockSparseLinear(32, 32, density=0.5, block_size=16, bias=False),
+        nn.Linear(32, 32, bias=False),
+        nn.LayerNorm(32, affine=False),
+    )
+    found = summary(model)
+    stored, dense = (1 + 8 + 0.5 + 1) * 1024, (1 + 8 + 1 + 1) * 1024
+    assert (found.parameters, found.dense_parameters) == (stored, dense)
+    assert found.density == stored / dense
+    assert [row.always_dense for row in found.rows] == [
+        "Embedding looks rows up; embeddings stay dense",
+        "SwitchLinear holds 8 experts, which stay dense",
+        None,
+        None,
+    ]
+    lines = repr(found).splitlines()
+    assert "always dense, of all parameters: Embedding 9.5%, SwitchLinear 76.2%" in lines
+    (total,) = [line for line in lines if line.startswith("total")]
+    assert total.split()[1] == "95.5%"
+    assert "always dense" not in repr(summary(nn.Linear(4, 4)))
+
+
 def test_the_table():
     layer = BlockSparseLinear(1024, 2048, block_size=64, density=0.25, bias=False)
     model = nn.Sequential(nn.Linear(4, 1024, bias=False), layer)
@@ -150,14 +176,21 @@ def test_the_table():
         "layer out x in block density weights index dead share",
         "layers.0 1024 x 4 - 100.0% 0.02 - - 0.8%",
         "layers.1 2048 x 1024 64 25.0% 2.00 <0.01 0/0 99.2%",
-        "total 2.02 <0.01 0/0 100.0%",
+        "total 25.1% 2.02 <0.01 0/0 100.0%",
         "dead: inputs that no block reads / outputs that no block writes",
         "MACs of the linear layers: 528,384 for each row of x",
         "optimizer state: 2.02 MiB, 1 array for each trainable one (Adam 2, SGD 0)",
     ]
     assert repr(summary(layer)).splitlines()[2].startswith("(itself)  2048 x 1024")
     assert summary(nn.ReLU()).rows == ()
-    assert repr(summary(nn.ReLU())).splitlines()[2].split() == ["total", "0", "0", "0/0", "0.0%"]
+    assert repr(summary(nn.ReLU())).splitlines()[2].split() == [
+        "total",
+        "0.0%",
+        "0",
+        "0",
+        "0/0",
+        "0.0%",
+    ]
 
 
 @pytest.mark.parametrize(

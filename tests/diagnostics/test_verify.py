@@ -173,11 +173,34 @@ def test_only_the_wrong_layer_is_named():
     assert "layers.0" not in str(caught.value)
 
 
-def test_weights_that_are_not_finite_are_wrong():
-    layer = BlockSparseLinear(32, 32, bias=False)
-    layer.weight = layer.weight.at[0, 3, 4].add(float("inf"))
-    with pytest.raises(MismatchError, match="forward"):
-        verify(layer, mx.random.normal((4, 32)))
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_named_and_no_product_is_called_wrong(value):
+    x = mx.random.normal((4, 32))
+    model = nn.Sequential(BlockSparseLinear(32, 32), nn.ReLU(), BlockSparseLinear(32, 32))
+    with pytest.raises(ValueError, match=r"\[verify\] layers.0 has nan or infinity in its input: "):
+        verify(model, x.at[1, 3].add(value))
+    layer = model.layers[2]
+    for name in ("weight", "bias"):
+        before = layer[name]
+        layer[name] = before.at[(0,) * before.ndim].add(value)
+        with pytest.raises(ValueError, match=f"layers.2 has nan or infinity in its {name}: "):
+            verify(model, x)
+        layer[name] = before
+    assert verify(model, x).passed
+    quantized = layer.to_quantized()
+    quantized.scales = quantized.scales.at[0, 0, 0].add(value)
+    with pytest.raises(ValueError, match=r"QuantizedBlockSparseLinear has nan .* in its weight"):
+        verify(quantized, x)
+
+
+def test_a_wrong_layer_is_named_before_the_ones_that_get_its_nan(monkeypatch):
+    right = backend("spmm").spmm
+    spoiled = lambda *args: right(*args).at[0, 0].add(float("nan"))
+    monkeypatch.setattr(backend("spmm"), "spmm", spoiled)
+    model = nn.Sequential(BlockSparseLinear(32, 32), BlockSparseLinear(32, 32))
+    with pytest.raises(MismatchError) as caught:
+        verify(model, mx.random.normal((4, 32)))
+    assert {check.layer for check in caught.value.report.checks} == {"layers.0"}
 
 
 def test_a_sum_that_overflows_is_wrong():

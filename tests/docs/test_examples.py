@@ -299,7 +299,7 @@ def test_finished_run_resumes_to_its_summary(folder: Path):
         ({"batch": 1000}, "too short for --batch 1000"),
         ({"density": 0}, "density must be in (0, 1], got 0.0"),
         ({"density": "nan"}, "density"),
-        ({"block_size": 5}, "is not a multiple of block_size 5"),
+        ({"block_size": 0}, "--block-size: must be at least 1, got 0"),
         ({"dims": 33}, "--dims 33 is not a multiple of twice --heads 2"),
         ({"dims": 0}, "--dims: must be at least 1, got 0"),
         ({"steps": "many"}, "--steps: invalid int value: 'many'"),

@@ -3,10 +3,11 @@
 import importlib
 import json
 import re
+import tempfile
 
 import mlx.core as mx
 import pytest
-from support import ROOT, device_of, integers, random_pattern
+from support import ROOT, device_of, integers, random_pattern, untyped
 
 from mlx_sparse_nn import BlockSparseLinear, CSRArray, qspmm, qspmm_t, sddmm, spmm, spmm_t
 from mlx_sparse_nn.core import tuned
@@ -62,6 +63,16 @@ def operation(name: str, dtype: mx.Dtype):
     return apply, data, x
 
 
+def exported(f, a, b):
+    """Return what a file gives that holds f and its gradients."""
+    both = lambda a, b: [f(a, b), *mx.grad(lambda a, b: f(a, b).sum(), argnums=(0, 1))(a, b)]
+    with tempfile.NamedTemporaryFile(suffix=".mlxfn") as file:
+        mx.export_function(file.name, both, a, b)
+        out = untyped(mx.import_function(file.name))(a, b)
+        mx.eval(out)
+    return out
+
+
 TRANSFORMS = {
     "grad": lambda f, a, b: mx.grad(lambda a, b: f(a, b).sum(), argnums=(0, 1))(a, b),
     "jvp": lambda f, a, b: mx.jvp(f, [a, b], [a, b])[1],
@@ -70,6 +81,7 @@ TRANSFORMS = {
     "second order": lambda f, a, b: mx.jvp(
         mx.grad(lambda a, b: (f(a, b) ** 2).sum(), argnums=(0, 1)), [a, b], [a, b]
     )[1],
+    "export": exported,
 }
 CELLS = [(row, column, text) for row, cells in table().items() for column, text in cells.items()]
 

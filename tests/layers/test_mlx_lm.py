@@ -1,82 +1,43 @@
 """Small random models of mlx-lm, made sparse: mlx-lm's own tools go on working with them."""
 
 import json
-import re
-import sys
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm import fuse, generate, load
 from mlx_lm.generate import generate_step
-from mlx_lm.models import llama, qwen2, qwen3
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs, train
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from support import assert_equal, flatten
+from tiny_models import (
+    CONFIGS,
+    close,
+    code_of,
+    config_of,
+    layers_of,
+    make_dense,
+    make_sparse,
+    save_sparse,
+)
 
 from mlx_sparse_nn import BlockSparseLinear
 from mlx_sparse_nn.layers.linear import QuantizedBlockSparseLinear
 from mlx_sparse_nn.layers.lora import LoRABlockSparseLinear
 from mlx_sparse_nn.surgery.restore import restore
-from mlx_sparse_nn.surgery.sparsify import densify, sparsify
+from mlx_sparse_nn.surgery.sparsify import densify
 
-SIZES = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 128,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": 96,
-    "max_position_embeddings": 64,
-}
-CONFIGS = {
-    "llama": (llama, {**SIZES, "tie_word_embeddings": False, "mlp_bias": True}),
-    "qwen2": (qwen2, SIZES),
-    "qwen3": (
-        qwen3,
-        {**SIZES, "head_dim": 32, "tie_word_embeddings": True, "rope_theta": 1e4},
-    ),
-}
 TOKENS = mx.array([[5, 17, 3, 90, 41, 7, 7, 60]])
 LORA = {"rank": 4, "scale": 2.0, "dropout": 0.0}
-DOCUMENTATION = Path(__file__).parents[2] / "docs" / "mlx_lm.md"
-
-
-def config_of(name):
-    return {"model_type": name, **CONFIGS[name][1]}
-
-
-def make_dense(name, seed=0):
-    mx.random.seed(seed)
-    arch = CONFIGS[name][0]
-    return arch.Model(arch.ModelArgs.from_dict(config_of(name)))
 
 
 @pytest.fixture(params=CONFIGS)
 def name(request):
     return request.param
-
-
-def make_sparse(name, seed=0):
-    model = make_dense(name, seed)
-    made = sparsify(model.model, block_size=32, density=0.5)
-    assert len(made.sparse) == 14  # q, k, v, o, gate, up and down of two layers
-    return model
-
-
-def layers_of(model, kind):
-    return [path for path, module in model.named_modules() if isinstance(module, kind)]
-
-
-def close(a, b, tolerance=1e-4):
-    return mx.allclose(a, b, rtol=tolerance, atol=tolerance * float(mx.abs(b).max())).item()
 
 
 class TestGeneration:
@@ -104,6 +65,8 @@ class TestGeneration:
             tokens = mx.concatenate([tokens, expected[None, None]], axis=1)
         assert tokens.shape == (1, 14)
 
+    # mlx-lm does not quantize the cache of Gemma's sliding windows.
+    @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
     def test_a_quantized_cache(self, name):
         model = make_sparse(name)
         steps = generate_step(
@@ -112,25 +75,10 @@ class TestGeneration:
         assert len(list(steps)) == 4
 
 
-def code_of(section):
-    """Return the first Python block under a heading of the documentation."""
-    text = DOCUMENTATION.read_text().split(f"## {section}\n")[1]
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
-
-
-def save_documented(model, path, config):
-    """Save a model with the file that the documentation shows, for its architecture."""
-    config = {**config, "model_file": "sparse_model.py"}
-    save_model(path, model)
-    save_config(config, path / "config.json")
-    source = code_of("Save and load").replace("llama", config["model_type"])
-    (path / "sparse_model.py").write_text(source)
-
-
 class TestSaveAndLoad:
     def test_the_documented_way(self, tmp_path, name):
         saved = make_sparse(name)
-        save_documented(saved, tmp_path, config_of(name))
+        save_sparse(saved, tmp_path, config_of(name))
         model, _ = load_model(tmp_path, trust_remote_code=True)
         assert_equal(model(TOKENS), saved(TOKENS))
         assert layers_of(model, BlockSparseLinear) == layers_of(saved, BlockSparseLinear)
@@ -149,7 +97,7 @@ class TestSaveAndLoad:
     def test_bfloat16(self, tmp_path, name):
         saved = make_sparse(name)
         saved.set_dtype(mx.bfloat16)
-        save_documented(saved, tmp_path, config_of(name))
+        save_sparse(saved, tmp_path, config_of(name))
         model, _ = load_model(tmp_path, trust_remote_code=True)
         assert model(TOKENS).dtype == mx.bfloat16
         assert_equal(model(TOKENS), saved(TOKENS))
@@ -250,12 +198,51 @@ class TestQuantization:
         assert mx.abs(model(TOKENS) - logits).max() < 0.03 * mx.abs(logits).max()
 
     def test_save_and_load(self, tmp_path, name, capsys):
-        saved, config = quantize_model(make_sparse(name), config_of(name), 32, 4)
+        """As the page shows it."""
+        names = {"model": make_sparse(name), "config": config_of(name)}
+        exec(code_of("Quantization"), names)
+        saved, config = names["model"], names["config"]
         assert len(layers_of(saved, QuantizedBlockSparseLinear)) == 14
-        save_documented(saved, tmp_path, config)
+        save_sparse(saved, tmp_path, config)
         model, _ = load_model(tmp_path, trust_remote_code=True)
         assert_equal(model(TOKENS), saved(TOKENS))
         assert layers_of(model, nn.QuantizedEmbedding) == ["model.embed_tokens"]
+
+    def test_bits_of_its_own_for_each_layer(self, tmp_path, name, capsys):
+        """The configuration then names the layers, and mlx-lm quantizes them by it as it loads."""
+
+        def bits_of(path, module):
+            return {"group_size": 32, "bits": 6 if "down_proj" in path else 3, "mode": "affine"}
+
+        saved, config = quantize_model(
+            make_sparse(name), config_of(name), 32, 4, quant_predicate=bits_of
+        )
+        save_sparse(saved, tmp_path, config)
+        model, _ = load_model(tmp_path, trust_remote_code=True)
+        assert_equal(model(TOKENS), saved(TOKENS))
+        assert len(layers_of(model, QuantizedBlockSparseLinear)) == 14
+
+    def test_sparse_layers_quantized_alone(self, tmp_path):
+        """The configuration names no quantization: mlx-lm then leaves all layers as they are."""
+        saved = make_sparse("llama")
+        nn.quantize(saved, 32, 8, class_predicate=lambda _, m: isinstance(m, BlockSparseLinear))
+        save_sparse(saved, tmp_path, config_of("llama"))
+        model, _ = load_model(tmp_path, trust_remote_code=True)
+        assert_equal(model(TOKENS), saved(TOKENS))
+
+    def test_the_documented_way_to_dequantize(self):
+        model = make_sparse("llama")
+        nn.quantize(model, 32, 8)
+        logits = model(TOKENS)
+        exec(code_of("Quantization", 1), {"model": model})
+        assert len(layers_of(model, BlockSparseLinear)) == 14
+        assert close(model(TOKENS), logits)
+
+    def test_a_tool_of_dense_layers_is_told_what_to_do(self):
+        layer = make_sparse("llama").layers[0].mlp.up_proj
+        assert not hasattr(layer, "input_feat")
+        with pytest.raises(AttributeError, match=r"no attribute 'input_feat'.*densify"):
+            _ = layer.input_feat
 
     def test_quantize_model_leaves_out_layers_whose_blocks_are_too_small(self, capsys):
         model, _ = quantize_model(make_sparse("llama"), config_of("llama"), 64, 4)
@@ -275,41 +262,3 @@ class TestQuantization:
             losses.append(value.item())
         assert losses[-1] < losses[0]
         assert {path.split(".")[-1] for path, _ in tree_flatten(grads)} == {"lora_a", "lora_b"}
-
-
-@pytest.fixture
-def tokenizer(tmp_path):
-    """A tokenizer of 96 words, made here."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"w{i}": i for i in range(95)} | {"<end>": 95}
-    made = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")
-
-
-def test_load_generate_adapt_and_fuse_with_mlx_lm_itself(tmp_path, tokenizer, monkeypatch, capsys):
-    """From a directory on disk, by mlx-lm's own entry points alone."""
-    source, adapters, target = tmp_path / "sparse", tmp_path / "adapters", tmp_path / "fused"
-    saved = make_sparse("llama")
-    save_documented(saved, source, config_of("llama"))
-    tokenizer.save_pretrained(source)
-    model, loaded_tokenizer, *_ = load(str(source), trust_remote_code=True)
-    assert_equal(model(TOKENS), saved(TOKENS))
-    text = generate(model, loaded_tokenizer, prompt="w5 w17 w3", max_tokens=5)
-    assert re.fullmatch(r"(w\d+ ?){1,5}", text)
-
-    adapt(model, num_layers=1)
-    give_adapters_values(model)
-    adapters.mkdir()
-    weights = dict(tree_flatten(model.trainable_parameters()))
-    mx.save_safetensors(str(adapters / "adapters.safetensors"), weights)
-    config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": LORA}
-    (adapters / "adapter_config.json").write_text(json.dumps(config))
-    arguments = ["--model", source, "--adapter-path", adapters, "--save-path", target]
-    monkeypatch.setattr(sys, "argv", ["fuse", *map(str, arguments), "--trust-remote-code"])
-    fuse.main()
-    fused, *_ = load(str(target), trust_remote_code=True)
-    assert close(fused(TOKENS), model(TOKENS))
-    assert len(layers_of(fused, BlockSparseLinear)) == 7  # the first layer of two

@@ -140,7 +140,7 @@ def test_the_parts_are_the_whole(pattern, n_ranks, sharding):
     axis = ("all-to-sharded", "sharded-to-all").index(sharding)
     layer = BlockSparseLinear(pattern.shape[1], pattern.shape[0], pattern)
     layer.weight = integers(pattern.data_shape, 1)
-    if pattern.shape[axis] // pattern.block_size < n_ranks:
+    if pattern.grid[axis] < n_ranks:
         with pytest.raises(ValueError, match=r"fewer than the \d ranks"):
             shard_block_sparse(layer, sharding, group=group_of(n_ranks))
         return

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import assert_equal, flatten, integers, patterns, random_pattern
+from support import assert_equal, flatten, integers, patterns, random_pattern, trimmed
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern
 from mlx_sparse_nn.patterns import block_diagonal
@@ -60,8 +60,10 @@ class TestSetPattern:
     @given(st.data())
     def test_common_blocks_keep_their_values_and_new_ones_are_zero(self, data):
         old = data.draw(patterns(fewest=1).filter(lambda p: p.is_canonical))
-        n_rows, n_cols = (size // old.block_size for size in old.shape)
-        new = random_pattern(n_rows, n_cols, old.block_size, seed=data.draw(st.integers(0, 99)))
+        new = random_pattern(
+            old.grid[0], old.grid[1], old.block_size, seed=data.draw(st.integers(0, 99))
+        )
+        new = trimmed(new, -old.shape[0], -old.shape[1])
         layer = layer_of(old)
         before = layer.todense()
         source = layer.set_pattern(new)
@@ -207,7 +209,7 @@ class TestPrune:
         assert done.after == {"layers.0": 16, "layers.2": 4}
         assert done.density == 0.25
         assert repr(done).splitlines() == [
-            "blocks stored, density 0.25 in all",
+            "blocks stored: density 0.25 there, 0.273 in all",
             "layer     before  now   kept",
             "layers.0      64   16  25.0%",
             "layers.2      16    4  25.0%",
@@ -295,7 +297,7 @@ class TestPrune:
         with pytest.raises(ValueError, match=r"\[prune layers.2\] weights must be finite"):
             prune(model, 0.5)
         repeated = layer_of(CSRPattern([0, 2, 2, 2, 2], [1, 1], (16, 16), 4))
-        with pytest.raises(ValueError, match=r"\[prune\] .* block \(0, 1\) more than once"):
+        with pytest.raises(ValueError, match=r"\[prune layers.1\] .* block \(0, 1\) more than"):
             prune(nn.Sequential(model.layers[0], repeated), 0.01)
         assert model.layers[0].pattern == before
 
@@ -479,12 +481,16 @@ def test_the_page_on_pruning(capsys):
     printed = capsys.readouterr().out
     assert len(blocks) == 2
     for said in (
-        "blocks stored, density 0.75 in all\n"
+        "blocks stored: density 0.75 there, 0.753 in all\n"
         "layer     before  now   kept\n"
         "layers.0      32   24  75.0%\n"
         "layers.2      32   24  75.0%\n"
         "total         64   48  75.0%\n",
-        "layers.0 2 of 8 blocks dropped, and as many grown\n",
+        "4 of 16 blocks dropped, and as many grown\n"
+        "layer     stored  kept  dropped  grown\n"
+        "layers.0       8     6        2      2\n"
+        "layers.2       8     6        2      2\n"
+        "total         16    12        4      4\n",
     ):
         assert said in printed
         for line in said.splitlines():

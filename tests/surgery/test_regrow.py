@@ -1,5 +1,6 @@
 """regrow and activations: against the full dense gradient, and dense training under masks."""
 
+import copy
 from typing import Any
 
 import mlx.core as mx
@@ -72,20 +73,21 @@ def test_blocks_grow_where_the_dense_gradient_is_largest(
     gradient = mx.grad(lambda w: ((x @ w.T) * cotangent).sum())(before)
     count = round(0.3 * len(held))
     dropped, grown = expected_change(layer, gradient, count, order)
-    done = regrow(layer, 0.3, x=x, cotangent=cotangent, score=score)
+    done = regrow(layer, 0.3, activations={"": (x, cotangent)}, score=score)
     assert count > 0
-    assert as_set(done.dropped) == dropped
-    assert as_set(done.grown) == grown
+    assert as_set(done.dropped[""]) == dropped
+    assert as_set(done.grown[""]) == grown
     assert places_of(layer.pattern) == (held - dropped) | grown
-    assert layer.pattern.n_blocks == len(held) == done.n_blocks
+    assert layer.pattern.n_blocks == len(held) == done.n_blocks[""]
     assert layer.pattern.is_canonical
     kept = np.array(before)
     for r, c in dropped:
         kept[r * block : (r + 1) * block, c * block : (c + 1) * block] = 0
     assert_equal(layer.todense(), mx.array(kept))
-    said, header, numbers, _ = repr(done).splitlines()
+    said, header, numbers, total, _ = repr(done).splitlines()
+    assert numbers.split()[1:] == total.split()[1:]
     assert said == f"{count} of {len(held)} blocks dropped, and as many grown"
-    assert dict(zip(header.split(), map(int, numbers.split()[1:]), strict=True)) == {
+    assert dict(zip(header.split()[1:], map(int, numbers.split()[1:]), strict=True)) == {
         "stored": len(held),
         "kept": len(held) - count,
         "dropped": count,
@@ -98,8 +100,8 @@ def test_among_equals_the_first_place_wins_across_tiles(monkeypatch):
     monkeypatch.setattr(regrow_module, "TILE", 1)
     layer = layer_of(CSRPattern([0, 2, 4, 6], [0, 3] * 3, (3, 6), 1))
     cotangent = mx.array([[1.0, 2.0, 1.0]])
-    done = regrow(layer, 1.0, x=mx.ones((1, 6)), cotangent=cotangent)
-    assert as_set(done.grown) == {(1, 1), (1, 2), (1, 4), (1, 5), (0, 1), (0, 2)}
+    done = regrow(layer, 1.0, activations={"": (mx.ones((1, 6)), cotangent)})
+    assert as_set(done.grown[""]) == {(1, 1), (1, 2), (1, 4), (1, 5), (0, 1), (0, 2)}
 
 
 def test_16_bit_gradients_are_summed_in_float32():
@@ -107,8 +109,8 @@ def test_16_bit_gradients_are_summed_in_float32():
     layer = BlockSparseLinear(3, 1, CSRPattern([0, 1], [0], (1, 3), 1))
     x = mx.zeros((4096, 3), mx.float16)
     x[:2048, 1], x[:2049, 2] = 1, 1
-    done = regrow(layer, 1.0, x=x, cotangent=mx.ones((4096, 1), mx.float16))
-    assert as_set(done.grown) == {(0, 2)}
+    done = regrow(layer, 1.0, activations={"": (x, mx.ones((4096, 1), mx.float16))})
+    assert as_set(done.grown[""]) == {(0, 2)}
 
 
 def test_the_dense_gradient_is_never_formed():
@@ -119,7 +121,7 @@ def test_the_dense_gradient_is_never_formed():
     dense = 4 * 4096 * 4096  # bytes
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    regrow(layer, 0.3, x=x, cotangent=cotangent)
+    regrow(layer, 0.3, activations={"": (x, cotangent)})
     assert mx.get_peak_memory() - before < dense / 2
 
 
@@ -130,9 +132,9 @@ class TestRandom:
             layer = layer_of(random_pattern(8, 8, 4, seed=3))
             held = places_of(layer.pattern)
             done = regrow(layer, 0.5, "random", seed=seed)
-            assert len(as_set(done.grown)) == round(0.5 * len(held)) == len(as_set(done.dropped))
-            assert not as_set(done.grown) & held
-            grown.append(as_set(done.grown))
+            grown.append(as_set(done.grown[""]))
+            assert len(grown[-1]) == round(0.5 * len(held)) == len(as_set(done.dropped[""]))
+            assert not grown[-1] & held
         assert grown[0] == grown[1] != grown[2]
 
     def test_the_default_seed_is_drawn_from_mlx(self):
@@ -140,14 +142,14 @@ class TestRandom:
         for seed in (1, 1, 2):
             layer = layer_of(random_pattern(8, 8, 4, seed=3))
             mx.random.seed(seed)
-            grown.append(as_set(regrow(layer, 0.5, "random").grown))
+            grown.append(as_set(regrow(layer, 0.5, "random").grown[""]))
         assert grown[0] == grown[1] != grown[2]
 
     def test_every_empty_place_is_equally_likely(self):
         counts = np.zeros((4, 4))
         for seed in range(600):
             layer = layer_of(block_diagonal(8, 4))
-            for place in as_set(regrow(layer, 0.5, "random", seed=seed).grown):
+            for place in as_set(regrow(layer, 0.5, "random", seed=seed).grown[""]):
                 counts[place] += 1
         empty = counts[~np.eye(4, dtype=bool)]
         assert counts.diagonal().sum() == 0
@@ -159,12 +161,12 @@ def test_no_more_blocks_move_than_there_are_empty_places():
     pattern = CSRPattern([0, 3, 6, 8], [0, 1, 2, 0, 1, 2, 0, 1], (12, 12), 4)
     layer = layer_of(pattern)
     done = regrow(layer, 0.9, "random")
-    assert as_set(done.grown) == {(2, 2)}
+    assert as_set(done.grown[""]) == {(2, 2)}
     full = layer_of(CSRPattern([0, 2, 4], [0, 1, 0, 1], (8, 8), 4))
     before = full.weight
     for fraction in (0, 1):
         done = regrow(full, fraction, "random")
-        assert done.grown.shape == done.dropped.shape == (0, 2)
+        assert done.grown[""].shape == done.dropped[""].shape == (0, 2)
     assert full.weight is before
 
 
@@ -183,11 +185,11 @@ class TestOptimizerState:
             held = layer.pattern
             if criterion == "gradient":
                 x, targets = integers((6, 32), 30 + step), integers((6, 32), 40 + step)
-                ((x, cotangent),) = activations(layer, linear_loss, layer, x, targets).values()
-                options: dict[str, Any] = {"x": x, "cotangent": cotangent}
+                found = activations(layer, linear_loss, layer, x, targets)
+                options: dict[str, Any] = {"activations": found}
             else:
                 options = {"seed": step}
-            regrow(layer, 0.4, criterion, model=layer, optimizer=optimizer, **options)
+            regrow(layer, 0.4, criterion, optimizer=optimizer, **options)
             assert layer.pattern != held
             # What was dropped is zero in the dense twin, too; what grew begins with zeros there.
             mask = layer.pattern.tomask()
@@ -206,7 +208,7 @@ class TestOptimizerState:
         layer, state = model.layers[1], optimizer.state["layers"][1]["weight"]
         before = {name: np.array(value) for name, value in state.items()}
         order = ordered_places(layer.pattern)
-        regrow(layer, 0.3, "random", model=model, optimizer=optimizer)
+        regrow(model, 0.3, "random", optimizer=optimizer)
         assert before
         for j, place in enumerate(ordered_places(layer.pattern)):
             for name, value in state.items():
@@ -244,20 +246,16 @@ class TestCompiledTraining:
 
         if compiled:
             step = mx.compile(step, inputs=state, outputs=state)
-        losses, layers = [], dict(model.named_modules())
+        losses = []
         for i in range(40):
             x = mx.random.normal((16, 32), key=mx.random.key(i))
             losses.append(step(x))
             mx.eval(state, losses)
             if i % 5 == 4 and i < 30:
-                found = activations(model, loss_fn, x)
-                for path, (inputs, cotangent) in found.items():
-                    options: dict[str, Any] = {"x": inputs, "cotangent": cotangent}
-                    if criterion == "random":
-                        options = {"seed": i}
-                    regrow(
-                        layers[path], 0.3, criterion, model=model, optimizer=optimizer, **options
-                    )
+                options: dict[str, Any] = {"seed": i}
+                if criterion == "gradient":
+                    options = {"activations": activations(model, loss_fn, x)}
+                regrow(model, 0.3, criterion, optimizer=optimizer, **options)
         return [loss.item() for loss in losses], model
 
 
@@ -396,58 +394,158 @@ class TestActivations:
             activations(model, lambda: mx.array(0.0))
 
 
+class TestModels:
+    def make(self):
+        mx.random.seed(3)
+        pattern = lambda seed: random_pattern(6, 6, 4, seed=seed)
+        return nn.Sequential(
+            layer_of(pattern(1)), nn.ReLU(), nn.Linear(24, 24), layer_of(pattern(2), 1)
+        )
+
+    def test_each_layer_changes_as_it_would_alone(self):
+        model, x = self.make(), integers((5, 24))
+        alone = copy.deepcopy(model)
+        found = activations(model, lambda x: model(x).square().sum(), x)
+        done = regrow(model, 0.5, activations=found)
+        assert list(done.grown) == ["layers.0", "layers.3"]
+        for path, pair in found.items():
+            layer = dict(alone.named_modules())[path]
+            one = regrow(layer, 0.5, activations={"": pair})
+            assert dict(model.named_modules())[path].pattern == layer.pattern
+            np.testing.assert_array_equal(one.grown[""], done.grown[path])
+
+    def test_layers_differ_though_one_seed_draws_for_all(self):
+        layer = lambda: layer_of(random_pattern(8, 8, 4, seed=3))
+        model = nn.Sequential(layer(), layer())
+        done = regrow(model, 0.5, "random", seed=0)
+        assert as_set(done.grown["layers.0"]) != as_set(done.grown["layers.1"])
+        again = nn.Sequential(layer(), layer())
+        regrow(again, 0.5, "random", seed=0)
+        assert [a.pattern for a in again.layers] == [b.pattern for b in model.layers]
+
+    def test_a_layer_that_the_loss_does_not_reach_is_left_alone_and_named(self):
+        model = Tied()
+        held = model.unused.pattern
+        found = activations(model, lambda x: model(x).sum(), integers((2, 16)))
+        done = regrow(model, 0.5, activations=found)
+        assert done.not_reached == ("unused",)
+        assert model.unused.pattern == held
+        assert "not reached by the loss: unused" in repr(done)
+
+    def test_layers_alike_share_a_line_and_the_total_is_of_all(self):
+        model = nn.Sequential(*[layer_of(random_pattern(6, 6, 4, seed=3)) for _ in range(4)])
+        n = model.layers[0].pattern.n_blocks
+        lines = repr(regrow(model, 0.5, "random", seed=1)).splitlines()
+        moved = round(0.5 * n)
+        assert lines[0] == f"{4 * moved} of {4 * n} blocks dropped, and as many grown"
+        cells = lambda k: [str(k * v) for v in (n, n - moved, moved, moved)]
+        assert lines[2].split() == ["layers.0-3", "x", "4", *cells(1)]
+        assert lines[3].split() == ["total", *cells(4)]
+
+    def test_a_shared_layer_changes_once(self):
+        layer = layer_of(random_pattern(6, 6, 4, seed=3))
+        model = nn.Sequential(layer, nn.ReLU(), layer)
+        done = regrow(model, 0.5, "random", seed=1)
+        assert len(done.grown) == 1
+
+    @pytest.mark.parametrize("criterion", ["gradient", "random"])
+    def test_nothing_changes_when_a_later_layer_is_refused(self, criterion):
+        model = self.make()
+        held = [model.layers[0].pattern, model.layers[3].pattern]
+        found = activations(model, lambda x: model(x).sum(), mx.ones((2, 24)))
+        options: dict[str, Any] = {"activations": found} if criterion == "gradient" else {}
+        model.layers[3].weight = model.layers[3].weight * float("nan")
+        with pytest.raises(ValueError, match=r"\[regrow layers.3\] weights must be finite"):
+            regrow(model, 0.5, criterion, **options)
+        assert [model.layers[0].pattern, model.layers[3].pattern] == held
+
+    def test_quantized_layers_are_refused_with_the_way_out(self):
+        model = nn.Sequential(BlockSparseLinear(64, 64), BlockSparseLinear(64, 64).to_quantized())
+        held = model.layers[0].pattern
+        with pytest.raises(ValueError, match=r"\[regrow layers.1\] QuantizedBlock.* regrow before"):
+            regrow(model, 0.5, "random")
+        assert model.layers[0].pattern == held
+        model.layers[1] = model.layers[1].to_block_sparse()
+        regrow(model, 0.5, "random")
+
+
 X, CT = mx.ones((3, 16)), mx.ones((3, 16))
+HOW = r"; activations\(model, loss_fn, ...\) returns it"
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"layer": nn.Linear(4, 4)}, TypeError, "layer must be a BlockSparseLinear, got Linear"),
+        ({"model": nn.Linear(4, 4)}, ValueError, "the model has no BlockSparseLinear"),
         ({"fraction": -0.1}, ValueError, r"fraction must be in \[0, 1\], got -0.1"),
         ({"fraction": 1.1}, ValueError, r"fraction must be in \[0, 1\], got 1.1"),
         ({"fraction": "0.3"}, TypeError, "fraction must be a number, got '0.3'"),
         ({"fraction": True}, TypeError, "fraction must be a number, got True"),
         ({"criterion": "momentum"}, ValueError, "criterion must be one of .*, got 'momentum'"),
         ({"score": "l3"}, ValueError, "score must be one of .* got 'l3'"),
-        ({"x": None}, ValueError, r"criterion 'gradient' needs x; activations\(model"),
-        ({"cotangent": None}, ValueError, "criterion 'gradient' needs cotangent"),
         (
-            {"x": mx.ones((3, 8))},
+            {"activations": None},
+            ValueError,
+            "criterion 'gradient' needs activations" + HOW,
+        ),
+        ({"activations": X}, TypeError, "activations must be a dict by path, got array" + HOW),
+        (
+            {"activations": {"layers.0": (X, CT)}},
+            ValueError,
+            "activations name 'layers.0', which is no BlockSparseLinear of the model",
+        ),
+        (
+            {"activations": {"": X}},
+            TypeError,
+            r"activations must be \(x, cotangent\), got array",
+        ),
+        (
+            {"activations": {"": (mx.ones((3, 8)), CT)}},
             ValueError,
             r"x has shape \(3, 8\), its last axis must be input_dims = 16",
         ),
-        ({"cotangent": mx.array(1.0)}, ValueError, r"cotangent has shape \(\), its last axis"),
-        ({"x": mx.ones((4, 16))}, ValueError, r"leading axes differ: x \(4,\), cotangent \(3,\)"),
-        ({"x": [1.0] * 16}, TypeError, "x must be a floating mx.array, got list"),
         (
-            {"x": mx.ones((3, 16), mx.int32)},
+            {"activations": {"": (X, mx.array(1.0))}},
+            ValueError,
+            r"cotangent has shape \(\), its last axis",
+        ),
+        (
+            {"activations": {"": (mx.ones((4, 16)), CT)}},
+            ValueError,
+            r"leading axes differ: x \(4,\), cotangent \(3,\)",
+        ),
+        (
+            {"activations": {"": ([1.0] * 16, CT)}},
+            TypeError,
+            "x must be a floating mx.array, got list",
+        ),
+        (
+            {"activations": {"": (mx.ones((3, 16), mx.int32), CT)}},
             TypeError,
             "x must be a floating mx.array, got .*int32",
         ),
-        ({"x": X * float("nan")}, ValueError, "the gradient .* must be finite"),
+        (
+            {"activations": {"": (X * float("nan"), CT)}},
+            ValueError,
+            "the gradient .* must be finite",
+        ),
         ({"seed": 1}, ValueError, "seed must be left out, got 1: it is for criterion 'random'"),
         (
             {"criterion": "random"},
             ValueError,
-            "x must be left out, got array: it is for criterion 'gradient'",
+            "activations must be left out: they are for criterion 'gradient'",
         ),
         (
-            {"criterion": "random", "x": None, "cotangent": None, "seed": -1},
+            {"criterion": "random", "activations": None, "seed": -1},
             ValueError,
             "seed must be in",
         ),
-        ({"optimizer": optim.Adam(0.1)}, ValueError, "pass both model and optimizer, or neither"),
-        ({"model": nn.Sequential()}, ValueError, "pass both model and optimizer, or neither"),
-        (
-            {"model": layer_of(block_diagonal(16, 4)), "optimizer": optim.Adam(0.1)},
-            ValueError,
-            r"the model does not contain the layer BlockSparseLinear\(input_dims=16",
-        ),
+        ({"optimizer": "adam"}, TypeError, "optimizer must be an mlx Optimizer, got str"),
     ],
 )
 def test_bad_arguments(change, error, message):
     layer = layer_of(block_diagonal(16, 4), 1)
-    options = {"layer": layer, "fraction": 0.5, "x": X, "cotangent": CT, **change}
+    options = {"model": layer, "fraction": 0.5, "activations": {"": (X, CT)}, **change}
     with pytest.raises(error, match=r"\[regrow\] " + message):
         regrow(**options)
     assert layer.pattern == block_diagonal(16, 4)
@@ -457,4 +555,4 @@ def test_an_optimizer_of_another_model_is_refused():
     layer, other, optimizer = layer_of(block_diagonal(32, 8)), nn.Linear(32, 32), optim.Adam(0.1)
     train_step(nn.Sequential(other), optimizer, 0)
     with pytest.raises(ValueError, match=r"\[regrow\] optimizer.state has nothing for weight"):
-        regrow(layer, 0.5, "random", model=layer, optimizer=optimizer)
+        regrow(layer, 0.5, "random", optimizer=optimizer)

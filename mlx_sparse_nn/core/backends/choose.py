@@ -6,8 +6,9 @@ from types import ModuleType
 
 import mlx.core as mx
 
-from mlx_sparse_nn.core.backends import cpu, cuda, metal, plain
+from mlx_sparse_nn.core.backends import cpu, cuda, dense, metal, plain
 from mlx_sparse_nn.core.layout import Layout
+from mlx_sparse_nn.core.transforms import tracing
 
 # By kind of device, the first one that is available and takes a product computes it.
 GPU = (metal, cuda, plain)
@@ -20,7 +21,8 @@ def choose(
     """Return the backend that computes a product on MLX's default device.
 
     It is asked anew at each call, and depends on nothing but its arguments, that device, and
-    whether ``mx.vmap`` is tracing: a launched kernel cannot be mapped.
+    what MLX is tracing: ``mx.vmap`` cannot map a launched kernel, the file of an exported function
+    cannot hold those of a CPU, and a function of every shape can hold dense products alone.
 
     Args:
         op: ``"spmm"``, ``"spmm_t"``, ``"sddmm"``, ``"qspmm"`` or ``"qspmm_t"``.
@@ -31,7 +33,12 @@ def choose(
         bits: Of the integers of quantized blocks.
     """
     on_gpu = mx.default_device().type is mx.gpu  # "==" of these enums takes longer
-    for backend in GPU if on_gpu else CPU:
+    backends = GPU if on_gpu else CPU
+    if tracing.graph is not None:
+        if tracing.graph == "shapeless":
+            return dense
+        backends = [backend for backend in backends if backend is not cpu]
+    for backend in backends:
         if backend.is_available() and backend.takes(op, layout, n_x, dtype, n_matrices, bits):
             return backend
     raise AssertionError("plain MLX takes every product")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_sparse_nn.core import index
+from mlx_sparse_nn.core import edges, index
 from mlx_sparse_nn.core.backends import build
 from mlx_sparse_nn.core.backends.binding import Binding, Kernel, LayoutError
 from mlx_sparse_nn.core.cores import n_cores
@@ -80,12 +80,13 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
     """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c] + bias[r]; see ``plain.spmm``."""
     kernel = _kernels(x.dtype, layout.block_size).spmm
+    data = edges.clear_cols(layout, data)
     return _binding().spmm(kernel, data, layout.rows, x, bias)
 
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; see ``plain.spmm_t``."""
-    kernels = _kernels(y.dtype, layout.block_size)
+    kernels, data = _kernels(y.dtype, layout.block_size), edges.clear_rows(layout, data)
     if kernels.spmm_t is not None and y.shape[-2] == 1:
         return _binding().spmm_t(kernels.spmm_t, data, layout.rows, y)
     return _binding().spmm(kernels.spmm, data, layout.cols, y, None)
@@ -107,7 +108,8 @@ def qspmm(
 ) -> mx.array:
     """Return :func:`spmm` by quantized blocks; see ``plain.qspmm``."""
     kernel = _quantized_kernel(x.dtype, bits_of(packed))
-    return _binding().qspmm(kernel, packed, scales, biases, layout.rows, x, bias)
+    matrix = edges.clear_quantized_cols(layout, packed, scales, biases)
+    return _binding().qspmm(kernel, *matrix, layout.rows, x, bias)
 
 
 def qspmm_t(
@@ -115,7 +117,8 @@ def qspmm_t(
 ) -> mx.array:
     """Return :func:`spmm_t` by quantized blocks; see ``plain.qspmm_t``."""
     kernel = _quantized_kernel(y.dtype, bits_of(packed))
-    return _binding().qspmm(kernel, packed, scales, biases, layout.cols, y, None)
+    matrix = edges.clear_quantized_rows(layout, packed, scales, biases)
+    return _binding().qspmm(kernel, *matrix, layout.cols, y, None)
 
 
 def library(dtype: mx.Dtype, block_size: int) -> Path:

@@ -15,6 +15,7 @@ from mlx_sparse_nn.core.backends.launch import (
     lanes_per_row,
     launch_sddmm,
     launch_spmm,
+    n_inside,
     prepare,
     round_up,
 )
@@ -43,12 +44,12 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
     """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c] + bias[r]; see ``plain.spmm``."""
-    return _product(data, layout.rows, x, layout.shape[0], bias)
+    return _product(data, layout.rows, x, layout.full_shape[0], n_inside(layout, 1), bias)
 
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; see ``plain.spmm_t``."""
-    return _product(data, layout.cols, y, layout.shape[1], None)
+    return _product(data, layout.cols, y, layout.full_shape[1], n_inside(layout, 0), None)
 
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
@@ -67,21 +68,25 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
 
 
 def _product(
-    data: mx.array, side: Side, x: mx.array, n_out: int, bias: mx.array | None
+    data: mx.array, side: Side, x: mx.array, n_out: int, inside: int, bias: mx.array | None
 ) -> mx.array:
-    """Launch the kernel of a product with a side of the matrix."""
+    """Launch the kernel of a product with a side of the matrix.
+
+    Of the last block-column, as many columns as ``inside`` says lie in the matrix.
+    """
     shape, dtype, transposed = x.shape, x.dtype, side.perm is not None
     n_x, n_matrices = shape[-2], shape[0] if len(shape) == 3 else 1
     block_size = data.shape[-1] if data.ndim > 2 else 1
     if block_size in tuned.TILED_BLOCKS and dtype != mx.float32:
         even = n_x > tuned.CUDA_FEW_ROWS and _is_even(side)
         panels = n_x > tuned.CUDA_FEW_ROWS and _takes_panels(side, block_size, n_out, shape[-1])
-        choice = _by_tensor_cores, n_x, n_matrices, block_size, n_out, transposed, even, panels
+        sizes = n_x, n_matrices, block_size, inside, n_out
+        choice = _by_tensor_cores, *sizes, transposed, even, panels
     elif _takes_streaming(side, block_size, n_x):
         choice = _streaming, n_matrices, n_out
     else:
         lanes = lanes_per_row(side, block_size)
-        choice = _by_scalars, n_x, n_matrices, block_size, n_out, transposed, lanes
+        choice = _by_scalars, n_x, n_matrices, block_size, inside, n_out, transposed, lanes
     launched = _prepared(dtype, bias is not None, *choice)
     return launch_spmm(launched, data, side, x, n_out, bias)
 
@@ -107,12 +112,19 @@ def _streaming(n_matrices: int, n_out: int) -> Kernel:
 
 
 def _by_scalars(
-    n_x: int, n_matrices: int, block_size: int, n_out: int, transposed: bool, lanes: int
+    n_x: int,
+    n_matrices: int,
+    block_size: int,
+    inside: int,
+    n_out: int,
+    transposed: bool,
+    lanes: int,
 ) -> Kernel:
     """Return the kernel of all else, which reads blocks by scalars."""
     rows, threads = 1 if n_x == 1 else 4, tuned.GROUP_THREADS
     grid = (round_up(n_out * lanes, threads), -(-n_x // rows), n_matrices)
-    template = {"B": block_size, "ROWS": rows, "LANES": lanes, "TRANSPOSED": int(transposed)}
+    template = {"B": block_size, "INSIDE": inside, "ROWS": rows, "LANES": lanes}
+    template["TRANSPOSED"] = int(transposed)
     return Kernel("spmm_csr", template, grid, threads)
 
 
@@ -136,6 +148,7 @@ def _by_tensor_cores(
     n_x: int,
     n_matrices: int,
     block_size: int,
+    inside: int,
     n_out: int,
     transposed: bool,
     even: bool,
@@ -146,7 +159,7 @@ def _by_tensor_cores(
     if n_x <= tuned.CUDA_FEW_ROWS and not transposed:
         # Enough thread blocks to fill the GPU: strips of 16 outputs, and 8 warps along k.
         grid = (n_out // min(16, block_size) * 256, -(-n_x // 16), n_matrices)
-        return Kernel("spmm_few", {"B": block_size}, grid, 256)
+        return Kernel("spmm_few", {"B": block_size, "INSIDE": inside}, grid, 256)
     hopper, width = _architecture() == tuned.HOPPER, n_block_rows
     if hopper and panels and -(-n_out // 256) * -(-n_x // 128) * n_matrices >= filling:
         rows, stages, threads, width = 128, 4, 640, -(-n_out // 256)
@@ -170,14 +183,15 @@ def _by_tensor_cores(
     tiles = -(-n_x // rows)
     shares = max(-(-tiles // 8), -(-filling // (width * n_matrices))) if even else tiles
     shares = min(tiles, shares)
-    template |= {"B": block_size, "STAGES": stages, "TRANSPOSED": int(transposed)}
+    template |= {"B": block_size, "INSIDE": inside, "STAGES": stages}
+    template["TRANSPOSED"] = int(transposed)
     return Kernel(name, template, (width * threads, shares, n_matrices), threads, shared_memory)
 
 
 def _gradient_by_scalars(layout: Layout, n_x: int, n_matrices: int) -> tuple[Kernel, int]:
     """Return the kernel of weight gradients by scalars, and in how many parts the rows go."""
     lanes, threads = min(32, lanes_per_row(layout.rows, layout.block_size)), tuned.GROUP_THREADS
-    width = round_up(layout.shape[0] * lanes, threads)
+    width = round_up(layout.full_shape[0] * lanes, threads)
     groups = width // threads * n_matrices
     n_splits = max(1, min(tuned.CUDA_GRADIENT_GROUPS // groups, n_x // tuned.CUDA_ROWS_PER_SPLIT))
     template = {"B": layout.block_size, "LANES": lanes}
@@ -192,7 +206,7 @@ def _takes_gradient_panels(layout: Layout, n_x: int) -> bool:
     small = layout.block_size in tuned.GRADIENT_PANELS and n_x >= tuned.GRADIENT_PANEL_ROWS
     if not small or not layout.rows.is_in_order:
         return False
-    columns = layout.shape[1] // layout.block_size
+    columns = layout.full_shape[1] // layout.block_size
     return 8 * columns <= tuned.GRADIENT_PANEL_SHARED and _architecture() == tuned.HOPPER
 
 

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.layout import Layout, Side
-from mlx_sparse_nn.core.transforms import vmapping
+from mlx_sparse_nn.core.transforms import tracing
 
 _PACKAGE = Path(__file__).parents[2]
 _INCLUDE = re.compile(r'#include "(.+)"\n')  # a body names the headers that it needs
@@ -36,9 +36,9 @@ def takes(layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, bits: int)
     """Return whether kernels can compute a product with ``n_x`` rows of x, of operands of a dtype.
 
     They can for float32, float16 and bfloat16, every block size, and every shape and pattern with
-    at least one element, where ``mx.vmap`` is not tracing. Quantized blocks have no kernel yet.
+    at least one element, unless what MLX traces refuses kernels. Quantized blocks have none yet.
     """
-    if bits or dtype not in tuned.KERNEL_DTYPES or vmapping():
+    if bits or dtype not in tuned.KERNEL_DTYPES or tracing.refuses_kernels:
         return False
     return layout.data_shape[0] * n_x * n_matrices > 0
 
@@ -53,6 +53,11 @@ def lanes_per_row(side: Side, block_size: int) -> int:
     lanes = min(32, power_of_two(int(mean) // 2))
     rounds = side.longest_row * block_size / 32
     return tuned.GROUP_THREADS if rounds > tuned.MAX_ROUNDS else lanes
+
+
+def n_inside(layout: Layout, axis: int) -> int:
+    """Return how many rows (0) or columns (1) of the last blocks lie in the matrix."""
+    return layout.block_size - layout.full_shape[axis] + layout.shape[axis]
 
 
 def power_of_two(value: int) -> int:

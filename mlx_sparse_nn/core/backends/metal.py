@@ -11,6 +11,7 @@ from mlx_sparse_nn.core.backends.launch import (
     lanes_per_row,
     launch_sddmm,
     launch_spmm,
+    n_inside,
     power_of_two,
     prepare,
     round_up,
@@ -32,12 +33,12 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
     """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c] + bias[r]; see ``plain.spmm``."""
-    return _product(data, layout.rows, x, layout.shape[0], bias)
+    return _product(data, layout.rows, x, layout.full_shape[0], n_inside(layout, 1), bias)
 
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; see ``plain.spmm_t``."""
-    return _product(data, layout.cols, y, layout.shape[1], None)
+    return _product(data, layout.cols, y, layout.full_shape[1], n_inside(layout, 0), None)
 
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
@@ -60,20 +61,24 @@ def _sampling_kernel(layout: Layout, n_matrices: int) -> Kernel:
         template = {"B": block_size, "SIDE": tile}
         return Kernel("sddmm_tiles", template, (width, 1, n_matrices), threads)
     lanes, threads = min(32, lanes_per_row(side, block_size)), tuned.GROUP_THREADS
-    width = round_up(layout.shape[0] * lanes, threads)
+    width = round_up(layout.full_shape[0] * lanes, threads)
     return Kernel("sddmm_csr", {"B": block_size, "LANES": lanes}, (width, 1, n_matrices), threads)
 
 
 def _product(
-    data: mx.array, side: Side, x: mx.array, n_out: int, bias: mx.array | None
+    data: mx.array, side: Side, x: mx.array, n_out: int, inside: int, bias: mx.array | None
 ) -> mx.array:
-    """Launch the kernel of a product with a side of the matrix."""
+    """Launch the kernel of a product with a side of the matrix.
+
+    Of the last block-column, as many columns as ``inside`` says lie in the matrix.
+    """
     n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
     block_size = data.shape[-1] if data.ndim > 2 else 1
     kernel = _product_kernel(side, block_size, n_x, n_out, n_matrices)
     options = {
         "T": x.dtype,
         "B": block_size,
+        "INSIDE": inside,
         "TRANSPOSED": int(side.perm is not None),
         "BIAS": int(bias is not None),
     }

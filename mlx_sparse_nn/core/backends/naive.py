@@ -32,7 +32,10 @@ def sddmm(pattern: CSRPattern, y: mx.array, x: mx.array) -> mx.array:
     if 0 in shape:
         return mx.zeros(shape, x.dtype)
     outer = _wide(y).swapaxes(-1, -2) @ _wide(x)  # (..., n_rows, n_cols)
-    grid = outer.reshape(-1, *_grid(pattern)).swapaxes(2, 3)
+    (R, B, C, _), (n_rows, n_cols) = _grid(pattern), pattern.shape
+    whole = mx.zeros((*outer.shape[:-2], R * B, C * B), outer.dtype)
+    whole[..., :n_rows, :n_cols] = outer
+    grid = whole.reshape(-1, R, B, C, B).swapaxes(2, 3)
     return grid[_places(pattern)].reshape(shape).astype(x.dtype)
 
 
@@ -64,12 +67,13 @@ def dense(data: mx.array, pattern: CSRPattern) -> mx.array:
     grid = mx.zeros((*(lead or (1,)), R, C, B, B), data.dtype)
     if data.size:
         grid = grid.at[_places(pattern)].add(data.reshape(*(lead or (1,)), -1, B, B))
-    return grid.swapaxes(2, 3).reshape(*lead, *pattern.shape)
+    n_rows, n_cols = pattern.shape  # the last blocks may reach past it
+    return grid.swapaxes(2, 3).reshape(*lead, R * B, C * B)[..., :n_rows, :n_cols]
 
 
 def _grid(pattern: CSRPattern) -> tuple[int, int, int, int]:
     B = pattern.block_size
-    return pattern.shape[0] // B, B, pattern.shape[1] // B, B
+    return -(-pattern.shape[0] // B), B, -(-pattern.shape[1] // B), B
 
 
 def _places(pattern: CSRPattern) -> tuple:

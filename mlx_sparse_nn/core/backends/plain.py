@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_sparse_nn.core import tuned
+from mlx_sparse_nn.core import edges, tuned
 from mlx_sparse_nn.core.backends import schedule
 from mlx_sparse_nn.core.backends.buckets import Buckets, buckets_of
 from mlx_sparse_nn.core.backends.schedule import Index, Result, Step, depend_on
 from mlx_sparse_nn.core.backends.stored import Stored
 from mlx_sparse_nn.core.layout import Layout, Side
 from mlx_sparse_nn.core.quantized import dequantize
+from mlx_sparse_nn.core.transforms import tracing
 
 NAME = "plain"
 _NARROW = (mx.bfloat16, mx.float16)
@@ -37,6 +38,9 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
     """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c] + bias[r].
 
+    Sizes are those of whole blocks, ``layout.full_shape``. Where these reach past the matrix, x has
+    zeros, and ``data`` anything.
+
     Args:
         data: ``(n_blocks,)`` for scalars or ``(n_blocks, B, B)``; or ``(V, ...)``.
         layout: Layout of the pattern.
@@ -46,12 +50,12 @@ def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = No
     Returns:
         ``(N, n_rows)`` or ``(V, N, n_rows)`` of the same dtype, accumulated in float32 at least.
     """
-    return _product((data,), layout, x, bias, transposed=False)
+    return _product((edges.clear_cols(layout, data),), layout, x, bias, transposed=False)
 
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; shapes as in :func:`spmm`, swapped."""
-    return _product((data,), layout, y, None, transposed=True)
+    return _product((edges.clear_rows(layout, data),), layout, y, None, transposed=True)
 
 
 def qspmm(
@@ -69,14 +73,16 @@ def qspmm(
         scales, biases: ``(n_blocks, B, B / group_size)`` of the dtype of ``x``; or ``(V, ...)``.
         layout, x, bias: As in :func:`spmm`.
     """
-    return _product((packed, scales, biases), layout, x, bias, transposed=False)
+    matrix = edges.clear_quantized_cols(layout, packed, scales, biases)
+    return _product(matrix, layout, x, bias, transposed=False)
 
 
 def qspmm_t(
     packed: mx.array, scales: mx.array, biases: mx.array, layout: Layout, y: mx.array
 ) -> mx.array:
     """Return :func:`spmm_t` by quantized blocks; shapes as in :func:`qspmm`, swapped."""
-    return _product((packed, scales, biases), layout, y, None, transposed=True)
+    matrix = edges.clear_quantized_rows(layout, packed, scales, biases)
+    return _product(matrix, layout, y, None, transposed=True)
 
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
@@ -120,7 +126,7 @@ def _product(
 ) -> mx.array:
     """Return the product with the matrix, or with its transpose."""
     n_x, block_size = x.shape[-2], layout.block_size
-    shape = (*x.shape[:-1], layout.shape[1 if transposed else 0])
+    shape = (*x.shape[:-1], layout.full_shape[1 if transposed else 0])
     if 0 in (*shape, stored[0].size):
         y = mx.zeros(shape, x.dtype)
         return y if bias is None else y + bias
@@ -248,7 +254,7 @@ def _side_by_side(a: mx.array, step: Step, n_matrices: int, transposed: bool) ->
     ``(V * m, B, width * B)``."""
     block_size = a.shape[-1]
     if block_size > 1 and not transposed:
-        a = mx.contiguous(a.swapaxes(1, 2))  # (in, out), as they lie in the transpose
+        a = _contiguous(a.swapaxes(1, 2))  # (in, out), as they lie in the transpose
     a = a.reshape(n_matrices * step.n_rows, step.width * block_size, block_size)
     return a.swapaxes(1, 2)
 
@@ -278,6 +284,11 @@ def _in_matrix_order(y: Result, buckets: Buckets, n_matrices: int) -> mx.array:
     return _take(y.rows, buckets.position_of_row, n_matrices)
 
 
+def _contiguous(a: mx.array) -> mx.array:
+    """Return ``a`` without gaps between its rows, but not in a file, which cannot hold this."""
+    return mx.contiguous(a) if tracing.graph is None else a
+
+
 def _n_matrices(x: mx.array) -> int:
     return x.shape[0] if x.ndim == 3 else 1
 
@@ -290,7 +301,7 @@ def _row_blocks(x: mx.array, block_size: int) -> mx.array:
     """Return ``(V, N, C * B)`` as ``(V * C, N, B)``."""
     n_x, width = x.shape[-2:]
     if n_x > 1:
-        x = mx.contiguous(x.reshape(-1, n_x, width // block_size, block_size).swapaxes(1, 2))
+        x = _contiguous(x.reshape(-1, n_x, width // block_size, block_size).swapaxes(1, 2))
     return x.reshape(-1, n_x, block_size)
 
 
@@ -299,8 +310,8 @@ def _column_blocks(x: mx.array, block_size: int) -> mx.array:
     n_x = x.shape[-2]
     if x.size > tuned.MAX_CACHED_VALUES and block_size > 1:
         # Strides of whole rows of x would miss the cache: first by blocks, then within each.
-        return mx.contiguous(_row_blocks(x, block_size).swapaxes(1, 2))
-    return mx.contiguous(x.swapaxes(-1, -2)).reshape(-1, block_size, n_x)
+        return _contiguous(_row_blocks(x, block_size).swapaxes(1, 2))
+    return _contiguous(x.swapaxes(-1, -2)).reshape(-1, block_size, n_x)
 
 
 def _bias_blocks(

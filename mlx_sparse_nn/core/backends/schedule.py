@@ -19,6 +19,7 @@ from mlx_sparse_nn.core.backends.buckets import Buckets
 from mlx_sparse_nn.core.backends.stored import Stored
 from mlx_sparse_nn.core.cores import n_cores
 from mlx_sparse_nn.core.layout import Side
+from mlx_sparse_nn.core.transforms import tracing
 
 Index: TypeAlias = "mx.array | slice"
 
@@ -92,7 +93,10 @@ class Result:
 
 def depend_on(a: mx.array, other: mx.array) -> mx.array:
     """Return ``a``, to be there once ``other`` is; ``mx.depends`` cannot be mapped."""
-    return mx.where(other.reshape(-1)[:1], a, a)
+    other = other.reshape(-1)[:1]
+    if tracing.graph is not None:  # MLX derives this, and fails at conditions and indices
+        other = mx.stop_gradient(other)
+    return mx.where(other, a, a)
 
 
 def steps(side: Side, buckets: Buckets, cost: Cost) -> list[Step]:

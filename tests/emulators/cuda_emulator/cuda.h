@@ -249,11 +249,16 @@ static void begin_copy(void* dst, const void* src, int bytes) {
                                            self->group};
 }
 template <bool ALIGNED, typename T>
-void copy16(T* dst, const T* src, bool valid) {
+void copy_first(T* dst, const T* src, int count) {
+  const int taken = max(0, min(16 / int(sizeof(T)), count));
   at_shared(__cvta_generic_to_shared(dst), 16);
-  if (ALIGNED) return begin_copy(dst, src, valid ? 16 : 0);
-  if (valid) check_source(src, 16);
-  for (int i = 0; i < 16 / int(sizeof(T)); i++) dst[i] = valid ? src[i] : T(0.0f);
+  if (ALIGNED) return begin_copy(dst, src, taken * sizeof(T));
+  if (taken) check_source(src, taken * sizeof(T));
+  for (int i = 0; i < 16 / int(sizeof(T)); i++) dst[i] = i < taken ? src[i] : T(0.0f);
+}
+template <bool ALIGNED, typename T>
+void copy16(T* dst, const T* src, bool valid) {
+  copy_first<ALIGNED>(dst, src, valid ? 16 / int(sizeof(T)) : 0);
 }
 template <typename T>
 void copy_some(T* dst, const T* src, int i, int count, bool aligned) {

@@ -1,0 +1,103 @@
+"""Small random models of mlx-lm, dense and sparse, and their directories, made on the spot."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import gemma3_text, llama, qwen2, qwen3
+from mlx_lm.utils import save_config, save_model
+from support import ROOT
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from mlx_sparse_nn.surgery.sparsify import sparsify
+
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+}
+CONFIGS = {
+    "llama": (llama, {**SIZES, "tie_word_embeddings": False, "mlp_bias": True}),
+    "qwen2": (qwen2, SIZES),
+    "qwen3": (
+        qwen3,
+        {**SIZES, "head_dim": 32, "tie_word_embeddings": True, "rope_theta": 1e4},
+    ),
+    "gemma3_text": (
+        gemma3_text,
+        {**SIZES, "head_dim": 32, "sliding_window": 16, "sliding_window_pattern": 2},
+    ),
+}
+PAGE = ROOT / "docs" / "mlx_lm.md"
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def config_of(name: str) -> dict:
+    return {"model_type": name, **CONFIGS[name][1]}
+
+
+def make_dense(name: str, seed: int = 0) -> Any:
+    mx.random.seed(seed)
+    arch = CONFIGS[name][0]
+    model = arch.Model(arch.ModelArgs.from_dict(config_of(name)))
+    model.sanitize({})  # Gemma has no output layer where a checkpoint has none
+    return model
+
+
+def make_sparse(name: str, seed: int = 0) -> Any:
+    model = make_dense(name, seed)
+    made = sparsify(model.model, block_size=32, density=0.5)
+    assert len(made.sparse) == 14  # q, k, v, o, gate, up and down of two layers
+    return model
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of 96 words."""
+    words = [*(f"w{i}" for i in range(92)), "<system>", "<user>", "<assistant>", "<end>"]
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="w0"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", chat_template=CHAT)
+
+
+def code_of(section: str, n: int = 0) -> str:
+    """Return a Python block under a heading of the page."""
+    text = PAGE.read_text(encoding="utf-8").split(f"## {section}\n")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)[n]
+
+
+def save_dense(name: str, path: Path) -> None:
+    """Save a dense model as it would be downloaded."""
+    save_model(path, make_dense(name))
+    save_config(config_of(name), path / "config.json")
+    make_tokenizer().save_pretrained(path)
+
+
+def save_sparse(model: nn.Module, path: Path, config: dict) -> None:
+    """Save a sparse model with the file that the page shows, for its architecture."""
+    save_model(path, model)
+    save_config({**config, "model_file": "sparse_model.py"}, path / "config.json")
+    (path / "sparse_model.py").write_text(model_file(config["model_type"]))
+
+
+def model_file(name: str) -> str:
+    """Return the file that the page shows, for another architecture than Llama."""
+    return code_of("Save and load").replace("llama", name)
+
+
+def layers_of(model: nn.Module, kind: Any) -> list[str]:
+    return [path for path, module in model.named_modules() if isinstance(module, kind)]
+
+
+def close(a: mx.array, b: mx.array, tolerance: float = 1e-4) -> Any:
+    return mx.allclose(a, b, rtol=tolerance, atol=tolerance * float(mx.abs(b).max())).item()
