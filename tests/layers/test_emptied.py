@@ -19,6 +19,7 @@ X = mx.random.normal((3, 64), key=mx.random.key(0))
 EMPTIED = r"\] the layer was emptied: mx\.array\(\[\]\) was written into it, .*; write .* again"
 MAKE = {
     "blocks": lambda: BlockSparseLinear(64, 64, density=0.5),
+    "edges": lambda: BlockSparseLinear(64, 50, block_size=24, density=0.5),
     "scalars": lambda: BlockSparseLinear(64, 64, block_size=1, bias=False),
     "quantized": lambda: BlockSparseLinear(64, 64, density=0.5).to_quantized(),
     "LoRA": lambda: BlockSparseLinear(64, 64, density=0.5).to_lora(),

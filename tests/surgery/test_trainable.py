@@ -76,6 +76,20 @@ def test_a_model_of_another_pattern_takes_both(file, density, path):
     check_same_pattern(model)
 
 
+def test_dims_that_are_no_multiple_of_the_block(file):
+    def digits(density):
+        return nn.Sequential(BlockSparseLinear(784, 100, density=density), nn.Linear(100, 10))
+
+    saved, model = digits(0.5), digits(0.9)
+    save_trainable(saved, file)
+    x = mx.random.normal((2, 784))
+    assert_equal(load_trainable(model, file)(x), saved(x))
+    wider = nn.Sequential(BlockSparseLinear(800, 100), nn.Linear(100, 10))  # as many blocks a row
+    message = r"\(output_dims, input_dims\) \[100, 784\], the model's has \[100, 800\]"
+    with pytest.raises(ValueError, match=message):
+        load_trainable(wider, file)
+
+
 def test_what_is_in_the_file(file):
     save_trainable(make(), file)
     arrays, metadata = untyped(mx.load(file, return_metadata=True))
