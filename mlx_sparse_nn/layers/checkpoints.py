@@ -95,13 +95,15 @@ def check_described(owner: str, path: str, saved: Mapping[str, Any], pattern: CS
 def check_patterns(owner: str, model: nn.Module, described: Described, kind: type) -> None:
     """Raise unless the layers of a model have the patterns that a file names for them."""
     modules = dict(model.named_modules())
-    for path in described.keys() & modules.keys():
+    for path, saved in described.items():
+        if path not in modules:
+            continue
         if not isinstance(modules[path], kind):
             raise ValueError(
                 f"[{owner}] {path} is sparse in the file, a {type(modules[path]).__name__} in the "
                 f"model {RESTORE}"
             )
-        check_described(owner, path, described[path], modules[path].pattern)
+        check_described(owner, path, saved, modules[path].pattern)
 
 
 def guard(kind: type) -> None:
@@ -136,14 +138,13 @@ def _load_weights(
 
 def _hint(message: str, layers: Mapping[str, Any]) -> str:
     """Say what helps where names or shapes are refused because of the number of blocks."""
+    if "Expected shape (0,)" in message and any(layer._emptied for layer in layers.values()):
+        return "(the model was emptied: load with strict=False)"
     named = message.rsplit("for parameter ", 1)[-1] if "Expected shape" in message else ""
     path, _, name = named.rpartition(".")
-    if path in layers and name in layers[path]:
-        if layers[path][name].shape == (0,):
-            return "(the layer was emptied: load with strict=False)"
-        return RESTORE
-    sparse_names = message.startswith(("Received ", "Missing ")) and ".indptr" in message
-    return RESTORE if sparse_names or "the number of stored blocks" in message else ""
+    of_blocks = path in layers and name in layers[path]
+    of_names = message.startswith(("Received ", "Missing ")) and ".indptr" in message
+    return RESTORE if of_blocks or of_names or "the number of stored blocks" in message else ""
 
 
 RESTORE = "(mlx_sparse_nn.restore(model, weights) takes layers of any pattern)"

@@ -123,6 +123,7 @@ class LoRABlockSparseLinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return the adapted output: ``(..., input_dims)`` -> ``(..., output_dims)``."""
+        self._check_whole()
         y = self.linear(x)
         z = (self.dropout(x) @ self.lora_a) @ self.lora_b
         return y + (self.scale * z).astype(x.dtype)
@@ -144,6 +145,7 @@ class LoRABlockSparseLinear(nn.Module):
         Raises:
             ValueError: With ``keep_pattern``, the pattern stores a block more than once.
         """
+        self._check_whole()
         linear, lora_b = self.linear, self.scale * self.lora_b
         if keep_pattern:
             linear.pattern.check_unique("LoRABlockSparseLinear.fuse")
@@ -162,6 +164,15 @@ class LoRABlockSparseLinear(nn.Module):
             )
             return fused.to_quantized(linear.group_size, linear.bits)
         return fused
+
+    def _check_whole(self) -> None:
+        """Raise if the adapters were emptied; their base says so itself."""
+        if self["lora_a"].shape == (0,) or self["lora_b"].shape == (0,):
+            self.linear._check_whole()
+            raise ValueError(
+                "[LoRABlockSparseLinear] the adapters were emptied: mx.array([]) was written into "
+                "them; write lora_a and lora_b again"
+            )
 
     def _extra_repr(self) -> str:
         return f"r={self.lora_b.shape[0]}, scale={self.scale}"

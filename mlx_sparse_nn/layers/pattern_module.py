@@ -219,7 +219,7 @@ class PatternModule(nn.Module):
 
     def _refill(self, emptied: Emptied, key: str, value: Any) -> None:
         """Take an array that an emptied layer waits for. The last one makes the layer whole."""
-        if isinstance(value, mx.array) and value.shape == (0,) and value.dtype == mx.float32:
+        if isinstance(value, mx.array) and _is_nothing(value):
             emptied.arrays.pop(key, None)  # emptied again
             return
         new_pattern = "indices" in emptied.shapes
@@ -261,7 +261,7 @@ class PatternModule(nn.Module):
             raise ValueError(
                 f"[{owner}] {key} must be an array of shape {shape}, got {value.shape}{hint}"
             )
-        if key == "weight":
+        if key in ("weight", "scales", "biases"):
             check_block_dtype(owner, value.dtype, self.block_size)
         if key not in _INDICES or value is current:
             return value
@@ -334,18 +334,19 @@ class Emptied:
 class Rollback:
     """What the latest writes into a module replaced, to be put back if one of them is refused.
 
-    ``load_weights`` writes one array after another and does not say where it begins or ends. A bad
-    checkpoint is often noticed at its second array, when the first one is already in the module;
-    new weights on an old pattern would compute without an error. So the writes since the last call
-    of the layer, or since one name was written for the second time, count as one, and an error in
-    it takes all of it back.
+    ``update`` writes one array after another and does not say where it begins or ends. Wrong arrays
+    are often noticed at the second one, when the first one is already in the module; old weights on
+    half of a new pattern would compute without an error. So the writes since the last call of the
+    layer, or since one name was written for the second time, count as one, and an error in it takes
+    all of it back.
 
-    The references are weak: ``load_weights`` holds what it replaces until it is done. Held by the
-    module, the weights before each step of an optimizer would live on beside the new ones.
+    References to values are weak, so what nobody else holds does not come back. Held by the module,
+    the weights before each step of an optimizer would live on beside the new ones. ``load_weights``
+    holds all that it replaces.
     """
 
     def __init__(self):
-        self._references: dict[str, weakref.ref[mx.array]] = {}
+        self._references: dict[str, Callable[[], mx.array | None]] = {}
 
     def begin(self, key: str) -> None:
         """Begin anew if ``key`` was written before: it belongs to another load then."""
@@ -354,7 +355,7 @@ class Rollback:
 
     def note(self, key: str, replaced: mx.array) -> None:
         """Remember what a write of ``key`` is about to replace."""
-        self._references[key] = weakref.ref(replaced)
+        self._references[key] = (lambda: replaced) if key in _INDICES else weakref.ref(replaced)
 
     def replaced(self) -> Iterator[tuple[str, mx.array]]:
         """Yield what was replaced, by name, as far as somebody holds it."""
@@ -372,6 +373,11 @@ def without_indices(filter_fn: Filter | None) -> Filter:
         return not is_index and keep(module, key, value)
 
     return filtered
+
+
+def _is_nothing(value: mx.array) -> bool:
+    """Return whether an array is ``mx.array([])``, or a cast of it: index arrays are integers."""
+    return value.shape == (0,) and mx.issubdtype(value.dtype, mx.floating)
 
 
 def _is_rounded(value: mx.array, current: mx.array) -> bool:

@@ -84,27 +84,17 @@ def load_trainable(model: _Model, file: str | Path) -> _Model:
     check_model(owner, model)
     arrays, described = load_arrays(owner, _name(owner, file))
     current, layers = _flat(model.parameters()), modules_of(model, PatternModule)
+    for path in described:
+        if path not in layers:
+            raise ValueError(f"[{owner}] {path} is sparse in the file, and not in the model")
     if unknown := sorted(arrays.keys() - current.keys()):
         raise ValueError(f"[{owner}] the file has {_some(unknown)}, which the model has not")
     if missing := sorted(_flat(model.trainable_parameters()).keys() - arrays.keys()):
         raise ValueError(f"[{owner}] the file has no {_some(missing)}, which the model trains")
     patterns = {path: _pattern(owner, path, layer, arrays) for path, layer in layers.items()}
     for path, saved in described.items():
-        if path not in patterns:
-            raise ValueError(f"[{owner}] {path} is sparse in the file, and not in the model")
         check_described(owner, path, saved, patterns[path])
-    for name, array in arrays.items():
-        path, _, key = name.rpartition(".")
-        expected = current[name].shape
-        if path in patterns and key in BLOCKWISE:
-            expected = (patterns[path].n_blocks, *expected[1:])
-        if array.shape != expected:
-            raise ValueError(f"[{owner}] {name} has shape {array.shape}, expected {expected}")
-        kinds = [mx.issubdtype(a.dtype, mx.inexact) for a in (array, current[name])]
-        if kinds[0] != kinds[1]:
-            raise TypeError(
-                f"[{owner}] {name} has dtype {array.dtype}, expected {current[name].dtype}"
-            )
+    _check_arrays(owner, arrays, current, patterns)
     changed = [path for path, pattern in patterns.items() if pattern != layers[path].pattern]
     before = model.parameters()
     try:
@@ -138,6 +128,24 @@ def _pattern(owner: str, path: str, layer: PatternModule, arrays: Arrays) -> CSR
             f"[{owner}] the file has another pattern for {_some(missing)} and no values"
         )
     return pattern
+
+
+def _check_arrays(
+    owner: str, arrays: Arrays, current: Arrays, patterns: dict[str, CSRPattern]
+) -> None:
+    """Raise unless each array fits the parameter of its name, with the blocks of these patterns."""
+    for name, array in arrays.items():
+        path, _, key = name.rpartition(".")
+        expected = current[name].shape
+        if path in patterns and key in BLOCKWISE:
+            expected = (patterns[path].n_blocks, *expected[1:])
+        if array.shape != expected:
+            raise ValueError(f"[{owner}] {name} has shape {array.shape}, expected {expected}")
+        kinds = [mx.issubdtype(a.dtype, mx.inexact) for a in (array, current[name])]
+        if kinds[0] != kinds[1]:
+            raise TypeError(
+                f"[{owner}] {name} has dtype {array.dtype}, expected {current[name].dtype}"
+            )
 
 
 def _flat(tree: object) -> Arrays:

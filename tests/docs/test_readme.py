@@ -145,8 +145,9 @@ def test_measured_tables_are_made_from_their_files(script, function, mark, page,
     assert f"<!-- {mark} -->\n{table}\n<!-- end -->" in (ROOT / page).read_text()
 
 
-def test_the_code_on_sparsify_runs():
+def test_the_code_on_sparsify_runs(monkeypatch, tmp_path):
     """The blocks of the page follow one another, as a reader would type them."""
+    monkeypatch.chdir(tmp_path)  # one saves a file
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/sparsify.md").read_text(), re.DOTALL)
     names = {}
     for code in blocks:

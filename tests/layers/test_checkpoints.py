@@ -10,7 +10,7 @@ import mlx.optimizers as optim
 import pytest
 from checkpoint_model import make_input, make_model
 from mlx.utils import tree_map
-from support import assert_equal, flatten
+from support import assert_equal, flatten, untyped
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern, prune, restore
 
@@ -154,7 +154,7 @@ MUTATIONS = {
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS)
 def test_a_refused_load_leaves_the_whole_model_as_it_was(mutation, order, strict):
-    model, other = Mixed(0).eval(), Mixed(1)
+    model, other = untyped(Mixed(0).eval()), Mixed(1)
     x = mx.random.normal((4, 32))
     before, y = dict(flatten(model.parameters())), model(x)
     patterns = [model.layers[1].pattern, model.layers[3].pattern]
@@ -168,7 +168,9 @@ def test_a_refused_load_leaves_the_whole_model_as_it_was(mutation, order, strict
         except (TypeError, ValueError):
             refused += 1
         else:
-            model = Mixed(0).eval()  # a valid pattern, such as one with two columns exchanged
+            model = untyped(
+                Mixed(0).eval()
+            )  # a valid pattern, such as one with two columns exchanged
         after = dict(flatten(model.parameters()))
         assert after.keys() == before.keys()
         assert all(mx.array_equal(after[key], array) for key, array in before.items())
@@ -180,7 +182,7 @@ def test_a_refused_load_leaves_the_whole_model_as_it_was(mutation, order, strict
 def test_models_without_sparse_layers_load_as_ever(tmp_path):
     model, path = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm(4)), str(tmp_path / "m.safetensors")
     model.save_weights(path)
-    assert mx.load(path, return_metadata=True)[1] == {}
+    assert untyped(mx.load(path, return_metadata=True))[1] == {}
     assert model.load_weights(path) is model
     with pytest.raises(ValueError, match=r"Missing 1 parameters: \nlayers\.0\.bias\.$"):
         model.load_weights([("layers.0.weight", mx.ones((4, 4))), *flatten(model.parameters())[2:]])
@@ -220,11 +222,13 @@ class TestAnotherNumberOfBlocks:
             model.load_weights(list(weights.items()))
 
     def test_an_emptied_layer_says_how_it_is_loaded(self):
-        model = make_model(0)
-        weights = flatten(model.parameters())
-        model.update(tree_map(lambda _: mx.array([]), model.parameters()))
-        with pytest.raises(ValueError, match=r"was emptied: load with strict=False"):
-            model.load_weights(weights)
+        for model in (make_model(0), Mixed(0)):
+            weights = flatten(model.parameters())
+            model.update(tree_map(lambda _: mx.array([]), model.parameters()))
+            with pytest.raises(ValueError, match=r"was emptied: load with strict=False"):
+                model.load_weights(weights)
+            model.load_weights(weights, strict=False)
+            model(mx.ones((2, 32)))
 
 
 class TestFingerprints:
@@ -232,7 +236,7 @@ class TestFingerprints:
         """Save some of the arrays of a model, with what save_weights says of its patterns."""
         path = str(tmp_path / "m.safetensors")
         model.save_weights(path)
-        arrays, metadata = mx.load(path, return_metadata=True)
+        arrays, metadata = untyped(mx.load(path, return_metadata=True))
         arrays = {name: array for name, array in arrays.items() if keep(name)}
         mx.eval(arrays)
         mx.save_safetensors(path, arrays, metadata)
@@ -279,7 +283,7 @@ class TestFingerprints:
     def test_other_metadata_is_none_of_ours(self, tmp_path):
         model, path = make_model(0), str(tmp_path / "m.safetensors")
         model.save_weights(path)
-        assert mx.load(path, return_metadata=True)[1]["format"] == "mlx"
+        assert untyped(mx.load(path, return_metadata=True))[1]["format"] == "mlx"
         model.layers[0].save_weights(path)
         make_model(1).layers[0].load_weights(path)
 
@@ -300,6 +304,22 @@ def test_training_then_a_bad_checkpoint_keeps_the_trained_weights():
         with pytest.raises(ValueError, match="indices"):
             model.load_weights(list(weights.items())[::order])
         assert_equal(layer.weight, trained)
+
+
+@pytest.mark.parametrize("first", ["indptr", "indices"])
+def test_half_of_a_pattern_never_stays(first):
+    """By update, where nobody holds what was replaced."""
+    layer = BlockSparseLinear(48, 16, CSRPattern([0, 1, 4], [0, 1, 2, 3], (16, 48), 8))
+    pattern = layer.pattern
+    good = {"indptr": mx.array([0, 2, 4]), "indices": mx.array([5, 4, 1, 0])}
+    bad = {name: good[name] + 10 * (name != first) for name in sorted(good, key=first.__ne__)}
+    with pytest.raises(ValueError, match="ind"):
+        layer.update(bad)
+    assert layer.pattern == pattern
+    assert layer.indptr.tolist() == [0, 1, 4]
+    assert layer.indices.tolist() == [0, 1, 2, 3]
+    layer.update(good)
+    assert layer.pattern.indices.tolist() == [5, 4, 1, 0]
 
 
 def test_shapes_are_checked_even_when_loading_is_not_strict():

@@ -19,6 +19,7 @@ X = mx.random.normal((3, 64), key=mx.random.key(0))
 EMPTIED = r"\] the layer was emptied: mx\.array\(\[\]\) was written into it, .*; write .* again"
 MAKE = {
     "blocks": lambda: BlockSparseLinear(64, 64, density=0.5),
+    "edges": lambda: BlockSparseLinear(64, 50, block_size=24, density=0.5),
     "scalars": lambda: BlockSparseLinear(64, 64, block_size=1, bias=False),
     "quantized": lambda: BlockSparseLinear(64, 64, density=0.5).to_quantized(),
     "LoRA": lambda: BlockSparseLinear(64, 64, density=0.5).to_lora(),
@@ -127,6 +128,19 @@ def test_adapters_over_an_emptied_layer():
             fused(empty(MAKE["LoRA"]()))
 
 
+@pytest.mark.parametrize("name", ["lora_a", "lora_b"])
+def test_adapters_alone(name):
+    adapted = MAKE["LoRA"]()
+    y, array = adapted(X), adapted[name]
+    setattr(adapted, name, mx.array([]))
+    assert "scale" in repr(adapted)
+    for call in (lambda: adapted(X), lambda: adapted.fuse()):
+        with pytest.raises(ValueError, match=r"^\[LoRABlockSparseLinear\] the adapters were empt"):
+            call()
+    setattr(adapted, name, array)
+    assert_equal(adapted(X), y)
+
+
 def test_a_compiled_step_and_its_refilled_layer():
     layer = BlockSparseLinear(64, 64, density=0.5)
     step = mx.compile(lambda x: layer(x), inputs=layer.state, outputs=layer.state)
@@ -149,6 +163,20 @@ def test_what_can_still_be_read():
         source = BlockSparseLinear(64, 64)
         copied.load_weights(flatten(source.parameters()), strict=False)
         assert_equal(copied(X), source(X))
+
+
+def test_what_goes_over_all_parameters_leaves_it_empty():
+    layer, other = emptied(), BlockSparseLinear(64, 64)
+    layer.weight = other.weight
+    model = empty(nn.Sequential(layer))
+    model.set_dtype(mx.bfloat16)
+    model.apply(lambda p: p * 2)
+    model.update(tree_map(lambda p: p + 1, model.parameters()))
+    empty(model).update(model.parameters())
+    with pytest.raises(ValueError, match=EMPTIED):
+        model(X)
+    layer.update(other.parameters())
+    assert_equal(model(X), other(X))
 
 
 @pytest.mark.parametrize("order", list(permutations(["weight", "bias", "indptr", "indices"]))[::5])
