@@ -274,7 +274,12 @@ def _multiply_add(
     if added is None:
         return a @ xs
     added = _take(added, step.rows, n_matrices)
-    return mx.addmm(added, a, xs) if a.dtype in _NARROW else a @ xs + added
+    if a.dtype in _NARROW and not mx.cuda.is_available():
+        return mx.addmm(added, a, xs)
+    # MLX (0.32.4) rounds a batched addmm twice on CUDA. float32 holds 16-bit products exactly, and
+    # so does TF32.
+    dtype = _wide(a.dtype)
+    return a.astype(dtype) @ xs.astype(dtype) + added.astype(dtype)
 
 
 def _in_matrix_order(y: Result, buckets: Buckets, n_matrices: int) -> mx.array:
