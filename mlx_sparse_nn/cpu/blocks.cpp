@@ -13,6 +13,10 @@
 // Sums are in float32, or in float64 of float64, and rounded once. Their order follows from sizes
 // alone. spmm in panels: bias, then blocks in stored order, k ascending. Few rows: lanes apart, the
 // bias last. sddmm: n ascending.
+//
+// Blocks are computed whole. Where they reach past the matrix, packed operands are zero, and
+// results are dropped, or of sddmm cleared. In spmm a block past the last column is multiplied from
+// a copy that has zeros there.
 
 #include "blocks.h"
 #include "copy.h"
@@ -37,6 +41,7 @@ struct Layout {
   int64_t sums;    // of a strip in panels
   int64_t sums_few;
   int64_t out_few;  // of a strip
+  int64_t edge;     // a block that reaches past the last column
 
   explicit Layout(const Product& p) {
     const int64_t B = side(p.a), most = most_few(B, p.a.perm);
@@ -51,8 +56,9 @@ struct Layout {
     sums = round_up(height * lanes, 64);
     sums_few = round_up(n * few_sums(B) * V, 64);
     out_few = round_up(n * height, 64);
+    edge = p.a.n_cols < p.a.C * B ? round_up(B * B, 64) : 0;
   }
-  int64_t mine() const { return start + values + sums + sums_few + out_few; }
+  int64_t mine() const { return start + values + sums + sums_few + out_few + edge; }
 };
 
 // Multiply-adds of some rows of x.
@@ -68,6 +74,7 @@ class Chunk {
         plan(rows, most_few(side(p.a), p.a.perm)),
         rows(rows),
         B(side(p.a)),
+        last_cols(inside(p.a.n_cols, p.a.C - 1, B)),
         data(static_cast<const E*>(p.data) + v * a.n_blocks * B * B),
         x(static_cast<const E*>(p.x.values) + v * p.x.v_step + n * p.x.n_step),
         y(static_cast<E*>(p.y.values) + v * p.y.v_step + n * p.y.n_step),
@@ -79,29 +86,50 @@ class Chunk {
     if (plan.few) pack_few();
     const double work = work_of(a, rows);
     const int64_t height = B < STRIP ? STRIP / B : 1;  // of a strip, in block-rows
+    auto multiply = [&](int64_t begin, int64_t end, int worker) {
+      const Own own(layout, few + layout.few + worker * layout.mine());
+      clear_outside(own.edge);
+      for (int64_t s = begin; s < end; ++s) {
+        multiply_strip(s * height, std::min(a.R, (s + 1) * height), own);
+      }
+    };
     if (height == 1) {
-      share_rows(p.crew, a.indptr, a.R, work, [&](int64_t begin, int64_t end, int worker) {
-        for (int64_t r = begin; r < end; ++r) multiply_strip(r, r + 1, worker);
-      });
+      share_rows(p.crew, a.indptr, a.R, work, multiply);
     } else {
-      share(p.crew, (a.R + height - 1) / height, work, [&](int64_t begin, int64_t end, int worker) {
-        for (int64_t s = begin; s < end; ++s) {
-          multiply_strip(s * height, std::min(a.R, (s + 1) * height), worker);
-        }
-      });
+      share(p.crew, (a.R + height - 1) / height, work, multiply);
     }
   }
 
  private:
+  // What a thread has of the scratch.
+  struct Own {
+    A* start;
+    A* values;
+    A* sums;
+    A* sums_few;
+    A* out_few;
+    E* edge;  // zeros past the matrix
+
+    Own(const Layout& layout, A* scratch)
+        : start(scratch),
+          values(start + layout.start),
+          sums(values + layout.values),
+          sums_few(sums + layout.sums),
+          out_few(sums_few + layout.sums_few),
+          edge(reinterpret_cast<E*>(out_few + layout.out_few)) {}
+  };
+
   void pack_panels() const {
-    const int64_t n_cols = a.C * B, slices = (n_cols + SLICE - 1) / SLICE, few0 = rows - plan.few;
+    const int64_t n_cols = a.n_cols, whole = a.C * B, few0 = rows - plan.few;
+    const int64_t slices = (n_cols + SLICE - 1) / SLICE;
     share(p.crew, plan.n * slices, double(few0) * n_cols, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t q = i / slices, c = i % slices * SLICE;
+        const int64_t q = i / slices, c = i % slices * SLICE, c_end = std::min(c + SLICE, n_cols);
         const int64_t first = plan.first[q], lanes = plan.lanes[q];
-        gather(x + first * p.x.n_step + c * p.x.c_step, p.x.c_step, p.x.n_step,
-               std::min(SLICE, n_cols - c), std::min(lanes, few0 - first),
-               panels + first * n_cols + c * lanes, lanes, lanes);
+        A* const to = panels + first * whole;
+        gather(x + first * p.x.n_step + c * p.x.c_step, p.x.c_step, p.x.n_step, c_end - c,
+               std::min(lanes, few0 - first), to + c * lanes, lanes, lanes);
+        if (c_end == n_cols) std::fill_n(to + n_cols * lanes, (whole - n_cols) * lanes, A(0));
       }
     });
   }
@@ -111,8 +139,11 @@ class Chunk {
     for (int64_t n = 0; n < width; ++n) {
       A* const to = few + n * x_step(B);
       // A row of x that is missing is some other; what it gives is not written.
-      const int64_t row = rows - plan.few + std::min(n, plan.few - 1);
-      gather(x + row * p.x.n_step, B * p.x.c_step, p.x.c_step, a.C, B, to, step, B);
+      const E* const row = x + (rows - plan.few + std::min(n, plan.few - 1)) * p.x.n_step;
+      const int64_t whole = a.n_cols / B;  // block-columns
+      gather(row, B * p.x.c_step, p.x.c_step, whole, B, to, step, B);
+      gather(row + whole * B * p.x.c_step, 0, p.x.c_step, a.C - whole, last_cols, to + whole * step,
+             step, B);
       for (int64_t c = 0; c < a.C; ++c) {
         for (int64_t k = B; k < x_step(B); ++k) to[c * step + k] = to[c * step + k - B];
       }
@@ -120,21 +151,17 @@ class Chunk {
   }
 
   // y of block-rows r0 to r1.
-  void multiply_strip(int64_t r0, int64_t r1, int worker) const {
+  void multiply_strip(int64_t r0, int64_t r1, const Own& own) const {
     const int64_t n_cols = a.C * B, height = (r1 - r0) * B, few0 = rows - plan.few;
-    A* const start = few + layout.few + worker * layout.mine();
-    A* const values = start + layout.start;
-    A* const sums = values + layout.values;
-    A* const sums_few = sums + layout.sums;
-    A* const out_few = sums_few + layout.sums_few;
+    const auto [start, values, sums, sums_few, out_few, edge] = own;
     for (int64_t r = r0; r < r1; ++r) {
       const int64_t top = (r - r0) * B, end = a.indptr[r + 1];
-      for (int64_t o = 0; o < B; ++o) {
-        start[o] = p.bias ? widen(static_cast<const E*>(p.bias)[r * B + o]) : A(0);
-      }
+      const int64_t n_bias = p.bias ? inside(a.n_rows, r, B) : 0;
+      if (p.bias) copy_run<W>(static_cast<const E*>(p.bias) + r * B, start, n_bias);
+      std::fill(start + n_bias, start + B, A(0));
       int64_t j = a.indptr[r];
       do {
-        Group g = group(r, j, values);
+        Group g = group(r, j, values, edge);
         for (int q = 0; q < plan.n; ++q) {
           const int64_t first = plan.first[q], lanes = plan.lanes[q];
           multiply_panel(plan.lanes[q], g, panels + first * n_cols, start,
@@ -147,17 +174,20 @@ class Chunk {
         for (int64_t o = 0; o < B; ++o) out_few[n * height + top + o] += start[o];
       }
     }
+    const int64_t height_inside = std::min(height, a.n_rows - r0 * B);
     E* const to = y + r0 * B * p.y.c_step;
     for (int q = 0; q < plan.n; ++q) {
       const int64_t first = plan.first[q], lanes = plan.lanes[q];
-      scatter(sums + first * height, lanes, height, std::min(lanes, few0 - first),
+      scatter(sums + first * height, lanes, height_inside, std::min(lanes, few0 - first),
               to + first * p.y.n_step, p.y.c_step, p.y.n_step);
     }
-    scatter(out_few, height, plan.few, height, to + few0 * p.y.n_step, p.y.n_step, p.y.c_step);
+    scatter(out_few, height, plan.few, height_inside, to + few0 * p.y.n_step, p.y.n_step,
+            p.y.c_step);
   }
 
-  // The next blocks of block-row r, from j on: of DEPTH columns, or one block.
-  Group group(int64_t r, int64_t j, A* values) const {
+  // The next blocks of block-row r, from j on: of DEPTH columns, or one block. A block that reaches
+  // past the last column is alone.
+  Group group(int64_t r, int64_t j, A* values, E* edge) const {
     Group g;
     g.n = static_cast<int>(std::min(std::max<int64_t>(1, DEPTH / B), a.indptr[r + 1] - j));
     g.first = j == a.indptr[r];
@@ -165,12 +195,39 @@ class Chunk {
     g.column = a.indices + j;
     g.data = a.perm ? data : data + j * g.size();
     g.place = a.perm ? a.perm + j : nullptr;
-    g.next = a.perm && j + 2 * g.n <= a.n_blocks ? g.place + g.n : g.place;
+    if (last_cols < B && g.n) {
+      const int64_t before = count_before(g.column, g.n, a.C - 1);
+      g.n = static_cast<int>(std::max<int64_t>(1, before));
+      if (before == 0) {
+        static constexpr int32_t FIRST = 0;
+        copy_inside(g.stored(0), edge);
+        g.data = edge;
+        if (a.perm) g.place = &FIRST;  // still the transpose
+      }
+    }
+    g.next = a.perm && j + 2 * g.n <= a.n_blocks ? a.perm + j + g.n : g.place;
     g.wide = values;
     for (int e = 0; WIDENED && plan.n && e < g.n; ++e) {
       copy_run<W>(g.stored(e), values + e * g.size(), g.size());
     }
     return g;
+  }
+
+  // Of a copy of a block in the last block-column: what lies past the matrix, and what lies in it.
+  void clear_outside(E* block) const {
+    if (last_cols == B) return;
+    if (a.perm) {
+      std::fill_n(block + last_cols * B, (B - last_cols) * B, E{});
+    } else {
+      for (int64_t o = 0; o < B; ++o) std::fill_n(block + o * B + last_cols, B - last_cols, E{});
+    }
+  }
+  void copy_inside(const E* block, E* to) const {
+    if (a.perm) {
+      memcpy(to, block, last_cols * B * sizeof(E));  // its columns are rows of what is stored
+    } else {
+      for (int64_t o = 0; o < B; ++o) memcpy(to + o * B, block + o * B, last_cols * sizeof(E));
+    }
   }
 
   const Product& p;
@@ -179,6 +236,7 @@ class Chunk {
   const Plan plan;
   const int64_t rows;
   const int64_t B;
+  const int64_t last_cols;  // of the last block-column that lie in the matrix
   const E* const data;
   const E* const x;
   E* const y;
@@ -225,15 +283,19 @@ MLX_SPARSE_EXPORT void sddmm(const SampledProduct* p) {
       while (r1 < a.R && a.indptr[r1 + 1] - a.indptr[r0] <= l.group) ++r1;
       for (int64_t n = 0; n < p->N; n += STEP) {
         const int64_t rows = std::min(STEP, p->N - n);
-        pack_steps(p->crew, y + n * p->y.n_step + r0 * B * p->y.c_step, p->y, r1 - r0, B, l.step, B,
-                   rows, ys + r0 * l.step * B);
-        pack_steps(p->crew, x + n * p->x.n_step, p->x, a.C, B, l.step, l.padded, rows, xs);
+        pack_steps(p->crew, y + n * p->y.n_step + r0 * B * p->y.c_step, p->y, r1 - r0,
+                   a.n_rows - r0 * B, B, l.step, B, rows, ys + r0 * l.step * B);
+        pack_steps(p->crew, x + n * p->x.n_step, p->x, a.C, a.n_cols, B, l.step, l.padded, rows,
+                   xs);
         // Blocks count from the first of all.
         A* const kept = WIDENED ? sums - a.indptr[r0] * B * B : reinterpret_cast<A*>(out);
         const Sampling s{a, ys, xs, l.step, l.padded, rows, n == 0, n + rows == p->N, kept, out};
         share_rows(p->crew, a.indptr + r0, r1 - r0,
                    double(a.indptr[r1] - a.indptr[r0]) * B * B * rows,
-                   [&](int64_t begin, int64_t end, int) { sample_rows(s, r0 + begin, r0 + end); });
+                   [&](int64_t begin, int64_t end, int) {
+                     sample_rows(s, r0 + begin, r0 + end);
+                     if (s.last) clear_outside(s, r0 + begin, r0 + end);
+                   });
       }
       r0 = r1;
     }

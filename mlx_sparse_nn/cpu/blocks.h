@@ -20,6 +20,22 @@ constexpr int TALL = REGISTERS == 32 ? 8 : 4;  // rows of A in a tile of registe
 INLINE int64_t side(const Csr& a) { return BLOCK ? BLOCK : a.B; }
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// Rows of blocks of block-row r, or columns of block-column r, that lie in a matrix of n of them.
+INLINE int64_t inside(int64_t n, int64_t r, int64_t B) { return std::min(B, n - r * B); }
+
+// How many block-columns come before the first that is `last`.
+INLINE int64_t count_before(const int32_t* columns, int64_t n, int64_t last) {
+  constexpr int L = LANES<int32_t>;
+  int64_t e = 0;
+  for (; e + L <= n; e += L) {
+    const auto are_last =
+        *reinterpret_cast<const loose_vec<int32_t, L>*>(columns + e) == int32_t(last);
+    if (total<int32_t, L>(are_last)) break;
+  }
+  while (e < n && columns[e] != last) ++e;
+  return e;
+}
+
 // Vectors that lie one after the other.
 template <int V, int COUNT>
 INLINE void load_all(const A* from, vec<A, V> (&to)[COUNT]) {

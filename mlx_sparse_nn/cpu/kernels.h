@@ -20,7 +20,8 @@ struct Crew {
 };
 
 // CSR of A by block-rows; or of its transpose, whose block j lies at perm[j] and is read
-// transposed.
+// transposed. The last blocks may reach past the matrix: what they hold there is nobody's, enters
+// no result, and need not be finite.
 struct Csr {
   const int32_t* indptr;   // (R + 1)
   const int32_t* indices;  // (n_blocks)
@@ -29,6 +30,8 @@ struct Csr {
   int64_t C;
   int64_t n_blocks;
   int64_t B;
+  int64_t n_rows;  // of the matrix: at most R B, and more than (R - 1) B
+  int64_t n_cols;
 };
 
 // V matrices of N rows, as MLX may pass them: element (v, n, c) is at v v_step + n n_step +
@@ -53,7 +56,7 @@ struct Product {
   Crew crew;
 };
 
-// out[v, j] = sum over n of y[v, n, rows of j] x[v, n, columns of j]
+// out[v, j] = sum over n of y[v, n, rows of j] x[v, n, columns of j], and zero past the matrix
 struct SampledProduct {
   Csr a;      // perm is null
   void* out;  // (V, n_blocks, B, B)

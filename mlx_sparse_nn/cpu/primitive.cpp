@@ -79,6 +79,20 @@ Rows rows_of(const mx::array& x) {
           strides[n - 1]};
 }
 
+// The CSR of a matrix of these sizes, past which its last blocks may reach.
+Csr csr_of(const mx::array& indptr, const mx::array& indices, int64_t B, int64_t n_rows,
+           int64_t n_cols, mx::cpu::CommandEncoder& encoder) {
+  return {static_cast<const int32_t*>(contiguous(indptr, encoder)),
+          static_cast<const int32_t*>(contiguous(indices, encoder)),
+          nullptr,
+          static_cast<int64_t>(indptr.size()) - 1,
+          (n_cols + B - 1) / B,
+          static_cast<int64_t>(indices.size()),
+          B,
+          n_rows,
+          n_cols};
+}
+
 // V of operands (N, width) or (V, N, width).
 int n_matrices(const mx::array& x) { return x.ndim() > 2 ? x.shape(0) : 1; }
 
@@ -131,42 +145,45 @@ class CPUPrimitive : public mx::Primitive {
 // Inputs: indptr, indices, data, x, [scales, biases], [perm], [bias].
 class SparseProduct : public CPUPrimitive {
  public:
-  // `width` is that of the result, where it is not the rows of the CSR: 0 where it is.
-  SparseProduct(mx::Stream stream, const void* kernel, bool quantized, bool transposed, bool biased,
-                int width = 0)
+  enum class Kind { STORED, QUANTIZED, SPREAD };
+
+  // `width` is that of the result: the rows of the CSR, or of SPREAD the columns.
+  SparseProduct(mx::Stream stream, const void* kernel, Kind kind, int width, bool transposed,
+                bool biased)
       : CPUPrimitive(stream),
         kernel_(kernel),
-        quantized_(quantized),
+        kind_(kind),
+        width_(width),
         transposed_(transposed),
-        biased_(biased),
-        width_(width) {}
+        biased_(biased) {}
 
   const char* name() const override {
-    return quantized_ ? "QuantizedSparseProduct" : "SparseProduct";
+    return kind_ == Kind::QUANTIZED ? "QuantizedSparseProduct" : "SparseProduct";
   }
 
   bool is_equivalent(const mx::Primitive& other) const override {
     const auto& same = static_cast<const SparseProduct&>(other);
-    return kernel_ == same.kernel_ && transposed_ == same.transposed_ && biased_ == same.biased_ &&
-           width_ == same.width_;
+    return kernel_ == same.kernel_ && width_ == same.width_ && transposed_ == same.transposed_ &&
+           biased_ == same.biased_;
   }
 
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
     auto shape = inputs[3].shape();
-    shape.back() = width_ ? width_ : (inputs[0].size() - 1) * block_size(inputs[2]);
+    shape.back() = width_;
     return {shape};
   }
 
   // Mapped over x alone, it is one product of more rows; over stored values, of more matrices.
   Mapped vmap(const std::vector<mx::array>& inputs, const std::vector<int>& axes) override {
-    const int last = inputs.size() - 1, perm = quantized_ ? 6 : 4;
+    const bool quantized = kind_ == Kind::QUANTIZED;
+    const int last = inputs.size() - 1, perm = quantized ? 6 : 4;
     check_unmapped(axes, {0, 1, transposed_ ? perm : 0});
     auto in = inputs;
     const bool adds = biased_ && axes[last] >= 0;  // a mapped bias
     if (adds) in.pop_back();
     const auto &x = inputs[3], &bias = inputs[last];
     const bool has_v = static_cast<int>(x.ndim()) - (axes[3] >= 0) > 2;
-    const std::vector<int> values = quantized_ ? std::vector{2, 4, 5} : std::vector{2};
+    const std::vector<int> values = quantized ? std::vector{2, 4, 5} : std::vector{2};
     int m = -1;  // matrices, if any values are mapped
     for (int i : values) {
       if (axes[i] >= 0) m = inputs[i].shape(axes[i]);
@@ -184,8 +201,8 @@ class SparseProduct : public CPUPrimitive {
       unbatched = {moved.shape(axis), moved.shape(axis + 1)};
       in[3] = mx::flatten(moved, axis, axis + 1, stream());
     }
-    auto primitive = std::make_shared<SparseProduct>(stream(), kernel_, quantized_, transposed_,
-                                                     biased_ && !adds, width_);
+    auto primitive = std::make_shared<SparseProduct>(stream(), kernel_, kind_, width_, transposed_,
+                                                     biased_ && !adds);
     const auto shape = primitive->output_shapes(in)[0];
     mx::array y(shape, x.dtype(), primitive, std::move(in));
     if (unbatched.size()) y = mx::unflatten(y, axis, unbatched, stream());
@@ -204,15 +221,12 @@ class SparseProduct : public CPUPrimitive {
     auto next = inputs.begin() + 4;
     QuantizedProduct q{};
     Product& p = q.product;
-    p.a = {static_cast<const int32_t*>(contiguous(inputs[0], encoder)),
-           static_cast<const int32_t*>(contiguous(inputs[1], encoder)),
-           nullptr,
-           static_cast<int64_t>(inputs[0].size()) - 1,
-           width_ ? width_ : x.shape(-1) / block_size(data),
-           static_cast<int64_t>(inputs[1].size()),
-           block_size(data)};
+    // Scalars are (n_blocks,) or (V, n_blocks); blocks have two more axes.
+    const int64_t B = data.ndim() > 2 ? data.shape(-2) : 1, n_x = x.shape(-1);
+    p.a = kind_ == Kind::SPREAD ? csr_of(inputs[0], inputs[1], B, n_x, width_, encoder)
+                                : csr_of(inputs[0], inputs[1], B, width_, n_x, encoder);
     p.data = contiguous(data, encoder);
-    if (quantized_) {
+    if (kind_ == Kind::QUANTIZED) {
       q.bits = 32 * data.shape(-1) / p.a.B;
       q.group = p.a.B / next->shape(-1);
       q.scales = contiguous(*next++, encoder);
@@ -225,7 +239,7 @@ class SparseProduct : public CPUPrimitive {
     p.V = n_matrices(x);
     p.N = x.shape(-2);
     p.crew = crew();
-    if (quantized_) {
+    if (kind_ == Kind::QUANTIZED) {
       const auto& kernel = *static_cast<const Kernel<QuantizedProduct>*>(kernel_);
       p.scratch = temporary(kernel.scratch(&q), encoder);
       encoder.dispatch([q, compute = kernel.compute]() { compute(&q); });
@@ -237,34 +251,31 @@ class SparseProduct : public CPUPrimitive {
   }
 
  private:
-  // Scalars are (n_blocks,) or (V, n_blocks); blocks have two more axes.
-  static int block_size(const mx::array& data) { return data.ndim() > 2 ? data.shape(-2) : 1; }
-
   const void* kernel_;
-  bool quantized_;
+  Kind kind_;
+  int width_;
   bool transposed_;
   bool biased_;
-  int width_;
 };
 
 // Inputs: indptr, indices, y, x.
 class SampledSparseProduct : public CPUPrimitive {
  public:
-  SampledSparseProduct(mx::Stream stream, const Kernel<SampledProduct>* kernel)
-      : CPUPrimitive(stream), kernel_(kernel) {}
+  SampledSparseProduct(mx::Stream stream, const Kernel<SampledProduct>* kernel, int block_size)
+      : CPUPrimitive(stream), kernel_(kernel), B_(block_size) {}
 
   const char* name() const override { return "SampledSparseProduct"; }
 
   bool is_equivalent(const mx::Primitive& other) const override {
-    return kernel_ == static_cast<const SampledSparseProduct&>(other).kernel_;
+    const auto& same = static_cast<const SampledSparseProduct&>(other);
+    return kernel_ == same.kernel_ && B_ == same.B_;
   }
 
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
-    const int B = block_size(inputs);
     mx::Shape shape;
     if (inputs[2].ndim() > 2) shape.push_back(inputs[2].shape(0));
     shape.push_back(inputs[1].size());
-    if (B > 1) shape.insert(shape.end(), {B, B});
+    if (B_ > 1) shape.insert(shape.end(), {B_, B_});
     return {shape};
   }
 
@@ -275,7 +286,7 @@ class SampledSparseProduct : public CPUPrimitive {
     const bool has_v = inputs[mapped].ndim() > 3;
     for (int i : {2, 3}) in[i] = matrices(inputs[i], axes[i], m, has_v);
     const auto shape = output_shapes(in)[0];
-    auto primitive = std::make_shared<SampledSparseProduct>(stream(), kernel_);
+    auto primitive = std::make_shared<SampledSparseProduct>(stream(), kernel_, B_);
     const int n = inputs[mapped].shape(axes[mapped] == 0 ? 1 : 0);
     mx::array out(shape, inputs[3].dtype(), primitive, std::move(in));
     return {{has_v ? mx::unflatten(out, 0, {m, n}, stream()) : out}, {0}};
@@ -284,16 +295,9 @@ class SampledSparseProduct : public CPUPrimitive {
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     auto& encoder = mx::cpu::get_command_encoder(stream());
     const auto &y = inputs[2], &x = inputs[3];
-    const int B = block_size(inputs);
     outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
     SampledProduct p{};
-    p.a = {static_cast<const int32_t*>(contiguous(inputs[0], encoder)),
-           static_cast<const int32_t*>(contiguous(inputs[1], encoder)),
-           nullptr,
-           static_cast<int64_t>(inputs[0].size()) - 1,
-           x.shape(-1) / B,
-           static_cast<int64_t>(inputs[1].size()),
-           B};
+    p.a = csr_of(inputs[0], inputs[1], B_, y.shape(-1), x.shape(-1), encoder);
     p.out = outputs[0].data<char>();
     p.y = rows_of(y);
     p.x = rows_of(x);
@@ -305,11 +309,8 @@ class SampledSparseProduct : public CPUPrimitive {
   }
 
  private:
-  static int block_size(const std::vector<mx::array>& inputs) {
-    return inputs[2].shape(-1) / static_cast<int>(inputs[0].size() - 1);
-  }
-
   const Kernel<SampledProduct>* kernel_;
+  int B_;
 };
 
 // ------------------------------------------------------------------------------------- Python
@@ -369,34 +370,37 @@ MLX_SPARSE_EXPORT void probe(void* object, int64_t* out) {
 MLX_SPARSE_EXPORT bool is_tracer(void* object) { return unwrap(object).is_tracer(); }
 
 MLX_SPARSE_EXPORT const char* make_spmm(void* out, const void* kernel, void* data, void* indptr,
-                                        void* indices, void* perm, void* x, void* bias) {
+                                        void* indices, void* perm, void* x, void* bias, int width) {
   return write(out, {indptr, indices, data, x, perm, bias}, [&](mx::Stream stream) {
-    return std::make_shared<SparseProduct>(stream, kernel, false, perm != none, bias != none);
+    return std::make_shared<SparseProduct>(stream, kernel, SparseProduct::Kind::STORED, width,
+                                           perm != none, bias != none);
   });
 }
 
-// The transpose of scalars times one row, by the CSR of the matrix itself, of `width` columns.
+// The transpose of scalars times one row, by the CSR of the matrix itself.
 MLX_SPARSE_EXPORT const char* make_spmm_t(void* out, const void* kernel, void* data, void* indptr,
                                           void* indices, void* x, int width) {
   return write(out, {indptr, indices, data, x}, [&](mx::Stream stream) {
-    return std::make_shared<SparseProduct>(stream, kernel, false, false, false, width);
+    return std::make_shared<SparseProduct>(stream, kernel, SparseProduct::Kind::SPREAD, width,
+                                           false, false);
   });
 }
 
 MLX_SPARSE_EXPORT const char* make_qspmm(void* out, const void* kernel, void* packed, void* scales,
                                          void* biases, void* indptr, void* indices, void* perm,
-                                         void* x, void* bias) {
+                                         void* x, void* bias, int width) {
   return write(
       out, {indptr, indices, packed, x, scales, biases, perm, bias}, [&](mx::Stream stream) {
-        return std::make_shared<SparseProduct>(stream, kernel, true, perm != none, bias != none);
+        return std::make_shared<SparseProduct>(stream, kernel, SparseProduct::Kind::QUANTIZED,
+                                               width, perm != none, bias != none);
       });
 }
 
 MLX_SPARSE_EXPORT const char* make_sddmm(void* out, const void* kernel, void* indptr, void* indices,
-                                         void* y, void* x) {
+                                         void* y, void* x, int block_size) {
   return write(out, {indptr, indices, y, x}, [&](mx::Stream stream) {
     return std::make_shared<SampledSparseProduct>(
-        stream, static_cast<const Kernel<SampledProduct>*>(kernel));
+        stream, static_cast<const Kernel<SampledProduct>*>(kernel), block_size);
   });
 }
 

@@ -13,6 +13,10 @@
 //
 // Values and sums are float32. In panels: the bias, blocks in stored order, k ascending. Which rows
 // are in panels follows from N alone.
+//
+// Blocks are computed whole. Where they reach past the matrix, packed x is zero and y is dropped; a
+// block past the last column is multiplied from a copy that has zeros there, or of the transpose,
+// whose blocks are dequantized anyway, from values that are zero.
 
 // Vectors that are wider than a register are passed to nobody but inlined functions.
 #pragma GCC diagnostic ignored "-Wpsabi"
@@ -42,6 +46,9 @@ constexpr int FEW = 8;
 constexpr int UNIT = 32;  // values that lie in whole words
 constexpr int UNIT_BYTES = UNIT * BITS / 8;
 constexpr int MAX_GROUP = FEW_DEPTH / UNIT;
+
+// Of loops that are bound by registers: inlined into one function, they leave each other too few.
+#define NOINLINE __attribute__((noinline))
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -150,8 +157,8 @@ INLINE void unpack(const uint8_t* from, vec<float, L>* to) {
 }
 
 // The values of a block.
-void dequantize(const uint8_t* packed, const float* scales, const float* biases, int64_t n_groups,
-                int64_t units, float* to) {
+NOINLINE void dequantize(const uint8_t* packed, const float* scales, const float* biases,
+                         int64_t n_groups, int64_t units, float* to) {
   for (int64_t i = 0; i < n_groups; ++i) {
     for (int64_t u = 0; u < units; ++u) {
       vec<float, ORDERED> q[UNIT / ORDERED];
@@ -181,7 +188,7 @@ struct Group {
 
 // sums[i] += rows i of the blocks times a panel x of X rows.
 template <int X, bool TRANSPOSED>
-void multiply_panel(const Group& g, int64_t B, const float* x, float* sums) {
+NOINLINE void multiply_panel(const Group& g, int64_t B, const float* x, float* sums) {
   constexpr int Q = X / W;
   const int64_t i_step = TRANSPOSED ? 1 : B, k_step = TRANSPOSED ? B : 1;
   for (int64_t i = 0; i < B; i += TALL) {
@@ -217,23 +224,26 @@ void multiply_panel(const Group& g, int64_t B, const float* x, float* sums) {
 
 // sums[i][n] += the products of row i and row n of x, lane by lane. x is that of pack_few.
 template <int N>
-void multiply_few(const Group& g, int64_t B, int64_t group, const float* x, float* sums) {
+NOINLINE void multiply_few(const Group& g, int64_t B, int64_t group, const float* x, float* sums) {
   constexpr int ROWS = N <= 2 ? 4 : REGISTERS / 2 / N < 1 ? 1 : REGISTERS / 2 / N;
   constexpr bool GROUPED = N == 1;
   const int64_t row_bytes = B * BITS / 8, n_groups = B / group, units = group / UNIT;
+  const int n_blocks = g.n;
+  const bool is_first = g.is_first;
+  const int64_t next = n_blocks * B * row_bytes;  // from a block to that of the next group
   for (int64_t i = 0; i < B; i += ROWS) {
     vec<float, L> acc[ROWS][N];
 #pragma GCC unroll 4
     for (int m = 0; m < ROWS; ++m) {
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
-        acc[m][n] = g.is_first ? vec<float, L>{} : load<L>(sums + ((i + m) * N + n) * L);
+        acc[m][n] = is_first ? vec<float, L>{} : load<L>(sums + ((i + m) * N + n) * L);
       }
     }
-    for (int e = 0; e < g.n; ++e) {
+    for (int e = 0; e < n_blocks; ++e) {
       const uint8_t* packed = g.packed[e] + i * row_bytes;
       for (int64_t b = 0; b < ROWS * row_bytes; b += 64) {
-        __builtin_prefetch(packed + b + g.n * B * row_bytes);  // of the next group
+        __builtin_prefetch(packed + b + next);
       }
       const float* scales = g.scales[e] + i * n_groups;
       const float* biases = g.biases[e] + i * n_groups;
@@ -306,7 +316,8 @@ INLINE vec<float, L> totals(const float* sums, int64_t step) {
 
 // sums[n][k] += column k of the blocks times row n of x, (N, x_step).
 template <int N>
-void multiply_few_t(const Group& g, int64_t B, const float* x, int64_t x_step, float* sums) {
+NOINLINE void multiply_few_t(const Group& g, int64_t B, const float* x, int64_t x_step,
+                             float* sums) {
   constexpr int AT_ONCE = UNIT / W * N <= REGISTERS / 2 ? UNIT / W : 1;  // vectors
   constexpr int CHAINS = AT_ONCE * N >= 8 ? 1 : AT_ONCE * N >= 4 ? 2 : 4;
   for (int64_t k = 0; k < B; k += AT_ONCE * W) {
@@ -373,6 +384,7 @@ struct Layout {
   int64_t values;  // of a group
   int64_t affine;  // scales or biases of a group, widened
   int64_t few_sums;
+  int64_t edge;  // a block that reaches past the last column: its integers, scales and biases
   int64_t mine;
 
   explicit Layout(const QuantizedProduct& q) {
@@ -390,7 +402,8 @@ struct Layout {
     values = width || transposed ? depth * B : 0;
     affine = WIDENED ? round_up(std::max(B, FEW_DEPTH) * B / q.group, 64) : 0;
     few_sums = padded * B * (transposed ? 1 : L);
-    mine = round_up(sums + values + 2 * affine + few_sums + padded * B, 64);
+    edge = !transposed && p.a.n_cols < n_cols ? B * B * BITS / 32 + 2 * B * B / q.group : 0;
+    mine = round_up(sums + values + 2 * affine + few_sums + padded * B + B + edge, 64);
   }
   int64_t total(int workers) const { return panels + few + workers * mine; }
 };
@@ -426,23 +439,25 @@ INLINE void deinterleave(vec<float, L>* v) {
 }
 
 // A few rows of x, (C B / UNIT, VECTORS, padded, L), in the order of unpack(); or, for the
-// transpose, (padded, C B).
+// transpose, (padded, C B). x ends after n_cols, of `whole` columns.
 void pack_few(const E* x, const Rows& steps, int64_t few, int64_t padded, int64_t n_cols,
-              bool transposed, float* to) {
+              int64_t whole, bool transposed, float* to) {
   if (transposed) {
-    gather(x, steps.n_step, steps.c_step, few, n_cols, to, n_cols, n_cols);
-    std::fill_n(to + few * n_cols, (padded - few) * n_cols, 0.0f);
+    gather(x, steps.n_step, steps.c_step, few, n_cols, to, whole, whole);
+    std::fill_n(to + few * whole, (padded - few) * whole, 0.0f);
     return;
   }
-  for (int64_t c = 0; c < n_cols; c += UNIT) {
+  for (int64_t c = 0; c < whole; c += UNIT) {
     for (int64_t n = 0; n < padded; ++n) {
       const E* from = x + n * steps.n_step + c * steps.c_step;
       vec<float, L> unit[VECTORS] = {};
       for (int k = 0; k < VECTORS && n < few; ++k) {
-        if (steps.c_step == 1) {
+        if (steps.c_step == 1 && c + (k + 1) * L <= n_cols) {
           unit[k] = load<L>(from + k * L);
         } else {
-          for (int l = 0; l < L; ++l) unit[k][l] = widen(from[(k * L + l) * steps.c_step]);
+          for (int l = 0; l < L && c + k * L + l < n_cols; ++l) {
+            unit[k][l] = widen(from[(k * L + l) * steps.c_step]);
+          }
         }
       }
       for (int k = 0; k < VECTORS; k += PER_BYTE) deinterleave(unit + k);
@@ -477,11 +492,38 @@ void multiply_few_of(const Group& g, bool transposed, int64_t B, int64_t group, 
   transposed ? multiply_few_t<N>(g, B, x, n_cols, sums) : multiply_few<N>(g, B, group, x, sums);
 }
 
+// A block of which `width` columns lie in the matrix, with zeros in the others. Its integers and
+// n_groups scales and biases of each row lie one after the other. The group in which the matrix
+// ends keeps its scale and bias: they meet zeros of x there, and integers that are zero.
+struct Edge {
+  uint8_t* packed;
+  float* scales;
+  float* biases;
+
+  void copy(const uint8_t* from, const float* scales_from, const float* biases_from, int64_t B,
+            int64_t width, int64_t group) const {
+    const int64_t row_bytes = B * BITS / 8, n_groups = B / group;
+    const int64_t bytes = width * BITS / 8, bits = width * BITS % 8;
+    const int64_t groups = (width + group - 1) / group;
+    std::fill_n(packed, B * row_bytes, uint8_t(0));
+    std::fill_n(scales, B * n_groups, 0.0f);
+    std::fill_n(biases, B * n_groups, 0.0f);
+    for (int64_t i = 0; i < B; ++i) {
+      const uint8_t* row = from + i * row_bytes;
+      memcpy(packed + i * row_bytes, row, bytes);
+      if (bits) packed[i * row_bytes + bytes] = uint8_t(row[bytes] & ((1 << bits) - 1));
+      memcpy(scales + i * n_groups, scales_from + i * n_groups, groups * sizeof(float));
+      memcpy(biases + i * n_groups, biases_from + i * n_groups, groups * sizeof(float));
+    }
+  }
+};
+
 void compute_chunk(const QuantizedProduct& q, const Layout& layout, int64_t v, int64_t n0,
                    int64_t rows) {
   const Product& p = q.product;
   const Csr& a = p.a;
   const int64_t B = a.B, n_cols = a.C * B;
+  const int64_t last_cols = std::min(B, a.n_cols - (a.C - 1) * B);
   const int64_t block_bytes = B * B * BITS / 8, affine = B * B / q.group;
   const bool transposed = a.perm != nullptr;
   const Plan plan(rows);
@@ -497,18 +539,19 @@ void compute_chunk(const QuantizedProduct& q, const Layout& layout, int64_t v, i
   const E* bias = static_cast<const E*>(p.bias);
 
   constexpr int64_t WIDE = 64;  // columns packed at once
-  const int64_t slices = (n_cols + WIDE - 1) / WIDE;
+  const int64_t slices = (a.n_cols + WIDE - 1) / WIDE;
   share(p.crew, plan.n * slices, double(plan.width) * n_cols, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t panel = i / slices, c = i % slices * WIDE, first = plan.first[panel];
-      const int64_t lanes = plan.lanes[panel];
-      gather(x + first * p.x.n_step + c * p.x.c_step, p.x.c_step, p.x.n_step,
-             std::min(WIDE, n_cols - c), std::min(lanes, few0 - first),
-             panels + first * n_cols + c * lanes, lanes, lanes);
+      const int64_t lanes = plan.lanes[panel], c_end = std::min(c + WIDE, a.n_cols);
+      float* const to = panels + first * n_cols;
+      gather(x + first * p.x.n_step + c * p.x.c_step, p.x.c_step, p.x.n_step, c_end - c,
+             std::min(lanes, few0 - first), to + c * lanes, lanes, lanes);
+      if (c_end == a.n_cols) std::fill_n(to + c_end * lanes, (n_cols - c_end) * lanes, 0.0f);
     }
   });
   if (plan.few) {
-    pack_few(x + few0 * p.x.n_step, p.x, plan.few, plan.padded, n_cols, transposed, few);
+    pack_few(x + few0 * p.x.n_step, p.x, plan.few, plan.padded, a.n_cols, n_cols, transposed, few);
   }
 
   const bool dequantizes = plan.n || transposed;
@@ -522,28 +565,52 @@ void compute_chunk(const QuantizedProduct& q, const Layout& layout, int64_t v, i
     float* const wide_biases = wide_scales + layout.affine;
     float* const few_sums = wide_biases + layout.affine;
     float* const few_out = few_sums + layout.few_sums;
+    E* const last_bias = reinterpret_cast<E*>(few_out + plan.padded * B);
+    std::fill_n(last_bias, B, E{});
+    float* const edge_scales = few_out + (plan.padded + 1) * B;
+    float* const edge_biases = edge_scales + affine;
+    const Edge edge{reinterpret_cast<uint8_t*>(edge_biases + affine), edge_scales, edge_biases};
     Group g;
     for (int64_t r = begin; r < end; ++r) {
+      const int64_t height = std::min(B, a.n_rows - r * B);
+      const E* bias_r = bias ? bias + r * B : nullptr;
+      if (bias && height < B) {
+        memcpy(last_bias, bias_r, height * sizeof(E));
+        bias_r = last_bias;
+      }
       for (int s = 0; s < plan.n; ++s) {
         float* to = sums + plan.first[s] * B;
         for (int64_t i = 0; i < B; ++i) {
-          std::fill_n(to + i * plan.lanes[s], plan.lanes[s], bias ? widen(bias[r * B + i]) : 0.0f);
+          for (int64_t l = 0; l < plan.lanes[s]; l += W, to += W) {
+            store<W>(to, vec<float, W>{} + (bias_r ? widen(bias_r[i]) : 0.0f));
+          }
         }
       }
       if (a.indptr[r] == a.indptr[r + 1]) std::fill_n(few_sums, layout.few_sums, 0.0f);
-      for (int64_t j0 = a.indptr[r]; j0 < a.indptr[r + 1]; j0 += group) {
+      for (int64_t j0 = a.indptr[r]; j0 < a.indptr[r + 1]; j0 += g.n) {
         g.n = static_cast<int>(std::min<int64_t>(group, a.indptr[r + 1] - j0));
         g.is_first = j0 == a.indptr[r];
         for (int e = 0; e < g.n; ++e) {
+          const bool is_edge = last_cols < B && a.indices[j0 + e] == a.C - 1;
           const int64_t j = transposed ? a.perm[j0 + e] : j0 + e;
           g.packed[e] = packed + j * block_bytes;
           g.scales[e] = widened(scales + j * affine, wide_scales + e * affine, affine);
           g.biases[e] = widened(biases + j * affine, wide_biases + e * affine, affine);
           g.column[e] = a.indices[j0 + e] * B;
           g.values[e] = values + e * B * B;
+          if (is_edge && !transposed) {
+            edge.copy(g.packed[e], g.scales[e], g.biases[e], B, last_cols, q.group);
+            g.packed[e] = edge.packed;
+            g.scales[e] = edge.scales;
+            g.biases[e] = edge.biases;
+            g.n = e + 1;  // there is one copy
+          }
           if (dequantizes) {
-            dequantize(g.packed[e], g.scales[e], g.biases[e], affine, q.group / UNIT,
-                       values + e * B * B);
+            // Of the transpose, columns are rows of what is stored.
+            const int64_t rows_stored = is_edge && transposed ? last_cols : B;
+            dequantize(g.packed[e], g.scales[e], g.biases[e], rows_stored * B / q.group,
+                       q.group / UNIT, values + e * B * B);
+            std::fill_n(values + (e * B + rows_stored) * B, (B - rows_stored) * B, 0.0f);
           }
         }
         for (int s = 0; s < plan.n; ++s) {
@@ -558,19 +625,19 @@ void compute_chunk(const QuantizedProduct& q, const Layout& layout, int64_t v, i
       E* to = y + r * B * p.y.c_step;
       for (int s = 0; s < plan.n; ++s) {
         const int64_t first = plan.first[s], lanes = plan.lanes[s];
-        scatter(sums + first * B, lanes, B, std::min(lanes, few0 - first), to + first * p.y.n_step,
-                p.y.c_step, p.y.n_step);
+        scatter(sums + first * B, lanes, height, std::min(lanes, few0 - first),
+                to + first * p.y.n_step, p.y.c_step, p.y.n_step);
       }
       for (int64_t n = 0; n < plan.few; ++n) {
         for (int64_t i = 0; i < B; i += L) {
-          vec<float, L> sum = bias ? load<L>(bias + r * B + i) : vec<float, L>{};
+          vec<float, L> sum = bias_r ? load<L>(bias_r + i) : vec<float, L>{};
           sum += transposed ? load<L>(few_sums + n * B + i)
                             : totals(few_sums + (i * plan.padded + n) * L, plan.padded * L);
           store<L>(few_out + n * B + i, sum);
         }
       }
       if (plan.few) {
-        scatter(few_out, B, plan.few, B, to + few0 * p.y.n_step, p.y.n_step, p.y.c_step);
+        scatter(few_out, B, plan.few, height, to + few0 * p.y.n_step, p.y.n_step, p.y.c_step);
       }
     }
   });

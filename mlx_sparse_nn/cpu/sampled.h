@@ -174,10 +174,29 @@ void sample_rows(const Sampling& s, int64_t begin, int64_t end) {
   }
 }
 
-// Rows of (N, across * B) as (across, step, padded), SLICE rows after SLICE, so that memory is read
-// in order.
-void pack_steps(const Crew& crew, const E* from, const Rows& steps, int64_t across, int64_t B,
-                int64_t step, int64_t padded, int64_t rows, A* to) {
+// Writes zeros where blocks of block-rows reach past the matrix: the sums there are of zeros times
+// anything, and need not be zero.
+void clear_outside(const Sampling& s, int64_t begin, int64_t end) {
+  const Csr& a = s.a;
+  const int64_t B = side(a);
+  if (a.n_rows == a.R * B && a.n_cols == a.C * B) return;
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t height = inside(a.n_rows, r, B), j_end = a.indptr[r + 1];
+    for (int64_t j = a.indptr[r]; j < j_end; ++j) {
+      if (height == B) j += count_before(a.indices + j, j_end - j, a.C - 1);
+      if (j == j_end) break;
+      const int64_t width = inside(a.n_cols, a.indices[j], B);
+      E* const block = s.out + j * B * B;
+      for (int64_t i = 0; i < height; ++i) std::fill_n(block + i * B + width, B - width, E{});
+      std::fill_n(block + height * B, (B - height) * B, E{});
+    }
+  }
+}
+
+// Rows of (N, n) as (across, step, padded), SLICE rows after SLICE, so that memory is read in
+// order. The last of the blocks across may have fewer than B columns: zeros follow them.
+void pack_steps(const Crew& crew, const E* from, const Rows& steps, int64_t across, int64_t n_cols,
+                int64_t B, int64_t step, int64_t padded, int64_t rows, A* to) {
   constexpr int64_t SLICE = 16;
   const int64_t slices = (rows + SLICE - 1) / SLICE;
   share(crew, slices, double(across) * B * rows, [&](int64_t begin, int64_t end, int) {
@@ -185,7 +204,7 @@ void pack_steps(const Crew& crew, const E* from, const Rows& steps, int64_t acro
       const int64_t n = i * SLICE, height = std::min(SLICE, rows - n);
       for (int64_t c = 0; c < across; ++c) {
         gather(from + n * steps.n_step + c * B * steps.c_step, steps.n_step, steps.c_step, height,
-               B, to + (c * step + n) * padded, padded, padded);
+               inside(n_cols, c, B), to + (c * step + n) * padded, padded, padded);
       }
     }
   });

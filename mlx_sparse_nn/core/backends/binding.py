@@ -65,15 +65,22 @@ class Binding:
         self.is_tracer = library.is_tracer
         self.is_tracer.argtypes, self.is_tracer.restype = [_OBJECT], ctypes.c_bool
         self._spmm = _function(library, "make_spmm", 6)
-        self._spmm_t = _function(library, "make_spmm_t", 4, ctypes.c_int)
+        self._spmm_t = _function(library, "make_spmm_t", 4)
         self._qspmm = _function(library, "make_qspmm", 8)
         self._sddmm = _function(library, "make_sddmm", 4)
 
     def spmm(
-        self, kernel: Kernel, data: mx.array, side: Side, x: mx.array, bias: mx.array | None
+        self,
+        kernel: Kernel,
+        data: mx.array,
+        side: Side,
+        n_rows: int,
+        x: mx.array,
+        bias: mx.array | None,
     ) -> mx.array:
-        """Return the product with a side of the matrix, not computed yet."""
-        return _made(self._spmm, kernel, data, side.indptr, side.indices, side.perm, x, bias)
+        """Return the product with a side of the matrix, of ``n_rows`` rows, not computed yet."""
+        arrays = data, side.indptr, side.indices, side.perm, x, bias
+        return _made(self._spmm, kernel, *arrays, n_rows)
 
     def spmm_t(self, kernel: Kernel, data: mx.array, rows: Side, y: mx.array) -> mx.array:
         """Return the product of the transpose of scalars with one row, not computed yet."""
@@ -86,16 +93,19 @@ class Binding:
         scales: mx.array,
         biases: mx.array,
         side: Side,
+        n_rows: int,
         x: mx.array,
         bias: mx.array | None,
     ) -> mx.array:
         """Return the product with a side of a matrix of quantized blocks, not computed yet."""
         matrix = packed, scales, biases, side.indptr, side.indices, side.perm
-        return _made(self._qspmm, kernel, *matrix, x, bias)
+        return _made(self._qspmm, kernel, *matrix, x, bias, n_rows)
 
-    def sddmm(self, kernel: Kernel, side: Side, y: mx.array, x: mx.array) -> mx.array:
+    def sddmm(
+        self, kernel: Kernel, rows: Side, block_size: int, y: mx.array, x: mx.array
+    ) -> mx.array:
         """Return the sampled product, not computed yet."""
-        return _made(self._sddmm, kernel, side.indptr, side.indices, y, x)
+        return _made(self._sddmm, kernel, rows.indptr, rows.indices, y, x, block_size)
 
 
 def check_layout(array: mx.array) -> None:
@@ -130,9 +140,9 @@ def _made(function: Any, kernel: Kernel, *operands: Any) -> mx.array:
     return out
 
 
-def _function(library: ctypes.PyDLL, name: str, n_arrays: int, *others: Any) -> Any:
-    """Return a function of an array to write to, a kernel, arrays or None, and others."""
+def _function(library: ctypes.PyDLL, name: str, n_arrays: int) -> Any:
+    """Return a function of an array to write to, a kernel, arrays or None, and a size."""
     function = library[name]
-    function.argtypes = [_OBJECT, ctypes.c_void_p, *[_OBJECT] * n_arrays, *others]
+    function.argtypes = [_OBJECT, ctypes.c_void_p, *[_OBJECT] * n_arrays, ctypes.c_int]
     function.restype = ctypes.c_char_p
     return function

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_sparse_nn.core import edges, index
+from mlx_sparse_nn.core import index
 from mlx_sparse_nn.core.backends import build
 from mlx_sparse_nn.core.backends.binding import Binding, Kernel, LayoutError
 from mlx_sparse_nn.core.cores import n_cores
@@ -25,6 +25,7 @@ from mlx_sparse_nn.core.quantized import bits_of
 from mlx_sparse_nn.core.transforms import ask_directly
 
 NAME = "cpu"
+TAKES_EDGES = True  # sizes are those of the matrix, past which the last blocks may reach
 ELEMENTS = {
     mx.float32: "float",
     mx.bfloat16: "bfloat16",
@@ -80,22 +81,21 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
     """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c] + bias[r]; see ``plain.spmm``."""
     kernel = _kernels(x.dtype, layout.block_size).spmm
-    data = edges.clear_cols(layout, data)
-    return _binding().spmm(kernel, data, layout.rows, x, bias)
+    return _binding().spmm(kernel, data, layout.rows, layout.shape[0], x, bias)
 
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; see ``plain.spmm_t``."""
-    kernels, data = _kernels(y.dtype, layout.block_size), edges.clear_rows(layout, data)
+    kernels = _kernels(y.dtype, layout.block_size)
     if kernels.spmm_t is not None and y.shape[-2] == 1:
         return _binding().spmm_t(kernels.spmm_t, data, layout.rows, y)
-    return _binding().spmm(kernels.spmm, data, layout.cols, y, None)
+    return _binding().spmm(kernels.spmm, data, layout.cols, layout.shape[1], y, None)
 
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``plain.sddmm``."""
     kernel = _kernels(x.dtype, layout.block_size).sddmm
-    return _binding().sddmm(kernel, layout.rows, y, x)
+    return _binding().sddmm(kernel, layout.rows, layout.block_size, y, x)
 
 
 def qspmm(
@@ -108,8 +108,8 @@ def qspmm(
 ) -> mx.array:
     """Return :func:`spmm` by quantized blocks; see ``plain.qspmm``."""
     kernel = _quantized_kernel(x.dtype, bits_of(packed))
-    matrix = edges.clear_quantized_cols(layout, packed, scales, biases)
-    return _binding().qspmm(kernel, *matrix, layout.rows, x, bias)
+    matrix = packed, scales, biases
+    return _binding().qspmm(kernel, *matrix, layout.rows, layout.shape[0], x, bias)
 
 
 def qspmm_t(
@@ -117,8 +117,8 @@ def qspmm_t(
 ) -> mx.array:
     """Return :func:`spmm_t` by quantized blocks; see ``plain.qspmm_t``."""
     kernel = _quantized_kernel(y.dtype, bits_of(packed))
-    matrix = edges.clear_quantized_rows(layout, packed, scales, biases)
-    return _binding().qspmm(kernel, *matrix, layout.cols, y, None)
+    matrix = packed, scales, biases
+    return _binding().qspmm(kernel, *matrix, layout.cols, layout.shape[1], y, None)
 
 
 def library(dtype: mx.Dtype, block_size: int) -> Path:

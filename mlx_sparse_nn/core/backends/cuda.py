@@ -21,6 +21,7 @@ from mlx_sparse_nn.core.backends.launch import (
 from mlx_sparse_nn.core.layout import Layout, Side
 
 NAME = "cuda"
+TAKES_EDGES = False  # sizes are those of whole blocks: derivatives.py pads and crops
 
 
 def is_available() -> bool:

@@ -22,6 +22,7 @@ from mlx_sparse_nn.core.quantized import dequantize
 from mlx_sparse_nn.core.transforms import tracing
 
 NAME = "plain"
+TAKES_EDGES = False  # sizes are those of whole blocks: derivatives.py pads and crops
 _NARROW = (mx.bfloat16, mx.float16)
 
 

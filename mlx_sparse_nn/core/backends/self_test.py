@@ -37,45 +37,67 @@ def main(arguments: list[str]) -> None:
         for what in tested:  # block sizes, or bits=4
             bits = what.removeprefix("bits=")
             test = _test_products if bits == what else _test_quantized
-            test(binding, ctypes.CDLL(path), getattr(mx, dtype), int(bits))
+            for edges in (0, 1):  # blocks that lie in the matrix, then some that reach past it
+                test(binding, ctypes.CDLL(path), getattr(mx, dtype), int(bits), edges)
 
 
 def _test_products(
-    binding: Binding, library: ctypes.CDLL, dtype: mx.Dtype, block_size: int
+    binding: Binding, library: ctypes.CDLL, dtype: mx.Dtype, block_size: int, edges: int
 ) -> None:
     """Compare the three products, of several numbers of rows, with the oracle's."""
     spmm, sddmm = Kernel(library, "spmm"), Kernel(library, "sddmm")
-    shape = (4 * block_size, 5 * block_size)
-    pattern = CSRPattern(_INDPTR, _INDICES, shape, block_size)
+    pattern = _pattern(block_size, edges)
+    shape, layout = pattern.shape, pattern.layout
+    rows, cols = layout.rows, layout.cols
     data, bias = _numbers(pattern.data_shape, dtype), _numbers(shape[:1], dtype)
-    rows, cols = pattern.layout.rows, pattern.layout.cols
+    stored = _spoiled(pattern, data)
     for n in _ROWS:
         x, y = _numbers((n, shape[1]), dtype), _numbers((n, shape[0]), dtype)
-        _same(binding.spmm(spmm, data, rows, x, bias), naive.spmm(data, pattern, x, bias))
-        _same(binding.spmm(spmm, data, cols, y, None), naive.spmm_t(data, pattern, y))
-        _same(binding.sddmm(sddmm, rows, y, x), naive.sddmm(pattern, y, x))
+        found = binding.spmm(spmm, stored, rows, shape[0], x, bias)
+        _same(found, naive.spmm(data, pattern, x, bias))
+        found = binding.spmm(spmm, stored, cols, shape[1], y, None)
+        _same(found, naive.spmm_t(data, pattern, y))
+        found = binding.sddmm(sddmm, rows, block_size, y, x)
+        _same(found, naive.sddmm(pattern, y, x))
         if n == block_size == 1:
             spmm_t = Kernel(library, "spmm_t")
             _same(binding.spmm_t(spmm_t, data, rows, y), naive.spmm_t(data, pattern, y))
 
 
-def _test_quantized(binding: Binding, library: ctypes.CDLL, dtype: mx.Dtype, bits: int) -> None:
+def _test_quantized(
+    binding: Binding, library: ctypes.CDLL, dtype: mx.Dtype, bits: int, edges: int
+) -> None:
     """Compare both products by quantized blocks with the oracle's."""
     qspmm = Kernel(library, "qspmm")
     for block_size, group_size in ((32, 32), (64, 32), (128, 128)):
-        shape = (4 * block_size, 5 * block_size)
-        pattern = CSRPattern(_INDPTR, _INDICES, shape, block_size)
+        pattern = _pattern(block_size, edges * (block_size // 2 + 3))
+        shape, rows, cols = pattern.shape, pattern.layout.rows, pattern.layout.cols
         lead = (pattern.n_blocks, block_size)
         packed = _words((*lead, block_size * bits // 32))
         scales = _numbers((*lead, block_size // group_size), dtype)
         matrix, bias = (packed, scales, -scales), _numbers(shape[:1], dtype)
-        rows, cols = pattern.layout.rows, pattern.layout.cols
         for n in _ROWS:
             x, y = _numbers((n, shape[1]), dtype), _numbers((n, shape[0]), dtype)
-            found = binding.qspmm(qspmm, *matrix, rows, x, bias)
+            found = binding.qspmm(qspmm, *matrix, rows, shape[0], x, bias)
             _same(found, naive.qspmm(*matrix, pattern, x, bias))
-            found = binding.qspmm(qspmm, *matrix, cols, y, None)
+            found = binding.qspmm(qspmm, *matrix, cols, shape[1], y, None)
             _same(found, naive.qspmm_t(*matrix, pattern, y))
+
+
+def _pattern(block_size: int, missing: int) -> CSRPattern:
+    """Return a pattern whose matrix has so many rows and columns less than its blocks."""
+    missing = min(missing, block_size - 1)
+    shape = (4 * block_size - missing, 5 * block_size - missing)
+    return CSRPattern(_INDPTR, _INDICES, shape, block_size)
+
+
+def _spoiled(pattern: CSRPattern, data: mx.array) -> mx.array:
+    """Return values with nans where they lie outside the matrix."""
+    if not pattern.layout.has_edges:
+        return data
+    ones = [mx.ones((1, size), data.dtype) for size in pattern.shape]
+    inside = naive.sddmm(pattern, *ones) == 1
+    return mx.where(inside, data, mx.array(float("nan"), data.dtype))
 
 
 def _words(shape: tuple[int, ...]) -> mx.array:
