@@ -182,6 +182,15 @@ def test_the_pool(tmp_path, tools):
         ("share.h", "cut(i + 1)", "cut(i + 0)", BLOCKS, NATIVE, "gave other bits"),
         ("quantized.cpp", "LANE * BITS % 8", "LANE * BITS % 9", FIVE_BITS, NATIVE, "is"),
         ("vectors.h", "bits + 0x7FFF", "bits + 0x8000", NARROW, NO_AVX, "is"),
+        (
+            "blocks.cpp",
+            "c + SLICE, n_cols",
+            "c + SLICE, whole",
+            BLOCKS,
+            ADDRESS,
+            "AddressSanitizer",
+        ),
+        ("blocks.cpp", "(before == 0)", "(before < 0)", BLOCKS, NATIVE, "is"),
     ],
     ids=[
         "a term too many",
@@ -189,6 +198,8 @@ def test_the_pool(tmp_path, tools):
         "a piece too few",
         "a wrong shift",
         "rounding to odd",
+        "x past the matrix",
+        "a weight past the matrix",
     ],
 )
 def test_a_fault_is_found(tmp_path, file, right, wrong, kernel, tools, says):

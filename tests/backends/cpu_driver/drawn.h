@@ -186,14 +186,22 @@ struct Matrices {
   }
 };
 
-// R block-rows of C block-columns: some rows are empty, columns repeat and are in no order.
+// R block-rows of C block-columns: some rows are empty, columns repeat and are in no order. The
+// last blocks may reach past the matrix.
 struct Pattern {
-  int64_t R, C, n_blocks;
+  int64_t R, C, B, n_rows, n_cols, n_blocks;
   Array<int32_t> indptr, indices, perm;
 
   // At most `most` blocks, or one more, but for a row of `longest`, if that is not 0.
-  Pattern(Chance& chance, int64_t R, int64_t C, int64_t most, int64_t longest)
-      : R(R), C(C), indptr(R + 1), indices(most + longest + 1), perm(most + longest + 1) {
+  Pattern(Chance& chance, int64_t R, int64_t C, int64_t B, int64_t most, int64_t longest)
+      : R(R),
+        C(C),
+        B(B),
+        n_rows(R * B - (chance.one_in(2) ? chance.from(0, B - 1) : 0)),
+        n_cols(C * B - (chance.one_in(2) ? chance.from(0, B - 1) : 0)),
+        indptr(R + 1),
+        indices(most + longest + 1),
+        perm(most + longest + 1) {
     const int64_t in_row = chance.of({1, 3, 8, 40}), long_row = chance.from(0, R - 1);
     n_blocks = indptr[0] = 0;
     for (int64_t r = 0; r < R; ++r) {
@@ -209,6 +217,18 @@ struct Pattern {
       perm[j] = perm[other];
       perm[other] = int32_t(j);
     }
+  }
+
+  Csr csr(bool transposed) const {
+    return {indptr.values, indices.values, transposed ? perm.values : nullptr, R, C, n_blocks, B,
+            n_rows,        n_cols};
+  }
+
+  // Rows of block-row r, and columns of block j, that lie in the matrix.
+  int64_t height(int64_t r) const { return n_rows - r * B < B ? n_rows - r * B : B; }
+  int64_t width(int64_t j) const {
+    const int64_t c = indices.values[j];
+    return n_cols - c * B < B ? n_cols - c * B : B;
   }
 };
 

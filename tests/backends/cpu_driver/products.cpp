@@ -87,36 +87,50 @@ void check_spmm(Chance& chance) {
   const Sizes s(chance);
   const bool transposed = chance.one_in(2);
   const bool has_long_row = s.B == 1 && s.V * s.N < 20 && chance.one_in(2);
-  Pattern pattern(chance, s.R, s.C, s.most_blocks(), has_long_row ? LONG_ROW : 0);
-  const int64_t n_blocks = pattern.n_blocks, size = s.B * s.B;
-  Array<E> data(s.V * n_blocks * size), bias(s.R * s.B);
-  for (size_t i = 0; i < data.size; ++i) data[i] = chance.small<E>();
+  Pattern pattern(chance, s.R, s.C, s.B, s.most_blocks(), has_long_row ? LONG_ROW : 0);
+  const int64_t n_blocks = pattern.n_blocks, size = s.B * s.B, n_rows = pattern.n_rows;
+  Array<E> data(s.V * n_blocks * size), bias(n_rows);
+  // Element (o, k) of block j of the CSR.
+  auto place = [&](int64_t v, int64_t j, int64_t o, int64_t k) {
+    const int64_t block = v * n_blocks + (transposed ? pattern.perm[j] : j);
+    return block * size + (transposed ? k * s.B + o : o * s.B + k);
+  };
+  for (int64_t v = 0; v < s.V; ++v) {
+    for (int64_t r = 0; r < s.R; ++r) {
+      for (int64_t j = pattern.indptr[r]; j < pattern.indptr[r + 1]; ++j) {
+        // Past the matrix there is no number.
+        for (int64_t o = 0; o < pattern.height(r); ++o) {
+          for (int64_t k = 0; k < pattern.width(j); ++k) {
+            data[place(v, j, o, k)] = chance.small<E>();
+          }
+        }
+      }
+    }
+  }
   for (size_t i = 0; i < bias.size; ++i) bias[i] = chance.small<E>();
   const bool has_bias = chance.one_in(2);
-  Matrices<E> x(chance, s.V, s.N, s.C * s.B, false), y(chance, s.V, s.N, s.R * s.B, true);
+  Matrices<E> x(chance, s.V, s.N, pattern.n_cols, false), y(chance, s.V, s.N, n_rows, true);
   x.fill(chance);
 
-  const Csr a = {pattern.indptr.values,
-                 pattern.indices.values,
-                 transposed ? pattern.perm.values : nullptr,
-                 s.R,
-                 s.C,
-                 n_blocks,
-                 s.B};
-  const Product p = {
-      a, data.values, has_bias ? bias.values : nullptr, x.rows, y.rows, s.V, s.N, nullptr, {}};
+  const Product p = {pattern.csr(transposed),
+                     data.values,
+                     has_bias ? bias.values : nullptr,
+                     x.rows,
+                     y.rows,
+                     s.V,
+                     s.N,
+                     nullptr,
+                     {}};
   run(p, spmm_scratch, spmm, y.array);
   const char* what = transposed ? "spmm, transposed," : "spmm";
   for (int64_t v = 0; v < s.V; ++v) {
     for (int64_t n = 0; n < s.N; ++n) {
-      for (int64_t row = 0; row < s.R * s.B; ++row) {
+      for (int64_t row = 0; row < n_rows; ++row) {
         const int64_t r = row / s.B, o = row % s.B;
         Number sum = has_bias ? number(bias[row]) : Number{};
         for (int64_t j = pattern.indptr[r]; j < pattern.indptr[r + 1]; ++j) {
-          const int64_t place = v * n_blocks + (transposed ? pattern.perm[j] : j);
-          const E* block = data.values + place * size;
-          for (int64_t k = 0; k < s.B; ++k) {
-            const E w = block[transposed ? k * s.B + o : o * s.B + k];
+          for (int64_t k = 0; k < pattern.width(j); ++k) {
+            const E w = data[place(v, j, o, k)];
             sum = sum + number(w) * number(x.at(v, n, pattern.indices[j] * s.B + k));
           }
         }
@@ -124,28 +138,29 @@ void check_spmm(Chance& chance) {
       }
     }
   }
-  check_gaps(what, y.array, s.V * s.N * s.R * s.B);
+  check_gaps(what, y.array, s.V * s.N * n_rows);
 }
 
 void check_sddmm(Chance& chance) {
   const Sizes s(chance);
-  Pattern pattern(chance, s.R, s.C, s.most_blocks(), 0);
+  Pattern pattern(chance, s.R, s.C, s.B, s.most_blocks(), 0);
   const int64_t n_blocks = pattern.n_blocks, size = s.B * s.B;
-  Matrices<E> y(chance, s.V, s.N, s.R * s.B, false), x(chance, s.V, s.N, s.C * s.B, false);
+  Matrices<E> y(chance, s.V, s.N, pattern.n_rows, false);
+  Matrices<E> x(chance, s.V, s.N, pattern.n_cols, false);
   y.fill(chance);
   x.fill(chance);
   Array<E> out(s.V * n_blocks * size);
 
-  const Csr a = {pattern.indptr.values, pattern.indices.values, nullptr, s.R, s.C, n_blocks, s.B};
-  const SampledProduct p = {a, out.values, y.rows, x.rows, s.V, s.N, nullptr, {}};
+  const SampledProduct p = {pattern.csr(false), out.values, y.rows, x.rows, s.V, s.N, nullptr, {}};
   run(p, sddmm_scratch, sddmm, out);
   for (int64_t v = 0; v < s.V; ++v) {
     for (int64_t r = 0; r < s.R; ++r) {
       for (int64_t j = pattern.indptr[r]; j < pattern.indptr[r + 1]; ++j) {
         for (int64_t e = 0; e < size; ++e) {
           const int64_t row = r * s.B + e / s.B, col = pattern.indices[j] * s.B + e % s.B;
+          const bool is_inside = row < pattern.n_rows && col < pattern.n_cols;
           Number sum = {};
-          for (int64_t n = 0; n < s.N; ++n) {
+          for (int64_t n = 0; n < s.N && is_inside; ++n) {
             sum = sum + number(y.at(v, n, row)) * number(x.at(v, n, col));
           }
           compare("sddmm", s, out[(v * n_blocks + j) * size + e], sum, v, j, e);
@@ -160,15 +175,13 @@ void check_sddmm(Chance& chance) {
 void check_spmm_t(Chance& chance) {
   Sizes s(chance);
   s.N = 1;
-  Pattern pattern(chance, s.R, s.C, s.most_blocks(), chance.one_in(2) ? LONG_ROW : 0);
+  Pattern pattern(chance, s.R, s.C, 1, s.most_blocks(), chance.one_in(2) ? LONG_ROW : 0);
   Array<E> data(s.V * pattern.n_blocks);
   for (size_t i = 0; i < data.size; ++i) data[i] = chance.small<E>();
   Matrices<E> x(chance, s.V, 1, s.R, false), y(chance, s.V, 1, s.C, true);
   x.fill(chance);
 
-  const Csr a = {
-      pattern.indptr.values, pattern.indices.values, nullptr, s.R, s.C, pattern.n_blocks, 1};
-  const Product p = {a, data.values, nullptr, x.rows, y.rows, s.V, 1, nullptr, {}};
+  const Product p = {pattern.csr(false), data.values, nullptr, x.rows, y.rows, s.V, 1, nullptr, {}};
   run(p, spmm_t_scratch, spmm_t, y.array);
   for (int64_t v = 0; v < s.V; ++v) {
     Array<Number> sums(s.C);

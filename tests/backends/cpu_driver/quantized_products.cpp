@@ -58,26 +58,33 @@ void fail(const char* what, const Sizes& s) {
 void check(Chance& chance) {
   const Sizes s(chance);
   const bool transposed = chance.one_in(2), has_bias = chance.one_in(2);
-  Pattern pattern(chance, s.R, s.C, s.most_blocks(), 0);
+  Pattern pattern(chance, s.R, s.C, s.B, s.most_blocks(), 0);
   const int64_t n_blocks = pattern.n_blocks, size = s.B * s.B, groups = size / s.group;
+  const int64_t n_rows = pattern.n_rows;
   Array<uint32_t> packed(s.V * n_blocks * size * BITS / 32);
-  Array<E> scales(s.V * n_blocks * groups), biases(scales.size), bias(s.R * s.B);
+  Array<E> scales(s.V * n_blocks * groups), biases(scales.size), bias(n_rows);
   for (size_t i = 0; i < packed.size; ++i) packed[i] = uint32_t(chance.next());
-  for (size_t i = 0; i < scales.size; ++i) {
-    scales[i] = element<E>({double(chance.from(-1, 1)), 0});
-    biases[i] = chance.small<E>();
+  for (int64_t v = 0; v < s.V; ++v) {
+    for (int64_t r = 0; r < s.R; ++r) {
+      for (int64_t j = pattern.indptr[r]; j < pattern.indptr[r + 1]; ++j) {
+        const int64_t height = pattern.height(r), width = pattern.width(j);
+        const int64_t block = v * n_blocks + (transposed ? pattern.perm[j] : j);
+        // Groups that lie past the matrix have no numbers.
+        for (int64_t i = 0; i < (transposed ? width : height); ++i) {
+          for (int64_t k = 0; k < (transposed ? height : width); k += s.group) {
+            const int64_t at = block * groups + (i * s.B + k) / s.group;
+            scales[at] = element<E>({double(chance.from(-1, 1)), 0});
+            biases[at] = chance.small<E>();
+          }
+        }
+      }
+    }
   }
   for (size_t i = 0; i < bias.size; ++i) bias[i] = chance.small<E>();
-  Matrices<E> x(chance, s.V, s.N, s.C * s.B, false), y(chance, s.V, s.N, s.R * s.B, true);
+  Matrices<E> x(chance, s.V, s.N, pattern.n_cols, false), y(chance, s.V, s.N, n_rows, true);
   x.fill(chance);
 
-  const Csr a = {pattern.indptr.values,
-                 pattern.indices.values,
-                 transposed ? pattern.perm.values : nullptr,
-                 s.R,
-                 s.C,
-                 n_blocks,
-                 s.B};
+  const Csr a = pattern.csr(transposed);
   const Product p = {
       a, packed.values, has_bias ? bias.values : nullptr, x.rows, y.rows, s.V, s.N, nullptr, {}};
   QuantizedProduct q = {p, scales.values, biases.values, BITS, s.group};
@@ -101,12 +108,12 @@ void check(Chance& chance) {
   }
   for (int64_t v = 0; v < s.V; ++v) {
     for (int64_t n = 0; n < s.N; ++n) {
-      for (int64_t row = 0; row < s.R * s.B; ++row) {
+      for (int64_t row = 0; row < n_rows; ++row) {
         const int64_t r = row / s.B, o = row % s.B;
         double sum = has_bias ? number(bias[row]).re : 0;
         for (int64_t j = pattern.indptr[r]; j < pattern.indptr[r + 1]; ++j) {
           const int64_t place = v * n_blocks + (transposed ? pattern.perm[j] : j);
-          for (int64_t k = 0; k < s.B; ++k) {
+          for (int64_t k = 0; k < pattern.width(j); ++k) {
             const int64_t at = place * size + (transposed ? k * s.B + o : o * s.B + k);
             sum += values[at] * number(x.at(v, n, pattern.indices[j] * s.B + k)).re;
           }
