@@ -23,6 +23,8 @@ from support import (
     fresh_launches,
     integers,
     random_pattern,
+    spoiled,
+    trimmed,
     untyped,
 )
 
@@ -406,3 +408,31 @@ class TestEveryShape:
         mx.compile(lambda x: seen.append(tracing.graph) or x, shapeless=True)(mx.ones(3))
         mx.compile(lambda x: seen.append(tracing.graph) or x)(mx.ones(3))
         assert (seen, tracing.graph) == (["shapeless", None], None)
+
+
+class TestEdges:
+    """Layers whose last blocks reach past the weight, with nans there."""
+
+    def layer(self):
+        pattern = trimmed(random_pattern(4, 3, 32, density=0.8, seed=2), 9, 22)  # 119 x 74
+        layer = BlockSparseLinear(74, 119, pattern)
+        layer.weight = spoiled(pattern, integers(pattern.data_shape, 1))
+        layer.bias = integers((119,), 2)
+        return layer
+
+    @pytest.mark.parametrize("n", [1, 3, 40])
+    def test_in_a_file(self, file, n):
+        layer, x = self.layer(), integers((n, 74), 3)
+        check(file, layer, x)
+        check(file, mx.grad(lambda x: (layer(x) ** 2).sum()), x)
+        check(file, lambda x: gradients(layer, x), x)
+        check_close(file, layer.to_quantized(group_size=32, bits=4), x, atol=1e-3)
+
+    def test_of_every_shape(self, file):
+        layer, x = self.layer(), integers((40, 74), 4)
+        expected = layer(x)
+        assert_equal(mx.compile(layer, shapeless=True)(x), expected)
+        mx.export_function(file, layer, integers((2, 74)), shapeless=True)
+        assert_equal(mx.import_function(file)(x)[0], expected)
+        loss = lambda x: (layer(x) ** 2).sum()
+        assert_equal(mx.compile(mx.grad(loss), shapeless=True)(x), mx.grad(loss)(x))

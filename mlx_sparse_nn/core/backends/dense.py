@@ -17,6 +17,7 @@ from mlx_sparse_nn.core import blocks, quantized
 from mlx_sparse_nn.core.layout import Layout
 
 NAME = "dense"
+TAKES_EDGES = True
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
@@ -81,7 +82,7 @@ def _constant(op: str, layout: Layout, *stored: mx.array) -> mx.array:
     function: Any = mx.custom_function(matrix)
     for rule in (function.vjp, function.jvp, function.vmap):
         rule(refuse)
-    dense = function(*stored)
+    dense = mx.contiguous(function(*stored))  # MLX (0.32.4) writes others wrongly
     try:
         mx.eval(dense)
     except ValueError:  # they are traced: MLX evaluates nothing of that

@@ -51,12 +51,12 @@ def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = No
     Returns:
         ``(N, n_rows)`` or ``(V, N, n_rows)`` of the same dtype, accumulated in float32 at least.
     """
-    return _product((edges.clear_cols(layout, data),), layout, x, bias, transposed=False)
+    return _product(_cleared(layout, data, 1), layout, x, bias, transposed=False)
 
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; shapes as in :func:`spmm`, swapped."""
-    return _product((edges.clear_rows(layout, data),), layout, y, None, transposed=True)
+    return _product(_cleared(layout, data, 0), layout, y, None, transposed=True)
 
 
 def qspmm(
@@ -74,7 +74,7 @@ def qspmm(
         scales, biases: ``(n_blocks, B, B / group_size)`` of the dtype of ``x``; or ``(V, ...)``.
         layout, x, bias: As in :func:`spmm`.
     """
-    matrix = edges.clear_quantized_cols(layout, packed, scales, biases)
+    matrix = _cleared_quantized(layout, packed, scales, biases, 1)
     return _product(matrix, layout, x, bias, transposed=False)
 
 
@@ -82,7 +82,7 @@ def qspmm_t(
     packed: mx.array, scales: mx.array, biases: mx.array, layout: Layout, y: mx.array
 ) -> mx.array:
     """Return :func:`spmm_t` by quantized blocks; shapes as in :func:`qspmm`, swapped."""
-    matrix = edges.clear_quantized_rows(layout, packed, scales, biases)
+    matrix = _cleared_quantized(layout, packed, scales, biases, 0)
     return _product(matrix, layout, y, None, transposed=True)
 
 
@@ -116,6 +116,34 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
             part = part.reshape(-1, *layout.data_shape[1:]).astype(x.dtype)
         data.write(cut.start, part)
     return data.rows.reshape(shape)
+
+
+def _cleared(layout: Layout, data: mx.array, axis: int) -> tuple[mx.array]:
+    """Return values that may be summed along an axis, (0) rows or (1) columns, of whole blocks.
+
+    What MLX derives itself, it sums along the other one too.
+    """
+    if not layout.has_edges:
+        return (data,)
+    if axis == 1 or tracing.graph is not None:
+        data = edges.clear_cols(layout, data)
+    if axis == 0 or tracing.graph is not None:
+        data = edges.clear_rows(layout, data)
+    return (data,)
+
+
+def _cleared_quantized(
+    layout: Layout, packed: mx.array, scales: mx.array, biases: mx.array, axis: int
+) -> tuple[mx.array, ...]:
+    """Return the same of quantized blocks."""
+    matrix = packed, scales, biases
+    if not layout.has_edges:
+        return matrix
+    if axis == 1 or tracing.graph is not None:
+        matrix = edges.clear_quantized_cols(layout, *matrix)
+    if axis == 0 or tracing.graph is not None:
+        matrix = edges.clear_quantized_rows(layout, *matrix)
+    return matrix
 
 
 def _product(
