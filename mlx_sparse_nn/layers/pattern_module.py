@@ -136,7 +136,9 @@ class PatternModule(nn.Module):
         They are those of the pattern's own layout, unless a transform has put others in their
         place: ``mx.compile`` puts tracers there, and later the results of its graph.
         """
-        layout = self.pattern.layout
+        if self._emptied is not None:  # asked here too, since a call takes its time
+            self._check_whole()
+        layout = self._pattern.layout
         if self["indices"] is self.__dict__.get("_laid_out") or not transforming():
             return layout
         return layout.with_arrays(self["indices"], self["_layout"])

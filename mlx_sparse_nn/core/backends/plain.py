@@ -51,12 +51,14 @@ def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = No
     Returns:
         ``(N, n_rows)`` or ``(V, N, n_rows)`` of the same dtype, accumulated in float32 at least.
     """
-    return _product(_cleared(layout, data, 1), layout, x, bias, transposed=False)
+    stored = _cleared(layout, data, 1) if layout.has_edges else (data,)
+    return _product(stored, layout, x, bias, transposed=False)
 
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; shapes as in :func:`spmm`, swapped."""
-    return _product(_cleared(layout, data, 0), layout, y, None, transposed=True)
+    stored = _cleared(layout, data, 0) if layout.has_edges else (data,)
+    return _product(stored, layout, y, None, transposed=True)
 
 
 def qspmm(
@@ -123,8 +125,6 @@ def _cleared(layout: Layout, data: mx.array, axis: int) -> tuple[mx.array]:
 
     What MLX derives itself, it sums along the other one too.
     """
-    if not layout.has_edges:
-        return (data,)
     if axis == 1 or tracing.graph is not None:
         data = edges.clear_cols(layout, data)
     if axis == 0 or tracing.graph is not None:
@@ -303,12 +303,13 @@ def _multiply_add(
     if added is None:
         return a @ xs
     added = _take(added, step.rows, n_matrices)
-    if a.dtype in _NARROW and not mx.cuda.is_available():
+    if a.dtype not in _NARROW:
+        return a @ xs + added
+    if not mx.cuda.is_available():
         return mx.addmm(added, a, xs)
     # MLX (0.32.4) rounds a batched addmm twice on CUDA. float32 holds 16-bit products exactly, and
     # so does TF32.
-    dtype = _wide(a.dtype)
-    return a.astype(dtype) @ xs.astype(dtype) + added.astype(dtype)
+    return a.astype(mx.float32) @ xs.astype(mx.float32) + added.astype(mx.float32)
 
 
 def _in_matrix_order(y: Result, buckets: Buckets, n_matrices: int) -> mx.array:
