@@ -60,6 +60,7 @@ FUNCTIONS = {
     "complex": lambda p: p * 1j,
     "half of 16 bits": lambda p: p.astype(mx.bfloat16) / 2,
 }
+REAL = {name: function for name, function in FUNCTIONS.items() if name != "complex"}  # as blocks
 
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
@@ -78,9 +79,10 @@ class TestOtherFloats:
         with pytest.raises(TypeError, match=r"model\.apply\(f, nn\.Module\.trainable_parameter_f"):
             model.update(tree_map(function, model.parameters()))
 
+
+@pytest.mark.parametrize("function", REAL.values(), ids=REAL)
+class TestFloatsOfValuesAlone:
     def test_the_layers_own_apply_leaves_the_pattern_out(self, function, pattern):
-        if function is FUNCTIONS["complex"] and pattern.block_size > 1:
-            pytest.skip("blocks are real")
         layer = make(pattern).layers[0]
         weight = layer.weight
         assert layer.apply(function) is layer
@@ -90,8 +92,6 @@ class TestOtherFloats:
         assert not mx.array_equal(layer.weight, weight)
 
     def test_the_named_filter_does_what_is_meant(self, function, pattern):
-        if function is FUNCTIONS["complex"] and pattern.block_size > 1:
-            pytest.skip("blocks are real")
         for model in (make(pattern), make(pattern).unfreeze()):
             model.apply(function, TRAINABLE)
             model.update(tree_map(function, model.trainable_parameters()))
@@ -147,9 +147,8 @@ def test_complex_scalars_keep_the_pattern():
 
 class TestAverages:
     @pytest.mark.parametrize("weight", [0.5, 0.9, 0.999])
+    @pytest.mark.parametrize("pattern", list(PATTERNS.values())[1:])  # of more than one column
     def test_of_two_patterns_are_refused(self, weight, pattern):
-        if pattern.grid[1] == 1:
-            pytest.skip("there is only one such pattern")
         model, other = make(pattern), make(shift(pattern))
         mean = tree_map(
             lambda a, b: weight * a + (1 - weight) * b, model.parameters(), other.parameters()
