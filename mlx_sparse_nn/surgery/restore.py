@@ -246,6 +246,11 @@ def _sparse_layer(module: nn.Module, arrays: dict[str, mx.array]) -> SparseLinea
 def _weight_shape(module: nn.Module) -> tuple[int, int]:
     """Return ``(output_dims, input_dims)`` of a linear layer, dense or block-sparse."""
     if isinstance(module, SparseLinear):
+        if type(module) not in (BlockSparseLinear, QuantizedBlockSparseLinear):
+            raise ValueError(
+                f"{type(module).__name__} is a subclass, which may compute something else: "
+                "load_weights keeps it, and takes as many blocks"
+            )
         return module.output_dims, module.input_dims
     if type(module) is nn.QuantizedLinear:
         return module.weight.shape[0], module.scales.shape[-1] * module.group_size

@@ -428,3 +428,15 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
         restore(Model(), tmp_path / "a.npy")
     with pytest.raises(TypeError, match=r"\[restore\] weights must be a path or a dict, got list"):
         restore(Model(), untyped([("a", mx.ones(3))]))
+
+
+def test_a_subclass_of_a_sparse_layer_is_not_replaced():
+    class Doubled(BlockSparseLinear):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    weights = arrays(nn.Sequential(BlockSparseLinear(64, 64)))
+    model = nn.Sequential(Doubled(64, 64))
+    with pytest.raises(ValueError, match=r"\[restore\] layers\.0 is .* Doubled is a subclass"):
+        restore(model, weights)
+    assert type(model.layers[0]) is Doubled
