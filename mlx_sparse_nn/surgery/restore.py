@@ -137,6 +137,12 @@ def _replace(
         if path in described:
             check_described(owner, path, described[path], _pattern_of(layer))
         layers[place] = made.setdefault(id(modules[place]), layer)
+        if _pattern_of(layers[place]) != _pattern_of(layer):
+            first = next(other for other in layers if layers[other] is layers[place])
+            raise ValueError(
+                f"[{owner}] {first} and {place} are one layer in the model, and have two patterns "
+                "in the checkpoint"
+            )
     for path in _paths_with(weights, "weight", "scales") if quantize else ():
         module = modules.get(path)
         if isinstance(module, SparseLinear) or not hasattr(module, "to_quantized"):

@@ -440,3 +440,13 @@ def test_a_subclass_of_a_sparse_layer_is_not_replaced():
     with pytest.raises(ValueError, match=r"\[restore\] layers\.0 is .* Doubled is a subclass"):
         restore(model, weights)
     assert type(model.layers[0]) is Doubled
+
+
+@pytest.mark.parametrize("make_layer", [nn.Linear, BlockSparseLinear])
+def test_one_layer_at_two_paths_takes_one_pattern(make_layer):
+    weights = arrays(nn.Sequential(*(BlockSparseLinear(256, 256) for _ in range(2))))
+    layer = make_layer(256, 256)
+    model = nn.Sequential(layer, layer)
+    with pytest.raises(ValueError, match=r"layers\.\d are one layer in the model, .* two patterns"):
+        restore(model, weights)
+    assert model.layers[0] is layer is model.layers[1]
