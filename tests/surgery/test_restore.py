@@ -450,3 +450,27 @@ def test_one_layer_at_two_paths_takes_one_pattern(make_layer):
     with pytest.raises(ValueError, match=r"layers\.\d are one layer in the model, .* two patterns"):
         restore(model, weights)
     assert model.layers[0] is layer is model.layers[1]
+
+
+def test_a_sparse_layer_without_a_pattern_in_the_checkpoint():
+    weights = arrays(Model())
+    with pytest.raises(ValueError, match=r"\[restore\] \S+ is sparse .* densify the model first$"):
+        restore(make_sparse(), weights)
+    values = {name: a for name, a in arrays(make_sparse()).items() if ".ind" not in name}
+    with pytest.raises(ValueError, match=r"\[restore\] \S+ is sparse .* load_trainable takes"):
+        restore(make_sparse(), values)
+
+
+def test_a_model_that_is_one_layer():
+    sparse = BlockSparseLinear(64, 64, block_size=16, density=0.5)
+    weights = arrays(sparse)
+    same = BlockSparseLinear(64, 64, block_size=16, density=0.5)
+    assert_equal(restore(same, weights)(X), sparse(X))
+    for model in (nn.Linear(64, 64), BlockSparseLinear(64, 64, block_size=16, density=1.0)):
+        with pytest.raises(ValueError, match=r"\[restore\] the model is itself a \w*Linear"):
+            restore(model, weights)
+
+
+def test_names_are_strings():
+    with pytest.raises(TypeError, match=r"\[restore\] names must be strings, got 1"):
+        restore(Model(), untyped({1: mx.ones(3)}))
