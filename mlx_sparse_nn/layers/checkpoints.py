@@ -123,8 +123,15 @@ def _load_weights(
         arrays, described = load_arrays("load_weights", weights)
         weights = list(arrays.items())
     before = self.parameters()
+    emptied = {path for path, layer in layers.items() if layer._emptied}
     try:
         load(self, weights, strict)
+        for path, layer in layers.items():
+            if layer._emptied and path not in emptied:
+                raise ValueError(
+                    f"[load_weights] {path or 'the layer'} is empty in the checkpoint, as after "
+                    "mlx_lm.utils.save: save a model that holds its arrays"
+                )
         check_patterns("load_weights", self, described, kind)
     except Exception as error:
         # MLX checks names and shapes before it writes. What a layer refuses, it does when it is
