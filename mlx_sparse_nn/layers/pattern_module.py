@@ -196,7 +196,8 @@ class PatternModule(nn.Module):
                 super().__setitem__(name, previous)
             self._follow_indices()
             raise
-        rollback.note(key, current)
+        if key in (*_INDICES, *BLOCKWISE):  # a bias goes with every pattern
+            rollback.note(key, current)
         super().__setitem__(key, value)
         if key in _INDICES:
             self._follow_indices()
