@@ -137,10 +137,28 @@ def _load_weights(
         # MLX checks names and shapes before it writes. What a layer refuses, it does when it is
         # written, and others have been written by then.
         self.update(before)
-        if hint := _hint(str(error), layers):
-            error.args = (f"{error} {hint}",)
+        message = str(error)
+        if (path := _refusing(weights, layers, message)) is not None:
+            message = f"[load_weights] {path or 'the layer'}: {message}"
+        if hint := _hint(message, layers):
+            message = f"{message} {hint}"
+        if message != str(error):
+            error.args = (message,)
         raise
     return self
+
+
+def _refusing(weights: Any, layers: Mapping[str, Any], message: str) -> str | None:
+    """Return the path of the layer that refuses an array of a checkpoint in these words, if any."""
+    for name, array in weights if isinstance(weights, list | tuple) else ():
+        path, _, key = name.rpartition(".")
+        if path in layers and key in layers[path] and message.startswith("["):
+            try:
+                layers[path]._checked(key, array, layers[path][key].shape)
+            except (TypeError, ValueError) as error:
+                if str(error) == message:
+                    return path
+    return None
 
 
 def _hint(message: str, layers: Mapping[str, Any]) -> str:
