@@ -266,6 +266,13 @@ class PatternModule(nn.Module):
             check_block_dtype(owner, value.dtype, self.block_size)
         if key not in _INDICES or value is current:
             return value
+        try:
+            mx.eval(value)
+        except ValueError as error:
+            raise ValueError(
+                f"[{owner}] {key} cannot be read while a transform is tracing it: leave the "
+                "pattern out, by passing model.trainable_parameters()"
+            ) from error
         if mx.issubdtype(value.dtype, mx.inexact):
             if value.shape == current.shape and _is_rounded(value, current):
                 return current  # a cast of all parameters, or an average over models of one pattern

@@ -351,7 +351,7 @@ def test_indices_that_are_traced_are_refused():
         model.update(parameters)
         return model(x)
 
-    with pytest.raises(ValueError, match="eval"):
+    with pytest.raises(ValueError, match=r"\] indptr cannot be read while a transform"):
         mx.compile(predict)(model.parameters(), mx.ones((2, 32)))
 
 
