@@ -192,9 +192,11 @@ class PatternModule(nn.Module):
         try:
             value = self._checked(key, value, current.shape)
         except (TypeError, ValueError):
-            for name, previous in rollback.replaced():
+            replaced = dict(rollback.replaced())
+            for name, previous in replaced.items():
                 super().__setitem__(name, previous)
-            self._follow_indices()
+            if any(name in replaced for name in _INDICES):  # tracers, which cannot be read, stay
+                self._follow_indices()
             raise
         if key in (*_INDICES, *BLOCKWISE):  # a bias goes with every pattern
             rollback.note(key, current)

@@ -355,6 +355,16 @@ def test_indices_that_are_traced_are_refused():
         mx.compile(predict)(model.parameters(), mx.ones((2, 32)))
 
 
+def test_averages_of_traced_indices_are_refused():
+    model, other = make_model(seed=0), make_model(seed=0)
+
+    def average():
+        model.update(tree_map(lambda a, b: (a + b) / 2, model.parameters(), other.parameters()))
+
+    with pytest.raises(ValueError, match=r"\] indptr cannot be read while a transform"):
+        mx.compile(average, inputs=[model.state, other.state])()
+
+
 def test_a_refused_array_is_said_of_its_layer():
     model = nn.Sequential(*(BlockSparseLinear(64, 64, block_size=16) for _ in range(3)))
     weights = dict(flatten(model.parameters()))
