@@ -123,17 +123,42 @@ def _load_weights(
         arrays, described = load_arrays("load_weights", weights)
         weights = list(arrays.items())
     before = self.parameters()
+    emptied = {path for path, layer in layers.items() if layer._emptied}
     try:
         load(self, weights, strict)
+        for path, layer in layers.items():
+            if layer._emptied and path not in emptied:
+                raise ValueError(
+                    f"[load_weights] {path or 'the layer'} is empty in the checkpoint, as after "
+                    "mlx_lm.utils.save: save a model that holds its arrays"
+                )
         check_patterns("load_weights", self, described, kind)
     except Exception as error:
         # MLX checks names and shapes before it writes. What a layer refuses, it does when it is
         # written, and others have been written by then.
         self.update(before)
-        if hint := _hint(str(error), layers):
-            error.args = (f"{error} {hint}",)
+        message = str(error)
+        if (path := _refusing(weights, layers, message)) is not None:
+            message = f"[load_weights] {path or 'the layer'}: {message}"
+        if hint := _hint(message, layers):
+            message = f"{message} {hint}"
+        if message != str(error):
+            error.args = (message,)
         raise
     return self
+
+
+def _refusing(weights: Any, layers: Mapping[str, Any], message: str) -> str | None:
+    """Return the path of the layer that refuses an array of a checkpoint in these words, if any."""
+    for name, array in weights if isinstance(weights, list | tuple) else ():
+        path, _, key = name.rpartition(".")
+        if path in layers and key in layers[path] and message.startswith("["):
+            try:
+                layers[path]._checked(key, array, layers[path][key].shape)
+            except (TypeError, ValueError) as error:
+                if str(error) == message:
+                    return path
+    return None
 
 
 def _hint(message: str, layers: Mapping[str, Any]) -> str:

@@ -194,11 +194,14 @@ class PatternModule(nn.Module):
         try:
             value = self._checked(key, value, current.shape)
         except (TypeError, ValueError):
-            for name, previous in rollback.replaced():
+            replaced = dict(rollback.replaced())
+            for name, previous in replaced.items():
                 super().__setitem__(name, previous)
-            self._follow_indices()
+            if any(name in replaced for name in _INDICES):  # tracers, which cannot be read, stay
+                self._follow_indices()
             raise
-        rollback.note(key, current)
+        if key in (*_INDICES, *BLOCKWISE):  # a bias goes with every pattern
+            rollback.note(key, current)
         super().__setitem__(key, value)
         if key in _INDICES:
             self._follow_indices()
@@ -267,6 +270,13 @@ class PatternModule(nn.Module):
             check_block_dtype(owner, value.dtype, self.block_size)
         if key not in _INDICES or value is current:
             return value
+        try:
+            mx.eval(value)
+        except ValueError as error:
+            raise ValueError(
+                f"[{owner}] {key} cannot be read while a transform is tracing it: leave the "
+                "pattern out, by passing model.trainable_parameters()"
+            ) from error
         if mx.issubdtype(value.dtype, mx.inexact):
             if value.shape == current.shape and _is_rounded(value, current):
                 return current  # a cast of all parameters, or an average over models of one pattern

@@ -60,6 +60,7 @@ def restore(model: _Model, weights: Weights) -> _Model:
     """
     check_model("restore", model)
     arrays, described = _read("restore", weights)
+    _check_sparse_places("restore", model, arrays)
     replaced = _replace("restore", model, arrays, described, quantize=True)
     try:
         model.load_weights(list(arrays.items()))
@@ -113,8 +114,33 @@ def _read(owner: str, weights: Weights) -> tuple[dict[str, mx.array], Described]
     if not isinstance(weights, dict):
         raise TypeError(f"[{owner}] weights must be a path or a dict, got {type(weights).__name__}")
     for name, array in weights.items():
+        if not isinstance(name, str):
+            raise TypeError(f"[{owner}] names must be strings, got {name!r}")
         check_array(owner, name, array)
     return weights, described
+
+
+def _check_sparse_places(owner: str, model: nn.Module, weights: dict[str, mx.array]) -> None:
+    """Raise where a sparse layer of the model stays, and is another one in the checkpoint."""
+    for path, module in model.named_modules():
+        prefix, layer = (f"{path}.", path) if path else ("", "the layer")
+        weight = weights.get(f"{prefix}weight")
+        if not isinstance(module, SparseLinear) or weight is None:
+            continue
+        if f"{prefix}indptr" not in weights and f"{prefix}indices" not in weights:
+            of_values = weight.ndim != 2
+            helps = "load_trainable takes values alone" if of_values else "densify the model first"
+            raise ValueError(
+                f"[{owner}] {layer} is sparse in the model, and has no pattern in the checkpoint: "
+                f"{helps}"
+            )
+    if "indptr" in weights and "indices" in weights and isinstance(model, SparseLinear | nn.Linear):
+        held = model.indices.shape if isinstance(model, SparseLinear) else None
+        if weights["indices"].shape != held:
+            raise ValueError(
+                f"[{owner}] the model is itself a {type(model).__name__}, in whose place no other "
+                "layer can be put: call it on a module around the layer"
+            )
 
 
 def _replace(
@@ -137,6 +163,12 @@ def _replace(
         if path in described:
             check_described(owner, path, described[path], _pattern_of(layer))
         layers[place] = made.setdefault(id(modules[place]), layer)
+        if _pattern_of(layers[place]) != _pattern_of(layer):
+            first = next(other for other in layers if layers[other] is layers[place])
+            raise ValueError(
+                f"[{owner}] {first} and {place} are one layer in the model, and have two patterns "
+                "in the checkpoint"
+            )
     for path in _paths_with(weights, "weight", "scales") if quantize else ():
         module = modules.get(path)
         if isinstance(module, SparseLinear) or not hasattr(module, "to_quantized"):
@@ -246,6 +278,11 @@ def _sparse_layer(module: nn.Module, arrays: dict[str, mx.array]) -> SparseLinea
 def _weight_shape(module: nn.Module) -> tuple[int, int]:
     """Return ``(output_dims, input_dims)`` of a linear layer, dense or block-sparse."""
     if isinstance(module, SparseLinear):
+        if type(module) not in (BlockSparseLinear, QuantizedBlockSparseLinear):
+            raise ValueError(
+                f"{type(module).__name__} is a subclass, which may compute something else: "
+                "load_weights keeps it, and takes as many blocks"
+            )
         return module.output_dims, module.input_dims
     if type(module) is nn.QuantizedLinear:
         return module.weight.shape[0], module.scales.shape[-1] * module.group_size

@@ -28,7 +28,11 @@ from mlx_sparse_nn.core.scores import (
     strongest_pattern,
 )
 from mlx_sparse_nn.layers.dense_twin import dense_twin
-from mlx_sparse_nn.layers.linear import PATTERN_DECIDES, BlockSparseLinear
+from mlx_sparse_nn.layers.linear import (
+    PATTERN_DECIDES,
+    BlockSparseLinear,
+    QuantizedBlockSparseLinear,
+)
 from mlx_sparse_nn.layers.lora import LoRABlockSparseLinear, SparseLinear
 from mlx_sparse_nn.layers.parameters import counts_of, density_of
 from mlx_sparse_nn.layers.pattern_module import check_layer_pattern
@@ -153,7 +157,8 @@ def densify(model: nn.Module, *, optimizer: optim.Optimizer | None = None) -> li
     Raises:
         TypeError: ``model`` is not a module, or itself a block-sparse layer; or ``optimizer`` is
             not an optimizer.
-        ValueError: A layer lies under adapters, or a state of the optimizer cannot follow.
+        ValueError: A layer lies under adapters or is of a subclass, or a state of the optimizer
+            cannot follow.
     """
     check_model("densify", model)
     if isinstance(model, SparseLinear):
@@ -166,6 +171,12 @@ def densify(model: nn.Module, *, optimizer: optim.Optimizer | None = None) -> li
             )
     found = [(paths, m) for paths, m in leaves_of(model) if isinstance(m, SparseLinear)]
     old = [layer for _, layer in found]
+    for paths, layer in found:
+        if type(layer) not in (BlockSparseLinear, QuantizedBlockSparseLinear):
+            raise ValueError(
+                f"[densify {paths[0]}] {type(layer).__name__} is a subclass, which may compute "
+                "something else: put a dense layer of your own in its place first"
+            )
     new = [dense_twin(layer) for layer in old]
     moments = reshape_moments("densify", optimizer, model, old, new)
     replace_leaves(model, old, new)

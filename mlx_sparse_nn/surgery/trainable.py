@@ -94,6 +94,7 @@ def load_trainable(model: _Model, file: str | Path) -> _Model:
     patterns = {path: _pattern(owner, path, layer, arrays) for path, layer in layers.items()}
     for path, saved in described.items():
         check_described(owner, path, saved, patterns[path])
+    _check_shared(owner, layers, patterns)
     _check_arrays(owner, arrays, current, patterns)
     changed = [path for path, pattern in patterns.items() if pattern != layers[path].pattern]
     before = model.parameters()
@@ -128,6 +129,20 @@ def _pattern(owner: str, path: str, layer: PatternModule, arrays: Arrays) -> CSR
             f"[{owner}] the file has another pattern for {_some(missing)} and no values"
         )
     return pattern
+
+
+def _check_shared(
+    owner: str, layers: dict[str, PatternModule], patterns: dict[str, CSRPattern]
+) -> None:
+    """Raise if the file has two patterns for a layer that the model holds at two paths."""
+    first: dict[int, str] = {}
+    for path, layer in layers.items():
+        other = first.setdefault(id(layer), path)
+        if patterns[path] != patterns[other]:
+            raise ValueError(
+                f"[{owner}] {other} and {path} are one layer in the model, and have two patterns "
+                "in the file"
+            )
 
 
 def _check_arrays(

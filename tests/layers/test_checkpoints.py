@@ -351,5 +351,28 @@ def test_indices_that_are_traced_are_refused():
         model.update(parameters)
         return model(x)
 
-    with pytest.raises(ValueError, match="eval"):
+    with pytest.raises(ValueError, match=r"\] indptr cannot be read while a transform"):
         mx.compile(predict)(model.parameters(), mx.ones((2, 32)))
+
+
+def test_averages_of_traced_indices_are_refused():
+    model, other = make_model(seed=0), make_model(seed=0)
+
+    def average():
+        model.update(tree_map(lambda a, b: (a + b) / 2, model.parameters(), other.parameters()))
+
+    with pytest.raises(ValueError, match=r"\] indptr cannot be read while a transform"):
+        mx.compile(average, inputs=[model.state, other.state])()
+
+
+def test_a_refused_array_is_said_of_its_layer():
+    model = nn.Sequential(*(BlockSparseLinear(64, 64, block_size=16) for _ in range(3)))
+    weights = dict(flatten(model.parameters()))
+    weights["layers.1.indices"] = weights["layers.1.indices"] + 4
+    words = r"^\[load_weights\] layers\.1: \[BlockSparseLinear\] indices\[0\] is \d, outside"
+    with pytest.raises(ValueError, match=words):
+        model.load_weights(list(weights.items()))
+    with pytest.raises(
+        ValueError, match=r"^\[load_weights\] layers\.2: .* weight must be an array"
+    ):
+        model.load_weights([("layers.2.weight", mx.ones(3))], strict=False)

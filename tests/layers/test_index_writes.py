@@ -285,3 +285,13 @@ class TestComplexBlocks:
         linear.weight = linear.weight.astype(mx.complex64)
         layer = BlockSparseLinear.from_linear(linear, pattern=patterns.banded(64, 64, 1, 1))
         assert layer(mx.ones((2, 64))).dtype == mx.complex64
+
+
+def test_a_bias_stays_when_a_later_array_is_refused():
+    layer = BlockSparseLinear(16, 16, block_size=8)
+    old, new = layer.bias, mx.ones(16)
+    layer.bias = new
+    with pytest.raises(ValueError, match="weight must be an array of shape"):
+        layer.weight = mx.ones(3)
+    assert_equal(layer.bias, new)
+    assert old is not layer.bias

@@ -428,3 +428,49 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
         restore(Model(), tmp_path / "a.npy")
     with pytest.raises(TypeError, match=r"\[restore\] weights must be a path or a dict, got list"):
         restore(Model(), untyped([("a", mx.ones(3))]))
+
+
+def test_a_subclass_of_a_sparse_layer_is_not_replaced():
+    class Doubled(BlockSparseLinear):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    weights = arrays(nn.Sequential(BlockSparseLinear(64, 64)))
+    model = nn.Sequential(Doubled(64, 64))
+    with pytest.raises(ValueError, match=r"\[restore\] layers\.0 is .* Doubled is a subclass"):
+        restore(model, weights)
+    assert type(model.layers[0]) is Doubled
+
+
+@pytest.mark.parametrize("make_layer", [nn.Linear, BlockSparseLinear])
+def test_one_layer_at_two_paths_takes_one_pattern(make_layer):
+    weights = arrays(nn.Sequential(*(BlockSparseLinear(256, 256) for _ in range(2))))
+    layer = make_layer(256, 256)
+    model = nn.Sequential(layer, layer)
+    with pytest.raises(ValueError, match=r"layers\.\d are one layer in the model, .* two patterns"):
+        restore(model, weights)
+    assert model.layers[0] is layer is model.layers[1]
+
+
+def test_a_sparse_layer_without_a_pattern_in_the_checkpoint():
+    weights = arrays(Model())
+    with pytest.raises(ValueError, match=r"\[restore\] \S+ is sparse .* densify the model first$"):
+        restore(make_sparse(), weights)
+    values = {name: a for name, a in arrays(make_sparse()).items() if ".ind" not in name}
+    with pytest.raises(ValueError, match=r"\[restore\] \S+ is sparse .* load_trainable takes"):
+        restore(make_sparse(), values)
+
+
+def test_a_model_that_is_one_layer():
+    sparse = BlockSparseLinear(64, 64, block_size=16, density=0.5)
+    weights = arrays(sparse)
+    same = BlockSparseLinear(64, 64, block_size=16, density=0.5)
+    assert_equal(restore(same, weights)(X), sparse(X))
+    for model in (nn.Linear(64, 64), BlockSparseLinear(64, 64, block_size=16, density=1.0)):
+        with pytest.raises(ValueError, match=r"\[restore\] the model is itself a \w*Linear"):
+            restore(model, weights)
+
+
+def test_names_are_strings():
+    with pytest.raises(TypeError, match=r"\[restore\] names must be strings, got 1"):
+        restore(Model(), untyped({1: mx.ones(3)}))

@@ -688,6 +688,18 @@ def test_what_cannot_be_changed_in_place_is_refused(call, message):
         call()
 
 
+def test_a_subclass_of_a_sparse_layer_does_not_become_dense():
+    class Doubled(BlockSparseLinear):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    model = nn.Sequential(BlockSparseLinear(32, 32), Doubled(32, 32))
+    layers = list(model.layers)
+    with pytest.raises(ValueError, match=r"\[densify layers\.1\] Doubled is a subclass"):
+        densify(model)
+    assert all(a is b for a, b in zip(model.layers, layers, strict=True))
+
+
 LINEAR = nn.Linear(64, 32)
 BAD_FROM_LINEAR = [
     ((nn.ReLU(),), {}, TypeError, "linear must be an nn.Linear: got ReLU"),

@@ -249,3 +249,14 @@ def test_metadata_that_cannot_be_read(file, text):
     rewrite(file, dict, {"mlx_sparse_nn.patterns": text})
     with pytest.raises(ValueError, match=r"^\[load_trainable\] .* cannot be read"):
         load_trainable(make(), file)
+
+
+def test_one_layer_at_two_paths_takes_one_pattern(file):
+    layers = [BlockSparseLinear(256, 256) for _ in range(3)]
+    save_trainable(nn.Sequential(*layers[:2]), file)
+    model = nn.Sequential(layers[2], layers[2])
+    before = flatten(model.parameters())
+    with pytest.raises(ValueError, match=r"layers\.\d are one layer in the model, .* two patterns"):
+        load_trainable(model, file)
+    for (_, now), (_, then) in zip(flatten(model.parameters()), before, strict=True):
+        assert_equal(now, then)
