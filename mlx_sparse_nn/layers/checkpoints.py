@@ -124,6 +124,7 @@ def _load_weights(
         weights = list(arrays.items())
     before = self.parameters()
     emptied = {path for path, layer in layers.items() if layer._emptied}
+    patterns = {path: layer.pattern for path, layer in layers.items() if path not in emptied}
     try:
         load(self, weights, strict)
         for path, layer in layers.items():
@@ -132,6 +133,9 @@ def _load_weights(
                     f"[load_weights] {path or 'the layer'} is empty in the checkpoint, as after "
                     "mlx_lm.utils.save: save a model that holds its arrays"
                 )
+        for path, pattern in patterns.items():
+            if layers[path].pattern != pattern:
+                _check_both(path, dict(weights))
         check_patterns("load_weights", self, described, kind)
     except Exception as error:
         # MLX checks names and shapes before it writes. What a layer refuses, it does when it is
@@ -146,6 +150,17 @@ def _load_weights(
             error.args = (message,)
         raise
     return self
+
+
+def _check_both(path: str, weights: Arrays) -> None:
+    """Raise if a file changes one half of a layer's pattern, so that values go to other places."""
+    prefix = f"{path}." if path else ""
+    for name, other in (("indptr", "indices"), ("indices", "indptr")):
+        if f"{prefix}{name}" in weights and f"{prefix}{other}" not in weights:
+            raise ValueError(
+                f"[load_weights] {path or 'the layer'} gets {name} of another pattern without its "
+                f"{other}: load both at once"
+            )
 
 
 def _refusing(weights: Any, layers: Mapping[str, Any], message: str) -> str | None:

@@ -376,3 +376,19 @@ def test_a_refused_array_is_said_of_its_layer():
         ValueError, match=r"^\[load_weights\] layers\.2: .* weight must be an array"
     ):
         model.load_weights([("layers.2.weight", mx.ones(3))], strict=False)
+
+
+@pytest.mark.parametrize(("given", "other"), [("indptr", "indices"), ("indices", "indptr")])
+def test_half_of_another_pattern_is_refused(given, other):
+    """Not strict: values would go to other places without an error."""
+    mine = CSRPattern([0, 1, 4], [0, 0, 1, 2], (8, 16), 4)
+    others = CSRPattern([0, 3, 4], [0, 1, 2, 3], (8, 16), 4)
+    model, source = (nn.Sequential(BlockSparseLinear(16, 8, p)) for p in (mine, others))
+    weight, arrays = model.layers[0].weight, dict(flatten(source.parameters()))
+    del arrays[f"layers.0.{other}"]
+    with pytest.raises(ValueError, match=rf"layers\.0 gets {given} of another .* its {other}"):
+        model.load_weights(list(arrays.items()), strict=False)
+    assert model.layers[0].pattern == mine
+    assert_equal(model.layers[0].weight, weight)
+    arrays[f"layers.0.{given}"] = model.layers[0][given]
+    model.load_weights(list(arrays.items()), strict=False)  # of the model's own pattern
