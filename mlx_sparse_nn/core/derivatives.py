@@ -197,23 +197,28 @@ def _put(order: mx.array, data: mx.array) -> mx.array:
 # The values, by the backend that computes them.
 
 
+def _is_whole(layout: Layout) -> bool:
+    """Return whether operands go to the backend as they are: ``backends.dense`` has no blocks."""
+    return not layout.has_edges or tracing.graph == "shapeless"
+
+
 def _spmm(layout: Layout, data: mx.array, x: mx.array, bias: mx.array | None = None) -> mx.array:
     backend = _backend("spmm", layout, x)
-    if not layout.has_edges:
+    if _is_whole(layout):
         return backend.spmm(data, layout, x, bias)
     return _crop(layout, 0, backend.spmm(data, layout, *_padded(layout, x, bias)))
 
 
 def _spmm_t(layout: Layout, data: mx.array, y: mx.array) -> mx.array:
     backend = _backend("spmm_t", layout, y)
-    if not layout.has_edges:
+    if _is_whole(layout):
         return backend.spmm_t(data, layout, y)
     return _crop(layout, 1, backend.spmm_t(data, layout, edges.pad(y, layout.full_shape[0])))
 
 
 def _sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     backend = _backend("sddmm", layout, x)
-    if not layout.has_edges:
+    if _is_whole(layout):
         return backend.sddmm(layout, y, x)
     n_rows, n_cols = layout.full_shape
     return backend.sddmm(layout, edges.pad(y, n_rows), edges.pad(x, n_cols))
@@ -228,7 +233,7 @@ def _qspmm(
     bias: mx.array | None = None,
 ) -> mx.array:
     backend = _backend("qspmm", layout, x, quantized.bits_of(packed))
-    if not layout.has_edges:
+    if _is_whole(layout):
         return backend.qspmm(packed, scales, biases, layout, x, bias)
     y = backend.qspmm(packed, scales, biases, layout, *_padded(layout, x, bias))
     return _crop(layout, 0, y)
@@ -238,7 +243,7 @@ def _qspmm_t(
     layout: Layout, packed: mx.array, scales: mx.array, biases: mx.array, y: mx.array
 ) -> mx.array:
     backend = _backend("qspmm_t", layout, y, quantized.bits_of(packed))
-    if not layout.has_edges:
+    if _is_whole(layout):
         return backend.qspmm_t(packed, scales, biases, layout, y)
     y = edges.pad(y, layout.full_shape[0])
     return _crop(layout, 1, backend.qspmm_t(packed, scales, biases, layout, y))

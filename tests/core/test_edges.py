@@ -1,5 +1,7 @@
 """Blocks that reach past the matrix: whatever a weight holds there, nobody reads it."""
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -20,7 +22,15 @@ from support import (
 )
 
 import mlx_sparse_nn as sparse
-from mlx_sparse_nn import BlockSparseLinear, CSRArray, CSRPattern, qspmm, qspmm_t, spmm
+from mlx_sparse_nn import (
+    BlockSparseLinear,
+    CSRArray,
+    CSRPattern,
+    qspmm,
+    qspmm_t,
+    sddmm,
+    spmm,
+)
 from mlx_sparse_nn.core.backends import naive
 from mlx_sparse_nn.core.quantized import BITS
 from mlx_sparse_nn.core.scores import block_scores
@@ -108,6 +118,31 @@ def test_every_transform_and_second_order():
     )
     assert_equal(mapped, mx.stack([x @ dense.T, x @ d_dense.T]))
     assert_equal(mx.compile(lambda x: spmm(data, PATTERN, x, bias))(x), x @ dense.T + bias)
+
+
+def test_every_shape(tmp_path):
+    """Traced for every shape, a product is dense, and has no blocks that reach past it."""
+    file, (n_rows, n_cols) = str(tmp_path / "function.mlxfn"), PATTERN.shape
+    layer = spoiled_layer()
+    A = CSRArray(layer.weight, PATTERN)
+    wide = integers((n_cols, n_rows), 7)
+    mx.eval(layer.parameters(), wide)
+    functions: list[tuple[Any, int]] = [
+        (layer, n_cols),
+        (layer.to_quantized(32, 8), n_cols),
+        (mx.grad(lambda x: mx.square(layer(x)).sum()), n_cols),
+        (lambda y: y @ A, n_rows),
+        (lambda x: sddmm(PATTERN, x @ wide, x), n_cols),
+    ]
+    for fun, width in functions:
+        x, other = integers((4, width), 5), integers((9, width), 6)
+        compiled = mx.compile(fun, shapeless=True)
+        mx.export_function(file, fun, x, shapeless=True)
+        imported = mx.import_function(file)
+        for operand in (x, other):
+            expected = fun(operand)
+            close(compiled(operand), expected)
+            close(imported(operand)[0], expected)
 
 
 @pytest.mark.parametrize("bits", BITS)

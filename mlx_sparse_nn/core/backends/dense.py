@@ -73,7 +73,7 @@ def _constant(op: str, layout: Layout, *stored: mx.array) -> mx.array:
             packed, *scales = stored
             data = quantized.dequantize(packed, *(a.astype(mx.float32) for a in scales))
             data = data.astype(scales[0].dtype)
-        return blocks.todense(layout, data[None]).squeeze(0)
+        return mx.contiguous(blocks.todense(layout, data[None]).squeeze(0))  # as a file can hold it
 
     def refuse(*_: Any) -> Any:
         raise refusal
