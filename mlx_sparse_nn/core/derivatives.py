@@ -194,7 +194,8 @@ def _put(order: mx.array, data: mx.array) -> mx.array:
     return _take(mx.argsort(order), data)
 
 
-# The values, by the backend that computes them.
+# The values, by the backend that computes them. The rules that MLX derives for a file sum over the
+# other axis too, over zeros times what lies outside the matrix: there, that is cleared as well.
 
 
 def _is_whole(layout: Layout) -> bool:
@@ -206,6 +207,8 @@ def _spmm(layout: Layout, data: mx.array, x: mx.array, bias: mx.array | None = N
     backend = _backend("spmm", layout, x)
     if _is_whole(layout):
         return backend.spmm(data, layout, x, bias)
+    if tracing.graph is not None:
+        data = edges.clear_rows(layout, data)
     return _crop(layout, 0, backend.spmm(data, layout, *_padded(layout, x, bias)))
 
 
@@ -213,6 +216,8 @@ def _spmm_t(layout: Layout, data: mx.array, y: mx.array) -> mx.array:
     backend = _backend("spmm_t", layout, y)
     if _is_whole(layout):
         return backend.spmm_t(data, layout, y)
+    if tracing.graph is not None:
+        data = edges.clear_cols(layout, data)
     return _crop(layout, 1, backend.spmm_t(data, layout, edges.pad(y, layout.full_shape[0])))
 
 
@@ -235,6 +240,8 @@ def _qspmm(
     backend = _backend("qspmm", layout, x, quantized.bits_of(packed))
     if _is_whole(layout):
         return backend.qspmm(packed, scales, biases, layout, x, bias)
+    if tracing.graph is not None:
+        packed, scales, biases = edges.clear_quantized_rows(layout, packed, scales, biases)
     y = backend.qspmm(packed, scales, biases, layout, *_padded(layout, x, bias))
     return _crop(layout, 0, y)
 
@@ -245,6 +252,8 @@ def _qspmm_t(
     backend = _backend("qspmm_t", layout, y, quantized.bits_of(packed))
     if _is_whole(layout):
         return backend.qspmm_t(packed, scales, biases, layout, y)
+    if tracing.graph is not None:
+        packed, scales, biases = edges.clear_quantized_cols(layout, packed, scales, biases)
     y = edges.pad(y, layout.full_shape[0])
     return _crop(layout, 1, backend.qspmm_t(packed, scales, biases, layout, y))
 
