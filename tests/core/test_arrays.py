@@ -93,6 +93,15 @@ def test_views_and_sums(A: CSRArray):
     assert np.array_equal(np.concatenate([np.zeros((0, A.shape[1])), *rows]), dense)
 
 
+@pytest.mark.parametrize("dtype", [mx.bool_, mx.int8, mx.uint8, mx.int32, mx.uint64])
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_sums_of_integers(dtype, block_size):
+    dense = (mx.abs(integers((5, 3))) * 50).astype(dtype)
+    for w in (dense, mx.zeros((5, 3), dtype)):
+        for axis in (None, 0, 1, -1, -2):
+            assert_equal(from_dense(w, block_size).sum(axis), w.sum(axis))
+
+
 def test_conjugate_transpose():
     A = csr_array((mx.array([1 + 2j, 3j]), [1, 0], [0, 1, 2]), shape=(2, 3))
     assert A.H.todense().tolist() == np.array(A.todense()).conj().T.tolist()
