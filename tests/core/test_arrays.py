@@ -126,6 +126,23 @@ def test_scipy_and_back(A):
     assert_equal(from_scipy(to_scipy(coo)).todense(), A.todense())
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_scipy_has_no_16_bit_floats(dtype, block_size):
+    A = from_dense(integers((4, 6)).astype(dtype), block_size)
+    for array in (A, A.tocoo()):
+        S = to_scipy(array)
+        assert S.dtype == np.float32
+        assert np.array_equal(S.toarray(), to_numpy(A.todense()))
+
+
+@pytest.mark.skipif(np.dtype(np.longdouble).itemsize == 8, reason="it is float64 here")
+@pytest.mark.parametrize("dtype", [np.longdouble, np.clongdouble])
+def test_long_doubles_are_refused(dtype):
+    with pytest.raises(TypeError, match=r"^\[from_dense\] w is (float|complex)\d+, .*; cast it by"):
+        from_dense(np.eye(3, dtype=dtype))
+
+
 @given(arrays())
 def test_from_dense_keeps_the_blocks_that_hold_a_nonzero(A):
     dense = A.todense()
