@@ -15,7 +15,7 @@ from mlx_sparse_nn.core.checks import (
     check_shape,
     check_size,
 )
-from mlx_sparse_nn.core.pattern import CSRPattern, grid_of
+from mlx_sparse_nn.core.pattern import CSRPattern, check_stored, grid_of
 
 
 def block_diagonal(features: int, blocks: int) -> CSRPattern:
@@ -68,6 +68,7 @@ def banded(n_rows: int, n_cols: int, bandwidth: int, block_size: int = 32) -> CS
     counts = np.minimum(rows + bandwidth + 1, n_block_cols) - first
     counts = np.maximum(counts, 0)
     indptr = np.concatenate([[0], np.cumsum(counts)])
+    check_stored("patterns.banded", int(indptr[-1]), block_size)
     cols = np.arange(indptr[-1]) - np.repeat(indptr[:-1], counts) + np.repeat(first, counts)
     return CSRPattern(indptr, cols, shape, block_size)
 
@@ -114,12 +115,14 @@ def random(
 
     Raises:
         TypeError: ``density`` is not a number, or another argument not an integer.
-        ValueError: A size or ``seed`` is negative, or ``density`` is not in [0, 1].
+        ValueError: A size or ``seed`` is negative, ``density`` is not in [0, 1], or more than
+            2**31 - 1 values would be stored.
     """
     shape, n_block_rows, n_block_cols = _grid("patterns.random", n_rows, n_cols, block_size)
     check_fraction("patterns.random", "density", density)
     seed = check_seed("patterns.random", seed)
     n_blocks = round(density * n_block_rows * n_block_cols)
+    check_stored("patterns.random", n_blocks, block_size)
     return _balanced(shape, block_size, n_blocks, np.random.default_rng(seed))
 
 
@@ -140,6 +143,7 @@ def covering(
     n_blocks = round(density * n_block_rows * n_block_cols)
     if n_block_rows and n_block_cols:
         n_blocks = max(n_blocks, n_block_rows, n_block_cols)
+    check_stored("patterns.covering", n_blocks, block_size)
     return _balanced(shape, block_size, n_blocks, np.random.default_rng(seed))
 
 

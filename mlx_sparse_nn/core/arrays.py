@@ -130,13 +130,22 @@ class CSRArray:
         return CSRArray(self.data.astype(dtype), self.pattern)
 
     def sum(self, axis: int | None = None) -> mx.array:
-        """Sum all values, or over rows (``axis=0``, ``(n_cols,)``) or columns (``axis=1``)."""
+        """Sum all values, or over rows (``axis=0``, ``(n_cols,)``) or columns (``axis=1``).
+
+        Integers and bools have the dtype that ``mx.sum`` gives them.
+        """
+        dtype = mx.zeros(1, self.dtype).sum().dtype
         if axis is None:
             # MLX 0.32.4 may never return from the sum of an empty array that NumPy made.
             data = edges.clear(self.pattern.layout, self.data)
-            return data.sum() if self.nnz else mx.zeros((), self.dtype)
+            return data.sum() if self.nnz else mx.zeros((), dtype)
         if isinstance(axis, bool) or axis not in (-2, -1, 0, 1):
             raise ValueError(f"[CSRArray.sum] axis must be None, 0 or 1, got {axis!r}")
+        if not mx.issubdtype(dtype, mx.inexact):  # which have no products
+            scalar = self.tocsr()
+            places = (scalar.pattern.indices, scalar.pattern.row_indices)[axis % 2]
+            sums = mx.zeros(self.shape[1 - axis % 2], dtype)
+            return sums.at[mx.array(places)].add(scalar.data.astype(dtype)) if self.nnz else sums
         if axis % 2 == 0:
             return mx.ones(self.shape[0], self.dtype) @ self
         return self @ mx.ones(self.shape[1], self.dtype)

@@ -191,6 +191,8 @@ def check_data(owner: str, data: ArrayLike, name: str = "data") -> mx.array:
     array = _rectangular(owner, name, data)
     if array.dtype.kind not in "biufc":
         raise TypeError(f"[{owner}] {name} must be numeric, got {array.dtype}")
+    if array.dtype.itemsize > (16 if array.dtype.kind == "c" else 8):
+        raise TypeError(f"[{owner}] {name} is {array.dtype}, which MLX has not; cast it by astype")
     values = mx.array(data if isinstance(data, list | tuple) else array)
     return values if values.size else mx.zeros(array.shape, values.dtype)
 

@@ -147,7 +147,7 @@ def to_scipy(
 ) -> scipy.sparse.csr_array | scipy.sparse.bsr_array | scipy.sparse.coo_array:
     """Return a SciPy array of the same format: csr, bsr (``block_size > 1``) or coo.
 
-    NumPy has no bfloat16: such values become float32.
+    NumPy has no bfloat16, and SciPy no float16: such values become float32.
 
     Raises:
         TypeError: ``array`` is not a sparse array of this package.
@@ -157,7 +157,8 @@ def to_scipy(
 
     if not isinstance(array, CSRArray | COOArray):
         raise TypeError(f"[to_scipy] takes a CSRArray or COOArray, got {type(array).__name__}")
-    data = np.array(array.data.astype(mx.float32) if array.dtype == mx.bfloat16 else array.data)
+    is_16_bits = array.dtype in (mx.float16, mx.bfloat16)
+    data = np.array(array.data.astype(mx.float32) if is_16_bits else array.data)
     if isinstance(array, COOArray):
         return scipy.sparse.coo_array((data, (array.row, array.col)), shape=array.shape)
     parts = (data, array.pattern.indices.copy(), array.pattern.indptr.copy())

@@ -79,7 +79,7 @@ class CSRPattern:
         block_size = check_size("CSRPattern", "block_size", self.block_size, minimum=1)
         shape = check_shape("CSRPattern", self.shape)
         n_block_rows, n_block_cols = grid_of(shape, block_size)
-        _check_stored("CSRPattern", _length(self.indices), block_size)
+        check_stored("CSRPattern", _length(self.indices), block_size)
         if (length := _length(self.indptr)) != n_block_rows + 1:
             raise ValueError(
                 f"[CSRPattern] indptr has {length} entries, expected {n_block_rows + 1}: "
@@ -136,7 +136,7 @@ class CSRPattern:
         n_block_rows, n_block_cols = grid_of((n_rows, n_cols), block_size)
         places = check_indices(owner, "places", places, np.int64)
         check_range(owner, "places", places, n_block_rows * n_block_cols)
-        _check_stored(owner, places.size, block_size)
+        check_stored(owner, places.size, block_size)
         rows, cols = np.divmod(places, max(1, n_block_cols))
         indptr, indices, _ = index.sort_rows(
             rows.astype(np.int32), cols.astype(np.int32), (n_block_rows, n_block_cols)
@@ -356,7 +356,7 @@ def check_pattern(owner: str, pattern: object) -> None:
         raise TypeError(f"[{owner}] pattern must be a CSRPattern, got {type(pattern).__name__}")
 
 
-def _check_stored(owner: str, n_blocks: int, block_size: int) -> None:
+def check_stored(owner: str, n_blocks: int, block_size: int) -> None:
     """Raise if places in the data would not fit 32 bits."""
     if (n_values := n_blocks * block_size**2) > INT32_MAX:
         raise ValueError(

@@ -188,8 +188,8 @@ def activations(
         evaluated. Rows of all leading axes and of all uses of the layer follow one another.
 
     Raises:
-        TypeError: ``model`` is not a module.
-        ValueError: It has no BlockSparseLinear, or the loss depends on none.
+        TypeError: ``model`` is not a module, or the loss not an array.
+        ValueError: The model has no BlockSparseLinear, the loss depends on none, or is no scalar.
     """
     layers = sparse_layers("activations", model)
     found: dict[str, list[tuple[mx.array, mx.array]]] = {path: [] for path in layers}
@@ -211,7 +211,9 @@ def activations(
     def loss(parameters: dict[str, Any], probe: mx.array) -> Any:
         model.update(parameters)
         probes.append(probe)
-        return loss_fn(*args, **kwargs)
+        value = loss_fn(*args, **kwargs)
+        _check_loss(value)
+        return value
 
     # Every output depends on the probe, so each cotangent comes by, of frozen layers as well. The
     # parameters are there for gradient checkpointing, which knows no other inputs.
@@ -331,3 +333,13 @@ def _coordinates(places: np.ndarray, pattern: CSRPattern) -> np.ndarray:
 
 def _cells(n_blocks: int, count: int) -> list[str]:
     return [f"{cell:,}" for cell in (n_blocks, n_blocks - count, count, count)]
+
+
+def _check_loss(value: Any) -> None:
+    """Raise unless a function returned a loss, or a tuple that begins with one."""
+    loss = value[0] if isinstance(value, tuple) and value else value
+    wants = "[activations] loss_fn must return a scalar, or a tuple that begins with one"
+    if not isinstance(loss, mx.array):
+        raise TypeError(f"{wants}, got {type(loss).__name__}")
+    if loss.ndim:
+        raise ValueError(f"{wants}, got shape {loss.shape}; take its mean")

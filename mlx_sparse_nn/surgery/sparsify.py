@@ -71,8 +71,7 @@ def sparsify(
         predicate: Called with ``(path, module)`` for each ``nn.Linear``. Returns ``False`` to leave
             it dense, ``True`` to make it sparse, or a dict of options of its own: ``block_size``,
             ``density``, ``score``, ``balance``, or ``pattern`` alone, which takes the place of
-            these. By default every layer is made sparse whose dims are multiples of
-            ``block_size``.
+            these. By default every layer is made sparse whose dims are at least ``block_size``.
         score, balance: As in :meth:`BlockSparseLinear.from_linear`.
         scope: How many blocks each layer keeps:
 

@@ -93,6 +93,15 @@ def test_views_and_sums(A: CSRArray):
     assert np.array_equal(np.concatenate([np.zeros((0, A.shape[1])), *rows]), dense)
 
 
+@pytest.mark.parametrize("dtype", [mx.bool_, mx.int8, mx.uint8, mx.int32, mx.uint64])
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_sums_of_integers(dtype, block_size):
+    dense = (mx.abs(integers((5, 3))) * 50).astype(dtype)
+    for w in (dense, mx.zeros((5, 3), dtype)):
+        for axis in (None, 0, 1, -1, -2):
+            assert_equal(from_dense(w, block_size).sum(axis), w.sum(axis))
+
+
 def test_conjugate_transpose():
     A = csr_array((mx.array([1 + 2j, 3j]), [1, 0], [0, 1, 2]), shape=(2, 3))
     assert A.H.todense().tolist() == np.array(A.todense()).conj().T.tolist()
@@ -115,6 +124,23 @@ def test_scipy_and_back(A):
     coo = A.tocoo()
     assert np.array_equal(to_scipy(coo).toarray(), S.toarray())
     assert_equal(from_scipy(to_scipy(coo)).todense(), A.todense())
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_scipy_has_no_16_bit_floats(dtype, block_size):
+    A = from_dense(integers((4, 6)).astype(dtype), block_size)
+    for array in (A, A.tocoo()):
+        S = to_scipy(array)
+        assert S.dtype == np.float32
+        assert np.array_equal(S.toarray(), to_numpy(A.todense()))
+
+
+@pytest.mark.skipif(np.dtype(np.longdouble).itemsize == 8, reason="it is float64 here")
+@pytest.mark.parametrize("dtype", [np.longdouble, np.clongdouble])
+def test_long_doubles_are_refused(dtype):
+    with pytest.raises(TypeError, match=r"^\[from_dense\] w is (float|complex)\d+, .*; cast it by"):
+        from_dense(np.eye(3, dtype=dtype))
 
 
 @given(arrays())

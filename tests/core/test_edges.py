@@ -1,5 +1,7 @@
 """Blocks that reach past the matrix: whatever a weight holds there, nobody reads it."""
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -20,7 +22,16 @@ from support import (
 )
 
 import mlx_sparse_nn as sparse
-from mlx_sparse_nn import BlockSparseLinear, CSRArray, CSRPattern, qspmm, qspmm_t, spmm
+from mlx_sparse_nn import (
+    BlockSparseLinear,
+    CSRArray,
+    CSRPattern,
+    qspmm,
+    qspmm_t,
+    sddmm,
+    spmm,
+    spmm_t,
+)
 from mlx_sparse_nn.core.backends import naive
 from mlx_sparse_nn.core.quantized import BITS
 from mlx_sparse_nn.core.scores import block_scores
@@ -108,6 +119,49 @@ def test_every_transform_and_second_order():
     )
     assert_equal(mapped, mx.stack([x @ dense.T, x @ d_dense.T]))
     assert_equal(mx.compile(lambda x: spmm(data, PATTERN, x, bias))(x), x @ dense.T + bias)
+
+
+@pytest.mark.parametrize("product", [spmm, spmm_t, qspmm, qspmm_t])
+def test_the_file_of_a_gradient(tmp_path, product):
+    """MLX derives it from the product, and a zero cotangent times nan is nan."""
+    file = str(tmp_path / "function.mlxfn")
+    stored = [spoiled(PATTERN, integers(PATTERN.data_shape, 1))]
+    if product in (qspmm, qspmm_t):
+        packed, *scales = mx.quantize(integers(PATTERN.data_shape, 1), 32, 8)
+        nan = mx.array(float("nan"))
+        stored = [packed, *(spoiled_where_alone(PATTERN, a, nan) for a in scales)]
+    width = PATTERN.shape[0 if product in (spmm_t, qspmm_t) else 1]
+    gradient = mx.grad(lambda x: mx.square(product(*stored, PATTERN, x)).sum())
+    x = integers((3, width), 2)
+    mx.eval(stored)
+    mx.export_function(file, gradient, x)
+    imported: Any = mx.import_function(file)
+    assert mx.allclose(imported(x)[0], gradient(x), rtol=1e-3, atol=0.1).item()
+
+
+def test_every_shape(tmp_path):
+    """Traced for every shape, a product is dense, and has no blocks that reach past it."""
+    file, (n_rows, n_cols) = str(tmp_path / "function.mlxfn"), PATTERN.shape
+    layer = spoiled_layer()
+    A = CSRArray(layer.weight, PATTERN)
+    wide = integers((n_cols, n_rows), 7)
+    mx.eval(layer.parameters(), wide)
+    functions: list[tuple[Any, int]] = [
+        (layer, n_cols),
+        (layer.to_quantized(32, 8), n_cols),
+        (mx.grad(lambda x: mx.square(layer(x)).sum()), n_cols),
+        (lambda y: y @ A, n_rows),
+        (lambda x: sddmm(PATTERN, x @ wide, x), n_cols),
+    ]
+    for fun, width in functions:
+        x, other = integers((4, width), 5), integers((9, width), 6)
+        compiled = mx.compile(fun, shapeless=True)
+        mx.export_function(file, fun, x, shapeless=True)
+        imported: Any = mx.import_function(file)
+        for operand in (x, other):
+            expected = fun(operand)
+            close(compiled(operand), expected)
+            close(imported(operand)[0], expected)
 
 
 @pytest.mark.parametrize("bits", BITS)

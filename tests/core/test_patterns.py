@@ -98,6 +98,13 @@ BAD = [
     (lambda: patterns.random(8, 8, 1.5, 4), ValueError, r"density must be in \[0, 1\], got 1.5"),
     (lambda: patterns.random(8, 8, float("nan"), 4), ValueError, "density must be in"),
     (lambda: patterns.covering(8, 8, 0.0, 4), ValueError, r"density must be in \(0, 1\], got 0.0"),
+    (
+        lambda: patterns.random(2**20, 2**20, 0.5, 1),
+        ValueError,
+        r"^\[patterns.random\] 5\d+ blocks",
+    ),
+    (lambda: patterns.covering(2**20, 2**20, 0.5, 1), ValueError, "stored values; at most"),
+    (lambda: patterns.banded(2**20, 2**20, 2**12, 1), ValueError, "stored values; at most"),
     (lambda: patterns.from_mask(np.ones(4, bool), 2), ValueError, "mask must be a matrix"),
     (lambda: patterns.from_mask(np.ones((4, 4)), 2), TypeError, "mask must be bool, got float64"),
 ]

@@ -393,6 +393,22 @@ class TestActivations:
         with pytest.raises(error, match=r"\[activations\] " + message):
             activations(model, lambda: mx.array(0.0))
 
+    @pytest.mark.parametrize(
+        ("of", "error", "got"),
+        [
+            (lambda y: y, ValueError, r"shape \(2, 12\); take its mean"),
+            (lambda y: (y.sum(axis=1), y), ValueError, r"shape \(2,\)"),
+            (lambda y: None, TypeError, "NoneType"),
+            (lambda y: [y.sum()], TypeError, "list"),
+        ],
+    )
+    def test_what_is_no_loss_is_refused(self, of, error, got):
+        layer = BlockSparseLinear(16, 12, block_size=4, density=0.5)
+        before = layer.weight
+        with pytest.raises(error, match=r"^\[activations\] loss_fn must return .*, got " + got):
+            activations(layer, lambda x: of(layer(x)), mx.ones((2, 16)))
+        assert_equal(layer.weight, before)
+
 
 class TestModels:
     def make(self):
