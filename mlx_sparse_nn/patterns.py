@@ -11,6 +11,7 @@ from mlx_sparse_nn.core.checks import (
     check_density,
     check_fraction,
     check_matrix,
+    check_rectangular,
     check_seed,
     check_shape,
     check_size,
@@ -158,7 +159,7 @@ def from_mask(mask: ArrayLike, block_size: int = 32) -> CSRPattern:
         ValueError: ``mask`` is not a matrix.
     """
     owner = "patterns.from_mask"
-    mask = np.asarray(mask)
+    mask = check_rectangular(owner, "mask", mask)
     check_matrix(owner, "mask", mask)
     if mask.dtype != np.bool_:
         raise TypeError(f"[{owner}] mask must be bool, got {mask.dtype}; use from_dense for values")

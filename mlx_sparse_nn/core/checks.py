@@ -103,7 +103,7 @@ def check_indices(
 
     ``copy`` says how what has that dtype is copied.
     """
-    array = _rectangular(owner, name, values)
+    array = check_rectangular(owner, name, values)
     if array.ndim != 1:
         raise ValueError(f"[{owner}] {name} must be one-dimensional, got shape {array.shape}")
     if array.size == 0:
@@ -188,7 +188,7 @@ def check_data(owner: str, data: ArrayLike, name: str = "data") -> mx.array:
     """Return ``data`` as an MLX array, or raise if it is not numeric."""
     if isinstance(data, mx.array):
         return data
-    array = _rectangular(owner, name, data)
+    array = check_rectangular(owner, name, data)
     if array.dtype.kind not in "biufc":
         raise TypeError(f"[{owner}] {name} must be numeric, got {array.dtype}")
     if array.dtype.itemsize > (16 if array.dtype.kind == "c" else 8):
@@ -209,7 +209,7 @@ def check_model(owner: str, model: object) -> None:
         raise TypeError(f"[{owner}] model must be an nn.Module, got {type(model).__name__}")
 
 
-def _rectangular(owner: str, name: str, values: ArrayLike) -> np.ndarray:
+def check_rectangular(owner: str, name: str, values: ArrayLike) -> np.ndarray:
     """Return ``values`` as a NumPy array, or raise where rows of a list differ in length."""
     if not isinstance(values, list | tuple):
         return np.asarray(values)

@@ -117,8 +117,8 @@ def verify(model: nn.Module, *inputs: Any, seed: int = 0) -> VerifyReport:
         The errors, their bounds, and what computed each product.
 
     Raises:
-        TypeError: ``model`` is not a module, or a layer computes in another dtype than float16,
-            bfloat16, float32 or float64.
+        TypeError: ``model`` is not a module, no input is given, or a layer computes in another
+            dtype than float16, bfloat16, float32 or float64.
         ValueError: The model has no block-sparse layer, calls none with these inputs or only within
             compiled functions, a layer's input is empty, its input or weight holds nan or infinity,
             or a product has a wrong shape.
@@ -135,6 +135,8 @@ def verify(model: nn.Module, *inputs: Any, seed: int = 0) -> VerifyReport:
         path or type(layer).__name__: layer
         for path, layer in all_sparse_layers("verify", model).items()
     }
+    if not inputs:
+        raise TypeError("[verify] inputs are missing: give what the model is called with")
     recorded = _record(model, layers, inputs)
     if not recorded:
         raise ValueError(f"[verify] the model called none of {', '.join(layers)} with these inputs")

@@ -81,6 +81,7 @@ def test_from_mask_and_from_dense():
 
 
 BAD = [
+    (lambda: patterns.from_mask([[True], [True, False]]), ValueError, "mask must be rectangular"),
     (
         lambda: patterns.block_diagonal(10, 3),
         ValueError,

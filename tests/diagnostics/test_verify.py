@@ -356,6 +356,7 @@ def compiled_model():
 
 
 BAD = [
+    (lambda: verify(BlockSparseLinear(64, 64)), TypeError, "inputs are missing"),
     (
         lambda: verify(untyped(lambda x: x), mx.ones(3)),
         TypeError,
