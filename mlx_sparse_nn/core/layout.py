@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_sparse_nn.core import index, tuned
+from mlx_sparse_nn.core.transforms import transforming
 
 _T = TypeVar("_T")
 
@@ -154,6 +155,8 @@ class Side:
             made = make(self)
             if self._is_constant:
                 mx.eval(made)
+                if transforming():  # or else they are traced for good, and all that reads them
+                    made = _untraced(made)
             self._kept[make] = made  # not before: another thread may ask at the same time
         return self._kept[make]  # type: ignore[return-value]
 
@@ -271,6 +274,16 @@ def group_lengths(lengths: np.ndarray, overhead: int) -> list[RowGroup]:
         groups.append(RowGroup(members.size, int(members.max()), int(np.ptp(members)) == 0))
         j = first[j]
     return groups[::-1]
+
+
+def _untraced(made: Any) -> Any:
+    """Return new arrays of the same numbers, in the same places."""
+    if isinstance(made, mx.array):
+        return mx.array(np.array(made))
+    if isinstance(made, tuple):
+        parts = [_untraced(part) for part in made]
+        return type(made)(*parts) if hasattr(made, "_fields") else tuple(parts)
+    return made
 
 
 def _side(

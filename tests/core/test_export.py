@@ -410,6 +410,16 @@ class TestEveryShape:
         assert (seen, tracing.graph) == (["shapeless", None], None)
 
 
+def test_a_layer_that_was_first_called_in_a_gradient(file):
+    """What a backend keeps with the pattern is no part of that trace."""
+    for transform in (mx.grad, mx.compile, mx.vmap):
+        layer, x = BlockSparseLinear(96, 64, block_size=8, density=0.5), integers((40, 96))
+        with computing(plain):
+            mx.eval(transform(lambda x, layer=layer: (layer(x) ** 2).sum())(x))
+            mx.export_function(file, layer, x, shapeless=True)
+            assert mx.allclose(untyped(mx.import_function(file))(x)[0], layer(x), atol=1e-4)
+
+
 class TestEdges:
     """Layers whose last blocks reach past the weight, with nans there."""
 
