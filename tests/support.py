@@ -21,6 +21,15 @@ from mlx_sparse_nn.core.backends import choose, cuda, launch, naive
 from mlx_sparse_nn.diagnostics.rounding import to_numpy, tolerance
 
 ROOT = Path(__file__).parents[1]  # of the repository
+TINY_LLM = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 96,
+}  # of models of mlx-lm
 
 
 def own_folder(name: str) -> str:

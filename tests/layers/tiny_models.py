@@ -8,22 +8,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gemma3_text, llama, qwen2, qwen3
 from mlx_lm.utils import save_config, save_model
-from support import ROOT
+from support import ROOT, TINY_LLM
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mlx_sparse_nn.surgery.sparsify import sparsify
 
-SIZES = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 128,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": 96,
-    "max_position_embeddings": 64,
-}
+SIZES = {**TINY_LLM, "max_position_embeddings": 64}
 CONFIGS = {
     "llama": (llama, {**SIZES, "tie_word_embeddings": False, "mlp_bias": True}),
     "qwen2": (qwen2, SIZES),

@@ -10,7 +10,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from support import assert_equal, integers
+from support import TINY_LLM, assert_equal, integers
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern, patterns
 from mlx_sparse_nn.diagnostics.summary import summary
@@ -20,26 +20,17 @@ from mlx_sparse_nn.surgery.prune import prune
 from mlx_sparse_nn.surgery.sparsify import densify, sparsify
 from mlx_sparse_nn.surgery.weight_readers import who_reads_weight
 
-SIZES = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 128,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": 96,
-}
 TOKENS = mx.array([[5, 17, 3, 90, 41, 7, 7, 60]])
 
 
 def make_llama():
     mx.random.seed(0)
-    return llama.Model(llama.ModelArgs(model_type="llama", **SIZES))
+    return llama.Model(llama.ModelArgs(model_type="llama", **TINY_LLM))
 
 
 def make_mixtral():
     mx.random.seed(0)
-    sizes = {**SIZES, "num_experts_per_tok": 2, "num_local_experts": 8}
+    sizes = {**TINY_LLM, "num_experts_per_tok": 2, "num_local_experts": 8}
     return mixtral.Model(mixtral.ModelArgs(model_type="mixtral", **sizes))
 
 
