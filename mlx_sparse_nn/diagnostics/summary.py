@@ -12,7 +12,12 @@ from mlx.utils import tree_flatten
 
 from mlx_sparse_nn.core.checks import check_model, check_size
 from mlx_sparse_nn.core.table import Report, Table, fold
-from mlx_sparse_nn.layers.parameters import count, modules_with_arrays, why_always_dense
+from mlx_sparse_nn.layers.parameters import (
+    count,
+    linear_shape,
+    modules_with_arrays,
+    why_always_dense,
+)
 from mlx_sparse_nn.layers.pattern_module import PatternModule
 
 _INDICES = ("indptr", "indices")
@@ -203,7 +208,7 @@ def _row(path: str, module: nn.Module, arrays: dict[str, mx.array], optimizer_ar
             for counts, size in zip(lengths, shape, strict=True)
         )
     else:
-        shape = _linear_shape(module)
+        shape = linear_shape(module)
         density, macs = (None, None) if shape is None else (1.0, shape[0] * shape[1])
     parameters = count(module, arrays)
     trainable = [a for name, a in arrays.items() if name.partition(".")[0] not in module._no_grad]
@@ -230,15 +235,6 @@ def _n_in_blocks(chosen: np.ndarray, block_size: int, size: int) -> int:
     sizes = np.full(chosen.size, block_size)
     sizes[-1:] -= chosen.size * block_size - size
     return int(sizes[chosen].sum())
-
-
-def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """Return ``(output_dims, input_dims)`` of MLX's own linear layers, None for other modules."""
-    if isinstance(module, nn.Linear):
-        return module.weight.shape[0], module.weight.shape[1]
-    if isinstance(module, nn.QuantizedLinear):
-        return module.weight.shape[0], module.weight.shape[1] * 32 // module.bits
-    return None
 
 
 def _kind(row: LayerSummary) -> tuple:

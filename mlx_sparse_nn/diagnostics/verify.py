@@ -102,8 +102,7 @@ def verify(model: nn.Module, *inputs: Any, seed: int = 0) -> VerifyReport:
     its weight, which the host unpacks by itself. The error may be what rounding explains for the
     dtype and the length of the sums (``diagnostics.rounding.tolerance``), and for TF32 where plain
     MLX computes in float32 and its matmul rounds so; a product of finite numbers that is not finite
-    is wrong. The model is
-    left as it was. Right products say nothing of the model's quality.
+    is wrong. The model is left as it was. Right products say nothing of the model's quality.
 
     The dense weights take ``16 * input_dims * output_dims`` bytes, one layer at a time.
 

@@ -91,6 +91,15 @@ def why_always_dense(module: nn.Module) -> str | None:
     return f"{kind} is not an nn.Linear"
 
 
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """Return ``(output_dims, input_dims)`` of MLX's own linear layers, None for other modules."""
+    if isinstance(module, nn.Linear):
+        return module.weight.shape[0], module.weight.shape[1]
+    if isinstance(module, nn.QuantizedLinear):
+        return module.weight.shape[0], module.weight.shape[1] * 32 // module.bits
+    return None
+
+
 def _own_arrays(module: nn.Module) -> dict[str, mx.array]:
     """Return the arrays of ``module`` by name, without those of the modules in it."""
     tree = module.filter_and_map(

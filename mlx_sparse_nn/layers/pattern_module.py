@@ -271,7 +271,7 @@ class PatternModule(nn.Module):
         if key not in _INDICES or value is current:
             return value
         try:
-            mx.eval(value)
+            mx.eval(value)  # indices are checked on the host, when they are written
         except ValueError as error:
             raise ValueError(
                 f"[{owner}] {key} cannot be read while a transform is tracing it: leave the "

@@ -16,6 +16,7 @@ from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.layers.checkpoints import Described, check_described, load_arrays
 from mlx_sparse_nn.layers.linear import BlockSparseLinear, QuantizedBlockSparseLinear
 from mlx_sparse_nn.layers.lora import LoRABlockSparseLinear, SparseLinear
+from mlx_sparse_nn.layers.parameters import linear_shape
 from mlx_sparse_nn.layers.pattern_module import carry_mode
 
 Weights: TypeAlias = "str | Path | dict[str, mx.array]"
@@ -284,9 +285,7 @@ def _weight_shape(module: nn.Module) -> tuple[int, int]:
                 "load_weights keeps it, and takes as many blocks"
             )
         return module.output_dims, module.input_dims
-    if type(module) is nn.QuantizedLinear:
-        return module.weight.shape[0], module.scales.shape[-1] * module.group_size
-    if type(module) is nn.Linear:
-        output_dims, input_dims = module.weight.shape
-        return output_dims, input_dims
+    shape = linear_shape(module)
+    if shape is not None and type(module) in (nn.Linear, nn.QuantizedLinear):
+        return shape
     raise ValueError(f"expected an nn.Linear in the model, got {type(module).__name__}")

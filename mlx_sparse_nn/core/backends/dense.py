@@ -84,7 +84,7 @@ def _constant(op: str, layout: Layout, *stored: mx.array) -> mx.array:
         rule(refuse)
     dense = function(*stored)
     try:
-        mx.eval(dense)
+        mx.eval(dense)  # once, while tracing: a file holds a constant's numbers
     except ValueError:  # they are traced: MLX evaluates nothing of that
         raise refusal from None
     return dense

@@ -51,14 +51,12 @@ def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = No
     Returns:
         ``(N, n_rows)`` or ``(V, N, n_rows)`` of the same dtype, accumulated in float32 at least.
     """
-    stored = _cleared(layout, data, 1) if layout.has_edges else (data,)
-    return _product(stored, layout, x, bias, transposed=False)
+    return _product((data,), layout, x, bias, transposed=False)
 
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; shapes as in :func:`spmm`, swapped."""
-    stored = _cleared(layout, data, 0) if layout.has_edges else (data,)
-    return _product(stored, layout, y, None, transposed=True)
+    return _product((data,), layout, y, None, transposed=True)
 
 
 def qspmm(
@@ -76,16 +74,14 @@ def qspmm(
         scales, biases: ``(n_blocks, B, B / group_size)`` of the dtype of ``x``; or ``(V, ...)``.
         layout, x, bias: As in :func:`spmm`.
     """
-    matrix = _cleared_quantized(layout, packed, scales, biases, 1)
-    return _product(matrix, layout, x, bias, transposed=False)
+    return _product((packed, scales, biases), layout, x, bias, transposed=False)
 
 
 def qspmm_t(
     packed: mx.array, scales: mx.array, biases: mx.array, layout: Layout, y: mx.array
 ) -> mx.array:
     """Return :func:`spmm_t` by quantized blocks; shapes as in :func:`qspmm`, swapped."""
-    matrix = _cleared_quantized(layout, packed, scales, biases, 0)
-    return _product(matrix, layout, y, None, transposed=True)
+    return _product((packed, scales, biases), layout, y, None, transposed=True)
 
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
@@ -120,30 +116,21 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     return data.rows.reshape(shape)
 
 
-def _cleared(layout: Layout, data: mx.array, axis: int) -> tuple[mx.array]:
-    """Return values that may be summed along an axis, (0) rows or (1) columns, of whole blocks.
+def _cleared(
+    layout: Layout, stored: tuple[mx.array, ...], transposed: bool
+) -> tuple[mx.array, ...]:
+    """Return blocks with zeros past the matrix, along the axis over which whole ones are summed.
 
     What MLX derives itself, it sums along the other one too.
     """
-    if axis == 1 or tracing.graph is not None:
-        data = edges.clear_cols(layout, data)
-    if axis == 0 or tracing.graph is not None:
-        data = edges.clear_rows(layout, data)
-    return (data,)
-
-
-def _cleared_quantized(
-    layout: Layout, packed: mx.array, scales: mx.array, biases: mx.array, axis: int
-) -> tuple[mx.array, ...]:
-    """Return the same of quantized blocks."""
-    matrix = packed, scales, biases
-    if not layout.has_edges:
-        return matrix
-    if axis == 1 or tracing.graph is not None:
-        matrix = edges.clear_quantized_cols(layout, *matrix)
-    if axis == 0 or tracing.graph is not None:
-        matrix = edges.clear_quantized_rows(layout, *matrix)
-    return matrix
+    derived = tracing.graph is not None
+    if len(stored) == 1:
+        (data,) = stored
+        data = data if transposed and not derived else edges.clear_cols(layout, data)
+        return (edges.clear_rows(layout, data) if transposed or derived else data,)
+    if derived or not transposed:
+        stored = edges.clear_quantized_cols(layout, *stored)
+    return edges.clear_quantized_rows(layout, *stored) if derived or transposed else stored
 
 
 def _product(
@@ -159,6 +146,8 @@ def _product(
     if 0 in (*shape, stored[0].size):
         y = mx.zeros(shape, x.dtype)
         return y if bias is None else y + bias
+    if layout.has_edges:
+        stored = _cleared(layout, stored, transposed)
     data = Stored.of(stored, block_size)
     if block_size * n_x == 1 or (n_x < tuned.PLAIN_FEW_ROWS and 2 * n_x <= block_size):
         return _few_rows(data, layout, x, bias, transposed).reshape(shape)
