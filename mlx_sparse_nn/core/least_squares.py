@@ -8,9 +8,9 @@ are to be close in the least squares over the samples of calibration:
     \min_{\hat W, \hat b} \sum_x \lVert W x + b - \hat W x - \hat b \rVert^2
         + \lambda \lVert W - \hat W \rVert_F^2
 
-With a bias, the best :math:`\hat b` leaves the first sum with centred inputs. So one matrix says all
-of them: :math:`G = \sum x x^\top + \lambda I`, of centred x where there is a bias, of x itself where
-there is none. Rows of W are independent of one another. With S what a row keeps, Q what it loses,
+With a bias, the best :math:`\hat b` leaves the first sum with centred inputs. So one matrix says
+all of them, :math:`G = \sum x x^\top + \lambda I`: of centred x where there is a bias, of x itself
+where there is none. Rows of W are independent of one another. With S what a row keeps, Q the rest,
 
 .. math::
 

@@ -126,8 +126,15 @@ class MomentSum:
         """Number of samples so far."""
         return self._n
 
+    @property
+    def n_in(self) -> int:
+        """Number of input features."""
+        return self._total.size
+
+    @property
     def is_finite(self) -> bool:
-        return bool(np.isfinite(self._second).all())
+        """Whether all samples so far were finite."""
+        return bool(np.isfinite(self._total).all())
 
     def result(self) -> InputMoments:
         """Return the moments of all samples, in the arrays of this sum."""
