@@ -1,6 +1,7 @@
 """Block-sparse layers, sparse arrays and sparse Hamiltonians for MLX."""
 
 from mlx_sparse_nn import patterns, physics
+from mlx_sparse_nn.calibration.mlx_lm_model import save_mlx_lm
 from mlx_sparse_nn.core import (
     COOArray,
     CSRArray,
@@ -73,6 +74,7 @@ __all__ = [
     "regrow",
     "restore",
     "restore_patterns",
+    "save_mlx_lm",
     "save_trainable",
     "sddmm",
     "shard_block_sparse",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -214,7 +215,11 @@ def _why_bad(before: float, after: float, vocabulary: int) -> str | None:
         return f"the dense model is no better than {guess}: give --data of what it is for"
     if after <= FACTOR * before and after < vocabulary:
         return None
-    bad = f"{after / before:.3g} times the dense model's" if after < vocabulary else f"no better than {guess}"
+    bad = (
+        f"{after / before:.3g} times the dense model's"
+        if after < vocabulary
+        else f"no better than {guess}"
+    )
     return (
         f"perplexity is {bad}. What helps: more --density, --sensitivity, more text "
         "(--num-samples), text closer to what the model is for, and training by mlx_lm.lora"
@@ -228,12 +233,13 @@ def _n_bytes(model: nn.Module) -> int:
 def _next_steps(path: str, block_size: int) -> str:
     groups = [size for size in (128, 64, 32) if block_size % size == 0]
     quantize = f" -q --q-group-size {groups[0]}" if groups else ""
-    trust = f"--model {path} --trust-remote-code"
+    trust = f"--model {shlex.quote(path)} --trust-remote-code"
+    converted = shlex.quote(f"{path.rstrip('/')}-converted")
     return f"""
-{path} holds the sparse model, and sparse_model.py, which builds it. mlx-lm runs a model's own
-file only with --trust-remote-code:
+{path} holds the sparse model, and sparse_model.py, which builds it.
+mlx-lm runs a model's own file only with --trust-remote-code:
 
 mlx_lm.generate {trust} --prompt "Hello"
 mlx_lm.lora {trust} --train --data path/to/data
 mlx_lm.fuse {trust} --adapter-path adapters
-mlx_lm.convert {trust}{quantize} --mlx-path {path.rstrip("/")}-converted"""
+mlx_lm.convert {trust}{quantize} --mlx-path {converted}"""

@@ -48,6 +48,7 @@ def read_texts(
     except UnicodeDecodeError as error:
         raise ValueError(f"[{owner}] --data must be text in UTF-8, but {path}: {error}") from error
     start = tokens[:1] if tokens[:1] == [tokenizer.bos_token_id] else []
+    tokens = tokens[len(start) :]
     cut = len(tokens) * 9 // 10
     rng = np.random.default_rng(seed)
     parts = [_packed(part, start, length) for part in (tokens[:cut], tokens[cut:])]
