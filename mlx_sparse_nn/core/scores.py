@@ -191,7 +191,7 @@ def share_by_score(scores: Sequence[np.ndarray], budget: int) -> np.ndarray:
 
 def blocks_for(density: float, places: int) -> int:
     """Return how many of ``places`` blocks a density in (0, 1] keeps: rounded, and at least 1."""
-    return max(1, round(density * places))
+    return max(1, round(float(density) * places))  # float16 would not hold the product
 
 
 def check_choice(

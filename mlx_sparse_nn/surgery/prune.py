@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -27,6 +27,7 @@ from mlx_sparse_nn.core.scores import (
 from mlx_sparse_nn.core.table import NOT_MEASURED, Report, Table, fold
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
 from mlx_sparse_nn.layers.parameters import density_of
+from mlx_sparse_nn.surgery.densities import Density, check_one_budget, density_by_path
 from mlx_sparse_nn.surgery.optimizer_state import change_pattern, moments_of
 from mlx_sparse_nn.surgery.selection import blocks_of_floats
 
@@ -113,7 +114,7 @@ class PruneReport(Report):
 
 def prune(
     model: nn.Module,
-    density: float,
+    density: Density,
     *,
     optimizer: optim.Optimizer | None = None,
     score: Score = "l2",
@@ -134,14 +135,16 @@ def prune(
 
     Args:
         model: Changed in place; it may itself be a layer.
-        density: Stored fraction to come down to, in (0, 1]; a layer keeps one block at least.
+        density: Stored fraction to come down to, in (0, 1]; a layer keeps one block at least. Or a
+            mapping from paths to such fractions: layers that it does not name stay as they are. A
+            layer that the model holds at several paths is named by any of them.
         optimizer: The optimizer that updates ``model``. Its moments, of whatever kind, are kept for
             the blocks that stay. Needed once it has been used, since its state would not fit.
         score: What makes a block strong: ``"l1"``, ``"l2"``, ``"max"``, or a function from
             ``(n_blocks, B, B)`` to ``(n_blocks,)``.
         scope: ``"layer"`` brings each layer to the density; ``"global"`` brings the layers together
             to it: as many blocks stay in each as it has among the strongest of all. They must be
-            of one size.
+            of one size, and ``density`` is one number then.
         balance: Within a layer, as in ``BlockSparseLinear.from_linear``: ``"row"`` keeps the same
             number of blocks in every block-row, give or take one, as far as they are stored;
             ``"global"`` keeps the strongest wherever they lie.
@@ -151,38 +154,52 @@ def prune(
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: ``density``, ``score``, ``scope`` or ``balance`` is out of its range, the model
-            has no BlockSparseLinear or a quantized one, a weight is not finite, block sizes differ
-            under ``"global"``, or a state of the optimizer cannot follow. Nothing is changed then.
+        ValueError: ``density``, ``score``, ``scope`` or ``balance`` is out of its range,
+            ``density`` names a path at which there is no BlockSparseLinear, the model has none or a
+            quantized one, a weight is not finite, block sizes differ under ``"global"``, or a state
+            of the optimizer cannot follow. Nothing is changed then.
     """
-    check_density("prune", density)
+    if not isinstance(density, Mapping):
+        check_density("prune", density)
     check_score("prune", score)
     check_balance("prune", balance)
     check_name("prune", "scope", scope, ("layer", "global"))
+    check_one_budget("prune", density, scope)
     layers = blocks_of_floats("prune", model)
-    moments = {path: moments_of("prune", optimizer, model, layer) for path, layer in layers.items()}
+    before = {path: layer.pattern.n_blocks for path, layer in layers.items()}
+    densities = density_by_path("prune", density, "BlockSparseLinear", _paths(model, layers))
+    chosen = {path: layer for path, layer in layers.items() if path in densities}
+    moments = {path: moments_of("prune", optimizer, model, layer) for path, layer in chosen.items()}
     scores = {
         path: block_scores(
             clear(layer.pattern.layout, layer.weight), score, owner=f"prune {path}".rstrip()
         )
-        for path, layer in layers.items()
+        for path, layer in chosen.items()
     }
-    before = {path: layer.pattern.n_blocks for path, layer in layers.items()}
-    if scope == "layer":
+    if isinstance(density, Mapping) or scope == "layer":
         counts = {
-            path: min(before[path], blocks_for(density, layer.pattern.n_places))
-            for path, layer in layers.items()
+            path: min(before[path], blocks_for(densities[path], layer.pattern.n_places))
+            for path, layer in chosen.items()
         }
     else:
         counts = _global_counts(layers, scores, density)
     patterns = {
         path: _subpattern(layer.pattern, scores[path], counts[path], balance)
-        for path, layer in layers.items()
+        for path, layer in chosen.items()
     }
-    for path, layer in layers.items():
+    for path, layer in chosen.items():
         if counts[path] < before[path]:
             change_pattern(layer, patterns[path], moments[path])
-    return PruneReport(before, counts, _density(layers), density_of(model))
+    return PruneReport(before, before | counts, _density(layers), density_of(model))
+
+
+def _paths(model: nn.Module, layers: dict[str, BlockSparseLinear]) -> list[list[str]]:
+    """Return all paths of each layer."""
+    found: dict[int, list[str]] = {id(layer): [] for layer in layers.values()}
+    for path, module in reversed(model.named_modules()):
+        if id(module) in found:
+            found[id(module)].append(path)
+    return list(found.values())
 
 
 def _global_counts(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from collections.abc import Mapping
+from typing import Literal, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,12 +11,9 @@ import mlx.optimizers as optim
 import numpy as np
 
 from mlx_sparse_nn.core.checks import (
-    check_absent,
-    check_dims,
     check_model,
     check_name,
 )
-from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.scores import (
     Balance,
     Score,
@@ -25,23 +21,21 @@ from mlx_sparse_nn.core.scores import (
     check_choice,
     grid_scores,
     share_by_score,
-    strongest_pattern,
 )
 from mlx_sparse_nn.layers.dense_twin import dense_twin
 from mlx_sparse_nn.layers.linear import (
-    PATTERN_DECIDES,
     BlockSparseLinear,
     QuantizedBlockSparseLinear,
 )
 from mlx_sparse_nn.layers.lora import LoRABlockSparseLinear, SparseLinear
 from mlx_sparse_nn.layers.parameters import counts_of, density_of
-from mlx_sparse_nn.layers.pattern_module import check_layer_pattern
+from mlx_sparse_nn.surgery.densities import Density, check_one_budget
 from mlx_sparse_nn.surgery.optimizer_state import reshape_moments
 from mlx_sparse_nn.surgery.selection import LINEAR, leaves_of, replace_leaves, why_not_sparsified
 from mlx_sparse_nn.surgery.sparsify_report import SparsifyReport
+from mlx_sparse_nn.surgery.targets import Options, Predicate, Target, find_targets
 
 Scope: TypeAlias = Literal["layer", "global", "erdos-renyi"]
-Predicate: TypeAlias = Callable[[str, nn.Module], "bool | np.bool_ | dict[str, Any]"]
 
 _SCOPES = ("layer", "global", "erdos-renyi")
 
@@ -50,7 +44,7 @@ def sparsify(
     model: nn.Module,
     *,
     block_size: int = 32,
-    density: float = 0.1,
+    density: Density = 0.1,
     predicate: Predicate | None = None,
     score: Score = "l2",
     balance: Balance = "row",
@@ -67,11 +61,15 @@ def sparsify(
         model: The model. Its layers are looked for where ``model.leaf_modules()`` finds them.
         block_size: Side of the blocks.
         density: Stored fraction, in (0, 1], of each layer or of all together (see ``scope``). Each
-            layer keeps at least one block, also where the density asks for fewer.
+            layer keeps at least one block, also where the density asks for fewer. Or a mapping from
+            paths to such fractions: layers that it does not name, or gives a 1, stay ``nn.Linear``,
+            and those that it names become sparse whatever their dims. A layer that the model holds
+            at several paths is named by any of them.
         predicate: Called with ``(path, module)`` for each ``nn.Linear``. Returns ``False`` to leave
             it dense, ``True`` to make it sparse, or a dict of options of its own: ``block_size``,
             ``density``, ``score``, ``balance``, or ``pattern`` alone, which takes the place of
-            these. By default every layer is made sparse whose dims are at least ``block_size``.
+            these. Its own ``density`` or ``pattern`` goes before a ``density`` by path. By default
+            every layer is made sparse whose dims are at least ``block_size``.
         score, balance: As in :meth:`BlockSparseLinear.from_linear`.
         scope: How many blocks each layer keeps:
 
@@ -84,21 +82,24 @@ def sparsify(
 
             The last two share out ``round(density * places)`` blocks, where ``places`` counts the
             blocks of all layers, among layers of one block size. A layer to which the predicate
-            gives a ``density`` or a ``pattern`` has that, outside the shared budget.
+            gives a ``density`` or a ``pattern`` has that, outside the shared budget. They share out
+            one number: a ``density`` by path is for ``"layer"``.
         optimizer: The optimizer that updates ``model``. Its moments are kept for the blocks that
             stay. Needed once it has been used, since its state would not fit.
 
     Returns:
-        The new layers, and the layers left alone with the reason for each: those that the predicate
-        or, without one, the block size leaves out, those whose weight a module around them reads,
-        as adapters do, and what is not an ``nn.Linear`` itself: subclasses, quantized and sparse
-        layers, embeddings, convolutions and the experts of a ``SwitchLinear``.
+        The new layers, and the layers left alone with the reason for each: those that the
+        predicate, the density or, without these, the block size leaves out, those whose weight a
+        module around them reads, as adapters do, and what is not an ``nn.Linear`` itself:
+        subclasses, quantized and sparse layers, embeddings, convolutions and the experts of a
+        ``SwitchLinear``.
 
     Raises:
         TypeError: An argument or option has the wrong type, the predicate returns neither a bool
             nor a dict, or ``model`` is itself a linear layer, with no module around it.
-        ValueError: An option is unknown, out of range or does not fit its layer; a weight is not
-            finite; the predicate wants different things of one layer at two paths; layers that
+        ValueError: An option is unknown, out of range or does not fit its layer; ``density`` names
+            a path at which there is no ``nn.Linear`` to make sparse; a weight is not finite; the
+            predicate or ``density`` wants different things of one layer at two paths; layers that
             share a budget differ in ``block_size`` or, under ``"global"``, in ``score``; or a state
             of the optimizer cannot follow.
 
@@ -116,14 +117,17 @@ def sparsify(
         reason = why_not_sparsified(model, [], {})
         raise _nothing_around("sparsify", model, reason or "use BlockSparseLinear.from_linear")
     check_name("sparsify", "scope", scope, _SCOPES)
-    check_choice("sparsify", block_size, density, score, balance)
+    by_path = isinstance(density, Mapping)
+    one_density = 1.0 if by_path else density  # 1 stands for nothing where each has its own
+    check_choice("sparsify", block_size, one_density, score, balance)
+    check_one_budget("sparsify", density, scope)
     if predicate is not None and not callable(predicate):
         raise TypeError(
             f"[sparsify] predicate must be a function of (path, module), got {predicate!r}"
         )
-    defaults = _Options(block_size, density, None, score, balance, shared=scope != "layer")
-    targets, skipped = _targets(model, predicate, defaults)
-    _count_blocks(targets, scope, density)
+    defaults = Options(block_size, one_density, None, score, balance, shared=scope != "layer")
+    targets, skipped = find_targets(model, predicate, density, defaults)
+    _count_blocks(targets, scope, one_density)
     layers = [target.to_sparse() for target in targets]
     old = [target.linear for target in targets]
     shares = _shares(model, skipped)
@@ -183,120 +187,7 @@ def densify(model: nn.Module, *, optimizer: optim.Optimizer | None = None) -> li
     return [path for paths, _ in found for path in paths]
 
 
-@dataclass(frozen=True)
-class _Options:
-    """What is wanted of one layer."""
-
-    block_size: int
-    density: float
-    pattern: CSRPattern | None
-    score: Score
-    balance: Balance
-    shared: bool  # its number of blocks comes out of one budget, not from its own density
-
-    def updated(self, owner: str, own: dict[str, Any]) -> _Options:
-        """Return these options with those that the predicate gives to one layer."""
-        if unknown := [key for key in own if key not in _OPTION_NAMES]:
-            raise ValueError(
-                f"[{owner}] unknown option {unknown[0]!r}; the options are {_OPTION_NAMES}"
-            )
-        others = {key: value for key, value in own.items() if key != "pattern"}
-        has_pattern = own.get("pattern") is not None
-        if has_pattern:
-            check_absent(owner, PATTERN_DECIDES, **others)
-        shared = self.shared and "density" not in own and not has_pattern
-        return replace(self, **own, shared=shared)
-
-    def check(self, owner: str, shape: Sequence[int]) -> None:
-        """Raise unless they fit a weight ``(output_dims, input_dims)``."""
-        check_choice(owner, self.block_size, self.density, self.score, self.balance)
-        if self.pattern is None:
-            check_dims(owner, shape)
-        else:
-            check_layer_pattern(owner, self.pattern, shape)
-            self.pattern.check_unique(owner)
-
-
-_OPTION_NAMES = ("block_size", "density", "pattern", "score", "balance")
-
-
-@dataclass
-class _Target:
-    """A dense layer that is to become sparse, and all its paths in the model."""
-
-    paths: list[str]
-    linear: nn.Linear
-    options: _Options
-    scores: np.ndarray = field(init=False)  # (R, C) of all blocks, unless the pattern is given
-    n_blocks: int = field(init=False)
-
-    def to_sparse(self) -> BlockSparseLinear:
-        options, pattern = self.options, self.options.pattern
-        if pattern is None:
-            pattern = strongest_pattern(
-                self.scores,
-                self.n_blocks,
-                self.linear.weight.shape,
-                options.block_size,
-                options.balance,
-            )
-        return BlockSparseLinear.from_linear(self.linear, pattern=pattern)
-
-
-def _targets(
-    model: nn.Module, predicate: Predicate | None, defaults: _Options
-) -> tuple[list[_Target], dict[str, str]]:
-    """Return the layers to make sparse, and why each other that holds a matrix is left alone."""
-    targets: list[_Target] = []
-    skipped: dict[str, str] = {}
-    modules = dict(model.named_modules())
-    for paths, module in leaves_of(model):
-        if reason := why_not_sparsified(module, paths, modules):
-            skipped.update(dict.fromkeys(paths, reason))
-            continue
-        if not isinstance(module, nn.Linear):  # it holds no matrix
-            continue
-        options, *others = [_decide(path, module, predicate, defaults) for path in paths]
-        if any(other != options for other in others):
-            raise ValueError(
-                f"[sparsify] {' and '.join(paths)} are one layer, "
-                "of which the predicate wants different things"
-            )
-        if isinstance(options, str):
-            skipped.update(dict.fromkeys(paths, options))
-        else:
-            targets.append(_Target(paths, module, options))
-    return targets, skipped
-
-
-def _decide(
-    path: str, linear: nn.Linear, predicate: Predicate | None, defaults: _Options
-) -> _Options | str:
-    """Return what is wanted of a linear layer, or in words why it is left alone."""
-    if predicate is None:
-        return _why_too_small(linear.weight.shape, defaults.block_size) or defaults
-    answer, owner = predicate(path, linear), f"sparsify {path}"
-    if not isinstance(answer, bool | np.bool_ | dict):
-        raise TypeError(f"[{owner}] predicate must return a bool or a dict, got {answer!r}")
-    if isinstance(answer, dict):
-        options = defaults.updated(owner, answer)
-    elif answer:
-        options = defaults
-    else:
-        return "the predicate returned False"
-    options.check(owner, linear.weight.shape)
-    return options
-
-
-def _why_too_small(shape: Sequence[int], block_size: int) -> str | None:
-    """Return in words why a weight ``(output_dims, input_dims)`` fills no block, or None."""
-    for name, size in zip(("output_dims", "input_dims"), shape, strict=True):
-        if size < block_size:
-            return f"{name} {size} is less than block_size {block_size}"
-    return None
-
-
-def _count_blocks(targets: list[_Target], scope: Scope, density: float) -> None:
+def _count_blocks(targets: list[Target], scope: Scope, density: float) -> None:
     """Score the blocks of each target and set how many of them it keeps."""
     scored = [target for target in targets if target.options.pattern is None]
     shared = [target for target in scored if target.options.shared]
@@ -316,7 +207,7 @@ def _count_blocks(targets: list[_Target], scope: Scope, density: float) -> None:
         target.n_blocks = count
 
 
-def _check_comparable(shared: list[_Target], names: tuple[str, ...]) -> None:
+def _check_comparable(shared: list[Target], names: tuple[str, ...]) -> None:
     """Raise unless layers that share a budget have these options in common."""
     for target in shared[1:]:
         for name in names:
