@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeAlias
 
 import mlx.core as mx
@@ -16,13 +17,14 @@ from mlx_sparse_nn.core.edges import clear
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.scores import (
     Balance,
+    BlockPlaces,
     Score,
     block_scores,
     blocks_for,
     check_balance,
     check_score,
     share_by_score,
-    strongest,
+    strongest_positions,
 )
 from mlx_sparse_nn.core.table import NOT_MEASURED, Report, Table, fold
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
@@ -140,8 +142,9 @@ def prune(
             layer that the model holds at several paths is named by any of them.
         optimizer: The optimizer that updates ``model``. Its moments, of whatever kind, are kept for
             the blocks that stay. Needed once it has been used, since its state would not fit.
-        score: What makes a block strong: ``"l1"``, ``"l2"``, ``"max"``, or a function from
-            ``(n_blocks, B, B)`` to ``(n_blocks,)``.
+        score: What makes a block strong: ``"l1"``, ``"l2"``, ``"max"``, or a function of the stored
+            blocks ``(n_blocks, B, B)``, or of these and their :class:`BlockPlaces`, that returns
+            ``(n_blocks,)`` numbers.
         scope: ``"layer"`` brings each layer to the density; ``"global"`` brings the layers together
             to it: as many blocks stay in each as it has among the strongest of all. They must be
             of one size, and ``density`` is one number then.
@@ -170,12 +173,7 @@ def prune(
     densities = density_by_path("prune", density, "BlockSparseLinear", _paths(model, layers))
     chosen = {path: layer for path, layer in layers.items() if path in densities}
     moments = {path: moments_of("prune", optimizer, model, layer) for path, layer in chosen.items()}
-    scores = {
-        path: block_scores(
-            clear(layer.pattern.layout, layer.weight), score, owner=f"prune {path}".rstrip()
-        )
-        for path, layer in chosen.items()
-    }
+    scores = {path: _scores(path, layer, score) for path, layer in chosen.items()}
     if isinstance(density, Mapping) or scope == "layer":
         counts = {
             path: min(before[path], blocks_for(densities[path], layer.pattern.n_places))
@@ -202,6 +200,14 @@ def _paths(model: nn.Module, layers: dict[str, BlockSparseLinear]) -> list[list[
     return list(found.values())
 
 
+def _scores(path: str, layer: BlockSparseLinear, score: Score) -> np.ndarray:
+    """Return how strong each stored block of a layer is."""
+    pattern = layer.pattern
+    blocks = clear(pattern.layout, layer.weight)
+    places = partial(BlockPlaces.of_pattern, path, pattern)
+    return block_scores(blocks, score, places, owner=f"prune {path}".rstrip())
+
+
 def _global_counts(
     layers: dict[str, BlockSparseLinear], scores: dict[str, np.ndarray], density: float
 ) -> dict[str, int]:
@@ -223,7 +229,7 @@ def _subpattern(
     pattern: CSRPattern, scores: np.ndarray, count: int, balance: Balance
 ) -> CSRPattern:
     """Return the ``count`` strongest blocks of a pattern, in their order."""
-    kept = strongest(scores, pattern.row_indices, count, balance)
+    kept = strongest_positions(scores, pattern.row_indices, count, balance)
     return CSRPattern.from_places(pattern.places[kept], pattern.shape, pattern.block_size)
 
 

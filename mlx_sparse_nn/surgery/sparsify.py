@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal, TypeAlias
 
 import mlx.core as mx
@@ -16,6 +17,7 @@ from mlx_sparse_nn.core.checks import (
 )
 from mlx_sparse_nn.core.scores import (
     Balance,
+    BlockPlaces,
     Score,
     blocks_for,
     check_choice,
@@ -70,7 +72,10 @@ def sparsify(
             ``density``, ``score``, ``balance``, or ``pattern`` alone, which takes the place of
             these. Its own ``density`` or ``pattern`` goes before a ``density`` by path. By default
             every layer is made sparse whose dims are at least ``block_size``.
-        score, balance: As in :meth:`BlockSparseLinear.from_linear`.
+        score, balance: As in :meth:`BlockSparseLinear.from_linear`. A function of two positional
+            arguments gets the blocks of one layer and their :class:`BlockPlaces`, which tell the
+            layer's path, and each block's row and column; one of one gets the blocks alone.
+            Parameters with a default do not count.
         scope: How many blocks each layer keeps:
 
             - ``"layer"``: ``density`` of each layer.
@@ -193,10 +198,8 @@ def _count_blocks(targets: list[Target], scope: Scope, density: float) -> None:
     shared = [target for target in scored if target.options.shared]
     _check_comparable(shared, ("block_size", "score") if scope == "global" else ("block_size",))
     for target in scored:
-        options, owner = target.options, f"sparsify {target.paths[0]}"
-        target.scores = grid_scores(
-            target.linear.weight, options.block_size, options.score, owner=owner
-        )
+        options = target.options
+        target.scores = _scores(target)
         target.n_blocks = blocks_for(options.density, target.scores.size)
     if not shared:
         return
@@ -205,6 +208,13 @@ def _count_blocks(targets: list[Target], scope: Scope, density: float) -> None:
     counts = share_out([target.scores for target in shared], budget)
     for target, count in zip(shared, counts.tolist(), strict=True):
         target.n_blocks = count
+
+
+def _scores(target: Target) -> np.ndarray:
+    """Return how strong each block of a dense layer is, on its grid."""
+    path, weight, options = target.paths[0], target.linear.weight, target.options
+    places = partial(BlockPlaces.of_grid, path, weight.shape, options.block_size)
+    return grid_scores(weight, options.block_size, options.score, places, owner=f"sparsify {path}")
 
 
 def _check_comparable(shared: list[Target], names: tuple[str, ...]) -> None:
@@ -216,7 +226,7 @@ def _check_comparable(shared: list[Target], names: tuple[str, ...]) -> None:
                 raise ValueError(
                     f"[sparsify {target.paths[0]}] {name} is {value!r}, but {first!r} in "
                     f"{shared[0].paths[0]}, with which it shares a budget; give it a density of "
-                    "its own"
+                    "its own" + ", or both one function of (blocks, places)" * callable(value)
                 )
 
 
