@@ -22,6 +22,12 @@ def split_blocks(weight: mx.array, block_size: int) -> mx.array:
     return weight.reshape(shape).swapaxes(1, 2)
 
 
+def blocks_of(weight: mx.array, pattern: CSRPattern) -> mx.array:
+    """Return the values ``pattern.data_shape`` that a dense matrix has in the stored blocks."""
+    places = mx.array(pattern.row_indices), mx.array(pattern.indices)
+    return split_blocks(weight, pattern.block_size)[places].reshape(pattern.data_shape)
+
+
 def block_sources(owner: str, old: CSRPattern, new: CSRPattern) -> np.ndarray:
     """Return where ``old`` stores each block of ``new``, ``(new.n_blocks,)`` int64; -1 if nowhere.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,24 +48,37 @@ def _layers(owner: str, model: nn.Module, *kinds: type) -> dict[str, Any]:
 
 
 @contextmanager
-def observed(layers: Mapping[str, SparseLinear], observe: Callable) -> Iterator[None]:
-    """Call ``observe(path, x, y)`` for each call of a layer, which returns what that returns.
+def observed(layers: Mapping[str, nn.Module], observe: Callable) -> Iterator[None]:
+    """Call ``observe(path, x, y)`` for each call of a layer, which returns what that returns."""
+    paths = list(layers)
 
-    Python looks ``__call__`` up in the class, so each layer gets a subclass of its own for a while:
-    it stays the same object, wherever the model refers to it.
+    def call(number: int, layer: nn.Module, run: Callable, x: mx.array) -> mx.array:
+        return observe(paths[number], x, run(layer, x))
+
+    with intercepted(list(layers.values()), call):
+        yield
+
+
+@contextmanager
+def intercepted(modules: Sequence[nn.Module], call: Callable) -> Iterator[None]:
+    """Let ``call(number, module, run, *args, **kwargs)`` answer for modules that are called.
+
+    ``number`` is the module's place among ``modules``, and ``run(module, *args, **kwargs)`` its own
+    answer. Python looks ``__call__`` up in the class, so each module gets a subclass of its own for
+    a while: it stays the same object, wherever the model refers to it.
     """
-    classes = {path: type(layer) for path, layer in layers.items()}
+    classes = [type(module) for module in modules]
 
-    def observing(path: str, kind: type[SparseLinear]) -> type[SparseLinear]:
-        def call(layer: SparseLinear, x: mx.array) -> mx.array:
-            return observe(path, x, kind.__call__(layer, x))
+    def answering(number: int, kind: type[nn.Module]) -> type[nn.Module]:
+        def answer(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return call(number, module, kind.__call__, *args, **kwargs)
 
-        return type(kind.__name__, (kind,), {"__call__": call})
+        return type(kind.__name__, (kind,), {"__call__": answer})
 
     try:
-        for path, layer in layers.items():
-            object.__setattr__(layer, "__class__", observing(path, classes[path]))
+        for number, module in enumerate(modules):
+            object.__setattr__(module, "__class__", answering(number, classes[number]))
         yield
     finally:
-        for path, layer in layers.items():
-            object.__setattr__(layer, "__class__", classes[path])
+        for module, kind in zip(modules, classes, strict=True):
+            object.__setattr__(module, "__class__", kind)

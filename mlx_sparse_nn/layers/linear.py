@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_sparse_nn.core import draw, edges, ops
-from mlx_sparse_nn.core.blocks import block_sources, move_blocks, split_blocks
+from mlx_sparse_nn.core.blocks import block_sources, blocks_of, move_blocks
 from mlx_sparse_nn.core.checks import (
     check_absent,
     check_block_dtype,
@@ -17,6 +17,9 @@ from mlx_sparse_nn.core.checks import (
     check_dims,
     check_size,
 )
+from mlx_sparse_nn.core.fit import DAMPING, choose_by_moments, fit_pattern
+from mlx_sparse_nn.core.least_squares import LeastSquares
+from mlx_sparse_nn.core.moments import InputMoments, check_damping, check_moments
 from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
 from mlx_sparse_nn.core.quantized import BITS, GROUP_SIZES, dequantize
 from mlx_sparse_nn.core.scores import Balance, Score, choose_blocks
@@ -158,8 +161,13 @@ class BlockSparseLinear(SparseLinear):
         pattern: CSRPattern | None = None,
         score: Score | None = None,
         balance: Balance | None = None,
+        moments: InputMoments | None = None,
+        damping: float | None = None,
     ) -> BlockSparseLinear:
-        """Return the layer that keeps the strongest blocks of a dense one, values unchanged.
+        """Return the layer that keeps the strongest blocks of a dense one.
+
+        The kept values are unchanged, unless ``moments`` say what the inputs are: then values and
+        bias are those whose outputs are closest to the dense layer's, by least squares.
 
         The bias, the dtype, the training mode and what is frozen are those of ``linear``. No random
         number is drawn.
@@ -175,15 +183,19 @@ class BlockSparseLinear(SparseLinear):
             score: What makes a block strong: ``"l1"``, ``"l2"`` (the default) or ``"max"``, the
                 norm of its entries; or a function of the blocks, ``(n_blocks, B, B)`` float32, or
                 of these and their :class:`BlockPlaces`, that returns ``(n_blocks,)`` numbers. It is
-                told by how many positional arguments the function needs.
+                told by how many positional arguments the function needs. With ``moments`` it is, by
+                default, what the outputs lose without the block when all others are fitted anew.
             balance: ``"row"``, the default, keeps the same number of blocks in every block-row,
                 give or take one; ``"global"`` keeps the strongest wherever they lie. Either may
                 leave a block-row or a block-column without blocks.
+            moments: Of the layer's inputs, as :func:`layer_moments` returns them.
+            damping: How much the fit holds on to the dense values, as a fraction of the mean square
+                of the inputs: 0.01 by default. For ``moments`` alone.
 
         Raises:
             TypeError: ``linear`` is not an ``nn.Linear``, or an option is of the wrong type.
             ValueError: An option is out of range, does not fit the weight or is given beside
-                ``pattern``, or the weight is not finite.
+                ``pattern``, the weight is not finite, or the moments are not positive definite.
 
         Example:
             >>> linear = nn.Linear(512, 256)
@@ -193,24 +205,34 @@ class BlockSparseLinear(SparseLinear):
         owner = f"{cls.__name__}.from_linear"
         if reason := why_not_linear(linear):
             raise TypeError(f"[{owner}] linear must be an nn.Linear: {reason}")
+        weight, bias = linear.weight, linear.get("bias")
+        problem = None
+        if moments is None:
+            check_absent(owner, "it is for moments", damping=damping)
+        else:
+            damping = DAMPING if damping is None else damping
+            check_moments(owner, moments, weight.shape[1])
+            check_damping(owner, damping)
+            problem = LeastSquares(moments, damping, bias is not None)
         if pattern is None:
-            pattern = choose_blocks(
-                owner,
-                linear.weight,
-                32 if block_size is None else block_size,
-                0.1 if density is None else density,
-                "l2" if score is None else score,
-                "row" if balance is None else balance,
-            )
+            block_size = 32 if block_size is None else block_size
+            density = 0.1 if density is None else density
+            balance = "row" if balance is None else balance
+            if problem is None or score is not None:
+                score = "l2" if score is None else score
+                pattern = choose_blocks(owner, weight, block_size, density, score, balance)
+            else:
+                pattern = choose_by_moments(owner, weight, problem, block_size, density, balance)
         else:
             options = dict(block_size=block_size, density=density, score=score, balance=balance)
             check_absent(owner, PATTERN_DECIDES, **options)
-            check_layer_pattern(owner, pattern, linear.weight.shape)
+            check_layer_pattern(owner, pattern, weight.shape)
             pattern.check_unique(owner)
-        places = mx.array(pattern.row_indices), mx.array(pattern.indices)
-        weight = split_blocks(linear.weight, pattern.block_size)[places]
-        layer = cls._of(pattern, weight.reshape(pattern.data_shape), linear.get("bias"))
-        return carry_mode(linear, layer)
+        values = blocks_of(weight, pattern)
+        if problem is not None:
+            fit = fit_pattern(owner, weight, bias, pattern, problem)
+            values, bias = fit.weight, fit.bias
+        return carry_mode(linear, cls._of(pattern, values, bias))
 
     def to_linear(self) -> nn.Linear:
         """Return the ``nn.Linear`` of the same product: its weight is :meth:`todense`, exactly.

@@ -131,7 +131,7 @@ def sparsify(
             f"[sparsify] predicate must be a function of (path, module), got {predicate!r}"
         )
     defaults = Options(block_size, one_density, None, score, balance, shared=scope != "layer")
-    targets, skipped = find_targets(model, predicate, density, defaults)
+    targets, skipped = find_targets("sparsify", model, predicate, density, defaults)
     _count_blocks(targets, scope, one_density)
     layers = [target.to_sparse() for target in targets]
     old = [target.linear for target in targets]

@@ -82,12 +82,12 @@ class Target:
 
 
 def find_targets(
-    model: nn.Module, predicate: Predicate | None, density: Density, defaults: Options
+    owner: str, model: nn.Module, predicate: Predicate | None, density: Density, defaults: Options
 ) -> tuple[list[Target], dict[str, str]]:
     """Return the layers to make sparse, and why each other that holds a matrix is left alone."""
     found, skipped = _linear_layers(model)
     all_paths = [paths for paths, _ in found]
-    densities = density_by_path("sparsify", density, "nn.Linear", all_paths, skipped)
+    densities = density_by_path(owner, density, "nn.Linear", all_paths, skipped)
     by_path = isinstance(density, Mapping)
     targets: list[Target] = []
     for paths, linear in found:
@@ -95,15 +95,17 @@ def find_targets(
         of_layer = defaults if wanted is None else replace(defaults, density=wanted)
         dense = _why_dense(wanted) if by_path else None
         if predicate is not None:
-            answers = [_ask(path, linear, predicate, of_layer, dense) for path in paths]
+            answers = [
+                _ask(f"{owner} {path}", path, linear, predicate, of_layer, dense) for path in paths
+            ]
         elif by_path:
-            answers = [dense or of_layer.checked(f"sparsify {paths[0]}", linear.weight.shape)]
+            answers = [dense or of_layer.checked(f"{owner} {paths[0]}", linear.weight.shape)]
         else:
             answers = [_why_too_small(linear.weight.shape, defaults.block_size) or of_layer]
         options, *others = answers
         if any(other != options for other in others):
             raise ValueError(
-                f"[sparsify] {' and '.join(paths)} are one layer, "
+                f"[{owner}] {' and '.join(paths)} are one layer, "
                 "of which the predicate wants different things"
             )
         if isinstance(options, str):
@@ -127,17 +129,23 @@ def _linear_layers(model: nn.Module) -> tuple[list[tuple[list[str], nn.Linear]],
 
 
 def _ask(
-    path: str, linear: nn.Linear, predicate: Predicate, options: Options, dense: str | None
+    owner: str,
+    path: str,
+    linear: nn.Linear,
+    predicate: Predicate,
+    options: Options,
+    dense: str | None,
 ) -> Options | str:
     """Return what the predicate wants of a layer, or in words why it is left alone.
 
     Args:
+        owner: Who errors speak for.
         path, linear: The layer.
         predicate: The user's.
         options: What it has where the predicate says nothing else.
         dense: Why it has no density, if the predicate gives it none.
     """
-    answer, owner = predicate(path, linear), f"sparsify {path}"
+    answer = predicate(path, linear)
     if not isinstance(answer, bool | np.bool_ | dict):
         raise TypeError(f"[{owner}] predicate must return a bool or a dict, got {answer!r}")
     if isinstance(answer, dict):

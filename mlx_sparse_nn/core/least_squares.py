@@ -1,0 +1,182 @@
+r"""Sparse weights fitted by least squares to what a dense layer computes.
+
+A layer computes :math:`y = W x + b`. Of a sparse one, :math:`\hat W` with some blocks, the outputs
+are to be close in the least squares over the samples of calibration:
+
+.. math::
+
+    \min_{\hat W, \hat b} \sum_x \lVert W x + b - \hat W x - \hat b \rVert^2
+        + \lambda \lVert W - \hat W \rVert_F^2
+
+With a bias, the best :math:`\hat b` leaves the first sum with centred inputs. So one matrix says
+all of them, :math:`G = \sum x x^\top + \lambda I`: of centred x where there is a bias, of x itself
+where there is none. Rows of W are independent of one another. With S what a row keeps, Q the rest,
+
+.. math::
+
+    \hat W_S = W_S + W_Q G_{QS} (G_{SS})^{-1}
+        = W_S - W_Q ((G^{-1})_{QQ})^{-1} (G^{-1})_{QS}
+
+The smaller system of the two is solved, by Cholesky. Removing one block b alone costs
+:math:`\mathrm{tr}(W_b ((G^{-1})_{bb})^{-1} W_b^\top)`: the score of "Optimal brain surgeon"
+(Hassibi and Stork, 1993) for blocks, as in "The optimal BERT surgeon" (Kurtic et al., 2022).
+
+All of this is float64, on the host.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from mlx_sparse_nn.core.moments import InputMoments
+
+PANEL = 64  # columns of a triangular system that are solved at once
+
+
+class NotDefiniteError(ValueError):
+    """The moments are not positive definite: there are too few samples for so little damping."""
+
+
+class LeastSquares:
+    r"""The fits of all layers that share their inputs, be it with or without a bias.
+
+    Args:
+        moments: Of the inputs.
+        damping: :math:`\lambda` over the mean of the diagonal of :math:`\sum x x^\top`.
+        has_bias: Whether the layers have a bias.
+    """
+
+    def __init__(self, moments: InputMoments, damping: float, has_bias: bool):
+        self.moments, self.damping = moments, damping
+        gram = moments.centred if has_bias else moments.second
+        # A new matrix either way.
+        self._gram = gram + damping * np.trace(gram) / len(gram) * np.eye(len(gram))
+
+    @cached_property
+    def _inverse(self) -> np.ndarray:
+        """``(n_in, n_in)``: the inverse of the gram matrix."""
+        return _solve(self._gram, np.eye(len(self._gram)))
+
+    def scores(self, weight: np.ndarray, block_size: int) -> np.ndarray:
+        """Return how much the squared error grows by the loss of each block, the others refitted.
+
+        Args:
+            weight: ``(n_out, n_in)`` float64.
+            block_size: Side of the blocks.
+
+        Returns:
+            ``(R, C)`` float64, at least 0.
+
+        Raises:
+            NotDefiniteError: The gram matrix has no inverse.
+        """
+        blocks = _blocks(weight, block_size)  # (R, C, B, B)
+        costs = np.linalg.inv(_diagonal_blocks(self._inverse, block_size))  # (C, B, B)
+        return np.maximum(np.einsum("rcij,rcij->rc", blocks @ costs, blocks), 0)
+
+    def fit(self, weight: np.ndarray, kept: np.ndarray, block_size: int) -> np.ndarray:
+        """Return the weight ``(n_out, n_in)`` that is best with some blocks, zero elsewhere.
+
+        Args:
+            weight: ``(n_out, n_in)`` float64.
+            kept: ``(R, C)`` bool: the blocks that are kept.
+            block_size: Side of the blocks.
+
+        Raises:
+            NotDefiniteError: A system is not positive definite.
+        """
+        fitted = np.zeros_like(weight)
+        # Block-rows that keep the same blocks are one system with more right-hand sides.
+        sets, set_of_row = np.unique(kept, axis=0, return_inverse=True)
+        for number, stay in enumerate(sets):
+            rows = np.repeat(set_of_row.reshape(-1) == number, block_size)[: len(weight)]
+            columns = np.repeat(stay, block_size)[: weight.shape[1]]
+            fitted[rows] = self._fit(weight[rows], columns)
+        return fitted
+
+    def bias_change(self, weight: np.ndarray, fitted: np.ndarray) -> np.ndarray:
+        """Return what ``(n_out,)`` to add to the bias, so that the mean output stays."""
+        return (weight - fitted) @ (self.moments.total / self.moments.n)
+
+    def _fit(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Return rows ``(m, n_in)`` fitted with the columns ``(n_in,)`` that are True."""
+        stay, gone = np.flatnonzero(columns), np.flatnonzero(~columns)
+        fitted = np.where(columns, rows, 0)
+        if not (gone.size and stay.size):
+            return fitted
+        lost = rows[:, gone]
+        if stay.size <= gone.size:
+            system = self._gram[np.ix_(stay, stay)]
+            fitted[:, stay] += _solve(system, self._gram[np.ix_(stay, gone)] @ lost.T).T
+        else:
+            system = self._inverse[np.ix_(gone, gone)]
+            fitted[:, stay] -= _solve(system, lost.T).T @ self._inverse[np.ix_(gone, stay)]
+        return fitted
+
+
+def output_error(
+    moments: InputMoments,
+    weight: np.ndarray,
+    sparse: np.ndarray,
+    bias_change: np.ndarray | float = 0.0,
+) -> float:
+    r"""Return :math:`\lVert Y - \hat Y \rVert_F / \lVert Y \rVert_F` over the samples.
+
+    Args:
+        moments: Of the inputs.
+        weight: ``(n_out, n_in)`` float64; Y is what it makes of the inputs, without a bias.
+        sparse: The other weight, ``(n_out, n_in)`` float64.
+        bias_change: ``(n_out,)``, the other bias less the first.
+    """
+    change = sparse - weight
+    squares = np.einsum("oi,oi->", change @ moments.second, change)
+    squares += 2 * np.dot(change @ moments.total, np.broadcast_to(bias_change, len(change)))
+    squares += moments.n * np.sum(np.square(np.broadcast_to(bias_change, len(change))))
+    whole = np.einsum("oi,oi->", weight @ moments.second, weight)
+    return float(np.sqrt(max(squares, 0) / whole)) if whole > 0 else 0.0
+
+
+def weight_error(weight: np.ndarray, sparse: np.ndarray) -> float:
+    r"""Return :math:`\lVert W - \hat W \rVert_F / \lVert W \rVert_F`."""
+    whole = np.linalg.norm(weight)
+    return float(np.linalg.norm(weight - sparse) / whole) if whole > 0 else 0.0
+
+
+def _blocks(weight: np.ndarray, block_size: int) -> np.ndarray:
+    """Return a weight as blocks ``(R, C, B, B)``, with zeros past its edges."""
+    padded = np.pad(weight, [(0, -size % block_size) for size in weight.shape])
+    shape = (len(padded) // block_size, block_size, padded.shape[1] // block_size, block_size)
+    return padded.reshape(shape).swapaxes(1, 2)
+
+
+def _diagonal_blocks(matrix: np.ndarray, block_size: int) -> np.ndarray:
+    """Return the blocks ``(C, B, B)`` on the diagonal, with ones past the last column."""
+    blocks = np.tile(np.eye(block_size), (-(-len(matrix) // block_size), 1, 1))
+    for block, start in zip(blocks, range(0, len(matrix), block_size), strict=True):
+        part = matrix[start : start + block_size, start : start + block_size]
+        block[: len(part), : len(part)] = part
+    return blocks
+
+
+def _solve(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return ``matrix⁻¹ right`` of a positive definite matrix ``(n, n)``, by Cholesky.
+
+    NumPy factors, but has no triangular solver: panels are solved one after another.
+    """
+    try:
+        lower = np.linalg.cholesky(matrix)
+    except np.linalg.LinAlgError as error:
+        raise NotDefiniteError("the moments are not positive definite") from error
+    n = len(matrix)
+    starts = range(0, n, PANEL)
+    inverses = [np.linalg.inv(lower[i : i + PANEL, i : i + PANEL]) for i in starts]
+    solution = np.array(right)
+    for i, inverse in zip(starts, inverses, strict=True):  # L z = right
+        panel = slice(i, i + PANEL)
+        solution[panel] = inverse @ (solution[panel] - lower[panel, :i] @ solution[:i])
+    for i, inverse in zip(reversed(starts), reversed(inverses), strict=True):  # Lᵀ x = z
+        panel, after = slice(i, i + PANEL), slice(i + PANEL, n)
+        solution[panel] = inverse.T @ (solution[panel] - lower[after, panel].T @ solution[after])
+    return solution

@@ -1,0 +1,141 @@
+"""What calibration has seen of the inputs of a linear layer: their second moments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_sparse_nn.core.checks import check_array, check_floating, check_number, check_size
+
+
+@dataclass(frozen=True, eq=False)
+class InputMoments:
+    r"""Second moments of what goes into a linear layer, over n samples.
+
+    They are all that a least-squares fit of the layer needs to know of its inputs: for any change
+    :math:`\Delta` of the weight, the outputs change by :math:`\mathrm{tr}(\Delta H \Delta^\top)`
+    in squares, where :math:`H = \sum x x^\top`.
+
+    Attributes:
+        second: ``(n_in, n_in)`` float64, the sum of :math:`x x^\top`.
+        total: ``(n_in,)`` float64, the sum of :math:`x`.
+        n: Number of samples.
+
+    Raises:
+        TypeError: An array is not of float64, or ``n`` not an integer.
+        ValueError: Shapes do not fit, a number is not finite, or there is no sample.
+    """
+
+    second: np.ndarray
+    total: np.ndarray
+    n: int
+
+    def __post_init__(self) -> None:
+        owner = "InputMoments"
+        for name in ("second", "total"):
+            value = getattr(self, name)
+            if not isinstance(value, np.ndarray) or value.dtype != np.float64:
+                kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
+                raise TypeError(f"[{owner}] {name} must be a NumPy array of float64, got {kind}")
+        if self.total.ndim != 1 or self.second.shape != 2 * self.total.shape:
+            raise ValueError(
+                f"[{owner}] second and total must be (n_in, n_in) and (n_in,), "
+                f"got {self.second.shape} and {self.total.shape}"
+            )
+        check_size(owner, "n", self.n, minimum=1)
+        if not (np.isfinite(self.second).all() and np.isfinite(self.total).all()):
+            raise ValueError(f"[{owner}] second and total must be finite")
+
+    @classmethod
+    def of(cls, x: mx.array) -> InputMoments:
+        """Return the moments of the inputs ``(..., n_in)`` of a layer, of any floating dtype."""
+        check_array("InputMoments.of", "x", x)
+        check_floating("InputMoments.of", "x", x)
+        if x.ndim == 0 or x.size == 0:
+            raise ValueError(f"[InputMoments.of] x must hold samples (..., n_in), got {x.shape}")
+        moments = MomentSum(x.shape[-1])
+        moments.add(x.reshape(-1, x.shape[-1]))
+        return moments.result()
+
+    @property
+    def n_in(self) -> int:
+        """Number of input features."""
+        return self.total.size
+
+    @property
+    def centred(self) -> np.ndarray:
+        r"""``(n_in, n_in)`` float64: the sum of :math:`(x - \bar x)(x - \bar x)^\top`."""
+        return self.second - np.outer(self.total, self.total / self.n)
+
+
+def check_moments(owner: str, moments: object, input_dims: int) -> None:
+    """Raise unless ``moments`` are those of ``input_dims`` features."""
+    if not isinstance(moments, InputMoments):
+        kind = type(moments).__name__
+        raise TypeError(
+            f"[{owner}] moments must be InputMoments, got {kind}; "
+            "layer_moments(model, batches) returns them by path"
+        )
+    if moments.n_in != input_dims:
+        raise ValueError(
+            f"[{owner}] moments are of {moments.n_in} features, but input_dims is {input_dims}"
+        )
+
+
+def check_damping(owner: str, damping: float) -> None:
+    """Raise unless ``damping`` is a finite number of at least 0."""
+    check_number(owner, "damping", damping)
+    if not 0 <= damping < float("inf"):
+        raise ValueError(f"[{owner}] damping must be at least 0 and finite, got {damping}")
+
+
+class MomentSum:
+    """Adds up the moments of one batch after another.
+
+    The products of a batch are float32: by NumPy on the host, whose BLAS is fast everywhere, or by
+    MLX where its default device is a GPU. Sums over batches are float64, on the host.
+    """
+
+    def __init__(self, n_in: int):
+        self._second = np.zeros((n_in, n_in))
+        self._total = np.zeros(n_in)
+        self._n = 0
+
+    def add(self, x: mx.array) -> None:
+        """Add samples ``(n, n_in)`` of any floating dtype."""
+        x = x.astype(mx.float32)
+        if mx.default_device() == mx.Device(mx.gpu):
+            self._second += np.array(x.T @ x)
+            self._total += np.array(x.sum(axis=0))
+        else:
+            samples = np.array(x)
+            self._second += samples.T @ samples
+            self._total += samples.sum(axis=0, dtype=np.float64)
+        self._n += x.shape[0]
+
+    def include(self, other: MomentSum) -> None:
+        """Add the samples that another sum has seen."""
+        self._second += other._second
+        self._total += other._total
+        self._n += other._n
+
+    @property
+    def n(self) -> int:
+        """Number of samples so far."""
+        return self._n
+
+    @property
+    def n_in(self) -> int:
+        """Number of input features."""
+        return self._total.size
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all samples so far were finite."""
+        return bool(np.isfinite(self._total).all())
+
+    def result(self) -> InputMoments:
+        """Return the moments of all samples, in the arrays of this sum."""
+        return InputMoments(self._second, self._total, self._n)
