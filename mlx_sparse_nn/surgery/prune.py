@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +15,7 @@ import numpy as np
 from mlx_sparse_nn.core.checks import check_density, check_name, check_size
 from mlx_sparse_nn.core.edges import clear
 from mlx_sparse_nn.core.pattern import CSRPattern
+from mlx_sparse_nn.core.relative_error import relative_error
 from mlx_sparse_nn.core.scores import (
     Balance,
     BlockPlaces,
@@ -26,12 +27,13 @@ from mlx_sparse_nn.core.scores import (
     share_by_score,
     strongest_positions,
 )
-from mlx_sparse_nn.core.table import NOT_MEASURED, Report, Table, fold
+from mlx_sparse_nn.core.table import LARGEST, NOT_MEASURED, Report, Table, fold
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
 from mlx_sparse_nn.layers.parameters import density_of
 from mlx_sparse_nn.surgery.densities import Density, check_one_budget, density_by_path
 from mlx_sparse_nn.surgery.optimizer_state import change_pattern, moments_of
 from mlx_sparse_nn.surgery.selection import blocks_of_floats
+from mlx_sparse_nn.surgery.sparsify_report import largest
 
 Scope: TypeAlias = Literal["layer", "global"]
 
@@ -89,27 +91,33 @@ class PruneReport(Report):
     Attributes:
         before: Number of blocks that each layer stored before, by path.
         after: Number of blocks that it stores now.
+        errors: Relative error of each layer's weight against what it was before, by path.
         density: Stored fraction of all these weights now.
         model_density: Stored fraction of all parameters of the model, dense ones included.
     """
 
     before: dict[str, int]
     after: dict[str, int]
+    errors: dict[str, float]
     density: float
     model_density: float
 
     def _table(self) -> Table:
+        paths = list(self.before)
         cells = [_cells(before, self.after[path]) for path, before in self.before.items()]
-        lines = fold(list(self.before), [tuple(line) for line in cells])
-        notes = [NOT_MEASURED]
+        lines = fold(paths, [tuple(line) for line in cells])
+        notes = ["error: of the weights, against what they were before", NOT_MEASURED]
         if len(lines) < len(cells):
-            notes.insert(0, "x n: n layers alike, with the numbers of each; the total is of all")
+            notes.insert(0, f"{LARGEST}; the total is of all")
         return Table(
             caption=f"blocks stored: density {self.density:.3g} there, "
             f"{self.model_density:.3g} in all",
-            header=["layer", "before", "now", "kept"],
-            rows=[[path, *cells[places[0]]] for path, places in lines],
-            total=["total", *_cells(sum(self.before.values()), sum(self.after.values()))],
+            header=["layer", "before", "now", "kept", "error"],
+            rows=[
+                [path, *cells[places[0]], largest([self.errors[paths[i]] for i in places])]
+                for path, places in lines
+            ],
+            total=["total", *_cells(sum(self.before.values()), sum(self.after.values())), ""],
             notes=notes,
         )
 
@@ -185,10 +193,11 @@ def prune(
         path: _subpattern(layer.pattern, scores[path], counts[path], balance)
         for path, layer in chosen.items()
     }
+    errors = dict.fromkeys(layers, 0.0)
     for path, layer in chosen.items():
         if counts[path] < before[path]:
-            change_pattern(layer, patterns[path], moments[path])
-    return PruneReport(before, before | counts, _density(layers), density_of(model))
+            errors[path] = _prune_layer(layer, patterns[path], moments[path])
+    return PruneReport(before, before | counts, errors, _density(layers), density_of(model))
 
 
 def _paths(model: nn.Module, layers: dict[str, BlockSparseLinear]) -> list[list[str]]:
@@ -231,6 +240,16 @@ def _subpattern(
     """Return the ``count`` strongest blocks of a pattern, in their order."""
     kept = strongest_positions(scores, pattern.row_indices, count, balance)
     return CSRPattern.from_places(pattern.places[kept], pattern.shape, pattern.block_size)
+
+
+def _prune_layer(
+    layer: BlockSparseLinear, pattern: CSRPattern, moments: list[dict[str, Any]]
+) -> float:
+    """Give a layer another pattern, and return the relative error of its weight."""
+    before = clear(layer.pattern.layout, layer.weight)
+    kept = np.zeros((len(before), *[1] * (before.ndim - 1)), dtype=bool)
+    kept[change_pattern(layer, pattern, moments)] = True
+    return relative_error(before, mx.where(mx.array(kept), before, mx.zeros((), before.dtype)))
 
 
 def _density(layers: dict[str, BlockSparseLinear]) -> float:

@@ -15,6 +15,7 @@ from mlx_sparse_nn.core.checks import (
     check_model,
     check_name,
 )
+from mlx_sparse_nn.core.relative_error import relative_error
 from mlx_sparse_nn.core.scores import (
     Balance,
     BlockPlaces,
@@ -111,9 +112,9 @@ def sparsify(
     Example:
         >>> model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 10))
         >>> sparsify(model, density=0.25)
-        1 layer made sparse, 1 skipped: density 0.25 there, 0.28 in all
-        layer      out x in  block  blocks  density
-        layers.0  512 x 256     32      32    25.0%
+        1 layer made sparse, 1 skipped: density 0.25 there, 0.281 in all
+        layer      out x in  block  blocks  density  error
+        layers.0  512 x 256     32      32    25.0%  0.861
         layers.2 skipped (3.8% of the model): output_dims 10 is less than block_size 32
         ...
     """
@@ -134,6 +135,10 @@ def sparsify(
     targets, skipped = find_targets("sparsify", model, predicate, density, defaults)
     _count_blocks(targets, scope, one_density)
     layers = [target.to_sparse() for target in targets]
+    errors = {}
+    for target, layer in zip(targets, layers, strict=True):
+        layer.weight_error = relative_error(target.linear.weight, layer.todense())
+        errors |= dict.fromkeys(target.paths, layer.weight_error)
     old = [target.linear for target in targets]
     shares = _shares(model, skipped)
     moments = reshape_moments("sparsify", optimizer, model, old, layers)
@@ -143,7 +148,7 @@ def sparsify(
     pairs = zip(targets, layers, strict=True)
     sparse = {path: layer for target, layer in pairs for path in target.paths}
     patterns = {path: layer.pattern for path, layer in sparse.items()}
-    return SparsifyReport(sparse, patterns, skipped, shares, density_of(model))
+    return SparsifyReport(sparse, patterns, skipped, shares, errors, "weights", density_of(model))
 
 
 def densify(model: nn.Module, *, optimizer: optim.Optimizer | None = None) -> list[str]:
