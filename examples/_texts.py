@@ -66,6 +66,13 @@ def docstrings() -> list[tuple[str, str]]:
     return [*found.items()]
 
 
+def evaluation(n: int = 150, seed: int = 0) -> list[tuple[str, str]]:
+    """Return n of :func:`docstrings`, drawn."""
+    found = docstrings()
+    drawn = np.random.default_rng(seed).choice(len(found), min(n, len(found)), replace=False)
+    return [found[i] for i in drawn]
+
+
 def general() -> list[str]:
     """Return 60 sentences that are not about programming: of each three, two mean the same."""
     return [sentence for triple in TRIPLES for sentence in triple]
