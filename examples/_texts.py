@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -78,9 +77,9 @@ def general() -> list[str]:
     return [sentence for triple in TRIPLES for sentence in triple]
 
 
-def shuffled(texts: Sequence, seed: int) -> list:
-    """Return texts in an order that the seed decides."""
-    return [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))]
+def shuffled(texts: list[str], generator: np.random.Generator) -> list[str]:
+    """Return texts in an order that is drawn."""
+    return [texts[i] for i in generator.permutation(len(texts))]
 
 
 TRIPLES = (
