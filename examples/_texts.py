@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import warnings
 
 import numpy as np
 
@@ -49,19 +50,20 @@ def docstrings() -> list[tuple[str, str]]:
     Modules that are not there are left out: the texts are those of the installed versions.
     """
     found: dict[str, str] = {}
-    for name in MODULES.split():
-        try:
-            module = importlib.import_module(name)
-        except ImportError:
-            continue
-        for key, thing in sorted(vars(module).items()):
-            if key.startswith("_") or not callable(thing):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is deprecated, and only read here
+        for name in MODULES.split():
+            try:
+                module = importlib.import_module(name)
+            except ImportError:
                 continue
-            parts = re.split(r"\n\s*\n", inspect.getdoc(thing) or "", maxsplit=1)
-            head, *rest = (" ".join(part.split()) for part in parts)
-            if not rest or not 20 < len(head) < 160 or len(rest[0]) <= 80 or "(" in head:
-                continue
-            found.setdefault(head, rest[0][:600])
+            for key, thing in sorted(vars(module).items()):
+                if key.startswith("_") or not callable(thing):
+                    continue
+                parts = re.split(r"\n\s*\n", inspect.getdoc(thing) or "", maxsplit=1)
+                head, *rest = (" ".join(part.split()) for part in parts)
+                if rest and 20 < len(head) < 160 and len(rest[0]) > 80 and "(" not in head:
+                    found.setdefault(head, rest[0][:600])
     return [*found.items()]
 
 
