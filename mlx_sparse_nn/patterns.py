@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.core.checks import (
     ArrayLike,
+    check_absent,
     check_data,
     check_density,
     check_fraction,
@@ -17,6 +20,7 @@ from mlx_sparse_nn.core.checks import (
     check_size,
 )
 from mlx_sparse_nn.core.pattern import CSRPattern, check_stored, grid_of
+from mlx_sparse_nn.core.scores import Balance, blocks_for, check_balance, strongest_pattern
 
 
 def block_diagonal(features: int, blocks: int) -> CSRPattern:
@@ -177,6 +181,73 @@ def from_dense(w: ArrayLike, block_size: int = 32) -> CSRPattern:
     w = check_data(owner, w, "w")
     check_matrix(owner, "w", w)
     return _where(owner, np.array(w != mx.zeros((), w.dtype)), block_size)
+
+
+def strongest(
+    scores: ArrayLike,
+    density: float | None = None,
+    block_size: int = 32,
+    *,
+    n_blocks: int | None = None,
+    balance: Balance = "row",
+    shape: Sequence[int] | None = None,
+) -> CSRPattern:
+    """Return the blocks of the highest scores: those that ``sparsify`` keeps of such scores.
+
+    Args:
+        scores: ``(n_block_rows, n_block_cols)`` finite numbers, one for each block of the matrix.
+        density: Stored fraction of the blocks, in (0, 1], rounded to at least one block.
+        block_size: Side of the blocks.
+        n_blocks: How many blocks to store, in place of ``density``.
+        balance: ``"row"`` keeps the same number of blocks in every block-row, give or take one;
+            ``"global"`` keeps the strongest wherever they lie.
+        shape: ``(n_rows, n_cols)`` in scalars, where the last blocks reach past the matrix. By
+            default all blocks lie within it.
+
+    Raises:
+        TypeError: ``scores`` are no real numbers, or another argument has the wrong type.
+        ValueError: ``scores`` are no matrix or not finite, a number is out of its range, or
+            ``shape`` has other blocks.
+
+    Example:
+        >>> strongest([[3, 1], [2, 4]], density=0.5, block_size=16)
+        CSRPattern(32 x 32, block_size=16, 2 blocks, density 0.5)
+    """
+    owner = "patterns.strongest"
+    block_size = check_size(owner, "block_size", block_size, minimum=1)
+    check_balance(owner, balance)
+    grid = _scores(owner, scores)
+    if n_blocks is None:
+        check_density(owner, density)  # type: ignore[arg-type]
+        count = min(grid.size, blocks_for(density, grid.size))  # type: ignore[arg-type]
+    else:
+        check_absent(owner, "n_blocks says how many are stored", density=density)
+        count = check_size(owner, "n_blocks", n_blocks)
+        if count > grid.size:
+            raise ValueError(f"[{owner}] n_blocks must be in [0, {grid.size}], got {count}")
+    sizes = check_shape(owner, [n * block_size for n in grid.shape] if shape is None else shape)
+    if grid_of(sizes, block_size) != grid.shape:
+        raise ValueError(
+            f"[{owner}] shape {sizes} has {grid_of(sizes, block_size)} blocks of {block_size}, "
+            f"but scores are {grid.shape}"
+        )
+    check_stored(owner, count, block_size)
+    return strongest_pattern(grid, count, sizes, block_size, balance)
+
+
+def _scores(owner: str, scores: ArrayLike) -> np.ndarray:
+    """Return scores ``(R, C)`` as float64, or raise."""
+    if isinstance(scores, mx.array) and scores.dtype == mx.bfloat16:  # which NumPy has not
+        scores = scores.astype(mx.float32)
+    grid = check_rectangular(owner, "scores", scores)
+    check_matrix(owner, "scores", grid)
+    if grid.dtype.kind not in "biuf":
+        raise TypeError(f"[{owner}] scores must be real numbers, got {grid.dtype}")
+    grid = grid.astype(np.float64)
+    if not np.isfinite(grid).all():
+        row, col = np.argwhere(~np.isfinite(grid))[0]
+        raise ValueError(f"[{owner}] scores must be finite, got {grid[row, col]} at ({row}, {col})")
+    return grid
 
 
 def _where(owner: str, mask: np.ndarray, block_size: int) -> CSRPattern:

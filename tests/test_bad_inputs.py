@@ -61,6 +61,7 @@ DENSITY_DOORS = {
     "prune": lambda d: sparse.prune(layer(), d),
     "patterns.random": lambda d: patterns.random(64, 64, d),
     "patterns.covering": lambda d: patterns.covering(64, 64, d),
+    "patterns.strongest": lambda d: patterns.strongest(np.ones((2, 2)), d),
 }
 DEFAULT_DENSITY = ("BlockSparseLinear", "BlockSparseLinear.from_linear")  # None there means 0.1
 
@@ -141,6 +142,7 @@ WORD_DOORS = {
     ("prune", "scope"): lambda word: sparse.prune(layer(), 0.5, scope=word),
     ("sparsify", "balance"): lambda word: sparse.sparsify(MODULE, balance=word),
     ("sparsify layers.0", "balance"): lambda word: ask(balance=word),
+    ("patterns.strongest", "balance"): lambda word: patterns.strongest([[1]], 1.0, balance=word),
     ("prune", "balance"): lambda word: sparse.prune(layer(), 0.5, balance=word),
     ("sparsify", "score"): lambda word: sparse.sparsify(MODULE, score=word),
     ("sparsify layers.0", "score"): lambda word: ask(score=word),
@@ -178,6 +180,7 @@ SIZE_DOORS = {
     "patterns.butterfly": lambda size: patterns.butterfly(64, size),
     "patterns.random": lambda size: patterns.random(64, 64, 0.1, size),
     "patterns.covering": lambda size: patterns.covering(64, 64, 0.1, size),
+    "patterns.strongest": lambda size: patterns.strongest(np.ones((2, 2)), 0.5, size),
     "patterns.from_mask": lambda size: patterns.from_mask(np.ones((64, 64), bool), size),
     "patterns.from_dense": lambda size: patterns.from_dense(np.ones((64, 64)), size),
     "from_dense": lambda size: sparse.from_dense(np.ones((64, 64)), size),
@@ -731,6 +734,54 @@ REST = [
         lambda: patterns.from_dense([["a"]], 1),
         TypeError,
         "w must be numeric, got <U1",
+    ),
+    (
+        "patterns.strongest",
+        lambda: patterns.strongest([["a"]], 0.5),
+        TypeError,
+        "scores must be real numbers, got <U1",
+    ),
+    (
+        "patterns.strongest",
+        lambda: patterns.strongest(mx.ones((2, 2), mx.complex64), 0.5),
+        TypeError,
+        "scores must be real numbers, got complex64",
+    ),
+    (
+        "patterns.strongest",
+        lambda: patterns.strongest(np.ones(4), 0.5),
+        ValueError,
+        r"scores must be a matrix, got shape \(4,\)",
+    ),
+    (
+        "patterns.strongest",
+        lambda: patterns.strongest([[1, 2], [3]], 0.5),
+        ValueError,
+        "scores must be rectangular, got a ragged list",
+    ),
+    (
+        "patterns.strongest",
+        lambda: patterns.strongest([[1, 2], [3, NAN]], 0.5),
+        ValueError,
+        r"scores must be finite, got nan at \(1, 1\)",
+    ),
+    (
+        "patterns.strongest",
+        lambda: patterns.strongest(np.ones((2, 3)), 0.5, n_blocks=2),
+        ValueError,
+        "density must be left out, got 0.5: n_blocks says how many are stored",
+    ),
+    (
+        "patterns.strongest",
+        lambda: patterns.strongest(np.ones((2, 3)), n_blocks=7),
+        ValueError,
+        r"n_blocks must be in \[0, 6\], got 7",
+    ),
+    (
+        "patterns.strongest",
+        lambda: patterns.strongest(np.ones((2, 3)), 0.5, 16, shape=(33, 48)),
+        ValueError,
+        r"shape \(33, 48\) has \(3, 3\) blocks of 16, but scores are \(2, 3\)",
     ),
     (
         "IsingOperator",

@@ -5,8 +5,11 @@ All of this runs on the host, once for each change of a pattern, and never on a 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -19,10 +22,54 @@ from mlx_sparse_nn.core.checks import (
     check_name,
     check_size,
 )
-from mlx_sparse_nn.core.pattern import CSRPattern
+from mlx_sparse_nn.core.pattern import CSRPattern, grid_of
 
-Score: TypeAlias = Literal["l1", "l2", "max"] | Callable[[mx.array], mx.array | np.ndarray]
 Balance: TypeAlias = Literal["row", "global"]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPlaces:
+    """Where the blocks lie that a score function gets, as its second argument.
+
+    Attributes:
+        path: Of their layer in the model; empty where the layer stands alone.
+        rows: ``(n_blocks,)`` int32, the block-row of each.
+        cols: ``(n_blocks,)`` int32, the block-column of each.
+        shape: ``(output_dims, input_dims)`` of the layer's weight.
+        block_size: Side of the blocks.
+    """
+
+    path: str
+    rows: np.ndarray
+    cols: np.ndarray
+    shape: tuple[int, int]
+    block_size: int
+
+    @classmethod
+    def of_pattern(cls, path: str, pattern: CSRPattern) -> BlockPlaces:
+        """Return those of the blocks that a pattern stores."""
+        rows, cols = pattern.row_indices, pattern.indices
+        return cls(path, rows, cols, pattern.shape, pattern.block_size)
+
+    @classmethod
+    def of_grid(
+        cls, path: str, shape: Sequence[int], block_size: int, block_rows: range | None = None
+    ) -> BlockPlaces:
+        """Return those of all blocks of a dense weight, or of some of its block-rows."""
+        n_block_rows, n_block_cols = grid_of(shape, block_size)
+        chosen = np.arange(n_block_rows, dtype=np.int32)
+        if block_rows is not None:
+            chosen = chosen[block_rows.start : block_rows.stop]
+        rows = np.repeat(chosen, n_block_cols)
+        cols = np.tile(np.arange(n_block_cols, dtype=np.int32), chosen.size)
+        return cls(path, rows, cols, (shape[0], shape[1]), block_size)
+
+
+Score: TypeAlias = (
+    Literal["l1", "l2", "max"]
+    | Callable[[mx.array], mx.array | np.ndarray]
+    | Callable[[mx.array, BlockPlaces], mx.array | np.ndarray]
+)
 
 _NORMS: dict[str, Callable[[mx.array], mx.array]] = {
     "l1": lambda blocks: mx.abs(blocks).sum(axis=(1, 2)),
@@ -33,22 +80,27 @@ _BALANCES = ("row", "global")
 
 
 def block_scores(
-    blocks: mx.array, score: Score = "l2", *, owner: str = "block_scores"
+    blocks: mx.array,
+    score: Score,
+    places: Callable[[], BlockPlaces],
+    *,
+    owner: str = "block_scores",
 ) -> np.ndarray:
     """Return how strong each block is: the larger, the more worth keeping.
 
     Args:
         blocks: ``(n_blocks, B, B)``, or ``(nnz,)`` for block size 1, of any floating dtype.
-        score: ``"l1"``, ``"l2"`` or ``"max"``, the norm of a block's entries; or a function from
-            ``(n_blocks, B, B)`` float32 to ``(n_blocks,)`` finite numbers.
+        score: ``"l1"``, ``"l2"`` or ``"max"``, the norm of a block's entries; or a function of
+            blocks, ``(n_blocks, B, B)`` float32, or of blocks and their places, that returns
+            ``(n_blocks,)`` finite numbers.
+        places: Returns where they lie; called if the score takes it.
         owner: Name shown in error messages.
 
     Returns:
         ``(n_blocks,)`` float64 on the host; norms are computed in float32.
 
     Raises:
-        TypeError: ``blocks`` is no floating array, or ``score`` neither a name nor a function of
-            arrays.
+        TypeError: ``blocks`` is no floating array, or ``score`` neither a name nor such a function.
         ValueError: ``blocks`` has another shape or holds a nan or an infinity, ``score`` is an
             unknown name, or its result has another shape or is not finite.
     """
@@ -68,8 +120,9 @@ def block_scores(
         raise ValueError(
             f"[{owner}] weights must be finite, got a nan or an infinity in block {finite.argmin()}"
         )
-    norm = score if callable(score) else _NORMS[score]
-    scores = _on_host(owner, norm(blocks.astype(mx.float32)))
+    function: Callable[..., Any] = score if callable(score) else _NORMS[score]
+    where = [places()] if callable(score) and _takes_places(owner, score) else []
+    scores = _on_host(owner, function(blocks.astype(mx.float32), *where))
     if scores.shape != (n_blocks,):
         raise ValueError(f"[{owner}] score must return shape {(n_blocks,)}, got {scores.shape}")
     if not (finite := np.isfinite(scores)).all():
@@ -79,14 +132,19 @@ def block_scores(
 
 
 def grid_scores(
-    weight: mx.array, block_size: int, score: Score = "l2", *, owner: str = "grid_scores"
+    weight: mx.array,
+    block_size: int,
+    score: Score,
+    places: Callable[[], BlockPlaces],
+    *,
+    owner: str = "grid_scores",
 ) -> np.ndarray:
     """Return :func:`block_scores` of all blocks of a dense weight, on its grid.
 
     Args:
         weight: ``(n_rows, n_cols)``.
         block_size: Side of the blocks; what the last ones reach past the weight counts as zeros.
-        score, owner: As in :func:`block_scores`.
+        score, places, owner: As in :func:`block_scores`.
 
     Returns:
         ``(n_block_rows, n_block_cols)`` float64 on the host.
@@ -95,11 +153,11 @@ def grid_scores(
         TypeError, ValueError: As :func:`block_scores`.
     """
     blocks = split_blocks(weight, block_size)
-    scores = block_scores(blocks.reshape(-1, block_size, block_size), score, owner=owner)
+    scores = block_scores(blocks.reshape(-1, block_size, block_size), score, places, owner=owner)
     return scores.reshape(blocks.shape[:2])
 
 
-def strongest(
+def strongest_positions(
     scores: np.ndarray, rows: np.ndarray, count: int, balance: Balance = "row"
 ) -> np.ndarray:
     """Return the positions of the ``count`` strongest blocks, in rising order.
@@ -122,9 +180,9 @@ def strongest(
     Raises:
         ValueError: ``count`` is not in [0, n], or ``balance`` is unknown.
     """
-    check_balance("strongest", balance)
+    check_balance("strongest_positions", balance)
     if not 0 <= count <= scores.size:
-        raise ValueError(f"[strongest] count must be in [0, {scores.size}], got {count}")
+        raise ValueError(f"[strongest_positions] count must be in [0, {scores.size}], got {count}")
     rounds = np.zeros(scores.size, dtype=np.int64)
     if balance == "row":
         by_row = np.lexsort((-scores, rows))  # stable: by row, then strongest, then position
@@ -142,10 +200,10 @@ def strongest_pattern(
     block_size: int,
     balance: Balance = "row",
 ) -> CSRPattern:
-    """Return the pattern of the :func:`strongest` ``count`` places of a grid ``(R, C)``."""
+    """Return the pattern of the :func:`strongest_positions` of a grid of scores ``(R, C)``."""
     n_block_rows, n_block_cols = scores.shape
     rows = np.repeat(np.arange(n_block_rows), n_block_cols)
-    kept = strongest(scores.reshape(-1), rows, count, balance)
+    kept = strongest_positions(scores.reshape(-1), rows, count, balance)
     return CSRPattern.from_places(kept, shape, block_size)
 
 
@@ -166,7 +224,8 @@ def choose_blocks(
     """
     check_choice(owner, block_size, density, score, balance)
     check_dims(owner, weight.shape)
-    scores = grid_scores(weight, block_size, score, owner=owner)
+    places = partial(BlockPlaces.of_grid, "", weight.shape, block_size)
+    scores = grid_scores(weight, block_size, score, places, owner=owner)
     count = blocks_for(density, scores.size)
     return strongest_pattern(scores, count, weight.shape, block_size, balance)
 
@@ -185,7 +244,7 @@ def share_by_score(scores: Sequence[np.ndarray], budget: int) -> np.ndarray:
         if layer_scores.size:
             layer_scores[layer_scores.argmax()] = np.inf  # each layer's best block comes first
     layers = np.repeat(np.arange(len(flat)), [layer_scores.size for layer_scores in flat])
-    kept = strongest(np.concatenate(flat), layers, budget, "global")
+    kept = strongest_positions(np.concatenate(flat), layers, budget, "global")
     return np.bincount(layers[kept], minlength=len(flat))
 
 
@@ -205,9 +264,34 @@ def check_choice(
 
 
 def check_score(owner: str, score: Score) -> None:
-    """Raise unless ``score`` is a known name or a function."""
-    if not callable(score):
+    """Raise unless ``score`` is a known name, or a function of blocks or of blocks and places."""
+    if callable(score):
+        _takes_places(owner, score)
+    else:
         check_name(owner, "score", score, tuple(_NORMS), " or be a function of blocks")
+
+
+def _takes_places(owner: str, score: Callable[..., Any]) -> bool:
+    """Return whether a function is one of blocks and places: it needs two positional arguments.
+
+    Raises:
+        TypeError: It needs none, or more, or Python cannot tell.
+    """
+    wanted = "score must be a function of blocks, or of (blocks, places)"
+    try:
+        signature = inspect.signature(score)
+    except ValueError as error:
+        raise TypeError(
+            f"[{owner}] {wanted}, got {score!r}, whose parameters Python cannot tell; "
+            "put it into a lambda"
+        ) from error
+    for n_arguments in (1, 2):
+        try:
+            signature.bind(*[None] * n_arguments)
+        except TypeError:
+            continue
+        return n_arguments == 2
+    raise TypeError(f"[{owner}] {wanted}, got one of {signature}")
 
 
 def check_balance(owner: str, balance: Balance) -> None:

@@ -8,7 +8,10 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 WIDTH = 100  # columns of text
-NOT_MEASURED = "The model's quality is not measured here: evaluate the model, or fine-tune it."
+NOT_MEASURED = (
+    "The model's quality is not measured here: evaluate it, and calibrate or fine-tune it."
+)
+LARGEST = "x n: n layers alike, with the numbers of each, and their largest error"
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,8 @@ def _load_weights(
         if message != str(error):
             error.args = (message,)
         raise
+    for path in {name.rpartition(".")[0] for name in dict(weights)} & set(layers):
+        layers[path].forget_errors()
     return self
 
 

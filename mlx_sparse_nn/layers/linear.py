@@ -181,9 +181,10 @@ class BlockSparseLinear(SparseLinear):
             pattern: Store exactly these blocks, ``(output_dims, input_dims)``, in place of the
                 strongest; the other options are left out then.
             score: What makes a block strong: ``"l1"``, ``"l2"`` (the default) or ``"max"``, the
-                norm of its entries, or a function from ``(n_blocks, B, B)`` float32 to
-                ``(n_blocks,)``. With ``moments`` it is, by default, what the outputs lose without
-                the block when all others are fitted anew.
+                norm of its entries; or a function of the blocks, ``(n_blocks, B, B)`` float32, or
+                of these and their :class:`BlockPlaces`, that returns ``(n_blocks,)`` numbers. It is
+                told by how many positional arguments the function needs. With ``moments`` it is, by
+                default, what the outputs lose without the block when all others are fitted anew.
             balance: ``"row"``, the default, keeps the same number of blocks in every block-row,
                 give or take one; ``"global"`` keeps the strongest wherever they lie. Either may
                 leave a block-row or a block-column without blocks.

@@ -19,10 +19,18 @@ class SparseLinear(PatternModule):
     """The base of whole block-sparse layers, quantized or not: what adapters can lie over.
 
     The part of a layer that a rank holds is a :class:`PatternModule` and no such layer.
+
+    Attributes:
+        weight_error: Relative error of the weight when surgery made the layer of a dense one; None
+            where nobody knows it. Another pattern, and values that are loaded, make it None; what
+            training changes does not.
+        output_error: The same of its outputs, over samples of calibration.
     """
 
     weight: mx.array
     bias: mx.array
+    weight_error: float | None = None
+    output_error: float | None = None
 
     def __getattr__(self, key: str) -> Any:
         try:

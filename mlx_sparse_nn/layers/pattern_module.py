@@ -155,6 +155,12 @@ class PatternModule(nn.Module):
         dict.__setitem__(self, "_layout", layout.state())
         self.__dict__["_pattern"] = pattern
         self.__dict__["_laid_out"] = self["indices"]
+        self.forget_errors()
+
+    def forget_errors(self) -> None:
+        """Drop what surgery said of the layer: its blocks or its values are others now."""
+        for name in ("weight_error", "output_error"):
+            self.__dict__.pop(name, None)
 
     def _extra_repr(self) -> str:
         pattern = self._pattern

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 
 from mlx_sparse_nn.core.blocks import move_blocks, sample, todense
 from mlx_sparse_nn.core.pattern import CSRPattern
@@ -133,13 +134,18 @@ def _states_of(
 
 def change_pattern(
     layer: BlockSparseLinear, pattern: CSRPattern, moments: list[dict[str, Any]]
-) -> None:
-    """Give ``layer`` another pattern, and move the arrays of :func:`moments_of` along, in place."""
+) -> np.ndarray:
+    """Give ``layer`` another pattern, and move the arrays of :func:`moments_of` along, in place.
+
+    Returns:
+        What :meth:`BlockSparseLinear.set_pattern` returns.
+    """
     source = layer.set_pattern(pattern)
     for state in moments:
         for name, value in state.items():
             if value.ndim:
                 state[name] = move_blocks(value, source)
+    return source
 
 
 def _check_same_part(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,22 +15,25 @@ import numpy as np
 from mlx_sparse_nn.core.checks import check_density, check_name, check_size
 from mlx_sparse_nn.core.edges import clear
 from mlx_sparse_nn.core.pattern import CSRPattern
+from mlx_sparse_nn.core.relative_error import relative_error
 from mlx_sparse_nn.core.scores import (
     Balance,
+    BlockPlaces,
     Score,
     block_scores,
     blocks_for,
     check_balance,
     check_score,
     share_by_score,
-    strongest,
+    strongest_positions,
 )
-from mlx_sparse_nn.core.table import NOT_MEASURED, Report, Table, fold
+from mlx_sparse_nn.core.table import LARGEST, NOT_MEASURED, Report, Table, fold
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
 from mlx_sparse_nn.layers.parameters import density_of
 from mlx_sparse_nn.surgery.densities import Density, check_one_budget, density_by_path
 from mlx_sparse_nn.surgery.optimizer_state import change_pattern, moments_of
 from mlx_sparse_nn.surgery.selection import blocks_of_floats
+from mlx_sparse_nn.surgery.sparsify_report import largest
 
 Scope: TypeAlias = Literal["layer", "global"]
 
@@ -87,27 +91,33 @@ class PruneReport(Report):
     Attributes:
         before: Number of blocks that each layer stored before, by path.
         after: Number of blocks that it stores now.
+        errors: Relative error of each layer's weight against what it was before, by path.
         density: Stored fraction of all these weights now.
         model_density: Stored fraction of all parameters of the model, dense ones included.
     """
 
     before: dict[str, int]
     after: dict[str, int]
+    errors: dict[str, float]
     density: float
     model_density: float
 
     def _table(self) -> Table:
+        paths = list(self.before)
         cells = [_cells(before, self.after[path]) for path, before in self.before.items()]
-        lines = fold(list(self.before), [tuple(line) for line in cells])
-        notes = [NOT_MEASURED]
+        lines = fold(paths, [tuple(line) for line in cells])
+        notes = ["error: of the weights, against what they were before", NOT_MEASURED]
         if len(lines) < len(cells):
-            notes.insert(0, "x n: n layers alike, with the numbers of each; the total is of all")
+            notes.insert(0, f"{LARGEST}; the total is of all")
         return Table(
             caption=f"blocks stored: density {self.density:.3g} there, "
             f"{self.model_density:.3g} in all",
-            header=["layer", "before", "now", "kept"],
-            rows=[[path, *cells[places[0]]] for path, places in lines],
-            total=["total", *_cells(sum(self.before.values()), sum(self.after.values()))],
+            header=["layer", "before", "now", "kept", "error"],
+            rows=[
+                [path, *cells[places[0]], largest([self.errors[paths[i]] for i in places])]
+                for path, places in lines
+            ],
+            total=["total", *_cells(sum(self.before.values()), sum(self.after.values())), ""],
             notes=notes,
         )
 
@@ -140,8 +150,9 @@ def prune(
             layer that the model holds at several paths is named by any of them.
         optimizer: The optimizer that updates ``model``. Its moments, of whatever kind, are kept for
             the blocks that stay. Needed once it has been used, since its state would not fit.
-        score: What makes a block strong: ``"l1"``, ``"l2"``, ``"max"``, or a function from
-            ``(n_blocks, B, B)`` to ``(n_blocks,)``.
+        score: What makes a block strong: ``"l1"``, ``"l2"``, ``"max"``, or a function of the stored
+            blocks ``(n_blocks, B, B)``, or of these and their :class:`BlockPlaces`, that returns
+            ``(n_blocks,)`` numbers.
         scope: ``"layer"`` brings each layer to the density; ``"global"`` brings the layers together
             to it: as many blocks stay in each as it has among the strongest of all. They must be
             of one size, and ``density`` is one number then.
@@ -170,12 +181,7 @@ def prune(
     densities = density_by_path("prune", density, "BlockSparseLinear", _paths(model, layers))
     chosen = {path: layer for path, layer in layers.items() if path in densities}
     moments = {path: moments_of("prune", optimizer, model, layer) for path, layer in chosen.items()}
-    scores = {
-        path: block_scores(
-            clear(layer.pattern.layout, layer.weight), score, owner=f"prune {path}".rstrip()
-        )
-        for path, layer in chosen.items()
-    }
+    scores = {path: _scores(path, layer, score) for path, layer in chosen.items()}
     if isinstance(density, Mapping) or scope == "layer":
         counts = {
             path: min(before[path], blocks_for(densities[path], layer.pattern.n_places))
@@ -187,19 +193,28 @@ def prune(
         path: _subpattern(layer.pattern, scores[path], counts[path], balance)
         for path, layer in chosen.items()
     }
+    errors = dict.fromkeys(layers, 0.0)
     for path, layer in chosen.items():
         if counts[path] < before[path]:
-            change_pattern(layer, patterns[path], moments[path])
-    return PruneReport(before, before | counts, _density(layers), density_of(model))
+            errors[path] = _prune_layer(layer, patterns[path], moments[path])
+    return PruneReport(before, before | counts, errors, _density(layers), density_of(model))
 
 
 def _paths(model: nn.Module, layers: dict[str, BlockSparseLinear]) -> list[list[str]]:
     """Return all paths of each layer."""
     found: dict[int, list[str]] = {id(layer): [] for layer in layers.values()}
-    for path, module in model.named_modules():
+    for path, module in reversed(model.named_modules()):
         if id(module) in found:
             found[id(module)].append(path)
     return list(found.values())
+
+
+def _scores(path: str, layer: BlockSparseLinear, score: Score) -> np.ndarray:
+    """Return how strong each stored block of a layer is."""
+    pattern = layer.pattern
+    blocks = clear(pattern.layout, layer.weight)
+    places = partial(BlockPlaces.of_pattern, path, pattern)
+    return block_scores(blocks, score, places, owner=f"prune {path}".rstrip())
 
 
 def _global_counts(
@@ -223,8 +238,18 @@ def _subpattern(
     pattern: CSRPattern, scores: np.ndarray, count: int, balance: Balance
 ) -> CSRPattern:
     """Return the ``count`` strongest blocks of a pattern, in their order."""
-    kept = strongest(scores, pattern.row_indices, count, balance)
+    kept = strongest_positions(scores, pattern.row_indices, count, balance)
     return CSRPattern.from_places(pattern.places[kept], pattern.shape, pattern.block_size)
+
+
+def _prune_layer(
+    layer: BlockSparseLinear, pattern: CSRPattern, moments: list[dict[str, Any]]
+) -> float:
+    """Give a layer another pattern, and return the relative error of its weight."""
+    before = clear(layer.pattern.layout, layer.weight)
+    kept = np.zeros((len(before), *[1] * (before.ndim - 1)), dtype=bool)
+    kept[change_pattern(layer, pattern, moments)] = True
+    return relative_error(before, mx.where(mx.array(kept), before, mx.zeros((), before.dtype)))
 
 
 def _density(layers: dict[str, BlockSparseLinear]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import mlx.core as mx
@@ -21,7 +22,14 @@ from mlx_sparse_nn.core.checks import (
 )
 from mlx_sparse_nn.core.edges import clear
 from mlx_sparse_nn.core.pattern import CSRPattern
-from mlx_sparse_nn.core.scores import Score, block_scores, check_score, grid_scores, strongest
+from mlx_sparse_nn.core.scores import (
+    BlockPlaces,
+    Score,
+    block_scores,
+    check_score,
+    grid_scores,
+    strongest_positions,
+)
 from mlx_sparse_nn.core.table import NOT_MEASURED, Report, Table, fold
 from mlx_sparse_nn.layers.layer_calls import observed, sparse_layers
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
@@ -105,7 +113,8 @@ def regrow(
         optimizer: The optimizer that updates ``model``. Its moments, of whatever kind, follow the
             blocks. Needed once it has been used, since its moments would belong to other blocks.
         score: What makes a block of weights or of gradients strong: ``"l1"``, ``"l2"``, ``"max"``,
-            or a function from ``(n, B, B)`` to ``(n,)``.
+            or a function of blocks ``(n, B, B)``, or of these and their :class:`BlockPlaces`, that
+            returns ``(n,)`` numbers.
         seed: Of the random criterion; drawn with MLX's random seed by default.
 
     Returns:
@@ -137,12 +146,12 @@ def regrow(
     exchanges: dict[str, _Exchange] = {}
     for path, layer in chosen.items():
         pattern, stored = layer.pattern, layer.pattern.places
-        strength = block_scores(clear(pattern.layout, layer.weight), score, owner=_owner(path))
+        strength = _strength(path, layer, score)
         count = min(round(fraction * stored.size), pattern.n_places - stored.size)
-        kept = strongest(strength, pattern.row_indices, stored.size - count, "global")
+        kept = strongest_positions(strength, pattern.row_indices, stored.size - count, "global")
         if by_gradient:
             x, cotangent = found[path]
-            grown = _steepest_places(_owner(path), pattern, count, x, cotangent, score)
+            grown = _steepest_places(path, pattern, count, x, cotangent, score)
         else:
             grown = _random_places(pattern, count, rng)
         exchanges[path] = _Exchange(stored[kept], np.sort(np.delete(stored, kept)), np.sort(grown))
@@ -290,8 +299,16 @@ def _random_places(pattern: CSRPattern, count: int, rng: np.random.Generator) ->
     return drawn + np.searchsorted(free_before, drawn, side="right")
 
 
+def _strength(path: str, layer: BlockSparseLinear, score: Score) -> np.ndarray:
+    """Return how strong each stored block of a layer is."""
+    pattern = layer.pattern
+    blocks = clear(pattern.layout, layer.weight)
+    places = partial(BlockPlaces.of_pattern, path, pattern)
+    return block_scores(blocks, score, places, owner=_owner(path))
+
+
 def _steepest_places(
-    owner: str,
+    path: str,
     pattern: CSRPattern,
     count: int,
     x: mx.array,
@@ -303,7 +320,8 @@ def _steepest_places(
     It is computed some block-rows at a time, and of each tile only the places that may still be
     chosen are kept. Among equals the first place wins.
     """
-    block_size, n_block_cols, stored = pattern.block_size, pattern.grid[1], pattern.places
+    owner, block_size, stored = _owner(path), pattern.block_size, pattern.places
+    n_block_cols = pattern.grid[1]
     dtype = mx.result_type(x, cotangent, mx.float32)  # 16-bit types accumulate in float32
     x = x.reshape(-1, x.shape[-1]).astype(dtype)
     cotangent = cotangent.reshape(-1, cotangent.shape[-1])
@@ -315,8 +333,9 @@ def _steepest_places(
             raise ValueError(
                 f"[{owner}] the gradient cotangentᵀ x must be finite, got nan or infinity"
             )
-        scores = grid_scores(gradient, block_size, score, owner=owner).reshape(-1)
-        begin = first // block_size * n_block_cols
+        block_rows = range(first // block_size, (first + rows) // block_size)
+        scores = _tile_scores(path, pattern, gradient, block_rows, score)
+        begin = block_rows.start * n_block_cols
         free = np.setdiff1d(np.arange(begin, begin + scores.size), stored, assume_unique=True)
         places = np.concatenate([best, free])
         strengths = np.concatenate([best_scores, scores[free - begin]])
@@ -324,6 +343,15 @@ def _steepest_places(
         chosen = np.argsort(-strengths, kind="stable")[:count]
         best, best_scores = places[chosen], strengths[chosen]
     return best
+
+
+def _tile_scores(
+    path: str, pattern: CSRPattern, gradient: mx.array, block_rows: range, score: Score
+) -> np.ndarray:
+    """Return how strong each block of some block-rows of the gradient is."""
+    block_size = pattern.block_size
+    places = partial(BlockPlaces.of_grid, path, pattern.shape, block_size, block_rows)
+    return grid_scores(gradient, block_size, score, places, owner=_owner(path)).reshape(-1)
 
 
 def _coordinates(places: np.ndarray, pattern: CSRPattern) -> np.ndarray:

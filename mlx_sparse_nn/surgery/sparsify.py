@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal, TypeAlias
 
 import mlx.core as mx
@@ -14,8 +15,10 @@ from mlx_sparse_nn.core.checks import (
     check_model,
     check_name,
 )
+from mlx_sparse_nn.core.relative_error import relative_error
 from mlx_sparse_nn.core.scores import (
     Balance,
+    BlockPlaces,
     Score,
     blocks_for,
     check_choice,
@@ -70,7 +73,10 @@ def sparsify(
             ``density``, ``score``, ``balance``, or ``pattern`` alone, which takes the place of
             these. Its own ``density`` or ``pattern`` goes before a ``density`` by path. By default
             every layer is made sparse whose dims are at least ``block_size``.
-        score, balance: As in :meth:`BlockSparseLinear.from_linear`.
+        score, balance: As in :meth:`BlockSparseLinear.from_linear`. A function of two positional
+            arguments gets the blocks of one layer and their :class:`BlockPlaces`, which tell the
+            layer's path, and each block's row and column; one of one gets the blocks alone.
+            Parameters with a default do not count.
         scope: How many blocks each layer keeps:
 
             - ``"layer"``: ``density`` of each layer.
@@ -106,9 +112,9 @@ def sparsify(
     Example:
         >>> model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 10))
         >>> sparsify(model, density=0.25)
-        1 layer made sparse, 1 skipped: density 0.25 there, 0.28 in all
-        layer      out x in  block  blocks  density
-        layers.0  512 x 256     32      32    25.0%
+        1 layer made sparse, 1 skipped: density 0.25 there, 0.281 in all
+        layer      out x in  block  blocks  density  error
+        layers.0  512 x 256     32      32    25.0%  0.861
         layers.2 skipped (3.8% of the model): output_dims 10 is less than block_size 32
         ...
     """
@@ -129,6 +135,10 @@ def sparsify(
     targets, skipped = find_targets("sparsify", model, predicate, density, defaults)
     _count_blocks(targets, scope, one_density)
     layers = [target.to_sparse() for target in targets]
+    errors = {}
+    for target, layer in zip(targets, layers, strict=True):
+        layer.weight_error = relative_error(target.linear.weight, layer.todense())
+        errors |= dict.fromkeys(target.paths, layer.weight_error)
     old = [target.linear for target in targets]
     shares = _shares(model, skipped)
     moments = reshape_moments("sparsify", optimizer, model, old, layers)
@@ -138,7 +148,7 @@ def sparsify(
     pairs = zip(targets, layers, strict=True)
     sparse = {path: layer for target, layer in pairs for path in target.paths}
     patterns = {path: layer.pattern for path, layer in sparse.items()}
-    return SparsifyReport(sparse, patterns, skipped, shares, density_of(model))
+    return SparsifyReport(sparse, patterns, skipped, shares, errors, "weights", density_of(model))
 
 
 def densify(model: nn.Module, *, optimizer: optim.Optimizer | None = None) -> list[str]:
@@ -193,10 +203,8 @@ def _count_blocks(targets: list[Target], scope: Scope, density: float) -> None:
     shared = [target for target in scored if target.options.shared]
     _check_comparable(shared, ("block_size", "score") if scope == "global" else ("block_size",))
     for target in scored:
-        options, owner = target.options, f"sparsify {target.paths[0]}"
-        target.scores = grid_scores(
-            target.linear.weight, options.block_size, options.score, owner=owner
-        )
+        options = target.options
+        target.scores = _scores(target)
         target.n_blocks = blocks_for(options.density, target.scores.size)
     if not shared:
         return
@@ -205,6 +213,13 @@ def _count_blocks(targets: list[Target], scope: Scope, density: float) -> None:
     counts = share_out([target.scores for target in shared], budget)
     for target, count in zip(shared, counts.tolist(), strict=True):
         target.n_blocks = count
+
+
+def _scores(target: Target) -> np.ndarray:
+    """Return how strong each block of a dense layer is, on its grid."""
+    path, weight, options = target.paths[0], target.linear.weight, target.options
+    places = partial(BlockPlaces.of_grid, path, weight.shape, options.block_size)
+    return grid_scores(weight, options.block_size, options.score, places, owner=f"sparsify {path}")
 
 
 def _check_comparable(shared: list[Target], names: tuple[str, ...]) -> None:
@@ -216,7 +231,7 @@ def _check_comparable(shared: list[Target], names: tuple[str, ...]) -> None:
                 raise ValueError(
                     f"[sparsify {target.paths[0]}] {name} is {value!r}, but {first!r} in "
                     f"{shared[0].paths[0]}, with which it shares a budget; give it a density of "
-                    "its own"
+                    "its own" + ", or both one function of (blocks, places)" * callable(value)
                 )
 
 

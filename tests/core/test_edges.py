@@ -34,7 +34,7 @@ from mlx_sparse_nn import (
 )
 from mlx_sparse_nn.core.backends import naive
 from mlx_sparse_nn.core.quantized import BITS
-from mlx_sparse_nn.core.scores import block_scores
+from mlx_sparse_nn.core.scores import BlockPlaces, block_scores
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 
@@ -236,7 +236,8 @@ def test_scores_of_a_dense_weight_are_those_of_its_parts():
     layer = BlockSparseLinear.from_linear(linear, block_size=16, density=0.2)
     assert layer.pattern == CSRPattern([0, 0, 1], [2], (20, 40), 16)
     assert_equal(layer.todense(), linear.weight)
-    assert block_scores(layer.weight, "l1").tolist() == [8.0]
+    places = lambda: BlockPlaces.of_pattern("", layer.pattern)
+    assert block_scores(layer.weight, "l1", places).tolist() == [8.0]
 
 
 def test_whole_models():

@@ -1,13 +1,14 @@
 """The pattern builders: exact counts, balance, and where the blocks lie."""
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import untyped
 
-from mlx_sparse_nn import CSRPattern, patterns
+from mlx_sparse_nn import CSRPattern, patterns, sparsify
 
 
 def test_block_diagonal():
@@ -78,6 +79,50 @@ def test_from_mask_and_from_dense():
     assert patterns.from_mask(w != 0, 2) == expected
     assert patterns.from_mask(mx.array(w) != 0, 2) == expected
     assert patterns.from_dense(w, 2) == patterns.from_dense(mx.array(w), 2) == expected
+
+
+@given(
+    st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    st.integers(1, 4),
+    st.floats(0.01, 1),
+    st.sampled_from(["row", "global"]),
+    st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    st.integers(0, 99),
+)
+def test_strongest_keeps_what_sparsify_keeps(grid, block, density, balance, missing, seed):
+    """A grid of scores makes the pattern that a layer with these scores gets."""
+    scores = np.random.default_rng(seed).integers(0, 5, grid)  # few values: many ties
+    shape = [n * block - min(cut, block - 1) for n, cut in zip(grid, missing, strict=True)]
+    model = nn.Sequential(nn.Linear(shape[1], shape[0]))
+    sparsify(
+        model,
+        block_size=block,
+        density=density,
+        balance=balance,
+        score=lambda blocks: scores.reshape(-1),
+        predicate=lambda *_: True,
+    )
+    expected = model.layers[0].pattern
+    found = patterns.strongest(scores, density, block, balance=balance, shape=shape)
+    assert found == expected
+    count = expected.n_blocks
+    assert found == patterns.strongest(
+        scores, n_blocks=count, block_size=block, balance=balance, shape=shape
+    )
+
+
+@pytest.mark.parametrize("make", [np.array, mx.array, list])
+def test_strongest_takes_a_grid_of_any_kind(make):
+    pattern = patterns.strongest(make([[3, 1], [2, 4]]), 0.5, 16)
+    assert pattern == CSRPattern([0, 1, 2], [0, 1], (32, 32), 16)
+    brain = patterns.strongest(mx.array([[3.0, 1.0]], mx.bfloat16), n_blocks=1)
+    assert brain == CSRPattern([0, 1], [0], (32, 64), 32)
+
+
+def test_strongest_of_nothing():
+    assert patterns.strongest(np.ones((2, 3)), n_blocks=0).n_blocks == 0
+    assert patterns.strongest(np.zeros((0, 3)), 0.5).shape == (0, 96)
+    assert patterns.strongest(np.zeros((2, 3)), 1e-9).n_blocks == 1
 
 
 BAD = [

@@ -1,14 +1,26 @@
 """summary: numbers counted by hand, and shares that add up to the whole model."""
 
+import copy
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from hypothesis import given
 from mlx_lm.models.switch_layers import SwitchLinear
 from support import computing, flatten, patterns, untyped
 
-from mlx_sparse_nn import BlockSparseLinear, CSRPattern
+from mlx_sparse_nn import (
+    BlockSparseLinear,
+    CSRPattern,
+    load_trainable,
+    prune,
+    restore,
+    save_trainable,
+    sparsify,
+)
 from mlx_sparse_nn.core.backends import plain
 from mlx_sparse_nn.diagnostics.summary import LayerSummary, summary
 
@@ -173,10 +185,11 @@ def test_the_table():
     assert lines[0] == "528,384 parameters, 2,101,248 if dense; weights and index in MiB"
     assert len({len(line) for line in lines[1:5]}) == 1
     assert [" ".join(line.split()) for line in lines[1:]] == [
-        "layer out x in block density weights index dead share",
-        "layers.0 1024 x 4 - 100.0% 0.02 - - 0.8%",
-        "layers.1 2048 x 1024 64 25.0% 2.00 <0.01 0/0 99.2%",
+        "layer out x in block density error weights index dead share",
+        "layers.0 1024 x 4 - 100.0% - 0.02 - - 0.8%",
+        "layers.1 2048 x 1024 64 25.0% ? 2.00 <0.01 0/0 99.2%",
         "total 25.1% 2.02 <0.01 0/0 100.0%",
+        "error ?: not known; summary(model, dense=...) measures it",
         "dead: inputs that no block reads / outputs that no block writes",
         "MACs of the linear layers: 528,384 for each row of x",
         "optimizer state: 2.02 MiB, 1 array for each trainable one (Adam 2, SGD 0)",
@@ -202,7 +215,136 @@ def test_sizes_have_one_unit_and_three_digits(n, unit, shown):
     model.a = mx.zeros(n)
     caption, _, row, *_ = repr(summary(model)).splitlines()
     assert caption.endswith(f"in {unit}")
-    assert row.split()[4] == shown
+    assert row.split()[5] == shown
+
+
+class TestErrors:
+    """How far each layer is from the dense one, or that nobody knows."""
+
+    def make(self):
+        dense = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 3))
+        model = copy.deepcopy(dense)
+        sparsify(model, block_size=8, density=0.5)
+        return model, dense
+
+    def by_hand(self, model, dense, i):
+        whole = np.array(dense.layers[i].weight, dtype=np.float64)
+        lost = whole - np.array(model.layers[i].todense(), dtype=np.float64)
+        return np.linalg.norm(lost) / np.linalg.norm(whole)
+
+    def errors(self, model, **options) -> dict[str, Any]:
+        return {row.path: row.error for row in summary(model, **options).rows}
+
+    def cells(self, model, **options):
+        lines = [line.split() for line in repr(summary(model, **options)).splitlines()]
+        return {line[0]: line[6] for line in lines if line[0].startswith("layers")}
+
+    def test_what_surgery_noted_is_said_to_be_of_that_moment(self):
+        model, dense = self.make()
+        model.layers[0].weight = 3 * model.layers[0].weight  # as training changes it
+        expected = self.by_hand(copy.deepcopy(model), dense, 2)
+        errors = self.errors(model)
+        assert errors["layers.2"] == pytest.approx(expected, rel=1e-5)
+        assert 0 < errors["layers.0"] < 1
+        assert errors["layers.3"] is None
+        cells = self.cells(model)
+        assert cells["layers.2"] == f"{expected:.3f}"
+        assert cells["layers.3"] == "-"
+        assert "training since then is not in it" in repr(summary(model))
+        assert "measures it" not in repr(summary(model))
+
+    def test_the_dense_model_tells_what_is_so_now(self):
+        model, dense = self.make()
+        model.layers[0].weight = 3 * model.layers[0].weight
+        prune(model, {"layers.2": 0.25})
+        errors = self.errors(model, dense=dense)
+        for i in (0, 2):
+            expected = self.by_hand(model, dense, i)
+            assert errors[f"layers.{i}"] == pytest.approx(expected, rel=1e-5)
+        assert errors["layers.0"] > 1
+        said = repr(summary(model, dense=dense))
+        assert "where W is the dense model's" in said
+        assert "training since" not in said
+
+    def test_quantized_layers_are_compared_as_they_compute(self):
+        dense = nn.Sequential(nn.Linear(64, 64))
+        model = copy.deepcopy(dense)
+        sparsify(model, density=1.0)
+        nn.quantize(model, 32, 4)
+        assert self.errors(model) == {"layers.0": None}
+        error = self.errors(model, dense=dense)["layers.0"]
+        assert error == pytest.approx(self.by_hand(model, dense, 0), rel=1e-5)
+        assert 0.01 < error < 0.2
+
+    @pytest.mark.parametrize("how", ["pattern", "prune", "load", "restore", "trainable"])
+    def test_other_blocks_or_values_are_not_what_surgery_noted(self, how, tmp_path):
+        model, _ = self.make()
+        other, _ = self.make()
+        if how == "pattern":
+            model.layers[0].set_pattern(other.layers[0].pattern)
+        elif how == "prune":
+            prune(model, {"layers.0": 0.25})
+        elif how == "load":
+            name = str(tmp_path / "other.safetensors")
+            other.save_weights(name)
+            model.load_weights(name)
+        elif how == "restore":
+            restore(model, flatten_dict(other))
+        else:
+            save_trainable(other, tmp_path / "other.safetensors")
+            load_trainable(model, tmp_path / "other.safetensors")
+        assert model.layers[0].weight_error is None
+        cells = self.cells(model)
+        assert cells["layers.0"] == "?"
+        assert "error ?: not known; summary(model, dense=...) measures it" in repr(summary(model))
+        if how in ("pattern", "prune"):
+            assert cells["layers.2"] != "?"
+
+    def test_training_and_refused_loads_keep_it(self):
+        model, _ = self.make()
+        noted = model.layers[0].weight_error
+        optimizer = optim.SGD(0.1)
+        grads = nn.value_and_grad(model, lambda x: model(x).sum())(mx.ones((2, 64)))[1]
+        optimizer.update(model, grads)
+        assert model.layers[0].weight_error == noted
+        assert copy.deepcopy(model).layers[0].weight_error == noted
+        with pytest.raises(ValueError, match="weight"):
+            model.load_weights([("layers.0.weight", mx.ones((3, 8, 8)))], strict=False)
+        model.load_weights([("layers.2.bias", mx.ones(64))], strict=False)
+        assert model.layers[0].weight_error == noted
+        assert model.layers[2].weight_error is None
+
+    def test_layers_whose_error_is_known_and_others_stand_apart(self):
+        model, _ = self.make()
+        both = nn.Sequential(model.layers[0], model.layers[2])
+        both.layers[1].forget_errors()
+        assert set(self.cells(both)) == {"layers.0", "layers.1"}
+
+    def test_errors_of_outputs_are_marked(self):
+        model, _ = self.make()
+        model.layers[0].output_error = 0.125
+        row = row_of(model, "layers.0")
+        assert (row.error, row.error_of) == (0.125, "outputs")
+        assert "  0.125 out  " in repr(summary(model))
+        assert "error, out: of the outputs over the samples of cal" in repr(summary(model))
+
+    def test_a_dense_model_that_does_not_fit_is_refused(self):
+        model, dense = self.make()
+        with pytest.raises(TypeError, match=r"\[summary\] dense must be an nn.Module, got str"):
+            summary(model, dense=untyped("dense"))
+        dense.layers[0] = nn.Linear(32, 64)
+        message = r"\[summary layers\.0\] dense has a weight of \(64, 32\), expected \(64, 64\)"
+        with pytest.raises(ValueError, match=message):
+            summary(model, dense=dense)
+        message = r"\[summary layers\.0\] dense has a BlockSparseLinear there, not an nn.Linear"
+        with pytest.raises(ValueError, match=message):
+            summary(model, dense=model)
+        with pytest.raises(ValueError, match=r"layers\.0\] dense has nothing there"):
+            summary(model, dense=nn.Linear(64, 64))
+
+
+def flatten_dict(model):
+    return dict(flatten(model.parameters()))
 
 
 BAD = [

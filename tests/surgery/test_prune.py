@@ -208,13 +208,19 @@ class TestPrune:
         assert done.before == {"layers.0": 64, "layers.2": 16}
         assert done.after == {"layers.0": 16, "layers.2": 4}
         assert done.density == 0.25
+        for (path, error), dense in zip(done.errors.items(), before, strict=True):
+            after = model.layers[int(path[-1])].todense()
+            lost, whole = (np.linalg.norm(np.array(a)) for a in (dense - after, dense))
+            assert error == pytest.approx(lost / whole, rel=1e-5)
+        first, second = (f"{error:.3f}" for error in done.errors.values())
         assert repr(done).splitlines() == [
             "blocks stored: density 0.25 there, 0.273 in all",
-            "layer     before  now   kept",
-            "layers.0      64   16  25.0%",
-            "layers.2      16    4  25.0%",
+            "layer     before  now   kept  error",
+            f"layers.0      64   16  25.0%  {first}",
+            f"layers.2      16    4  25.0%  {second}",
             "total         80   20  25.0%",
-            "The model's quality is not measured here: evaluate the model, or fine-tune it.",
+            "error: of the weights, against what they were before",
+            "The model's quality is not measured here: evaluate it, and calibrate or fine-tune it.",
         ]
 
     def test_global_scope_shares_one_budget(self):
@@ -247,6 +253,7 @@ class TestPrune:
         for scope in ("layer", "global"):
             done = prune(model, 1.0, scope=scope)
             assert done.before == done.after
+            assert set(done.errors.values()) == {0.0}
         assert [layer.pattern for layer in model.layers] == held
         assert all(
             layer.weight is weight for layer, weight in zip(model.layers, weights, strict=True)
@@ -481,10 +488,9 @@ def test_the_page_on_pruning(capsys):
     printed = capsys.readouterr().out
     assert len(blocks) == 2
     for said in (
-        "blocks stored: density 0.75 there, 0.753 in all\n"
-        "layer     before  now   kept\n"
-        "layers.0      32   24  75.0%\n"
-        "layers.2      32   24  75.0%\n"
+        "blocks stored: density 0.75 there, 0.753 in all\nlayer     before  now   kept  error\n",
+        "layers.0      32   24  75.0%  0.",
+        "layers.2      32   24  75.0%  0.",
         "total         64   48  75.0%\n",
         "4 of 16 blocks dropped, and as many grown\n"
         "layer     stored  kept  dropped  grown\n"

@@ -300,13 +300,17 @@ class TestSparsify:
     def test_the_result_prints_as_a_table(self):
         shared = nn.Linear(64, 64)
         model = nn.Sequential(shared, nn.Linear(64, 10), shared)
-        assert repr(sparsify(model, density=0.5)).splitlines() == [
+        done = sparsify(model, density=0.5)
+        kept, whole = model.layers[0].todense(), shared.weight
+        error = np.linalg.norm(to_numpy(whole - kept)) / np.linalg.norm(to_numpy(whole))
+        assert repr(done).splitlines() == [
             "1 layer made sparse, 1 skipped: density 0.5 there, 0.574 in all",
-            "layer     out x in  block  blocks  density",
-            "layers.0   64 x 64     32       2    50.0%",
+            "layer     out x in  block  blocks  density  error",
+            f"layers.0   64 x 64     32       2    50.0%  {error:.3f}",
             "layers.2: the layer of layers.0",
             "layers.1 skipped (13.5% of the model): output_dims 10 is less than block_size 32",
-            "The model's quality is not measured here: evaluate the model, or fine-tune it.",
+            "error: ||W - A|| / ||W||; calibrate keeps that of the outputs small",
+            "The model's quality is not measured here: evaluate it, and calibrate or fine-tune it.",
         ]
         assert repr(sparsify(nn.Sequential(nn.ReLU()))) == "0 layers made sparse, 0 skipped"
 
