@@ -44,9 +44,8 @@ class Aim(NamedTuple):
         return self.model == "smollm"
 
     def is_met(self, value: float) -> bool:
-        """Return whether a value is good enough, in the digits of the bound."""
-        rounded = round(value, 2 if self.bound < 1 else 1)
-        return rounded <= self.bound if self.is_loss else rounded >= self.bound
+        """Return whether a value is good enough."""
+        return value <= self.bound if self.is_loss else value >= self.bound
 
 
 AIMS = (
