@@ -9,7 +9,12 @@ import numpy as np
 
 from mlx_sparse_nn.core.blocks import blocks_of
 from mlx_sparse_nn.core.checks import check_dims
-from mlx_sparse_nn.core.least_squares import LeastSquares, NotDefiniteError, output_error
+from mlx_sparse_nn.core.least_squares import (
+    LeastSquares,
+    NotDefiniteError,
+    output_energy,
+    output_error,
+)
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.scores import Balance, blocks_for, check_choice, strongest_pattern
 
@@ -64,6 +69,40 @@ def choose_by_moments(
         raise _not_definite(owner, problem) from error
     count = blocks_for(density, scores.size)
     return strongest_pattern(scores, count, weight.shape, block_size, balance)
+
+
+def scores_by_moments(
+    owner: str,
+    weight: mx.array,
+    problem: LeastSquares,
+    block_size: int,
+    pattern: CSRPattern | None = None,
+) -> np.ndarray:
+    """Return how much the outputs lose without each block, the others refitted.
+
+    Args:
+        owner: Name shown in error messages.
+        weight: ``(output_dims, input_dims)`` of any floating dtype.
+        problem: Of the layer's inputs.
+        block_size: Side of the blocks.
+        pattern: The blocks that there are, by default all.
+
+    Returns:
+        ``(R, C)`` float64: squares, relative to those of all outputs, so that layers compare.
+
+    Raises:
+        ValueError: The weight is not finite, or the moments are not positive definite.
+    """
+    dense = _on_host(owner, "weight", weight)
+    kept = None
+    if pattern is not None:
+        kept = np.zeros(pattern.grid, dtype=bool)
+        kept[pattern.row_indices, pattern.indices] = True
+    try:
+        scores = problem.scores(dense, block_size, kept)
+    except NotDefiniteError as error:
+        raise _not_definite(owner, problem) from error
+    return scores / (output_energy(problem.moments, dense) or 1.0)
 
 
 def fit_pattern(

@@ -31,6 +31,7 @@ All of this is float64, on the host.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
@@ -91,22 +92,36 @@ class LeastSquares:
         """``(n_in, n_in)``: the inverse of the gram matrix."""
         return _solve(self._gram, np.eye(len(self._gram)))
 
-    def scores(self, weight: np.ndarray, block_size: int) -> np.ndarray:
+    def scores(
+        self, weight: np.ndarray, block_size: int, kept: np.ndarray | None = None
+    ) -> np.ndarray:
         """Return how much the squared error grows by the loss of each block, the others refitted.
 
         Args:
             weight: ``(n_out, n_in)`` float64.
             block_size: Side of the blocks.
+            kept: ``(R, C)`` bool: the blocks that there are, by default all. The others are zero,
+                and stay so when those that are left are refitted.
 
         Returns:
-            ``(R, C)`` float64, at least 0.
+            ``(R, C)`` float64, at least 0, and 0 where there is no block.
 
         Raises:
             NotDefiniteError: The gram matrix has no inverse.
         """
-        blocks = _blocks(weight, block_size)  # (R, C, B, B)
-        costs = np.linalg.inv(_diagonal_blocks(self._inverse, block_size))  # (C, B, B)
-        return np.maximum(np.einsum("rcij,rcij->rc", blocks @ costs, blocks), 0)
+        n_block_cols = -(-weight.shape[1] // block_size)
+        if kept is None:
+            kept = np.ones((-(-len(weight) // block_size), n_block_cols), dtype=bool)
+        scores = np.zeros(kept.shape)
+        for rows, stay, block_rows in _systems(kept, block_size, len(weight)):
+            if not stay.any():
+                continue
+            columns = np.repeat(stay, block_size)[: weight.shape[1]]
+            blocks = _blocks(weight[np.ix_(rows, columns)], block_size)  # (r, s, B, B)
+            costs = np.linalg.inv(_diagonal_blocks(self._inverse_of(columns), block_size))
+            growth = np.einsum("rcij,rcij->rc", blocks @ costs, blocks)
+            scores[np.ix_(block_rows, stay)] = np.maximum(growth, 0)
+        return scores
 
     def fit(self, weight: np.ndarray, kept: np.ndarray, block_size: int) -> np.ndarray:
         """Return the weight ``(n_out, n_in)`` that is best with some blocks, zero elsewhere.
@@ -120,10 +135,7 @@ class LeastSquares:
             NotDefiniteError: A system is not positive definite.
         """
         fitted = np.zeros_like(weight)
-        # Block-rows that keep the same blocks are one system with more right-hand sides.
-        sets, set_of_row = np.unique(kept, axis=0, return_inverse=True)
-        for number, stay in enumerate(sets):
-            rows = np.repeat(set_of_row.reshape(-1) == number, block_size)[: len(weight)]
+        for rows, stay, _ in _systems(kept, block_size, len(weight)):
             columns = np.repeat(stay, block_size)[: weight.shape[1]]
             fitted[rows] = self._fit(weight[rows], columns)
         return fitted
@@ -131,6 +143,13 @@ class LeastSquares:
     def bias_change(self, weight: np.ndarray, fitted: np.ndarray) -> np.ndarray:
         """Return what ``(n_out,)`` to add to the bias, so that the mean output stays."""
         return (weight - fitted) @ (self.moments.total / self.moments.n)
+
+    def _inverse_of(self, columns: np.ndarray) -> np.ndarray:
+        """Return the inverse of the gram matrix of the inputs ``(n_in,)`` that are True."""
+        if columns.all():
+            return self._inverse
+        inside = np.flatnonzero(columns)
+        return _solve(self._gram[np.ix_(inside, inside)], np.eye(inside.size))
 
     def _fit(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """Return rows ``(m, n_in)`` fitted with the columns ``(n_in,)`` that are True."""
@@ -166,14 +185,27 @@ def output_error(
     squares = np.einsum("oi,oi->", change @ moments.second, change)
     squares += 2 * np.dot(change @ moments.total, np.broadcast_to(bias_change, len(change)))
     squares += moments.n * np.sum(np.square(np.broadcast_to(bias_change, len(change))))
-    whole = np.einsum("oi,oi->", weight @ moments.second, weight)
+    whole = output_energy(moments, weight)
     return float(np.sqrt(max(squares, 0) / whole)) if whole > 0 else 0.0
 
 
-def weight_error(weight: np.ndarray, sparse: np.ndarray) -> float:
-    r"""Return :math:`\lVert W - \hat W \rVert_F / \lVert W \rVert_F`."""
-    whole = np.linalg.norm(weight)
-    return float(np.linalg.norm(weight - sparse) / whole) if whole > 0 else 0.0
+def output_energy(moments: InputMoments, weight: np.ndarray) -> float:
+    r"""Return :math:`\lVert Y \rVert_F^2` over the samples, of outputs without a bias."""
+    return float(np.einsum("oi,oi->", weight @ moments.second, weight))
+
+
+def _systems(
+    kept: np.ndarray, block_size: int, n_out: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield the block-rows that keep the same blocks: one system with more right-hand sides.
+
+    Yields:
+        ``(n_out,)`` bool, the rows; ``(C,)`` bool, what they keep; ``(R,)`` bool, the block-rows.
+    """
+    sets, set_of_row = np.unique(kept, axis=0, return_inverse=True)
+    for number, stay in enumerate(sets):
+        block_rows = set_of_row.reshape(-1) == number
+        yield np.repeat(block_rows, block_size)[:n_out], stay, block_rows
 
 
 def _blocks(weight: np.ndarray, block_size: int) -> np.ndarray:
