@@ -24,6 +24,10 @@ class BlockChain:
         samples: The batches, and the model.
         blocks: Its blocks, in their order.
 
+    Attributes:
+        blocks: The blocks.
+        differs: Whether the dense model gives something else to the present block.
+
     Raises:
         TypeError: ``blocks`` are not modules, or one takes or gives no array.
         ValueError: There is none, one comes twice, is not in the model or not called, or the model
@@ -33,6 +37,7 @@ class BlockChain:
     def __init__(self, samples: Samples, blocks: Sequence[nn.Module]):
         self._samples, self.blocks = samples, _checked(samples, blocks)
         self._position = 0
+        self.differs, self._gives_arrays = False, True
         self._inputs: list[mx.array] = []
         self._arguments: list[list[tuple[tuple, dict]]] = []  # of each batch, for each block
         for number in range(len(samples)):
@@ -40,16 +45,44 @@ class BlockChain:
             mx.eval(x, [value for _, value in tree_flatten(arguments) if _is_array(value)])
             self._inputs.append(x)
             self._arguments.append(arguments)
+        self._dense_inputs = list(self._inputs)
 
     def run(self, number: int) -> mx.array:
         """Return what the present block gives for a batch, not evaluated."""
-        args, kwargs = self._arguments[number][self._position]
-        return self._given(self.blocks[self._position](self._inputs[number], *args, **kwargs))
+        return self._run(number, self._inputs[number])
+
+    def run_dense(self, number: int) -> mx.array:
+        """Return what it gives on what the dense model gives to it, not evaluated."""
+        return self._run(number, self._dense_inputs[number])
+
+    def run_rest(self, number: int) -> Any:
+        """Return what the whole model makes of a batch; blocks before the present one are left out.
+
+        They are not, where the model's blocks give more than an array.
+        """
+        if not self._gives_arrays:
+            return self._samples.run(number)
+
+        def call(position: int, block: nn.Module, run: Any, x: mx.array, *args, **kwargs) -> Any:
+            if position < self._position:
+                return x
+            here = position == self._position
+            return run(block, self._inputs[number] if here else x, *args, **kwargs)
+
+        with intercepted(self.blocks, call):
+            return self._samples.run(number)
 
     def replace(self, old: Sequence[nn.Module], new: Sequence[nn.Module]) -> None:
         """Run ``new`` where ``old`` are blocks themselves, not modules in them."""
         other = {id(module): replacement for module, replacement in zip(old, new, strict=True)}
         self.blocks = [other.get(id(block), block) for block in self.blocks]
+
+    def advance_dense(self) -> None:
+        """Go on with what the present block, which is dense now, gives; :meth:`advance` is next."""
+        for number in range(len(self._inputs)):
+            self._dense_inputs[number] = self.run_dense(number)
+            mx.eval(self._dense_inputs[number])
+        self.differs = True
 
     def advance(self) -> None:
         """Go on to the next block, with what the present one gives."""
@@ -57,6 +90,10 @@ class BlockChain:
             self._inputs[number] = self.run(number)
             mx.eval(self._inputs[number])
         self._position += 1
+
+    def _run(self, number: int, x: mx.array) -> mx.array:
+        args, kwargs = self._arguments[number][self._position]
+        return self._given(self.blocks[self._position](x, *args, **kwargs))
 
     def _calls(self, number: int) -> tuple[mx.array, list[tuple[tuple, dict]]]:
         """Return what goes into the first block for a batch, and all blocks' other arguments."""
@@ -69,6 +106,7 @@ class BlockChain:
             inputs.append(args[0])
             arguments.append((args[1:], kwargs))
             given = run(block, *args, **kwargs)
+            self._gives_arrays &= isinstance(given, mx.array)
             outputs.append(self._given(given))
             if len(outputs) == len(self.blocks):
                 raise _LastBlockError

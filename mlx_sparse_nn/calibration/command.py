@@ -20,6 +20,7 @@ from mlx_sparse_nn.calibration.block_chain import BlockChain
 from mlx_sparse_nn.calibration.calibrate import calibrate
 from mlx_sparse_nn.calibration.mlx_lm_model import check_model_file, save_mlx_lm
 from mlx_sparse_nn.calibration.samples import Samples
+from mlx_sparse_nn.calibration.sensitivity import sensitivity
 from mlx_sparse_nn.calibration.texts import read_texts
 from mlx_sparse_nn.core.checks import check_density, check_size
 from mlx_sparse_nn.core.fit import DAMPING
@@ -27,6 +28,7 @@ from mlx_sparse_nn.core.moments import check_damping
 
 OWNER = "calibrate"
 ROUTERS = ("*.gate", "*.router", "*.shared_expert_gate")  # as the models of mlx-lm name them
+MEASURED = 2  # sequences for sensitivity, which holds all outputs of the model for them
 FACTOR = 2.0  # of the dense perplexity, above which a model is called bad
 
 
@@ -84,6 +86,8 @@ def _check(options: argparse.Namespace) -> None:
             f"[{OWNER}] --mlx-path must be new or an empty directory, but {folder} is not: "
             "delete it, or give another"
         )
+    if options.resume and Path(options.resume).is_file():
+        raise ValueError(f"[{OWNER}] --resume must be a folder, but {options.resume} is a file")
     try:
         import mlx_lm  # noqa: F401
     except ModuleNotFoundError as error:
@@ -120,9 +124,13 @@ def _run(options: argparse.Namespace) -> None:
         "predicate": lambda path, _: path not in dense,
     }
     if options.sensitivity:
-        density = sensitivity(model, batches, density=density, **settings)
+        few = [texts.calibration[i : i + 1] for i in range(min(n, MEASURED))]
+        density = sensitivity(
+            model, few, density=density, resume=_within(options.resume, "sensitivity"), **settings
+        )
         print(density)
-    report = calibrate(model, batches, density=density, resume=options.resume, **settings)
+    finished = _within(options.resume, "calibration")
+    report = calibrate(model, batches, density=density, resume=finished, **settings)
     print(replace(report, skipped=report.skipped | dense))
 
     after, error = _perplexity(model, texts.held_out, options.batch_size)
@@ -133,6 +141,11 @@ def _run(options: argparse.Namespace) -> None:
         print(f"warning: {why}", file=sys.stderr)
     save_mlx_lm(options.mlx_path, options.model, model, tokenizer, config)
     print(_next_steps(options.mlx_path, options.block_size))
+
+
+def _within(folder: str | None, name: str) -> Path | None:
+    """Return a folder in that of ``--resume``, if there is one."""
+    return None if folder is None else Path(folder) / name
 
 
 def _load(options: argparse.Namespace) -> tuple[nn.Module, Any, dict[str, Any]]:

@@ -21,17 +21,24 @@ The smaller system of the two is solved, by Cholesky. Removing one block b alone
 :math:`\mathrm{tr}(W_b ((G^{-1})_{bb})^{-1} W_b^\top)`: the score of "Optimal brain surgeon"
 (Hassibi and Stork, 1993) for blocks, as in "The optimal BERT surgeon" (Kurtic et al., 2022).
 
+Layers before this one may be sparse already. Then x is what they give, and what this layer gave in
+the dense model, :math:`W d + b`, is as good a target as :math:`W x + b`. Taking one in part,
+:math:`W ((1 - a) x + a d)`, is to fit another dense weight, the best one for that target:
+:math:`W^* = W + a W (\sum d x^\top - \sum x x^\top) G^{-1}`.
+
 All of this is float64, on the host.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
 
-from mlx_sparse_nn.core.moments import InputMoments
+from mlx_sparse_nn.core.moments import DenseInputs, InputMoments
 
+DENSE_SHARE = 0.5  # a: how much of the target is what the layer gave in the dense model
 PANEL = 64  # columns of a triangular system that are solved at once
 
 
@@ -46,35 +53,75 @@ class LeastSquares:
         moments: Of the inputs.
         damping: :math:`\lambda` over the mean of the diagonal of :math:`\sum x x^\top`.
         has_bias: Whether the layers have a bias.
+        dense: What the dense model's layers had as inputs, if these are others.
     """
 
-    def __init__(self, moments: InputMoments, damping: float, has_bias: bool):
+    def __init__(
+        self,
+        moments: InputMoments,
+        damping: float,
+        has_bias: bool,
+        dense: DenseInputs | None = None,
+    ):
         self.moments, self.damping = moments, damping
+        self._dense, self._has_bias = dense, has_bias
         gram = moments.centred if has_bias else moments.second
         # A new matrix either way.
         self._gram = gram + damping * np.trace(gram) / len(gram) * np.eye(len(gram))
+
+    def aim(self, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the dense weight to be fitted, ``(n_out, n_in)``, and what its bias is more.
+
+        It is the weight itself where all inputs are those of the dense model.
+        """
+        moments, dense = self.moments, self._dense
+        if dense is None:
+            return weight, np.zeros(len(weight))
+        drift = dense.cross - moments.second
+        mean_drift = (dense.total - moments.total) / moments.n
+        if self._has_bias:
+            drift = drift - np.outer(mean_drift, moments.total)
+        aim = weight + DENSE_SHARE * (weight @ drift) @ self._inverse
+        if not self._has_bias:
+            return aim, np.zeros(len(weight))
+        mean = moments.total / moments.n
+        return aim, (weight - aim) @ mean + DENSE_SHARE * weight @ mean_drift
 
     @cached_property
     def _inverse(self) -> np.ndarray:
         """``(n_in, n_in)``: the inverse of the gram matrix."""
         return _solve(self._gram, np.eye(len(self._gram)))
 
-    def scores(self, weight: np.ndarray, block_size: int) -> np.ndarray:
+    def scores(
+        self, weight: np.ndarray, block_size: int, kept: np.ndarray | None = None
+    ) -> np.ndarray:
         """Return how much the squared error grows by the loss of each block, the others refitted.
 
         Args:
             weight: ``(n_out, n_in)`` float64.
             block_size: Side of the blocks.
+            kept: ``(R, C)`` bool: the blocks that there are, by default all. The others are zero,
+                and stay so when those that are left are refitted.
 
         Returns:
-            ``(R, C)`` float64, at least 0.
+            ``(R, C)`` float64, at least 0, and 0 where there is no block.
 
         Raises:
             NotDefiniteError: The gram matrix has no inverse.
         """
-        blocks = _blocks(weight, block_size)  # (R, C, B, B)
-        costs = np.linalg.inv(_diagonal_blocks(self._inverse, block_size))  # (C, B, B)
-        return np.maximum(np.einsum("rcij,rcij->rc", blocks @ costs, blocks), 0)
+        n_block_cols = -(-weight.shape[1] // block_size)
+        if kept is None:
+            kept = np.ones((-(-len(weight) // block_size), n_block_cols), dtype=bool)
+        scores = np.zeros(kept.shape)
+        for rows, stay, block_rows in _systems(kept, block_size, len(weight)):
+            if not stay.any():
+                continue
+            columns = np.repeat(stay, block_size)[: weight.shape[1]]
+            blocks = _blocks(weight[np.ix_(rows, columns)], block_size)  # (r, s, B, B)
+            costs = np.linalg.inv(_diagonal_blocks(self._inverse_of(columns), block_size))
+            growth = np.einsum("rcij,rcij->rc", blocks @ costs, blocks)
+            scores[np.ix_(block_rows, stay)] = np.maximum(growth, 0)
+        return scores
 
     def fit(self, weight: np.ndarray, kept: np.ndarray, block_size: int) -> np.ndarray:
         """Return the weight ``(n_out, n_in)`` that is best with some blocks, zero elsewhere.
@@ -88,10 +135,7 @@ class LeastSquares:
             NotDefiniteError: A system is not positive definite.
         """
         fitted = np.zeros_like(weight)
-        # Block-rows that keep the same blocks are one system with more right-hand sides.
-        sets, set_of_row = np.unique(kept, axis=0, return_inverse=True)
-        for number, stay in enumerate(sets):
-            rows = np.repeat(set_of_row.reshape(-1) == number, block_size)[: len(weight)]
+        for rows, stay, _ in _systems(kept, block_size, len(weight)):
             columns = np.repeat(stay, block_size)[: weight.shape[1]]
             fitted[rows] = self._fit(weight[rows], columns)
         return fitted
@@ -99,6 +143,13 @@ class LeastSquares:
     def bias_change(self, weight: np.ndarray, fitted: np.ndarray) -> np.ndarray:
         """Return what ``(n_out,)`` to add to the bias, so that the mean output stays."""
         return (weight - fitted) @ (self.moments.total / self.moments.n)
+
+    def _inverse_of(self, columns: np.ndarray) -> np.ndarray:
+        """Return the inverse of the gram matrix of the inputs ``(n_in,)`` that are True."""
+        if columns.all():
+            return self._inverse
+        inside = np.flatnonzero(columns)
+        return _solve(self._gram[np.ix_(inside, inside)], np.eye(inside.size))
 
     def _fit(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """Return rows ``(m, n_in)`` fitted with the columns ``(n_in,)`` that are True."""
@@ -134,14 +185,27 @@ def output_error(
     squares = np.einsum("oi,oi->", change @ moments.second, change)
     squares += 2 * np.dot(change @ moments.total, np.broadcast_to(bias_change, len(change)))
     squares += moments.n * np.sum(np.square(np.broadcast_to(bias_change, len(change))))
-    whole = np.einsum("oi,oi->", weight @ moments.second, weight)
+    whole = output_energy(moments, weight)
     return float(np.sqrt(max(squares, 0) / whole)) if whole > 0 else 0.0
 
 
-def weight_error(weight: np.ndarray, sparse: np.ndarray) -> float:
-    r"""Return :math:`\lVert W - \hat W \rVert_F / \lVert W \rVert_F`."""
-    whole = np.linalg.norm(weight)
-    return float(np.linalg.norm(weight - sparse) / whole) if whole > 0 else 0.0
+def output_energy(moments: InputMoments, weight: np.ndarray) -> float:
+    r"""Return :math:`\lVert Y \rVert_F^2` over the samples, of outputs without a bias."""
+    return float(np.einsum("oi,oi->", weight @ moments.second, weight))
+
+
+def _systems(
+    kept: np.ndarray, block_size: int, n_out: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield the block-rows that keep the same blocks: one system with more right-hand sides.
+
+    Yields:
+        ``(n_out,)`` bool, the rows; ``(C,)`` bool, what they keep; ``(R,)`` bool, the block-rows.
+    """
+    sets, set_of_row = np.unique(kept, axis=0, return_inverse=True)
+    for number, stay in enumerate(sets):
+        block_rows = set_of_row.reshape(-1) == number
+        yield np.repeat(block_rows, block_size)[:n_out], stay, block_rows
 
 
 def _blocks(weight: np.ndarray, block_size: int) -> np.ndarray:

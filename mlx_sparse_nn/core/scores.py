@@ -22,6 +22,7 @@ from mlx_sparse_nn.core.checks import (
     check_name,
     check_size,
 )
+from mlx_sparse_nn.core.moments import InputMoments
 from mlx_sparse_nn.core.pattern import CSRPattern, grid_of
 
 Balance: TypeAlias = Literal["row", "global"]
@@ -37,6 +38,7 @@ class BlockPlaces:
         cols: ``(n_blocks,)`` int32, the block-column of each.
         shape: ``(output_dims, input_dims)`` of the layer's weight.
         block_size: Side of the blocks.
+        moments: Of the layer's inputs, where they were given.
     """
 
     path: str
@@ -44,16 +46,25 @@ class BlockPlaces:
     cols: np.ndarray
     shape: tuple[int, int]
     block_size: int
+    moments: InputMoments | None = None
 
     @classmethod
-    def of_pattern(cls, path: str, pattern: CSRPattern) -> BlockPlaces:
+    def of_pattern(
+        cls, path: str, pattern: CSRPattern, *, moments: InputMoments | None = None
+    ) -> BlockPlaces:
         """Return those of the blocks that a pattern stores."""
         rows, cols = pattern.row_indices, pattern.indices
-        return cls(path, rows, cols, pattern.shape, pattern.block_size)
+        return cls(path, rows, cols, pattern.shape, pattern.block_size, moments)
 
     @classmethod
     def of_grid(
-        cls, path: str, shape: Sequence[int], block_size: int, block_rows: range | None = None
+        cls,
+        path: str,
+        shape: Sequence[int],
+        block_size: int,
+        block_rows: range | None = None,
+        *,
+        moments: InputMoments | None = None,
     ) -> BlockPlaces:
         """Return those of all blocks of a dense weight, or of some of its block-rows."""
         n_block_rows, n_block_cols = grid_of(shape, block_size)
@@ -62,11 +73,11 @@ class BlockPlaces:
             chosen = chosen[block_rows.start : block_rows.stop]
         rows = np.repeat(chosen, n_block_cols)
         cols = np.tile(np.arange(n_block_cols, dtype=np.int32), chosen.size)
-        return cls(path, rows, cols, (shape[0], shape[1]), block_size)
+        return cls(path, rows, cols, (shape[0], shape[1]), block_size, moments)
 
 
 Score: TypeAlias = (
-    Literal["l1", "l2", "max"]
+    Literal["l1", "l2", "max", "obs"]
     | Callable[[mx.array], mx.array | np.ndarray]
     | Callable[[mx.array, BlockPlaces], mx.array | np.ndarray]
 )
@@ -76,6 +87,7 @@ _NORMS: dict[str, Callable[[mx.array], mx.array]] = {
     "l2": lambda blocks: mx.sqrt(mx.square(blocks).sum(axis=(1, 2))),
     "max": lambda blocks: mx.abs(blocks).max(axis=(1, 2)),
 }
+_OBS = "obs"  # chosen by moments, in core/fit.py
 _BALANCES = ("row", "global")
 
 
@@ -214,6 +226,7 @@ def choose_blocks(
     density: float,
     score: Score,
     balance: Balance,
+    moments: InputMoments | None = None,
 ) -> CSRPattern:
     """Return the pattern of the strongest blocks of a dense weight, or raise.
 
@@ -221,10 +234,11 @@ def choose_blocks(
         owner: Name shown in error messages.
         weight: ``(output_dims, input_dims)``.
         block_size, density, score, balance: As in ``BlockSparseLinear.from_linear``.
+        moments: Of the layer's inputs, for a function that looks at them.
     """
     check_choice(owner, block_size, density, score, balance)
     check_dims(owner, weight.shape)
-    places = partial(BlockPlaces.of_grid, "", weight.shape, block_size)
+    places = partial(BlockPlaces.of_grid, "", weight.shape, block_size, moments=moments)
     scores = grid_scores(weight, block_size, score, places, owner=owner)
     count = blocks_for(density, scores.size)
     return strongest_pattern(scores, count, weight.shape, block_size, balance)
@@ -254,21 +268,31 @@ def blocks_for(density: float, places: int) -> int:
 
 
 def check_choice(
-    owner: str, block_size: int, density: float, score: Score, balance: Balance
+    owner: str,
+    block_size: int,
+    density: float,
+    score: Score,
+    balance: Balance,
+    *,
+    has_moments: bool = False,
 ) -> None:
     """Raise unless each of the options by which blocks are chosen is valid by itself."""
     check_size(owner, "block_size", block_size, minimum=1)
     check_density(owner, density)
-    check_score(owner, score)
+    check_score(owner, score, has_moments=has_moments)
     check_balance(owner, balance)
 
 
-def check_score(owner: str, score: Score) -> None:
+def check_score(owner: str, score: Score, *, has_moments: bool = False) -> None:
     """Raise unless ``score`` is a known name, or a function of blocks or of blocks and places."""
     if callable(score):
         _takes_places(owner, score)
-    else:
-        check_name(owner, "score", score, tuple(_NORMS), " or be a function of blocks")
+        return
+    check_name(owner, "score", score, (*_NORMS, _OBS), " or be a function of blocks")
+    if score == _OBS and not has_moments:
+        raise ValueError(
+            f"[{owner}] score 'obs' needs moments: layer_moments(model, batches) returns them"
+        )
 
 
 def _takes_places(owner: str, score: Callable[..., Any]) -> bool:

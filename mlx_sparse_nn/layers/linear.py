@@ -183,8 +183,9 @@ class BlockSparseLinear(SparseLinear):
             score: What makes a block strong: ``"l1"``, ``"l2"`` (the default) or ``"max"``, the
                 norm of its entries; or a function of the blocks, ``(n_blocks, B, B)`` float32, or
                 of these and their :class:`BlockPlaces`, that returns ``(n_blocks,)`` numbers. It is
-                told by how many positional arguments the function needs. With ``moments`` it is, by
-                default, what the outputs lose without the block when all others are fitted anew.
+                told by how many positional arguments the function needs. With ``moments`` the
+                default is ``"obs"``: what the outputs lose without the block when all others are
+                fitted anew.
             balance: ``"row"``, the default, keeps the same number of blocks in every block-row,
                 give or take one; ``"global"`` keeps the strongest wherever they lie. Either may
                 leave a block-row or a block-column without blocks.
@@ -218,9 +219,9 @@ class BlockSparseLinear(SparseLinear):
             block_size = 32 if block_size is None else block_size
             density = 0.1 if density is None else density
             balance = "row" if balance is None else balance
-            if problem is None or score is not None:
+            if problem is None or score not in (None, "obs"):
                 score = "l2" if score is None else score
-                pattern = choose_blocks(owner, weight, block_size, density, score, balance)
+                pattern = choose_blocks(owner, weight, block_size, density, score, balance, moments)
             else:
                 pattern = choose_by_moments(owner, weight, problem, block_size, density, balance)
         else:
@@ -228,11 +229,13 @@ class BlockSparseLinear(SparseLinear):
             check_absent(owner, PATTERN_DECIDES, **options)
             check_layer_pattern(owner, pattern, weight.shape)
             pattern.check_unique(owner)
-        values = blocks_of(weight, pattern)
+        values, error = blocks_of(weight, pattern), None
         if problem is not None:
             fit = fit_pattern(owner, weight, bias, pattern, problem)
-            values, bias = fit.weight, fit.bias
-        return carry_mode(linear, cls._of(pattern, values, bias))
+            values, bias, error = fit.weight, fit.bias, fit.error_after
+        layer = carry_mode(linear, cls._of(pattern, values, bias))
+        layer.output_error = error
+        return layer
 
     def to_linear(self) -> nn.Linear:
         """Return the ``nn.Linear`` of the same product: its weight is :meth:`todense`, exactly.

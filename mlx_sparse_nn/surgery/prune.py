@@ -14,6 +14,8 @@ import numpy as np
 
 from mlx_sparse_nn.core.checks import check_density, check_name, check_size
 from mlx_sparse_nn.core.edges import clear
+from mlx_sparse_nn.core.fit import Fit
+from mlx_sparse_nn.core.moments import InputMoments
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.relative_error import relative_error
 from mlx_sparse_nn.core.scores import (
@@ -31,9 +33,10 @@ from mlx_sparse_nn.core.table import LARGEST, NOT_MEASURED, Report, Table, fold
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
 from mlx_sparse_nn.layers.parameters import density_of
 from mlx_sparse_nn.surgery.densities import Density, check_one_budget, density_by_path
+from mlx_sparse_nn.surgery.moment_fits import MomentFits, moment_fits
 from mlx_sparse_nn.surgery.optimizer_state import change_pattern, moments_of
 from mlx_sparse_nn.surgery.selection import blocks_of_floats
-from mlx_sparse_nn.surgery.sparsify_report import largest
+from mlx_sparse_nn.surgery.sparsify_report import ERROR_COLUMN, ErrorOf, largest
 
 Scope: TypeAlias = Literal["layer", "global"]
 
@@ -91,7 +94,9 @@ class PruneReport(Report):
     Attributes:
         before: Number of blocks that each layer stored before, by path.
         after: Number of blocks that it stores now.
-        errors: Relative error of each layer's weight against what it was before, by path.
+        errors: Relative error of each layer's weight against what it was before, by path; where
+            values were fitted to moments, ``error_of`` "outputs": of its outputs.
+        error_of: "weights" or "outputs".
         density: Stored fraction of all these weights now.
         model_density: Stored fraction of all parameters of the model, dense ones included.
     """
@@ -99,6 +104,7 @@ class PruneReport(Report):
     before: dict[str, int]
     after: dict[str, int]
     errors: dict[str, float]
+    error_of: ErrorOf
     density: float
     model_density: float
 
@@ -106,13 +112,13 @@ class PruneReport(Report):
         paths = list(self.before)
         cells = [_cells(before, self.after[path]) for path, before in self.before.items()]
         lines = fold(paths, [tuple(line) for line in cells])
-        notes = ["error: of the weights, against what they were before", NOT_MEASURED]
+        notes = [f"error: of the {self.error_of}, against what they were before", NOT_MEASURED]
         if len(lines) < len(cells):
             notes.insert(0, f"{LARGEST}; the total is of all")
         return Table(
             caption=f"blocks stored: density {self.density:.3g} there, "
             f"{self.model_density:.3g} in all",
-            header=["layer", "before", "now", "kept", "error"],
+            header=["layer", "before", "now", "kept", ERROR_COLUMN[self.error_of]],
             rows=[
                 [path, *cells[places[0]], largest([self.errors[paths[i]] for i in places])]
                 for path, places in lines
@@ -127,9 +133,11 @@ def prune(
     density: Density,
     *,
     optimizer: optim.Optimizer | None = None,
-    score: Score = "l2",
+    score: Score | None = None,
     scope: Scope = "layer",
     balance: Balance = "row",
+    moments: Mapping[str, InputMoments] | None = None,
+    damping: float | None = None,
 ) -> PruneReport:
     """Drop the weakest stored blocks of every BlockSparseLinear, down to a density.
 
@@ -150,15 +158,20 @@ def prune(
             layer that the model holds at several paths is named by any of them.
         optimizer: The optimizer that updates ``model``. Its moments, of whatever kind, are kept for
             the blocks that stay. Needed once it has been used, since its state would not fit.
-        score: What makes a block strong: ``"l1"``, ``"l2"``, ``"max"``, or a function of the stored
-            blocks ``(n_blocks, B, B)``, or of these and their :class:`BlockPlaces`, that returns
-            ``(n_blocks,)`` numbers.
+        score: What makes a block strong: ``"l1"``, ``"l2"`` (the default), ``"max"``, or a function
+            of the stored blocks ``(n_blocks, B, B)``, or of these and their :class:`BlockPlaces`,
+            that returns ``(n_blocks,)`` numbers.
         scope: ``"layer"`` brings each layer to the density; ``"global"`` brings the layers together
             to it: as many blocks stay in each as it has among the strongest of all. They must be
             of one size, and ``density`` is one number then.
         balance: Within a layer, as in ``BlockSparseLinear.from_linear``: ``"row"`` keeps the same
             number of blocks in every block-row, give or take one, as far as they are stored;
             ``"global"`` keeps the strongest wherever they lie.
+        moments: Of what goes into each layer to prune, by path, as :func:`layer_moments` returns
+            them. The ``score`` is then ``"obs"`` by default: what the outputs lose without a block
+            when the others that are stored are fitted anew, relative to all outputs of the layer.
+            The values and the biases of the layers that lose blocks are so fitted.
+        damping: How much the fit holds on to the present values, 0.01 by default. For ``moments``.
 
     Returns:
         What was done; ``print`` it for a table.
@@ -172,16 +185,23 @@ def prune(
     """
     if not isinstance(density, Mapping):
         check_density("prune", density)
-    check_score("prune", score)
+    fits = moment_fits("prune", moments, damping)
+    if score is None:
+        score = "l2" if fits is None else "obs"
+    check_score("prune", score, has_moments=fits is not None)
     check_balance("prune", balance)
     check_name("prune", "scope", scope, ("layer", "global"))
     check_one_budget("prune", density, scope)
     layers = blocks_of_floats("prune", model)
     before = {path: layer.pattern.n_blocks for path, layer in layers.items()}
-    densities = density_by_path("prune", density, "BlockSparseLinear", _paths(model, layers))
+    paths = _paths(model, layers)
+    densities = density_by_path("prune", density, "BlockSparseLinear", list(paths.values()))
     chosen = {path: layer for path, layer in layers.items() if path in densities}
-    moments = {path: moments_of("prune", optimizer, model, layer) for path, layer in chosen.items()}
-    scores = {path: _scores(path, layer, score) for path, layer in chosen.items()}
+    states = {path: moments_of("prune", optimizer, model, layer) for path, layer in chosen.items()}
+    if fits is not None:
+        for path, layer in chosen.items():
+            fits.of(paths[path], layer.input_dims)
+    scores = {path: _scores(paths[path], layer, score, fits) for path, layer in chosen.items()}
     if isinstance(density, Mapping) or scope == "layer":
         counts = {
             path: min(before[path], blocks_for(densities[path], layer.pattern.n_places))
@@ -193,28 +213,42 @@ def prune(
         path: _subpattern(layer.pattern, scores[path], counts[path], balance)
         for path, layer in chosen.items()
     }
+    pruned = {path: chosen[path] for path, count in counts.items() if count < before[path]}
+    fitted = {}
+    if fits is not None:
+        fitted = {
+            path: fits.fit(paths[path], layer.todense(), layer.get("bias"), patterns[path])
+            for path, layer in pruned.items()
+        }
     errors = dict.fromkeys(layers, 0.0)
-    for path, layer in chosen.items():
-        if counts[path] < before[path]:
-            errors[path] = _prune_layer(layer, patterns[path], moments[path])
-    return PruneReport(before, before | counts, errors, _density(layers), density_of(model))
+    for path, layer in pruned.items():
+        errors[path] = _prune_layer(layer, patterns[path], states[path], fitted.get(path))
+    of: ErrorOf = "weights" if fits is None else "outputs"
+    return PruneReport(before, before | counts, errors, of, _density(layers), density_of(model))
 
 
-def _paths(model: nn.Module, layers: dict[str, BlockSparseLinear]) -> list[list[str]]:
-    """Return all paths of each layer."""
+def _paths(model: nn.Module, layers: dict[str, BlockSparseLinear]) -> dict[str, list[str]]:
+    """Return all paths of each layer, by the first."""
     found: dict[int, list[str]] = {id(layer): [] for layer in layers.values()}
     for path, module in reversed(model.named_modules()):
         if id(module) in found:
             found[id(module)].append(path)
-    return list(found.values())
+    return {path: found[id(layer)] for path, layer in layers.items()}
 
 
-def _scores(path: str, layer: BlockSparseLinear, score: Score) -> np.ndarray:
+def _scores(
+    paths: list[str], layer: BlockSparseLinear, score: Score, fits: MomentFits | None
+) -> np.ndarray:
     """Return how strong each stored block of a layer is."""
     pattern = layer.pattern
+    if fits is not None and score == "obs":
+        weight, has_bias = layer.todense(), "bias" in layer
+        grid = fits.scores(paths, weight, has_bias, pattern.block_size, pattern)
+        return grid[pattern.row_indices, pattern.indices]
+    moments = None if fits is None else fits.of(paths, layer.input_dims)
     blocks = clear(pattern.layout, layer.weight)
-    places = partial(BlockPlaces.of_pattern, path, pattern)
-    return block_scores(blocks, score, places, owner=f"prune {path}".rstrip())
+    places = partial(BlockPlaces.of_pattern, paths[0], pattern, moments=moments)
+    return block_scores(blocks, score, places, owner=f"prune {paths[0]}".rstrip())
 
 
 def _global_counts(
@@ -243,12 +277,18 @@ def _subpattern(
 
 
 def _prune_layer(
-    layer: BlockSparseLinear, pattern: CSRPattern, moments: list[dict[str, Any]]
+    layer: BlockSparseLinear, pattern: CSRPattern, states: list[dict[str, Any]], fit: Fit | None
 ) -> float:
-    """Give a layer another pattern, and return the relative error of its weight."""
+    """Give a layer another pattern, and fitted values if there are some; return its error."""
     before = clear(layer.pattern.layout, layer.weight)
+    source = change_pattern(layer, pattern, states)
+    if fit is not None:
+        layer.weight = fit.weight
+        if fit.bias is not None:
+            layer.bias = fit.bias
+        return fit.error_after
     kept = np.zeros((len(before), *[1] * (before.ndim - 1)), dtype=bool)
-    kept[change_pattern(layer, pattern, moments)] = True
+    kept[source] = True
     return relative_error(before, mx.where(mx.array(kept), before, mx.zeros((), before.dtype)))
 
 

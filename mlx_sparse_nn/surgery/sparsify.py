@@ -15,6 +15,7 @@ from mlx_sparse_nn.core.checks import (
     check_model,
     check_name,
 )
+from mlx_sparse_nn.core.moments import InputMoments
 from mlx_sparse_nn.core.relative_error import relative_error
 from mlx_sparse_nn.core.scores import (
     Balance,
@@ -33,9 +34,10 @@ from mlx_sparse_nn.layers.linear import (
 from mlx_sparse_nn.layers.lora import LoRABlockSparseLinear, SparseLinear
 from mlx_sparse_nn.layers.parameters import counts_of, density_of
 from mlx_sparse_nn.surgery.densities import Density, check_one_budget
+from mlx_sparse_nn.surgery.moment_fits import MomentFits, moment_fits
 from mlx_sparse_nn.surgery.optimizer_state import reshape_moments
 from mlx_sparse_nn.surgery.selection import LINEAR, leaves_of, replace_leaves, why_not_sparsified
-from mlx_sparse_nn.surgery.sparsify_report import SparsifyReport
+from mlx_sparse_nn.surgery.sparsify_report import ErrorOf, SparsifyReport
 from mlx_sparse_nn.surgery.targets import Options, Predicate, Target, find_targets
 
 Scope: TypeAlias = Literal["layer", "global", "erdos-renyi"]
@@ -49,9 +51,11 @@ def sparsify(
     block_size: int = 32,
     density: Density = 0.1,
     predicate: Predicate | None = None,
-    score: Score = "l2",
+    score: Score | None = None,
     balance: Balance = "row",
     scope: Scope = "layer",
+    moments: Mapping[str, InputMoments] | None = None,
+    damping: float | None = None,
     optimizer: optim.Optimizer | None = None,
 ) -> SparsifyReport:
     """Replace the linear layers of a model by block-sparse ones that keep their strongest blocks.
@@ -90,6 +94,11 @@ def sparsify(
             blocks of all layers, among layers of one block size. A layer to which the predicate
             gives a ``density`` or a ``pattern`` has that, outside the shared budget. They share out
             one number: a ``density`` by path is for ``"layer"``.
+        moments: Of what goes into each layer that is made sparse, by path, as
+            :func:`layer_moments` returns them. The ``score`` is then ``"obs"`` by default, as in
+            :meth:`BlockSparseLinear.from_linear`, and relative to the squares of all outputs of its
+            layer. Values and biases are fitted to the dense layer's outputs, each layer by itself.
+        damping: How much the fit holds on to the dense values, 0.01 by default. For ``moments``.
         optimizer: The optimizer that updates ``model``. Its moments are kept for the blocks that
             stay. Needed once it has been used, since its state would not fit.
 
@@ -125,30 +134,37 @@ def sparsify(
     check_name("sparsify", "scope", scope, _SCOPES)
     by_path = isinstance(density, Mapping)
     one_density = 1.0 if by_path else density  # 1 stands for nothing where each has its own
-    check_choice("sparsify", block_size, one_density, score, balance)
+    fits = moment_fits("sparsify", moments, damping)
+    has_moments = fits is not None
+    if score is None:
+        score = "obs" if has_moments else "l2"
+    check_choice("sparsify", block_size, one_density, score, balance, has_moments=has_moments)
     check_one_budget("sparsify", density, scope)
     if predicate is not None and not callable(predicate):
         raise TypeError(
             f"[sparsify] predicate must be a function of (path, module), got {predicate!r}"
         )
-    defaults = Options(block_size, one_density, None, score, balance, shared=scope != "layer")
+    shared = scope != "layer"
+    defaults = Options(block_size, one_density, None, score, balance, shared, has_moments)
     targets, skipped = find_targets("sparsify", model, predicate, density, defaults)
-    _count_blocks(targets, scope, one_density)
-    layers = [target.to_sparse() for target in targets]
-    errors = {}
-    for target, layer in zip(targets, layers, strict=True):
-        layer.weight_error = relative_error(target.linear.weight, layer.todense())
-        errors |= dict.fromkeys(target.paths, layer.weight_error)
+    if fits is not None:
+        for target in targets:
+            fits.of(target.paths, target.linear.weight.shape[1])
+    _count_blocks(targets, scope, one_density, fits)
+    made = [_to_sparse(target, fits) for target in targets]
+    layers = [layer for layer, _ in made]
     old = [target.linear for target in targets]
     shares = _shares(model, skipped)
-    moments = reshape_moments("sparsify", optimizer, model, old, layers)
+    states = reshape_moments("sparsify", optimizer, model, old, layers)
     replace_leaves(model, old, layers)
     # The dense weights need not be kept for the blocks, nor the moments for theirs.
-    mx.eval([layer.weight for layer in layers], moments.put())
-    pairs = zip(targets, layers, strict=True)
-    sparse = {path: layer for target, layer in pairs for path in target.paths}
+    mx.eval([layer.weight for layer in layers], states.put())
+    new = {path: pair for target, pair in zip(targets, made, strict=True) for path in target.paths}
+    sparse = {path: layer for path, (layer, _) in new.items()}
     patterns = {path: layer.pattern for path, layer in sparse.items()}
-    return SparsifyReport(sparse, patterns, skipped, shares, errors, "weights", density_of(model))
+    errors = {path: error for path, (_, error) in new.items()}
+    of: ErrorOf = "outputs" if has_moments else "weights"
+    return SparsifyReport(sparse, patterns, skipped, shares, errors, of, density_of(model))
 
 
 def densify(model: nn.Module, *, optimizer: optim.Optimizer | None = None) -> list[str]:
@@ -197,14 +213,30 @@ def densify(model: nn.Module, *, optimizer: optim.Optimizer | None = None) -> li
     return [path for paths, _ in found for path in paths]
 
 
-def _count_blocks(targets: list[Target], scope: Scope, density: float) -> None:
+def _to_sparse(target: Target, fits: MomentFits | None) -> tuple[BlockSparseLinear, float]:
+    """Return the sparse layer and its relative error, which it notes."""
+    linear, pattern = target.linear, target.chosen_pattern()
+    layer = BlockSparseLinear.from_linear(linear, pattern=pattern)
+    if fits is None:
+        layer.weight_error = error = relative_error(linear.weight, layer.todense())
+        return layer, error
+    fit = fits.fit(target.paths, linear.weight, linear.get("bias"), pattern)
+    layer.weight, layer.output_error = fit.weight, fit.error_after
+    if fit.bias is not None:
+        layer.bias = fit.bias
+    return layer, fit.error_after
+
+
+def _count_blocks(
+    targets: list[Target], scope: Scope, density: float, fits: MomentFits | None
+) -> None:
     """Score the blocks of each target and set how many of them it keeps."""
     scored = [target for target in targets if target.options.pattern is None]
     shared = [target for target in scored if target.options.shared]
     _check_comparable(shared, ("block_size", "score") if scope == "global" else ("block_size",))
     for target in scored:
         options = target.options
-        target.scores = _scores(target)
+        target.scores = _scores(target, fits)
         target.n_blocks = blocks_for(options.density, target.scores.size)
     if not shared:
         return
@@ -215,11 +247,15 @@ def _count_blocks(targets: list[Target], scope: Scope, density: float) -> None:
         target.n_blocks = count
 
 
-def _scores(target: Target) -> np.ndarray:
+def _scores(target: Target, fits: MomentFits | None) -> np.ndarray:
     """Return how strong each block of a dense layer is, on its grid."""
-    path, weight, options = target.paths[0], target.linear.weight, target.options
-    places = partial(BlockPlaces.of_grid, path, weight.shape, options.block_size)
-    return grid_scores(weight, options.block_size, options.score, places, owner=f"sparsify {path}")
+    linear, options, paths = target.linear, target.options, target.paths
+    weight, size = linear.weight, options.block_size
+    if fits is not None and options.score == "obs":
+        return fits.scores(paths, weight, "bias" in linear, size)
+    moments = None if fits is None else fits.of(paths, weight.shape[1])
+    places = partial(BlockPlaces.of_grid, paths[0], weight.shape, size, moments=moments)
+    return grid_scores(weight, size, options.score, places, owner=f"sparsify {paths[0]}")
 
 
 def _check_comparable(shared: list[Target], names: tuple[str, ...]) -> None:

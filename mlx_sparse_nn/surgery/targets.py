@@ -12,7 +12,7 @@ import numpy as np
 from mlx_sparse_nn.core.checks import check_absent, check_dims
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.scores import Balance, Score, check_choice, strongest_pattern
-from mlx_sparse_nn.layers.linear import PATTERN_DECIDES, BlockSparseLinear
+from mlx_sparse_nn.layers.linear import PATTERN_DECIDES
 from mlx_sparse_nn.layers.pattern_module import check_layer_pattern
 from mlx_sparse_nn.surgery.densities import Density, density_by_path
 from mlx_sparse_nn.surgery.selection import leaves_of, why_not_sparsified
@@ -30,6 +30,7 @@ class Options:
     score: Score
     balance: Balance
     shared: bool  # its number of blocks comes out of one budget, not from its own density
+    has_moments: bool = False  # of its inputs
 
     def updated(self, owner: str, own: dict[str, Any]) -> Options:
         """Return these options with those that the predicate gives to one layer."""
@@ -46,7 +47,14 @@ class Options:
 
     def checked(self, owner: str, shape: Sequence[int]) -> Options:
         """Return them, or raise unless they fit a weight ``(output_dims, input_dims)``."""
-        check_choice(owner, self.block_size, self.density, self.score, self.balance)
+        check_choice(
+            owner,
+            self.block_size,
+            self.density,
+            self.score,
+            self.balance,
+            has_moments=self.has_moments,
+        )
         if self.pattern is None:
             check_dims(owner, shape)
         else:
@@ -68,17 +76,15 @@ class Target:
     scores: np.ndarray = field(init=False)  # (R, C) of all blocks, unless the pattern is given
     n_blocks: int = field(init=False)
 
-    def to_sparse(self) -> BlockSparseLinear:
-        options, pattern = self.options, self.options.pattern
-        if pattern is None:
-            pattern = strongest_pattern(
-                self.scores,
-                self.n_blocks,
-                self.linear.weight.shape,
-                options.block_size,
-                options.balance,
-            )
-        return BlockSparseLinear.from_linear(self.linear, pattern=pattern)
+    def chosen_pattern(self) -> CSRPattern:
+        """Return the given pattern, or that of the strongest blocks."""
+        options = self.options
+        if options.pattern is not None:
+            return options.pattern
+        shape = self.linear.weight.shape
+        return strongest_pattern(
+            self.scores, self.n_blocks, shape, options.block_size, options.balance
+        )
 
 
 def find_targets(

@@ -184,7 +184,7 @@ REFUSED = [
     (["--model", "own"], "its config.json names a model_file of its own, 'own.py'"),
     (["--exclude", "*.nothing"], "--exclude must match a layer, but '*.nothing' matches none"),
     (["--exclude", "*"], "--model must have an nn.Linear in its layers that may be sparse"),
-    (["--resume", "full"], "resume must be a new folder or one of an earlier run, but full"),
+    (["--resume", "text.txt"], "--resume must be a folder, but text.txt is a file"),
 ]
 
 
@@ -264,6 +264,23 @@ def test_it_goes_on_after_an_interruption(at_home, monkeypatch, capsys):
     assert run(at_home / "out", "--resume", folder) == 0
     files = [at_home / name / "model.safetensors" for name in ("out", "whole")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_sensitivity_gives_each_layer_a_density(at_home, monkeypatch, capsys):
+    """Interrupted after it, and run again, it is not measured a second time."""
+    folder, options = at_home / "finished", ["--sensitivity", "--block-size", 16, "--exclude"]
+    options += ["*.layers.0.*"]
+    assert run(at_home / "whole", *options) == 0
+    assert "densities of 7 layers, 0.6" in capsys.readouterr().out
+    calls = recorded(monkeypatch)
+    assert run(at_home / "first", *options, "--resume", folder) == 0
+    ((_, given),) = calls
+    assert len(set(given["density"].values())) > 1
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_sparse_nn.calibration.sensitivity.FitProblem", None)
+        assert run(at_home / "second", *options, "--resume", folder) == 0
+    files = [at_home / name / "model.safetensors" for name in ("whole", "first", "second")]
+    assert len({file.read_bytes() for file in files}) == 1
 
 
 def test_a_sparse_model_with_dense_layers_left(at_home, capsys):
