@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_reduce
+from mlx.utils import tree_flatten
 
 from mlx_sparse_nn.calibration.block_chain import BlockChain
 from mlx_sparse_nn.calibration.calibrate import calibrate
@@ -223,9 +224,10 @@ def _perplexity(model: nn.Module, sequences: mx.array, batch_size: int) -> tuple
 
     try:
         with contextlib.redirect_stdout(sys.stderr):  # it counts the batches
-            return eval_ppl(model, sequences, batch_size)
+            value, error = eval_ppl(model, sequences, batch_size)
     except OverflowError:
-        return float("inf"), float("inf")
+        return math.inf, math.inf
+    return float(value), float(error)  # pyright: ignore[reportArgumentType]
 
 
 def _why_bad(before: float, after: float, vocabulary: int) -> str | None:
@@ -247,7 +249,8 @@ def _why_bad(before: float, after: float, vocabulary: int) -> str | None:
 
 
 def _n_bytes(model: nn.Module) -> int:
-    return tree_reduce(lambda n, x: n + x.nbytes, model.parameters(), 0)
+    arrays: Any = tree_flatten(model.parameters())
+    return sum(array.nbytes for _, array in arrays)
 
 
 def _next_steps(path: str, block_size: int) -> str:
