@@ -38,7 +38,7 @@ import numpy as np
 
 from mlx_sparse_nn.core.moments import DenseInputs, InputMoments
 
-DENSE_SHARE = 0.5  # a: how much of the target is what the layer gave in the dense model
+DENSE_SHARE = 0.25  # a: how much of the target is what the layer gave in the dense model
 PANEL = 64  # columns of a triangular system that are solved at once
 
 
