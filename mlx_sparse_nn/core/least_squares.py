@@ -21,6 +21,11 @@ The smaller system of the two is solved, by Cholesky. Removing one block b alone
 :math:`\mathrm{tr}(W_b ((G^{-1})_{bb})^{-1} W_b^\top)`: the score of "Optimal brain surgeon"
 (Hassibi and Stork, 1993) for blocks, as in "The optimal BERT surgeon" (Kurtic et al., 2022).
 
+Layers before this one may be sparse already. Then x is what they give, and what this layer gave in
+the dense model, :math:`W d + b`, is as good a target as :math:`W x + b`. Taking one in part,
+:math:`W ((1 - a) x + a d)`, is to fit another dense weight, the best one for that target:
+:math:`W^* = W + a W (\sum d x^\top - \sum x x^\top) G^{-1}`.
+
 All of this is float64, on the host.
 """
 
@@ -31,8 +36,9 @@ from functools import cached_property
 
 import numpy as np
 
-from mlx_sparse_nn.core.moments import InputMoments
+from mlx_sparse_nn.core.moments import DenseInputs, InputMoments
 
+DENSE_SHARE = 0.5  # a: how much of the target is what the layer gave in the dense model
 PANEL = 64  # columns of a triangular system that are solved at once
 
 
@@ -47,13 +53,39 @@ class LeastSquares:
         moments: Of the inputs.
         damping: :math:`\lambda` over the mean of the diagonal of :math:`\sum x x^\top`.
         has_bias: Whether the layers have a bias.
+        dense: What the dense model's layers had as inputs, if these are others.
     """
 
-    def __init__(self, moments: InputMoments, damping: float, has_bias: bool):
+    def __init__(
+        self,
+        moments: InputMoments,
+        damping: float,
+        has_bias: bool,
+        dense: DenseInputs | None = None,
+    ):
         self.moments, self.damping = moments, damping
+        self._dense, self._has_bias = dense, has_bias
         gram = moments.centred if has_bias else moments.second
         # A new matrix either way.
         self._gram = gram + damping * np.trace(gram) / len(gram) * np.eye(len(gram))
+
+    def aim(self, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the dense weight to be fitted, ``(n_out, n_in)``, and what its bias is more.
+
+        It is the weight itself where all inputs are those of the dense model.
+        """
+        moments, dense = self.moments, self._dense
+        if dense is None:
+            return weight, np.zeros(len(weight))
+        drift = dense.cross - moments.second
+        mean_drift = (dense.total - moments.total) / moments.n
+        if self._has_bias:
+            drift = drift - np.outer(mean_drift, moments.total)
+        aim = weight + DENSE_SHARE * (weight @ drift) @ self._inverse
+        if not self._has_bias:
+            return aim, np.zeros(len(weight))
+        mean = moments.total / moments.n
+        return aim, (weight - aim) @ mean + DENSE_SHARE * weight @ mean_drift
 
     @cached_property
     def _inverse(self) -> np.ndarray:

@@ -70,6 +70,19 @@ class InputMoments:
         return self.second - np.outer(self.total, self.total / self.n)
 
 
+@dataclass(frozen=True, eq=False)
+class DenseInputs:
+    r"""What went into a layer in the dense model, where x goes into it now; n samples of both.
+
+    Attributes:
+        cross: ``(n_in, n_in)`` float64, the sum of :math:`d x^\top`.
+        total: ``(n_in,)`` float64, the sum of d.
+    """
+
+    cross: np.ndarray
+    total: np.ndarray
+
+
 def check_moments(owner: str, moments: object, input_dims: int) -> None:
     """Raise unless ``moments`` are those of ``input_dims`` features."""
     if not isinstance(moments, InputMoments):
@@ -96,46 +109,63 @@ class MomentSum:
 
     The products of a batch are float32: by NumPy on the host, whose BLAS is fast everywhere, or by
     MLX where its default device is a GPU. Sums over batches are float64, on the host.
+
+    Args:
+        n_in: Number of input features.
+        with_dense: Whether the inputs in the dense model are given too.
+
+    Attributes:
+        n: Number of samples so far.
     """
 
-    def __init__(self, n_in: int):
-        self._second = np.zeros((n_in, n_in))
-        self._total = np.zeros(n_in)
-        self._n = 0
+    def __init__(self, n_in: int, with_dense: bool = False):
+        self.n_in, self.n = n_in, 0
+        self._second, self._total = np.zeros((n_in, n_in)), np.zeros(n_in)
+        self._dense = DenseInputs(np.zeros((n_in, n_in)), np.zeros(n_in)) if with_dense else None
 
-    def add(self, x: mx.array) -> None:
-        """Add samples ``(n, n_in)`` of any floating dtype."""
+    def add(self, x: mx.array, dense: mx.array | None = None) -> None:
+        """Add samples ``(n, n_in)`` of any floating dtype, and what they are in the dense model."""
         x = x.astype(mx.float32)
-        if mx.default_device() == mx.Device(mx.gpu):
-            self._second += np.array(x.T @ x)
-            self._total += np.array(x.sum(axis=0))
-        else:
-            samples = np.array(x)
-            self._second += samples.T @ samples
-            self._total += samples.sum(axis=0, dtype=np.float64)
-        self._n += x.shape[0]
+        self.n += x.shape[0]
+        _add_product(self._second, x, x)
+        _add_sum(self._total, x)
+        if self._dense is not None and dense is not None:
+            dense = dense.astype(mx.float32)
+            _add_product(self._dense.cross, dense, x)
+            _add_sum(self._dense.total, dense)
 
     def include(self, other: MomentSum) -> None:
         """Add the samples that another sum has seen."""
+        self.n += other.n
         self._second += other._second
         self._total += other._total
-        self._n += other._n
-
-    @property
-    def n(self) -> int:
-        """Number of samples so far."""
-        return self._n
-
-    @property
-    def n_in(self) -> int:
-        """Number of input features."""
-        return self._total.size
+        if self._dense is not None and other._dense is not None:
+            np.add(self._dense.cross, other._dense.cross, out=self._dense.cross)
+            np.add(self._dense.total, other._dense.total, out=self._dense.total)
 
     @property
     def is_finite(self) -> bool:
         """Whether all samples so far were finite."""
         return bool(np.isfinite(self._total).all())
 
+    @property
+    def dense(self) -> DenseInputs | None:
+        """What the samples were in the dense model, if that was given."""
+        return self._dense
+
     def result(self) -> InputMoments:
         """Return the moments of all samples, in the arrays of this sum."""
-        return InputMoments(self._second, self._total, self._n)
+        return InputMoments(self._second, self._total, self.n)
+
+
+def _add_product(total: np.ndarray, a: mx.array, b: mx.array) -> None:
+    """Add ``aᵀ b`` of float32 samples to a sum ``(n_in, n_in)``."""
+    if mx.default_device() == mx.Device(mx.gpu):
+        total += np.array(a.T @ b)
+    else:
+        left = np.array(a)
+        total += left.T @ (left if a is b else np.array(b))
+
+
+def _add_sum(total: np.ndarray, x: mx.array) -> None:
+    total += np.array(x).sum(axis=0, dtype=np.float64)

@@ -1,0 +1,155 @@
+"""Tables of pretrained models made sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from benchmarks.report import PAGE, markdown
+
+MIB = 1 << 20
+WAYS = {
+    "dense": "dense",
+    "magnitude": "`sparsify`",
+    "one pass": "`calibrate`",
+    "calibrated": "`calibrate`, `blocks`",
+    "sensitivity": "the same, `sensitivity`",
+}
+HEADS = {
+    "minilm": ("Sp", "cosine", "Sp, general", "acc@1"),
+    "smollm": ("topics, nats", "docstrings, nats"),
+}
+Results = dict[str, Any]
+
+
+class Aim(NamedTuple):
+    """What a cell must reach.
+
+    Args:
+        model: Of the cell.
+        way: Of the cell.
+        density: Of the cell.
+        measure: Name of the measure.
+        bound: The least it may be; for nats, the most.
+    """
+
+    model: str
+    way: str
+    density: float
+    measure: str
+    bound: float
+
+    @property
+    def is_loss(self) -> bool:
+        return self.model == "smollm"
+
+    def is_met(self, value: float) -> bool:
+        """Return whether a value is good enough."""
+        return value <= self.bound if self.is_loss else value >= self.bound
+
+
+AIMS = (
+    Aim("minilm", "calibrated", 0.75, "spearman", 0.79),
+    Aim("minilm", "calibrated", 0.75, "cosine", 0.73),
+    Aim("minilm", "sensitivity", 0.75, "spearman", 0.80),
+    Aim("minilm", "sensitivity", 0.75, "cosine", 0.80),
+    Aim("minilm", "sensitivity", 0.5, "spearman", 0.64),
+    Aim("minilm", "sensitivity", 0.5, "cosine", 0.61),
+    Aim("smollm", "calibrated", 0.9, "docstrings", 3.6),
+    Aim("smollm", "calibrated", 0.75, "docstrings", 4.8),
+    Aim("smollm", "calibrated", 0.5, "docstrings", 6.5),
+)
+NAMES = {"minilm": "MiniLM", "smollm": "SmolLM2"}
+MEASURES = {"spearman": "Sp", "cosine": "cosine", "docstrings": "nats of docstrings"}
+
+
+def of_model(results: Results, model: str) -> list[dict[str, Any]]:
+    """Return the results of a model, by falling density and in the order of WAYS."""
+    found = [result for result in results["results"] if result["cell"]["model"] == model]
+    order = [*WAYS]
+    return sorted(found, key=lambda r: (-r["cell"]["density"], order.index(r["cell"]["way"])))
+
+
+def aims(results: Results) -> str:
+    """Return the table of what should be reached, and what is."""
+    return markdown(["aim", "met", "measured"], list(_aims(results)))
+
+
+def _aims(results: Results) -> Iterator[list[str]]:
+    by_cell = {
+        (r["cell"]["model"], r["cell"]["way"], r["cell"]["density"]): r["quality"]
+        for r in results["results"]
+    }
+    for aim in AIMS:
+        limit = "at most" if aim.is_loss else "at least"
+        name = f"{NAMES[aim.model]}, {WAYS[aim.way]}, {aim.density:.0%}"
+        if aim.way == "sensitivity":
+            name = name.replace("the same", WAYS["calibrated"])
+        text = f"{name}: {MEASURES[aim.measure]} {limit} {aim.bound:g}"
+        measured = by_cell.get((aim.model, aim.way, aim.density))
+        if measured is None:
+            yield [text, "-", "not measured"]
+            continue
+        value = measured[aim.measure]
+        yield [text, "yes" if aim.is_met(value) else "no", f"{value:.3f}"]
+
+
+def quality_cells(model: str, quality: dict[str, float]) -> list[str]:
+    """Return the measures of a row, as HEADS names them."""
+    if model == "smollm":
+        return [f"{quality[name]:.2f}" for name in ("topics", "docstrings")]
+    measures = [f"{quality[name]:.3f}" for name in ("spearman", "cosine", "general")]
+    return [*measures, f"{quality['accuracy']:.2f} ± {quality['accuracy_error']:.2f}"]
+
+
+def table(results: Results, model: str) -> str:
+    """Return the table of a model: quality, bytes, seconds and speed of each cell."""
+    head = ["density", "by", *HEADS[model], "error", "linear, MiB", "all, MiB", "seconds", "speed"]
+    rows = []
+    for r in of_model(results, model):
+        way, times = r["cell"]["way"], r["forward"]
+        is_dense = way == "dense"
+        error = r.get("mean_error")
+        rows.append(
+            [
+                f"{r['density']:.1%}",
+                WAYS[way],
+                *quality_cells(model, r["quality"]),
+                "-" if error is None else f"{error:.3f}",
+                f"{r['linear_bytes'] / MIB:.1f}",
+                f"{r['bytes'] / MIB:.1f}",
+                "-" if is_dense else f"{r['seconds']:.0f}",
+                "1" if is_dense else f"{times['dense'] / times['sparse']:.2f}",
+            ]
+        )
+    return markdown(head, rows)
+
+
+def machine(results: Results) -> str:
+    """Return what the run was made on."""
+    m = results["machine"]
+    versions = m["versions"]
+    dense = [r for r in results["results"] if r["cell"]["way"] == "dense"]
+    times = ", ".join(
+        f"{NAMES[r['cell']['model']]} {r['forward']['dense'] * 1e3:.0f} ms" for r in dense
+    )
+    samples = {r["cell"]["model"]: r["cell"]["samples"] for r in results["results"]}
+    return (
+        f"{m['processor']}, threads: {m['used_cores']}, Python {m['python']}, MLX "
+        f"{versions['mlx']}, mlx-lm {versions['mlx-lm']}, NumPy {versions['numpy']}, SciPy "
+        f"{versions['scipy']}, commit {m['commit']}; dense products by {versions['blas']}. A dense "
+        f"pass: {times}. Calibrated on {samples.get('minilm', 0)} texts and "
+        f"{samples.get('smollm', 0):,} tokens."
+    )
+
+
+def tables(results: Results) -> str:
+    """Return the tables of both models, and what they were measured on."""
+    found = [f"### {NAMES[model]}\n\n{table(results, model)}" for model in NAMES]
+    return "\n\n".join([*found, machine(results)])
+
+
+MARKS: dict[tuple[str, str], Callable[[Results], str]] = {
+    (PAGE, "pretrained_aims"): aims,
+    (PAGE, "pretrained"): tables,
+}
