@@ -21,6 +21,7 @@ from mlx_sparse_nn import (
     save_trainable,
     sparsify,
 )
+from mlx_sparse_nn.calibration.calibrate import calibrate
 from mlx_sparse_nn.core.backends import plain
 from mlx_sparse_nn.diagnostics.summary import LayerSummary, summary
 
@@ -327,6 +328,14 @@ class TestErrors:
         assert (row.error, row.error_of) == (0.125, "outputs")
         assert "  0.125 out  " in repr(summary(model))
         assert "error, out: of the outputs over the samples of cal" in repr(summary(model))
+
+    def test_calibrated_layers_say_what_they_were_fitted_to(self):
+        model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+        x = mx.random.normal((200, 32))
+        report = calibrate(model, [x], density=0.5, block_size=8, progress=False)
+        for path, quality in report.quality.items():
+            row = row_of(model, path)
+            assert (row.error, row.error_of) == (quality.error_fitted, "outputs")
 
     def test_a_dense_model_that_does_not_fit_is_refused(self):
         model, dense = self.make()
