@@ -15,13 +15,15 @@ from support import computing, flatten, patterns, untyped
 from mlx_sparse_nn import (
     BlockSparseLinear,
     CSRPattern,
+    InputMoments,
+    calibrate,
     load_trainable,
     prune,
+    refit,
     restore,
     save_trainable,
     sparsify,
 )
-from mlx_sparse_nn.calibration.calibrate import calibrate
 from mlx_sparse_nn.core.backends import plain
 from mlx_sparse_nn.diagnostics.summary import LayerSummary, summary
 
@@ -336,6 +338,9 @@ class TestErrors:
         for path, quality in report.quality.items():
             row = row_of(model, path)
             assert (row.error, row.error_of) == (quality.error_fitted, "outputs")
+        linear, layer = nn.Linear(32, 32), model.layers[0]
+        done = refit(layer, linear, InputMoments.of(x))
+        assert row_of(model, "layers.0").error == done.error_fitted
 
     def test_a_dense_model_that_does_not_fit_is_refused(self):
         model, dense = self.make()
