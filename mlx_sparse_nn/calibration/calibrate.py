@@ -110,6 +110,7 @@ def calibrate(
                     fit.fit_in_order(chain)
     for path, layer in fit.layers.items():
         layer.train(training[path])
+        layer.output_error = fit.quality[path].error_fitted  # for summary
     for target in targets:
         if target.paths[0] not in fit.layers:
             skipped |= dict.fromkeys(target.paths, NOT_CALLED)
