@@ -25,6 +25,7 @@ class Size(NamedTuple):
         of_sensitivity: Texts that ``sensitivity`` measures on.
         evaluated: Docstrings that are embedded.
         windows: Pieces of topics and of docstrings, for SmolLM2.
+        minutes: Of distillation.
     """
 
     texts: int = 160
@@ -32,9 +33,10 @@ class Size(NamedTuple):
     of_sensitivity: int = 40
     evaluated: int = 150
     windows: tuple[int, int] = (2, 3)
+    minutes: float = 10.0
 
 
-QUICK = Size(texts=12, tokens=512, of_sensitivity=4, evaluated=24, windows=(1, 1))
+QUICK = Size(texts=12, tokens=512, of_sensitivity=4, evaluated=24, windows=(1, 1), minutes=0.1)
 
 
 class MiniLM:
