@@ -37,7 +37,8 @@ from benchmarks.pretrained_models import QUICK, MiniLM, Size, SmolLM
 from benchmarks.pretrained_report import MARKS, aims, tables
 from benchmarks.report import fill
 from benchmarks.sweep import resumed, save, sources
-from mlx_sparse_nn import BlockSparseLinear, calibrate, sensitivity, sparsify, use_cpu
+from mlx_sparse_nn import BlockSparseLinear, calibrate, sparsify, use_cpu
+from mlx_sparse_nn.calibration.sensitivity import share_out
 
 RESULTS = ROOT / "benchmarks/results/pretrained.json"
 QUICK_RESULTS = CACHE / "pretrained-quick.json"
@@ -104,9 +105,9 @@ def sparse(subject: Any, cell: Cell) -> tuple[nn.Module, dict[str, float]]:
     notes: dict[str, float] = {}
     density: Any = cell.density
     if cell.way == "sensitivity":
-        few = subject.few_samples
-        density = sensitivity(model, **few, **shared, density=cell.density, blocks=blocks)
-        notes["sensitivity_seconds"] = time.perf_counter() - began
+        measured, notes["sensitivity_seconds"] = subject.sensitivity(BLOCK_SIZE)
+        density = share_out(measured.errors, measured.shapes, cell.density)
+        began = time.perf_counter() - notes["sensitivity_seconds"]
     if cell.way == "magnitude":
         sparsify(model, block_size=BLOCK_SIZE, density=density)
     elif cell.way != "dense":

@@ -150,7 +150,8 @@ def machine(results: Results) -> str:
 
 def tables(results: Results) -> str:
     """Return the tables of both models, and what they were measured on."""
-    found = [f"### {NAMES[model]}\n\n{table(results, model)}" for model in NAMES]
+    measured = [model for model in NAMES if of_model(results, model)]
+    found = [f"### {NAMES[model]}\n\n{table(results, model)}" for model in measured]
     return "\n\n".join([*found, machine(results)])
 
 

@@ -20,6 +20,7 @@ from benchmarks import pretrained, pretrained_report, report, smollm  # noqa: E4
 from benchmarks.pretrained import Cell  # noqa: E402
 from benchmarks.pretrained_models import Size  # noqa: E402
 from examples import _minilm, _quality, _texts  # noqa: E402
+from mlx_sparse_nn import sensitivity  # noqa: E402
 
 VOCABULARY, DIMS, HIDDEN, LAYERS, LONGEST = 30, 64, 96, 2, 16
 WORDS = ["[UNK]", "a", "cat", "sat", "here"]
@@ -246,7 +247,6 @@ class Small:
         mx.random.seed(0)
         self.dense = self.load()
         self.samples = {"batches": [mx.random.normal((64, 64))]}
-        self.few_samples = self.samples
 
     def load(self):
         mx.random.seed(1)
@@ -254,6 +254,10 @@ class Small:
 
     def blocks(self, model):
         return model.layers
+
+    def sensitivity(self, block_size):
+        shared = {"density": 0.5, "blocks": self.dense.layers, "progress": False}
+        return sensitivity(self.dense, **self.samples, **shared, block_size=block_size), 1.0
 
     def measure(self, model):
         return {"topics": 1.0, "docstrings": float(model(self.samples["batches"][0]).sum())}
