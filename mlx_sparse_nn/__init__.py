@@ -2,6 +2,7 @@
 
 from mlx_sparse_nn import patterns, physics
 from mlx_sparse_nn.calibration.calibrate import calibrate
+from mlx_sparse_nn.calibration.mlx_lm_model import save_mlx_lm
 from mlx_sparse_nn.calibration.record import layer_moments
 from mlx_sparse_nn.calibration.refit import Refit, refit
 from mlx_sparse_nn.calibration.report import CalibrationReport
@@ -88,6 +89,7 @@ __all__ = [
     "regrow",
     "restore",
     "restore_patterns",
+    "save_mlx_lm",
     "save_trainable",
     "sddmm",
     "sensitivity",

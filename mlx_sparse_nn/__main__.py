@@ -1,4 +1,4 @@
-"""The commands ``python -m mlx_sparse_nn info`` and ``python -m mlx_sparse_nn build``."""
+"""The commands of ``python -m mlx_sparse_nn``: ``info``, ``build`` and ``calibrate``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import mlx.core as mx
 
 from mlx_sparse_nn import __version__
+from mlx_sparse_nn.calibration import command as calibration
 from mlx_sparse_nn.core.backends import build, cpu, cuda, metal
 from mlx_sparse_nn.core.cores import n_cores
 from mlx_sparse_nn.core.quantized import BITS
@@ -27,7 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("info", help="say which backend computes on each device, and why")
     building = commands.add_parser("build", help="compile the CPU's kernels now, not at first use")
     building.add_argument("--dtypes", nargs="+", choices=_DTYPES, default=list(_DTYPES))
+    calibrating = commands.add_parser("calibrate", help="make a model of mlx-lm sparse, by text")
+    calibration.add_options(calibrating)
     options = parser.parse_args(arguments)
+    if options.command == "calibrate":
+        return calibration.run(options)
     return print_info() if options.command == "info" else build_all(options.dtypes)
 
 

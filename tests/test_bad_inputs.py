@@ -382,6 +382,7 @@ MODEL_DOORS = {
     "restore": lambda model: sparse.restore(model, {}),
     "restore_patterns": lambda model: sparse.restore_patterns(model, {}),
     "check_same_pattern": sparse.check_same_pattern,
+    "save_mlx_lm": lambda model: sparse.save_mlx_lm("a", "b", model, None, {}),
     "save_trainable": lambda model: sparse.save_trainable(model, "a.safetensors"),
     "load_trainable": lambda model: sparse.load_trainable(model, "a.safetensors"),
 }

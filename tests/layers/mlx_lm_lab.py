@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx_lm.generate import generate
 from mlx_lm.utils import load
 from support import ROOT
-from tiny_models import PAGE, code_of, model_file, save_dense
+from tiny_models import PAGE, code_of, save_dense
 
 PROMPT = "w5 w17 w3"
 WORDS = 8  # to generate
@@ -43,13 +43,8 @@ def simple_evaluate(model, tasks, **_):
 }
 
 
-class Lab:
-    """A folder with ``dense``, ``sparse`` and ``data`` of one architecture.
-
-    Attributes:
-        emptied: The model in memory, after ``sparse`` was saved.
-        logits, words: What it computed and generated before.
-    """
+class Folder:
+    """A folder with ``dense`` and ``data`` of one architecture, in which commands are typed."""
 
     def __init__(self, name: str, folder: Path):
         self.name, self.folder = name, folder
@@ -61,39 +56,11 @@ class Lab:
                 for a, b in chats
             ]
             self.write(f"data/{split}.jsonl", "\n".join(map(json.dumps, lines)))
-        calibration = " ".join(f"w{i * i % 91}" for i in range(1024))
-        self.write("home/.cache/mlx-lm/calibration_v5.txt", calibration)
-        for file, text in STUBS.items():
-            self.write(f"stubs/{file}", text)
-        self.make_sparse()
 
     def write(self, file: str, text: str) -> None:
         path = self.folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-
-    def make_sparse(self) -> None:
-        """Type what the page says."""
-        names: dict[str, Any] = {}
-        self.write("sparse_model.py", model_file(self.name))
-        first = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[0]
-        exec(self.placed(first), names)
-        self.logits = names["model"](TOKENS)
-        mx.eval(self.logits)
-        self.words = speak(names["model"], names["tokenizer"])
-        exec(self.placed(code_of("Save and load", 1)), names)
-        self.emptied: nn.Module = names["model"]
-
-    def placed(self, code: str) -> str:
-        """Return code of the page that reads and writes in this folder."""
-        places = {
-            '"path/to/model"': "dense",
-            '"path/to/sparse"': "sparse",
-            'copy("sparse_model.py"': "sparse_model.py",
-        }
-        for text, name in places.items():
-            code = code.replace(text, text.split('"')[0] + repr(str(self.folder / name)))
-        return code
 
     def environment(self) -> dict[str, str]:
         """Return the environment of a command: without a network, and with a home of its own."""
@@ -107,11 +74,13 @@ class Lab:
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(self.folder / "stubs")]),
         }
 
-    def popen(self, command: str, *options: object, **kwargs: Any) -> subprocess.Popen[str]:
-        """Start ``mlx_lm`` with a command and further options, each a word or more."""
+    def popen(
+        self, command: str, *options: object, module: str = "mlx_lm", **kwargs: Any
+    ) -> subprocess.Popen[str]:
+        """Start a module with a command and further options, each a word or more."""
         words = shlex.split(" ".join([command, *map(str, options)]))
         return subprocess.Popen(
-            [sys.executable, "-m", "mlx_lm", *words],
+            [sys.executable, "-m", module, *words],
             cwd=self.folder,
             env={**self.environment(), **kwargs.pop("env", {})},
             stdin=subprocess.PIPE,
@@ -141,6 +110,40 @@ class Lab:
     def words_of(self, path: str, adapters: str | None = None, **options: Any) -> str:
         """Return the words that a directory generates, in this process."""
         return speak(*self.load(path, adapters), **options)
+
+
+class Lab(Folder):
+    """That with ``sparse``, and with what some of mlx-lm's commands need besides.
+
+    Attributes:
+        emptied: The model in memory, after ``sparse`` was saved.
+        logits, words: What it computed and generated before.
+    """
+
+    def __init__(self, name: str, folder: Path):
+        super().__init__(name, folder)
+        calibration = " ".join(f"w{i * i % 91}" for i in range(1024))
+        self.write("home/.cache/mlx-lm/calibration_v5.txt", calibration)
+        for file, text in STUBS.items():
+            self.write(f"stubs/{file}", text)
+        self.make_sparse()
+
+    def make_sparse(self) -> None:
+        """Type what the page says."""
+        names: dict[str, Any] = {}
+        first = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[0]
+        exec(self.placed(first), names)
+        self.logits = names["model"](TOKENS)
+        mx.eval(self.logits)
+        self.words = speak(names["model"], names["tokenizer"])
+        exec(self.placed(code_of("Save and load")), names)
+        self.emptied: nn.Module = names["model"]
+
+    def placed(self, code: str) -> str:
+        """Return code of the page that reads and writes in this folder."""
+        for text, name in {"path/to/model": "dense", "path/to/sparse": "sparse"}.items():
+            code = code.replace(text, str(self.folder / name))
+        return code
 
     @cached_property
     def trained(self) -> subprocess.CompletedProcess[str]:

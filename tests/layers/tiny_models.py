@@ -6,13 +6,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import gemma3_text, llama, qwen2, qwen3
+from mlx_lm.models import gemma3_text, gpt_neox, llama, mixtral, phi3, qwen2, qwen3
 from mlx_lm.utils import save_config, save_model
 from support import ROOT, TINY_LLM
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_sparse_nn.surgery.sparsify import sparsify
+from mlx_sparse_nn import save_mlx_lm, sparsify
 
 SIZES = {**TINY_LLM, "max_position_embeddings": 64}
 CONFIGS = {
@@ -27,6 +27,22 @@ CONFIGS = {
         {**SIZES, "head_dim": 32, "sliding_window": 16, "sliding_window_pattern": 2},
     ),
 }
+# With one projection for q, k and v; with other names, and biases; with experts and their router.
+OTHERS = {
+    "phi3": (phi3, SIZES),
+    "gpt_neox": (
+        gpt_neox,
+        {
+            **{name: SIZES[name] for name in ("hidden_size", "num_hidden_layers", "vocab_size")},
+            "max_position_embeddings": 64,
+            "num_attention_heads": 2,
+            "layer_norm_eps": 1e-5,
+            "rotary_emb_base": 10000,
+            "rotary_pct": 1.0,
+        },
+    ),
+    "mixtral": (mixtral, {**SIZES, "num_local_experts": 4, "rope_theta": 1e4}),
+}
 PAGE = ROOT / "docs" / "mlx_lm.md"
 CHAT = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
@@ -35,14 +51,15 @@ CHAT = (
 
 
 def config_of(name: str) -> dict:
-    return {"model_type": name, **CONFIGS[name][1]}
+    return {"model_type": name, **(CONFIGS | OTHERS)[name][1]}
 
 
 def make_dense(name: str, seed: int = 0) -> Any:
     mx.random.seed(seed)
-    arch = CONFIGS[name][0]
+    arch = (CONFIGS | OTHERS)[name][0]
     model = arch.Model(arch.ModelArgs.from_dict(config_of(name)))
-    model.sanitize({})  # Gemma has no output layer where a checkpoint has none
+    if name == "gemma3_text":
+        model.sanitize({})  # it has no output layer where a checkpoint has none
     return model
 
 
@@ -75,15 +92,8 @@ def save_dense(name: str, path: Path) -> None:
 
 
 def save_sparse(model: nn.Module, path: Path, config: dict) -> None:
-    """Save a sparse model with the file that the page shows, for its architecture."""
-    save_model(path, model)
-    save_config({**config, "model_file": "sparse_model.py"}, path / "config.json")
-    (path / "sparse_model.py").write_text(model_file(config["model_type"]))
-
-
-def model_file(name: str) -> str:
-    """Return the file that the page shows, for another architecture than Llama."""
-    return code_of("Save and load").replace("llama", name)
+    """Save a sparse model as it would be downloaded."""
+    save_mlx_lm(path, path, model, make_tokenizer(), config, donate_model=False)
 
 
 def layers_of(model: nn.Module, kind: Any) -> list[str]:
