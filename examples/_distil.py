@@ -62,6 +62,7 @@ def hidden_loss(
     """Return the squared error of hidden states relative to their size, a mean over tokens."""
     total = mx.array(0.0)
     for state, target in zip(states, targets, strict=True):
+        target = target.astype(state.dtype)  # it may be held in 16 bits
         size = mx.square(target).sum(-1) + 1e-6  # (B, T)
         total = total + (mx.square(state - target).sum(-1) / size * keep).sum()
     return total / (len(targets) * keep.sum())
@@ -71,7 +72,8 @@ class Distillation:
     """Trains a sparse model towards the dense one.
 
     Embeddings stay as they are: Adam's pass over a table of some ten million numbers would take
-    longer than all else of a step. ``bias_correction`` makes the first steps count.
+    longer than all else of a step. What the dense model gives is computed once for each batch that
+    comes again, and held in float16: half a GB for MiniLM and Python's manual.
 
     Args:
         student: The sparse model, changed in place.
@@ -84,6 +86,7 @@ class Distillation:
         self.student, self.subject, self.path = student, subject, path
         self.peak, self.n_steps, self.limit = args.learning_rate, args.steps, 60 * args.minutes
         self.step, self.seconds = 0, 0.0
+        self._known: dict[int, tuple[list[mx.array], mx.array]] = {}
         for module in student.modules():
             if isinstance(module, nn.Embedding):
                 module.freeze()
@@ -115,8 +118,7 @@ class Distillation:
             while self._part() < 1:
                 self.optimizer.learning_rate = self._rate(self._part())
                 batch = self.subject.batch(self.step)
-                targets = teacher(batch)
-                loss, norm = train(batch, *targets)
+                loss, norm = train(batch, *self._targets(teacher, batch))
                 mx.eval(state, loss, norm)
                 if not math.isfinite(float(loss) + float(norm)):
                     raise NotFinite(f"the loss is not finite at step {self.step + 1}")
@@ -133,6 +135,18 @@ class Distillation:
         of_student, given = states_of(self.student, batch)
         hidden = hidden_loss(of_student, states, self.subject.keep(batch))
         return hidden + self.subject.output_loss(given, output)
+
+    def _targets(self, teacher: Any, batch: Batch) -> tuple[list[mx.array], mx.array]:
+        """Return what the dense model gives for the batch of this step."""
+        period = self.subject.period
+        if period is None:
+            return teacher(batch)
+        place = self.step % period
+        if place not in self._known:
+            states, output = teacher(batch)
+            self._known[place] = [state.astype(mx.float16) for state in states], output
+            mx.eval(self._known[place])
+        return self._known[place]
 
     def _part(self) -> float:
         """Return how much of the training is done: 1 at its end."""

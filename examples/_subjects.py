@@ -31,6 +31,7 @@ class Subject(Protocol):
         few_samples: Fewer, on which ``sensitivity`` tries layer after layer.
         rows: Says which tokens of a batch count, flattened, or None if all do.
         timed: The batch that is timed.
+        period: After how many steps of distillation batches repeat, or None if they never do.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Subject(Protocol):
     few_samples: list[Batch]
     rows: Any
     timed: Batch
+    period: int | None
 
     def batch(self, step: int) -> Batch:
         """Return what a step of distillation sees: the same for each model and each run."""
@@ -82,27 +84,24 @@ class Encoder:
         self.rows = _minilm.rows
         self.timed = _minilm.pad([text[:32] for text in self.bodies[:8]])
         self.training = tokenize(training_texts())
-        self.size, self.seed = min(args.batch, len(self.training)), args.seed
-        self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
+        self.groups = self._drawn(min(args.batch, len(self.training)), args.seed)
+        self.period: int | None = len(self.groups)
         self.of_dense = self._embeddings(model)
 
     def batch(self, step: int) -> Batch:
-        epoch, place = divmod(step, len(self.training) // self.size)
-        if self._epoch[0] != epoch:
-            self._epoch = epoch, self._drawn(np.random.default_rng([self.seed, epoch]))
-        ids, keep = _minilm.pad([self.training[i] for i in self._epoch[1][place]])
-        width = -ids.shape[1] % 8  # few widths, so that few graphs are compiled
-        return mx.pad(ids, [(0, 0), (0, width)]), mx.pad(keep, [(0, 0), (0, width)])
+        ids, keep = _minilm.pad([self.training[i] for i in self.groups[step % len(self.groups)]])
+        width = [(0, 0), (0, -ids.shape[1] % 8)]  # few widths, so that few graphs are compiled
+        return mx.pad(ids, width), mx.pad(keep, width)
 
-    def _drawn(self, generator: np.random.Generator) -> list[np.ndarray]:
-        """Return the texts of each batch of an epoch; those of a batch are about equally long."""
+    def _drawn(self, size: int, seed: int) -> list[np.ndarray]:
+        """Return the texts of all batches; those of one are about equally long."""
+        generator = np.random.default_rng(seed)
         order = generator.permutation(len(self.training))
         groups = []
-        for start in range(0, len(order), 16 * self.size):
-            part = order[start : start + 16 * self.size]
+        for start in range(0, len(order), 16 * size):
+            part = order[start : start + 16 * size]
             part = part[np.argsort([len(self.training[i]) for i in part], kind="stable")]
-            cut = range(0, len(part) - self.size + 1, self.size)
-            groups += [part[i : i + self.size] for i in cut]
+            groups += [part[i : i + size] for i in range(0, len(part) - size + 1, size)]
         return [groups[i] for i in generator.permutation(len(groups))]
 
     def keep(self, batch: Batch) -> mx.array:
@@ -137,6 +136,7 @@ class LanguageModel:
     measure_name = "nats per token"
     higher = False
     rows = None
+    period: int | None = None
 
     def __init__(self, folder: Path, text: str, args: Any):
         from mlx_lm.utils import load

@@ -125,20 +125,13 @@ class Run:
 
     def calibrate(self, model: Any, density: float) -> None:
         """Make a model sparse by what goes through it, with a measured density for each layer."""
-        shared = {"block_size": self.args.block_size, "rows": self.subject.rows}
-        file = self.folder / f"densities-{density:g}.json"
-        if file.exists():
-            densities = json.loads(file.read_text(encoding="utf-8"))
-        else:
-            few = self.subject.few_samples
-            found = sensitivity(model, few, density=density, blocks=model.layers, **shared)
-            densities = {path: float(of_layer) for path, of_layer in found.items()}
-            unfinished = file.with_suffix(".tmp")
-            unfinished.write_text(json.dumps(densities, indent=1), encoding="utf-8")
-            os.replace(unfinished, file)
+        shared = {"blocks": model.layers, "rows": self.subject.rows}
+        shared["block_size"] = self.args.block_size
+        folder = self.folder / f"sensitivity-{density:g}"
+        few = self.subject.few_samples
+        densities = sensitivity(model, few, density=density, resume=folder, **shared)
         folder = self.folder / f"calibrated-{density:g}"
-        samples = self.subject.samples
-        calibrate(model, samples, blocks=model.layers, density=densities, resume=folder, **shared)
+        calibrate(model, self.subject.samples, density=densities, resume=folder, **shared)
 
 
 def in_blocks(model: Any) -> nn.Module:
