@@ -1,6 +1,11 @@
 """Block-sparse layers, sparse arrays and sparse Hamiltonians for MLX."""
 
 from mlx_sparse_nn import patterns, physics
+from mlx_sparse_nn.calibration.calibrate import calibrate
+from mlx_sparse_nn.calibration.record import layer_moments
+from mlx_sparse_nn.calibration.refit import Refit, refit
+from mlx_sparse_nn.calibration.report import CalibrationReport
+from mlx_sparse_nn.calibration.sensitivity import Sensitivity, sensitivity
 from mlx_sparse_nn.core import (
     COOArray,
     CSRArray,
@@ -21,6 +26,7 @@ from mlx_sparse_nn.core import (
     use_device,
     use_gpu,
 )
+from mlx_sparse_nn.core.moments import InputMoments
 from mlx_sparse_nn.diagnostics.advise import AdviceReport, MethodTiming, advise
 from mlx_sparse_nn.diagnostics.products import ProductCheck
 from mlx_sparse_nn.diagnostics.summary import LayerSummary, SummaryReport, summary
@@ -42,6 +48,8 @@ __all__ = [
     "COOArray",
     "CSRArray",
     "CSRPattern",
+    "CalibrationReport",
+    "InputMoments",
     "LayerSummary",
     "LoRABlockSparseLinear",
     "MethodTiming",
@@ -49,13 +57,16 @@ __all__ = [
     "ProductCheck",
     "PruneReport",
     "QuantizedBlockSparseLinear",
+    "Refit",
     "RegrowReport",
+    "Sensitivity",
     "SparsifyReport",
     "SummaryReport",
     "VerifyReport",
     "activations",
     "advise",
     "bsr_array",
+    "calibrate",
     "check_same_pattern",
     "coo_array",
     "csr_array",
@@ -64,17 +75,20 @@ __all__ = [
     "densify",
     "from_dense",
     "from_scipy",
+    "layer_moments",
     "load_trainable",
     "patterns",
     "physics",
     "prune",
     "qspmm",
     "qspmm_t",
+    "refit",
     "regrow",
     "restore",
     "restore_patterns",
     "save_trainable",
     "sddmm",
+    "sensitivity",
     "shard_block_sparse",
     "shard_boundaries",
     "sparsify",

@@ -22,6 +22,7 @@ ROOMS = {
     "physics": {"core"},
     "layers": {"core", "patterns"},
     "surgery": {"core", "patterns", "layers"},
+    "calibration": {"core", "patterns", "layers", "surgery"},
     "diagnostics": {"core", "patterns", "layers"},
 }
 # Files of core from the top down: they import what stands below them.

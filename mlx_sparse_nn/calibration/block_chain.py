@@ -37,7 +37,7 @@ class BlockChain:
     def __init__(self, samples: Samples, blocks: Sequence[nn.Module]):
         self._samples, self.blocks = samples, _checked(samples, blocks)
         self._position = 0
-        self.differs = False
+        self.differs, self._gives_arrays = False, True
         self._inputs: list[mx.array] = []
         self._arguments: list[list[tuple[tuple, dict]]] = []  # of each batch, for each block
         for number in range(len(samples)):
@@ -54,6 +54,23 @@ class BlockChain:
     def run_dense(self, number: int) -> mx.array:
         """Return what it gives on what the dense model gives to it, not evaluated."""
         return self._run(number, self._dense_inputs[number])
+
+    def run_rest(self, number: int) -> Any:
+        """Return what the whole model makes of a batch; blocks before the present one are left out.
+
+        They are not, where the model's blocks give more than an array.
+        """
+        if not self._gives_arrays:
+            return self._samples.run(number)
+
+        def call(position: int, block: nn.Module, run: Any, x: mx.array, *args, **kwargs) -> Any:
+            if position < self._position:
+                return x
+            here = position == self._position
+            return run(block, self._inputs[number] if here else x, *args, **kwargs)
+
+        with intercepted(self.blocks, call):
+            return self._samples.run(number)
 
     def replace(self, old: Sequence[nn.Module], new: Sequence[nn.Module]) -> None:
         """Run ``new`` where ``old`` are blocks themselves, not modules in them."""
@@ -89,6 +106,7 @@ class BlockChain:
             inputs.append(args[0])
             arguments.append((args[1:], kwargs))
             given = run(block, *args, **kwargs)
+            self._gives_arrays &= isinstance(given, mx.array)
             outputs.append(self._given(given))
             if len(outputs) == len(self.blocks):
                 raise _LastBlockError

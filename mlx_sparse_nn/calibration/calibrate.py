@@ -12,17 +12,16 @@ from tqdm import tqdm
 from mlx_sparse_nn.calibration.block_chain import BlockChain
 from mlx_sparse_nn.calibration.model_fit import ModelFit
 from mlx_sparse_nn.calibration.report import CalibrationReport
-from mlx_sparse_nn.calibration.resume import FinishedStages, fingerprint
+from mlx_sparse_nn.calibration.resume import FinishedStages
 from mlx_sparse_nn.calibration.samples import Call, Rows, Samples, evaluating
+from mlx_sparse_nn.calibration.selection import check_any, inside, layers_to_fit, plan_of
 from mlx_sparse_nn.core.fit import DAMPING
 from mlx_sparse_nn.core.moments import check_damping
-from mlx_sparse_nn.core.scores import Balance, check_choice
+from mlx_sparse_nn.core.scores import Balance
 from mlx_sparse_nn.layers.parameters import density_of
 from mlx_sparse_nn.surgery.densities import Density
-from mlx_sparse_nn.surgery.selection import leaves_of
-from mlx_sparse_nn.surgery.targets import Options, Predicate, Target, find_targets
+from mlx_sparse_nn.surgery.targets import Predicate
 
-OUTSIDE = "it is outside the blocks"
 NOT_CALLED = "no token that counts went into it"
 
 
@@ -92,19 +91,15 @@ def calibrate(
     owner = "calibrate"
     samples = Samples(owner, model, batches, call, rows)
     check_damping(owner, damping)
-    by_path = isinstance(density, Mapping)
-    one_density = 1.0 if by_path else density
-    check_choice(owner, block_size, one_density, "l2", balance)
-    options = Options(block_size, one_density, None, "l2", balance, shared=False)
-    targets, skipped = find_targets(owner, model, predicate, density, options)
+    targets, skipped = layers_to_fit(owner, model, predicate, density, block_size, balance)
     training = {target.paths[0]: target.linear.training for target in targets}
     with evaluating(model):
         chain = None if blocks is None else BlockChain(samples, blocks)
         if chain is not None:
-            targets = _inside(owner, chain.blocks, targets, skipped, by_path)
-        if not targets:
-            raise ValueError(f"[{owner}] there is no layer to make sparse: {_reasons(skipped)}")
-        plan = {} if resume is None else _plan(samples, targets, damping, chain)
+            named = density if isinstance(density, Mapping) else ()
+            targets = inside(owner, chain.blocks, targets, skipped, named)
+        check_any(owner, targets, skipped)
+        plan = {} if resume is None else plan_of(samples, targets, damping, chain)
         finished = FinishedStages(owner, resume, plan)
         with tqdm(total=len(targets), unit="layer", disable=not progress) as bar:
             fit = ModelFit(samples, targets, damping, finished, bar)
@@ -120,57 +115,3 @@ def calibrate(
             skipped |= dict.fromkeys(target.paths, NOT_CALLED)
     patterns = {path: layer.pattern for path, layer in fit.layers.items()}
     return CalibrationReport(fit.layers, patterns, fit.quality, skipped, density_of(model))
-
-
-def _inside(
-    owner: str,
-    blocks: Sequence[nn.Module],
-    targets: Sequence[Target],
-    skipped: dict[str, str],
-    by_path: bool,
-) -> list[Target]:
-    """Return the targets that lie in a block, and say of the others why they are skipped."""
-    block_of: dict[int, int] = {}
-    for position, block in enumerate(blocks):
-        for _, module in [*leaves_of(block), ([], block)]:
-            first = block_of.setdefault(id(module), position)
-            if first != position and any(target.linear is module for target in targets):
-                raise ValueError(
-                    f"[{owner}] blocks {first} and {position} hold the same layer: leave blocks out"
-                )
-    for target in targets:
-        if id(target.linear) not in block_of:
-            if by_path:
-                raise ValueError(f"[{owner} {target.paths[0]}] density names it, but {OUTSIDE}")
-            skipped |= dict.fromkeys(target.paths, OUTSIDE)
-    return [target for target in targets if id(target.linear) in block_of]
-
-
-def _plan(
-    samples: Samples, targets: Sequence[Target], damping: float, chain: BlockChain | None
-) -> dict[str, Any]:
-    """Return all that the results depend on, as JSON has it."""
-    options = {target.paths[0]: target.options for target in targets}
-    return {
-        "batches": fingerprint([samples.batches, samples.counted]),
-        "weights": fingerprint(samples.model.parameters()),
-        "blocks": None if chain is None else len(chain.blocks),
-        "densities": {path: of_layer.density for path, of_layer in options.items()},
-        "block sizes": {path: of_layer.block_size for path, of_layer in options.items()},
-        "balances": {path: of_layer.balance for path, of_layer in options.items()},
-        "patterns": {
-            path: fingerprint([of_layer.pattern.indptr, of_layer.pattern.indices])
-            for path, of_layer in options.items()
-            if of_layer.pattern is not None
-        },
-        "damping": damping,
-    }
-
-
-def _reasons(skipped: Mapping[str, str]) -> str:
-    """Return why layers are skipped, the first of each reason."""
-    first: dict[str, str] = {}
-    for path, reason in skipped.items():
-        first.setdefault(reason, path)
-    reasons = [f"{path}: {reason}" for reason, path in first.items()]
-    return "; ".join(reasons) or "the model has no nn.Linear"
