@@ -17,6 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 Batch = tuple[mx.array, ...]
+LONGEST = 48  # tokens of a text in training, its two marks included
 
 
 class Subject(Protocol):
@@ -67,7 +68,7 @@ class Encoder:
     Args:
         model: The encoder.
         tokenize: Gives the tokens of each of a list of texts.
-        args: ``texts``, ``batch`` and ``seed``.
+        args: ``texts``, ``batch``, ``docstrings`` and ``seed``.
     """
 
     measure_name = "rank correlation of similarities"
@@ -83,7 +84,8 @@ class Encoder:
         self.few_samples = _minilm.batches(calibration[:40])
         self.rows = _minilm.rows
         self.timed = _minilm.pad([text[:32] for text in self.bodies[:8]])
-        self.training = tokenize(training_texts())
+        training = tokenize(training_texts(args.docstrings))
+        self.training = [[*text[: LONGEST - 1], text[-1]] for text in training]
         self.groups = self._drawn(min(args.batch, len(self.training)), args.seed)
         self.period: int | None = len(self.groups)
         self.of_dense = self._embeddings(model)
@@ -190,11 +192,19 @@ class LanguageModel:
         return {"nats": float(np.mean(losses)), "nats_error": error}
 
 
-def training_texts() -> list[str]:
-    """Return the paragraphs of Python's manual and their sentences; no docstring is among them."""
-    paragraphs = _texts.topics()
-    sentences = [part for text in paragraphs for part in re.split(r"(?<=[.:;!?])\s+", text)]
-    return list(dict.fromkeys([*paragraphs, *(text for text in sentences if len(text) > 25)]))
+def training_texts(with_docstrings: bool) -> list[str]:
+    """Return the paragraphs of Python's manual and their sentences, and docstrings if asked for.
+
+    Those that quality is measured on are not among them, word for word; others of the same modules
+    are, and may say much the same.
+    """
+    texts = _texts.topics()
+    for text in list(texts):
+        texts += [part for part in re.split(r"(?<=[.:;!?])\s+", text) if len(part) > 25]
+    if with_docstrings:
+        texts += [part[:300] for pair in _texts.docstrings() for part in pair]
+    measured = {part[:300] for pair in _texts.evaluation() for part in pair}
+    return [text for text in dict.fromkeys(texts) if text not in measured]
 
 
 def random_encoder(args: Any) -> Encoder:

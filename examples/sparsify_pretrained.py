@@ -42,7 +42,18 @@ from mlx_sparse_nn import calibrate, sensitivity, sparsify
 METHODS = ("magnitude", "calibrated", "distilled")
 RESULTS = "results.json"
 # What a run that is resumed must share with the run before; densities may be added.
-SETTINGS = ("model", "random", "data", "texts", "batch", "length", "block_size", "minutes", "steps")
+SETTINGS = (
+    "model",
+    "random",
+    "data",
+    "docstrings",
+    "texts",
+    "batch",
+    "length",
+    "block_size",
+    "minutes",
+    "steps",
+)
 SETTINGS += ("learning_rate", "seed")
 
 Row = dict[str, Any]
@@ -232,6 +243,8 @@ def make_parser() -> Parser:
     add("--model", "directory of the dense model, in place of MiniLM", type=Path, metavar="DIR")
     add("--random", "a tiny encoder that has learned nothing, to see it run", action="store_true")
     add("--data", "the text that a language model is for", type=Path, metavar="FILE")
+    own = "distil MiniLM on docstrings too: other ones than quality is measured on"
+    add("--docstrings", own, action="store_true")
     add("--densities", "stored fractions", type=float, nargs="+", default=default, metavar="P")
     add("--minutes", "of distillation for each density", type=float, default=2.0, metavar="X")
     add("--steps", "of distillation, in place of minutes", type=int, metavar="N")

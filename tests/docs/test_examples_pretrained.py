@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import signal
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from scripts import EXAMPLES, command, run_alone, run_here
+from support import ROOT
 
 SCRIPT = "sparsify_pretrained.py"
 METHODS = ["magnitude", "calibrated", "distilled"]
@@ -22,9 +25,7 @@ SMALL = ["--random", "--densities", "0.5", "--texts", "16", "--batch", "8", "--d
 @pytest.fixture
 def distil(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    import _distil
-
-    return _distil
+    return importlib.import_module("_distil")
 
 
 def results(folder: Path, name: str = "runs/pretrained") -> dict[str, Any]:
@@ -152,14 +153,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
     assert all(mx.isfinite(a).all() for a in arrays.values() if a.dtype == mx.float32)
 
 
-def test_a_language_model_of_mlx_lm(tmp_path: Path):
-    pytest.importorskip("mlx_lm")
-    import sys
-
-    sys.path.insert(0, str(EXAMPLES.parent / "tests/layers"))
-    from tiny_models import save_dense
-
-    save_dense("llama", tmp_path / "model")
+def test_a_language_model_of_mlx_lm(tmp_path: Path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests/layers"))
+    importlib.import_module("tiny_models").save_dense("llama", tmp_path / "model")
     generator = np.random.default_rng(0)
     text = " ".join(f"w{i}" for i in generator.integers(92, size=4000))
     (tmp_path / "text.txt").write_text(text)
@@ -175,9 +171,29 @@ def test_a_language_model_of_mlx_lm(tmp_path: Path):
     refused([*arguments, "--length", 3000, "--checkpoint", "c"], "is too short for", tmp_path)
 
 
-def test_a_tap_is_no_part_of_the_model(distil):
-    import _minilm
+def test_no_text_of_training_is_measured_on(distil):
+    subjects = importlib.import_module("_subjects")
+    texts = importlib.import_module("_texts")
+    manual, more = (set(subjects.training_texts(flag)) for flag in (False, True))
+    assert len(manual) > 2000
+    assert manual < more
+    for head, body in texts.evaluation():
+        assert head not in more
+        assert body[:300] not in more
 
+
+def test_gelu_is_that_of_mlx_with_its_gradient(distil):
+    gelu, x = importlib.import_module("_minilm").rational_gelu, mx.linspace(-12, 12, 4001)
+    for ours, theirs in ((gelu, nn.gelu), (grad_of(gelu), grad_of(nn.gelu))):
+        np.testing.assert_allclose(np.array(ours(x)), np.array(theirs(x)), rtol=0, atol=2e-6)
+
+
+def grad_of(function):
+    return mx.grad(lambda x: function(x).sum())
+
+
+def test_a_tap_is_no_part_of_the_model(distil):
+    _minilm = importlib.import_module("_minilm")
     model = _minilm.Encoder(32, dims=32, heads=1, hidden=32, n_layers=2, longest=8)
     blocks = list(model.layers)
     ids, keep = mx.zeros((2, 4), mx.int32), mx.ones((2, 4))
