@@ -183,6 +183,25 @@ def line_of(row: Row) -> str:
     return f"{row['density']:<7.4g}{row['method']:<11} {quality}  {speed:.2f}x  {size}"
 
 
+def table(results: dict[str, Any]) -> str:
+    """Return the results as a table of Markdown."""
+    rows: list[Row] = results["rows"]
+    names = [name for name in rows[0]["quality"] if not name.endswith("_error")]
+    head = ["density", "", *names, "layers, MiB", "in all", "times as fast"]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        quality = row["quality"]
+        errors = [quality.get(f"{name}_error") for name in names]
+        cells = [
+            f"{quality[name]:.3f}" if error is None else f"{quality[name]:.2f} ± {error:.2f}"
+            for name, error in zip(names, errors, strict=True)
+        ]
+        sizes = [f"{row[key] / 2**20:.1f}" for key in ("linear_bytes", "bytes")]
+        speed = f"{row['forward']['dense'] / row['forward']['model']:.1f}"
+        lines.append([f"{row['density']:.0%}", row["method"], *cells, *sizes, speed])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def draw(path: Path, results: dict[str, Any]) -> None:
     """Draw quality, bytes and speed against the density."""
     import matplotlib
@@ -258,7 +277,12 @@ def make_parser() -> Parser:
     add("--resume", "go on with the run of that folder", action="store_true")
     add("--output", "write the results here as well", type=Path, metavar="FILE")
     add("--plot", "draw quality, size and speed against density", type=Path, metavar="FILE")
-    add("--redraw", "compute nothing: draw these results", type=Path, metavar="JSON")
+    add(
+        "--redraw",
+        "compute nothing: draw these results, and print them for a page",
+        type=Path,
+        metavar="JSON",
+    )
     add_common_arguments(parser)
     return parser
 
@@ -323,8 +347,9 @@ def main() -> None:
     args = parser.parse_args()
     check(parser, args)
     if args.redraw is not None:
-        draw(args.plot, read_results(parser, args.redraw, "--redraw: there is no file"))
-        print(f"plot  {args.plot}")
+        results = read_results(parser, args.redraw, "--redraw: there is no file")
+        draw(args.plot, results)
+        print(table(results))
         return
     check_folder(parser, args)
     start(parser, args)
