@@ -1,6 +1,6 @@
 """Make two real models sparse, and measure what is left of them.
 
-    python -m benchmarks.pretrained           some twenty minutes on two cores
+    python -m benchmarks.pretrained           some 25 minutes on two cores, 10 of them distillation
     python -m benchmarks.pretrained --quick   few texts, a few minutes: does it run?
 
 MiniLM embeds sentences (``examples/_minilm.py``), SmolLM2 writes text (``smollm.py``). Their
@@ -16,6 +16,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -36,7 +37,8 @@ from benchmarks.pretrained_models import QUICK, MiniLM, Size, SmolLM
 from benchmarks.pretrained_report import MARKS, aims, tables
 from benchmarks.report import fill
 from benchmarks.sweep import resumed, save, sources
-from mlx_sparse_nn import BlockSparseLinear, calibrate, sensitivity, sparsify, use_cpu
+from mlx_sparse_nn import BlockSparseLinear, calibrate, sparsify, use_cpu
+from mlx_sparse_nn.calibration.sensitivity import share_out
 
 RESULTS = ROOT / "benchmarks/results/pretrained.json"
 QUICK_RESULTS = CACHE / "pretrained-quick.json"
@@ -57,15 +59,18 @@ class Cell(NamedTuple):
         model: "minilm" or "smollm".
         way: "dense", as it is; "magnitude", by ``sparsify``; "calibrated", block by block;
             "one pass", calibrated without blocks; "sensitivity", block by block with densities that
-            ``sensitivity`` measures.
+            ``sensitivity`` measures; "distilled", the same and then trained by
+            ``examples/sparsify_pretrained.py``.
         density: Stored fraction of the weights of all linear layers.
         samples: Texts of calibration of MiniLM, or tokens of SmolLM2's; 0 where there is none.
+        minutes: Of distillation.
     """
 
     model: str
     way: str
     density: float = 1.0
     samples: int = 0
+    minutes: float = 0.0
 
     @property
     def name(self) -> str:
@@ -86,6 +91,8 @@ def cells(size: Size) -> list[Cell]:
     densities = (0.9, 0.75, 0.5)
     found += [Cell("smollm", "magnitude", density) for density in densities]
     found += [Cell("smollm", "calibrated", density, size.tokens) for density in densities]
+    if size.minutes:
+        found.append(Cell("minilm", "distilled", 0.5, size.texts, size.minutes))
     return found
 
 
@@ -98,9 +105,9 @@ def sparse(subject: Any, cell: Cell) -> tuple[nn.Module, dict[str, float]]:
     notes: dict[str, float] = {}
     density: Any = cell.density
     if cell.way == "sensitivity":
-        few = subject.few_samples
-        density = sensitivity(model, **few, **shared, density=cell.density, blocks=blocks)
-        notes["sensitivity_seconds"] = time.perf_counter() - began
+        measured, notes["sensitivity_seconds"] = subject.sensitivity(BLOCK_SIZE)
+        density = share_out(measured.errors, measured.shapes, cell.density)
+        began = time.perf_counter() - notes["sensitivity_seconds"]
     if cell.way == "magnitude":
         sparsify(model, block_size=BLOCK_SIZE, density=density)
     elif cell.way != "dense":
@@ -150,6 +157,39 @@ def forward_seconds(subject: Any, model: nn.Module) -> dict[str, float]:
     return {name: min(of_model) for name, of_model in times.items()}
 
 
+def folder_of(path: Path) -> Path:
+    """Return where the example keeps what belongs to a file of results, of this package."""
+    return CACHE / f"{path.stem}-distilled-{sources()}"
+
+
+def distilled(cell: Cell, folder: Path) -> dict[str, Any]:
+    """Return what the example says of the model that it calibrates and trains.
+
+    Args:
+        cell: The cell.
+        folder: Where the example keeps what is done; it goes on with what lies there.
+
+    Raises:
+        SystemExit: The example failed.
+    """
+    begun = ["--resume"] if (folder / "results.json").exists() else []
+    texts = ["--texts", str(cell.samples), "--minutes", str(cell.minutes)]
+    script = [sys.executable, "examples/sparsify_pretrained.py", "--device", "cpu", *texts]
+    where = ["--densities", str(cell.density), "--checkpoint", str(folder), *begun]
+    ran = subprocess.run([*script, *where], cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
+    if ran.returncode:
+        raise SystemExit(f"[benchmarks] the example ended with status {ran.returncode}")
+    rows = {row["method"]: row for row in json.loads((folder / "results.json").read_text())["rows"]}
+    row, times = rows["distilled"], rows["distilled"]["forward"]
+    return {
+        "cell": cell._asdict(),
+        "quality": row["quality"],
+        **{key: row[key] for key in ("density", "linear_bytes", "bytes", "steps")},
+        "seconds": rows["calibrated"]["seconds"] + row["seconds"],
+        "forward": {"dense": times["dense"], "sparse": times["model"]},
+    }
+
+
 def measure(subject: Any, cell: Cell) -> dict[str, Any]:
     """Return all that is said of a cell."""
     model, notes = sparse(subject, cell)
@@ -184,9 +224,13 @@ def run(chosen: list[Cell], size: Size, path: Path) -> dict[str, Any]:
     with tqdm(left, unit="cell") as bar:
         for cell in bar:
             bar.set_description(cell.name)
-            if cell.model not in subjects:
-                subjects = {cell.model: SUBJECTS[cell.model](size)}
-            results["results"].append(measure(subjects[cell.model], cell))
+            if cell.way == "distilled":
+                result = distilled(cell, folder_of(path))
+            else:
+                if cell.model not in subjects:
+                    subjects = {cell.model: SUBJECTS[cell.model](size)}
+                result = measure(subjects[cell.model], cell)
+            results["results"].append(result)
             save(results, path)
     return results
 
@@ -222,7 +266,8 @@ def run_with_openblas(arguments: list[str]) -> None:
         SystemExit: It failed.
     """
     pinned = variables(openblas=sys.platform == "linux")
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(FOLDER)]))
+    given = os.environ.get("PYTHONPATH", "")
+    path = os.pathsep.join(filter(None, [str(ROOT), given, str(FOLDER)]))
     command = [sys.executable, "-m", "benchmarks.pretrained", *arguments, "--child"]
     child = subprocess.run(command, cwd=ROOT, env={**pinned, "PYTHONPATH": path}, check=False)
     if child.returncode:
@@ -243,11 +288,17 @@ def main() -> None:
         default=Size().tokens,
         help="of calibration for SmolLM2 (default: %(default)s)",
     )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=Size().minutes,
+        help="of distillation; 0 leaves it out (default: %(default)s)",
+    )
     parser.add_argument("--output", type=Path, help=f"default: {RESULTS.relative_to(ROOT)}")
     parser.add_argument("--readme", action="store_true", help="measure nothing, write the tables")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    size = QUICK if args.quick else Size(tokens=args.tokens)
+    size = QUICK if args.quick else Size(tokens=args.tokens, minutes=args.minutes)
     path = (args.output or (QUICK_RESULTS if args.quick else RESULTS)).resolve()
     if args.child:
         run([cell for cell in cells(size) if cell.model in args.models], size, path)
@@ -255,6 +306,7 @@ def main() -> None:
     if not args.readme:
         if args.again or args.quick:
             path.unlink(missing_ok=True)
+            shutil.rmtree(folder_of(path), ignore_errors=True)
         bring()
         run_with_openblas([argument for argument in sys.argv[1:] if argument != "--again"])
     results = json.loads(path.read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ import numpy as np
 from benchmarks import smollm
 from examples import _minilm, _texts
 from examples._quality import Embeddings, quality
+from mlx_sparse_nn import Sensitivity, sensitivity
 
 WINDOW = 256  # tokens of a piece of text for SmolLM2
 
@@ -25,6 +27,7 @@ class Size(NamedTuple):
         of_sensitivity: Texts that ``sensitivity`` measures on.
         evaluated: Docstrings that are embedded.
         windows: Pieces of topics and of docstrings, for SmolLM2.
+        minutes: Of distillation.
     """
 
     texts: int = 160
@@ -32,9 +35,10 @@ class Size(NamedTuple):
     of_sensitivity: int = 40
     evaluated: int = 150
     windows: tuple[int, int] = (2, 3)
+    minutes: float = 10.0
 
 
-QUICK = Size(texts=12, tokens=512, of_sensitivity=4, evaluated=24, windows=(1, 1))
+QUICK = Size(texts=12, tokens=512, of_sensitivity=4, evaluated=24, windows=(1, 1), minutes=0.1)
 
 
 class MiniLM:
@@ -56,7 +60,7 @@ class MiniLM:
             "batches": _minilm.batches(texts[: size.of_sensitivity]),
         }
         (self.timed,) = _minilm.batches([text[:32] for text in self.bodies[:8]])
-        self.dense = self.load()
+        self.dense: Any = self.load()
         self.of_dense = self.embed(self.dense)
 
     def load(self) -> nn.Module:
@@ -66,6 +70,14 @@ class MiniLM:
     def blocks(self, model: Any) -> list:
         """Return the layers that run one after another."""
         return model.layers
+
+    @functools.cache  # noqa: B019
+    def sensitivity(self, block_size: int) -> tuple[Sensitivity, float]:
+        """Return what each layer costs the outputs, for all densities, and the seconds of it."""
+        began = time.perf_counter()
+        shared = {"density": 0.5, "blocks": self.dense.layers, "progress": False}
+        measured = sensitivity(self.dense, **self.few_samples, **shared, block_size=block_size)
+        return measured, time.perf_counter() - began
 
     def embed(self, model: Any) -> Embeddings:
         """Return the embeddings that the measures compare."""

@@ -28,6 +28,7 @@ from mlx_sparse_nn.core import (
     use_gpu,
 )
 from mlx_sparse_nn.core.moments import InputMoments
+from mlx_sparse_nn.core.scores import BlockPlaces
 from mlx_sparse_nn.diagnostics.advise import AdviceReport, MethodTiming, advise
 from mlx_sparse_nn.diagnostics.products import ProductCheck
 from mlx_sparse_nn.diagnostics.summary import LayerSummary, SummaryReport, summary
@@ -45,6 +46,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdviceReport",
+    "BlockPlaces",
     "BlockSparseLinear",
     "COOArray",
     "CSRArray",

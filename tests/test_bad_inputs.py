@@ -737,6 +737,42 @@ REST = [
         "w must be numeric, got <U1",
     ),
     (
+        "sparsify",
+        lambda: sparse.sparsify(MODULE, density={"layer.0": 0.5}),
+        ValueError,
+        r"density names 'layer\.0', which is no nn\.Linear of the model; the closest is 'layers\.0",
+    ),
+    (
+        "prune",
+        lambda: sparse.prune(layer(), {"a": 0.5}),
+        ValueError,
+        "density names 'a', which is no BlockSparseLinear of the model; the closest is ''",
+    ),
+    (
+        "sparsify",
+        lambda: sparse.sparsify(MODULE, moments=untyped([])),
+        TypeError,
+        "moments must be a mapping of InputMoments by path, got list; layer_moments",
+    ),
+    (
+        "prune",
+        lambda: sparse.prune(layer(), 0.5, score="obs"),
+        ValueError,
+        "score 'obs' needs moments: layer_moments",
+    ),
+    (
+        "summary",
+        lambda: sparse.summary(layer(), dense=untyped(X)),
+        TypeError,
+        "dense must be an nn.Module, got array",
+    ),
+    (
+        "summary",
+        lambda: sparse.summary(layer(), dense=nn.ReLU()),
+        ValueError,
+        "dense has a ReLU there, not an nn.Linear: pass the model of which this one was made",
+    ),
+    (
         "patterns.strongest",
         lambda: patterns.strongest([["a"]], 0.5),
         TypeError,

@@ -69,4 +69,5 @@ def refit(
     layer.weight = fit.weight.astype(layer.weight.dtype)
     if fit.bias is not None:
         layer.bias = fit.bias.astype(layer.bias.dtype)
+    layer.output_error = fit.error_after  # for summary
     return Refit(fit.error_before, fit.error_after)

@@ -62,11 +62,7 @@ def choose_by_moments(
     """
     check_choice(owner, block_size, density, "l2", balance)
     check_dims(owner, weight.shape)
-    try:
-        aim, _ = problem.aim(_on_host(owner, "weight", weight))
-        scores = problem.scores(aim, block_size)
-    except NotDefiniteError as error:
-        raise _not_definite(owner, problem) from error
+    scores = scores_by_moments(owner, weight, problem, block_size)
     count = blocks_for(density, scores.size)
     return strongest_pattern(scores, count, weight.shape, block_size, balance)
 
@@ -93,16 +89,13 @@ def scores_by_moments(
     Raises:
         ValueError: The weight is not finite, or the moments are not positive definite.
     """
-    dense = _on_host(owner, "weight", weight)
-    kept = None
-    if pattern is not None:
-        kept = np.zeros(pattern.grid, dtype=bool)
-        kept[pattern.row_indices, pattern.indices] = True
+    kept = None if pattern is None else _stored(pattern)
     try:
-        scores = problem.scores(dense, block_size, kept)
+        aim, _ = problem.aim(_on_host(owner, "weight", weight))
+        scores = problem.scores(aim, block_size, kept)
     except NotDefiniteError as error:
         raise _not_definite(owner, problem) from error
-    return scores / (output_energy(problem.moments, dense) or 1.0)
+    return scores / (output_energy(problem.moments, aim) or 1.0)
 
 
 def fit_pattern(
@@ -125,8 +118,7 @@ def fit_pattern(
         ValueError: The weight is not finite, or the moments are not positive definite.
     """
     dense, block_size = _on_host(owner, "weight", weight), pattern.block_size
-    kept = np.zeros(pattern.grid, dtype=bool)
-    kept[pattern.row_indices, pattern.indices] = True
+    kept = _stored(pattern)
     try:
         aim, more = problem.aim(dense)
         fitted = problem.fit(aim, kept, block_size)
@@ -146,6 +138,13 @@ def fit_pattern(
         output_error(problem.moments, aim, cut, -more),
         output_error(problem.moments, aim, _on_host(owner, "weight", stored), change),
     )
+
+
+def _stored(pattern: CSRPattern) -> np.ndarray:
+    """Return which blocks a pattern stores, ``(R, C)`` bool."""
+    kept = np.zeros(pattern.grid, dtype=bool)
+    kept[pattern.row_indices, pattern.indices] = True
+    return kept
 
 
 def _on_host(owner: str, name: str, array: mx.array) -> np.ndarray:

@@ -38,7 +38,7 @@ import numpy as np
 
 from mlx_sparse_nn.core.moments import DenseInputs, InputMoments
 
-DENSE_SHARE = 0.5  # a: how much of the target is what the layer gave in the dense model
+DENSE_SHARE = 0.25  # a: how much of the target is what the layer gave in the dense model
 PANEL = 64  # columns of a triangular system that are solved at once
 
 
@@ -118,7 +118,7 @@ class LeastSquares:
                 continue
             columns = np.repeat(stay, block_size)[: weight.shape[1]]
             blocks = _blocks(weight[np.ix_(rows, columns)], block_size)  # (r, s, B, B)
-            costs = np.linalg.inv(_diagonal_blocks(self._inverse_of(columns), block_size))
+            costs = np.linalg.inv(self._inverse_blocks(columns, block_size))  # (s, B, B)
             growth = np.einsum("rcij,rcij->rc", blocks @ costs, blocks)
             scores[np.ix_(block_rows, stay)] = np.maximum(growth, 0)
         return scores
@@ -144,12 +144,25 @@ class LeastSquares:
         """Return what ``(n_out,)`` to add to the bias, so that the mean output stays."""
         return (weight - fitted) @ (self.moments.total / self.moments.n)
 
-    def _inverse_of(self, columns: np.ndarray) -> np.ndarray:
-        """Return the inverse of the gram matrix of the inputs ``(n_in,)`` that are True."""
-        if columns.all():
-            return self._inverse
-        inside = np.flatnonzero(columns)
-        return _solve(self._gram[np.ix_(inside, inside)], np.eye(inside.size))
+    def _inverse_blocks(self, columns: np.ndarray, block_size: int) -> np.ndarray:
+        """Return the blocks ``(s, B, B)`` on the diagonal of :math:`(G_{SS})^{-1}`.
+
+        Args:
+            columns: ``(n_in,)`` bool: S, of whole blocks.
+            block_size: Side of the blocks.
+        """
+        stay, gone = np.flatnonzero(columns), np.flatnonzero(~columns)
+        if not gone.size:
+            return _diagonal_blocks(self._inverse, block_size)
+        if stay.size <= gone.size:
+            inverse = _solve(self._gram[np.ix_(stay, stay)], np.eye(stay.size))
+            return _diagonal_blocks(inverse, block_size)
+        # With P the whole inverse, it is P_SS - P_SQ (P_QQ)⁻¹ P_QS.
+        cross = self._inverse[np.ix_(gone, stay)]
+        solved = _solve(self._inverse[np.ix_(gone, gone)], cross)
+        within = _diagonal_blocks(self._inverse[np.ix_(stay, stay)], block_size)
+        left, right = (_block_rows(a.T, block_size) for a in (cross, solved))  # (s, B, q)
+        return within - left @ right.swapaxes(1, 2)
 
     def _fit(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """Return rows ``(m, n_in)`` fitted with the columns ``(n_in,)`` that are True."""
@@ -213,6 +226,12 @@ def _blocks(weight: np.ndarray, block_size: int) -> np.ndarray:
     padded = np.pad(weight, [(0, -size % block_size) for size in weight.shape])
     shape = (len(padded) // block_size, block_size, padded.shape[1] // block_size, block_size)
     return padded.reshape(shape).swapaxes(1, 2)
+
+
+def _block_rows(matrix: np.ndarray, block_size: int) -> np.ndarray:
+    """Return a matrix ``(n, m)`` as block-rows ``(R, B, m)``, with zeros past the last row."""
+    padded = np.pad(matrix, [(0, -len(matrix) % block_size), (0, 0)])
+    return padded.reshape(-1, block_size, matrix.shape[1])
 
 
 def _diagonal_blocks(matrix: np.ndarray, block_size: int) -> np.ndarray:

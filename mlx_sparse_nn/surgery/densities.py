@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 from mlx_sparse_nn.core.checks import check_density
@@ -53,8 +52,7 @@ def density_by_path(
         if refused and path in refused:
             raise ValueError(f"[{owner} {path}] density names it, but {refused[path]}")
         if path not in known:
-            closest = get_close_matches(str(path), known, n=1, cutoff=0.0)
-            hint = f"; the closest is {closest[0]!r}" if closest else ""
+            hint = _closest(str(path), known)
             raise ValueError(
                 f"[{owner}] density names {path!r}, which is no {kind} of the model{hint}"
             )
@@ -70,3 +68,11 @@ def density_by_path(
         for value in named.values():
             found |= dict.fromkeys(paths, value)
     return found
+
+
+def _closest(path: str, known: Iterable[str]) -> str:
+    """Say which known path is the most like another."""
+    from difflib import get_close_matches  # no other user needs it
+
+    closest = get_close_matches(path, list(known), n=1, cutoff=0.0)
+    return f"; the closest is {closest[0]!r}" if closest else ""

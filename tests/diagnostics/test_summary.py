@@ -15,8 +15,11 @@ from support import computing, flatten, patterns, untyped
 from mlx_sparse_nn import (
     BlockSparseLinear,
     CSRPattern,
+    InputMoments,
+    calibrate,
     load_trainable,
     prune,
+    refit,
     restore,
     save_trainable,
     sparsify,
@@ -327,6 +330,17 @@ class TestErrors:
         assert (row.error, row.error_of) == (0.125, "outputs")
         assert "  0.125 out  " in repr(summary(model))
         assert "error, out: of the outputs over the samples of cal" in repr(summary(model))
+
+    def test_calibrated_layers_say_what_they_were_fitted_to(self):
+        model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+        x = mx.random.normal((200, 32))
+        report = calibrate(model, [x], density=0.5, block_size=8, progress=False)
+        for path, quality in report.quality.items():
+            row = row_of(model, path)
+            assert (row.error, row.error_of) == (quality.error_fitted, "outputs")
+        linear, layer = nn.Linear(32, 32), model.layers[0]
+        done = refit(layer, linear, InputMoments.of(x))
+        assert row_of(model, "layers.0").error == done.error_fitted
 
     def test_a_dense_model_that_does_not_fit_is_refused(self):
         model, dense = self.make()

@@ -1,6 +1,7 @@
 """The benchmark of real models: their ports, the measures, and the record of what was measured."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+from mlx.utils import tree_flatten
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -18,6 +20,7 @@ from benchmarks import pretrained, pretrained_report, report, smollm  # noqa: E4
 from benchmarks.pretrained import Cell  # noqa: E402
 from benchmarks.pretrained_models import Size  # noqa: E402
 from examples import _minilm, _quality, _texts  # noqa: E402
+from mlx_sparse_nn import sensitivity  # noqa: E402
 
 VOCABULARY, DIMS, HIDDEN, LAYERS, LONGEST = 30, 64, 96, 2, 16
 WORDS = ["[UNK]", "a", "cat", "sat", "here"]
@@ -145,7 +148,7 @@ def test_ranks_are_scipys():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=200), rng.integers(0, 9, 200).astype(float)  # b with equal values
     np.testing.assert_array_equal(_quality.ranks(b), scipy.stats.rankdata(b) - 1)
-    expected = scipy.stats.spearmanr(a + b, b).statistic
+    expected = scipy.stats.spearmanr(a + b, b)[0]  # pyright: ignore
     assert _quality.spearman(a + b, b) == pytest.approx(expected, abs=1e-12)
 
 
@@ -190,7 +193,7 @@ def test_a_gguf_is_the_llama_that_it_was_made_of(tmp_path):
     original = llama.Model(arguments)
     theirs = {ours: name for name, ours in smollm.RENAMED}
     arrays = {}
-    for name, w in nn.utils.tree_flatten(original.parameters()):
+    for name, w in tree_flatten(original.parameters()):
         for ours, gguf in theirs.items():
             name = name.replace(ours, gguf)
         heads = {"attn_q": n_heads, "attn_k": n_kv_heads}.get(name.split(".")[-2])
@@ -244,7 +247,6 @@ class Small:
         mx.random.seed(0)
         self.dense = self.load()
         self.samples = {"batches": [mx.random.normal((64, 64))]}
-        self.few_samples = self.samples
 
     def load(self):
         mx.random.seed(1)
@@ -253,6 +255,10 @@ class Small:
     def blocks(self, model):
         return model.layers
 
+    def sensitivity(self, block_size):
+        shared = {"density": 0.5, "blocks": self.dense.layers, "progress": False}
+        return sensitivity(self.dense, **self.samples, **shared, block_size=block_size), 1.0
+
     def measure(self, model):
         return {"topics": 1.0, "docstrings": float(model(self.samples["batches"][0]).sum())}
 
@@ -260,7 +266,7 @@ class Small:
         return model(self.samples["batches"][0])
 
 
-@pytest.mark.parametrize("way", pretrained_report.WAYS)
+@pytest.mark.parametrize("way", ["dense", "magnitude", "calibrated", "one pass", "sensitivity"])
 def test_a_model_is_measured_once(way, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "use_cpu", lambda: None)
     monkeypatch.setattr(pretrained, "SECONDS", 0.0)
@@ -277,6 +283,29 @@ def test_a_model_is_measured_once(way, tmp_path, monkeypatch):
     assert pretrained_report.WAYS[way] in pretrained_report.tables(results)
 
 
+def test_a_distilled_model_is_the_examples(tmp_path, monkeypatch):
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        times = {"dense": 2.0, "model": 1.0}
+        row = {"density": 0.5, "bytes": 3, "linear_bytes": 2, "forward": times, "seconds": 60.0}
+        row |= {"quality": {"spearman": 0.8}, "method": "calibrated"}
+        rows = [row, {**row, "method": "distilled", "seconds": 600.0, "steps": 9}]
+        (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
+        return subprocess.CompletedProcess(command, len(commands) // 3)
+
+    monkeypatch.setattr(pretrained.subprocess, "run", run)
+    cell = Cell("minilm", "distilled", 0.5, 160, 10.0)
+    result = pretrained.distilled(cell, tmp_path)
+    assert (result["seconds"], result["steps"]) == (660.0, 9)
+    assert result["forward"] == {"dense": 2.0, "sparse": 1.0}
+    pretrained.distilled(cell, tmp_path)
+    assert [command[-1] == "--resume" for command in commands] == [False, True]
+    with pytest.raises(SystemExit, match="the example ended with status 1"):
+        pretrained.distilled(cell, tmp_path)
+
+
 def test_aims_are_met_or_not_or_not_measured():
     cell = Cell("minilm", "calibrated", 0.75, 160)._asdict()
     lossy = Cell("smollm", "calibrated", 0.9, 8192)._asdict()
@@ -288,7 +317,7 @@ def test_aims_are_met_or_not_or_not_measured():
     }
     lines = pretrained_report.aims(results).splitlines()[2:]
     met = [line.split(" | ")[1] for line in lines]
-    assert met == ["yes", "no", "-", "-", "-", "-", "no", "-", "-"]
+    assert met == ["yes", "no", "-", "-", "-", "-", "-", "no", "-", "-"]
 
 
 @pytest.mark.parametrize(("page", "mark"), pretrained_report.MARKS)

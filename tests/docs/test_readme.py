@@ -145,13 +145,14 @@ def test_measured_tables_are_made_from_their_files(script, function, mark, page,
     assert f"<!-- {mark} -->\n{table}\n<!-- end -->" in (ROOT / page).read_text()
 
 
-def test_the_code_on_sparsify_runs(monkeypatch, tmp_path):
-    """The blocks of the page follow one another, as a reader would type them."""
+@pytest.mark.parametrize("page", ["docs/sparsify.md", "docs/pretrained.md"])
+def test_the_code_of_a_page_runs(page, monkeypatch, tmp_path):
+    """The blocks of a page follow one another, as a reader would type them."""
     monkeypatch.chdir(tmp_path)  # one saves a file
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/sparsify.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     names = {}
     for code in blocks:
-        exec(compile(code, "docs/sparsify.md", "exec"), names)
+        exec(compile(code, page, "exec"), names)
 
 
 def test_no_number_is_left_to_be_filled_in():

@@ -1,6 +1,7 @@
 """Surgery: dense layers to sparse ones and back, alone and in whole models."""
 
 import copy
+import re
 from itertools import pairwise
 
 import mlx.core as mx
@@ -11,7 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
-from support import assert_equal, flatten, integers, random_pattern, to_numpy, tolerance, untyped
+from support import (
+    ROOT,
+    assert_equal,
+    flatten,
+    integers,
+    random_pattern,
+    to_numpy,
+    tolerance,
+    untyped,
+)
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern, patterns
 from mlx_sparse_nn.surgery.sparsify import densify, sparsify
@@ -726,3 +736,17 @@ BAD_FROM_LINEAR = [
 def test_bad_arguments_of_from_linear_are_refused(args, options, error, message):
     with pytest.raises(error, match=r"\[BlockSparseLinear.from_linear\] .*" + message):
         BlockSparseLinear.from_linear(*args, **options)
+
+
+def test_the_page_on_surgery(capsys, monkeypatch, tmp_path):
+    """It prints the tables that it shows, but for the last digits of errors."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "sparsify.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", page[: page.index("### Saving and")], re.DOTALL)
+    names, shown = {}, []
+    for block in code:
+        exec(block, names)
+        shown += re.findall(r"^# (.*)$", block, re.MULTILINE)
+    without_errors = lambda line: re.sub(r" 0\.\d\d\d$", " 0.", line)
+    printed = [without_errors(line) for line in capsys.readouterr().out.splitlines()]
+    assert [without_errors(line) for line in shown] == [line for line in printed if line[0] != "["]
