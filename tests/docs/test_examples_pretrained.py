@@ -211,9 +211,10 @@ def test_a_tap_is_no_part_of_the_model(distil):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--densities", "0"], "--densities must be above 0 and below 1, got 0.0"),
-        (["--densities", "1"], "--densities must be above 0 and below 1, got 1.0"),
-        (["--densities", "nan"], "--densities must be above 0 and below 1, got nan"),
+        (["--densities", "0"], "--densities must be at least 0.125 and below 1, got 0.0"),
+        (["--densities", "1"], "--densities must be at least 0.125 and below 1, got 1.0"),
+        (["--random", "--block-size", "256"], "--block-size 256: no nn.Linear of a random encoder"),
+        (["--densities", "nan"], "--densities must be at least 0.125 and below 1, got nan"),
         (["--minutes", "0"], "--minutes must be above 0, got 0.0"),
         (["--minutes", "inf"], "--minutes must be above 0, got inf"),
         (["--learning-rate", "-1"], "--learning-rate must be above 0, got -1.0"),
