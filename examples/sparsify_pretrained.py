@@ -122,12 +122,12 @@ class Run:
     def at(self, density: float) -> None:
         """Make and measure what is missing at one density."""
         if not self.has(density, "magnitude"):
-            model, began = copy.deepcopy(self.subject.dense), time.perf_counter()
+            model, began = copied(self.subject.dense), time.perf_counter()
             sparsify(in_blocks(model), block_size=self.args.block_size, density=density)
             self.add(density, "magnitude", model, time.perf_counter() - began)
         if self.has(density, "calibrated") and self.has(density, "distilled"):
             return
-        model, began = copy.deepcopy(self.subject.dense), time.perf_counter()
+        model, began = copied(self.subject.dense), time.perf_counter()
         self.calibrate(model, density)
         if not self.has(density, "calibrated"):
             self.add(density, "calibrated", model, time.perf_counter() - began)
@@ -146,6 +146,19 @@ class Run:
         densities = share_out(found.errors, found.shapes, density)
         folder = self.folder / f"calibrated-{density:g}"
         calibrate(model, self.subject.samples, density=densities, resume=folder, **shared)
+
+
+def copied(model: Any) -> Any:
+    """Return another model of the same weights; functions that it holds are shared.
+
+    ``deepcopy`` alone refuses those that MLX has compiled, as ``nn.relu``.
+    """
+    shared = {}
+    for module in model.modules():
+        for value in (*module.values(), *vars(module).values()):
+            if callable(value) and not isinstance(value, nn.Module):
+                shared[id(value)] = value
+    return copy.deepcopy(model, shared)
 
 
 def in_blocks(model: Any) -> nn.Module:
