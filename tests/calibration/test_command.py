@@ -86,7 +86,7 @@ class TestModels:
         assert (routers in folder.done.stdout) == (folder.name == "mixtral")
         stored = sum(model_layer(model, path).pattern.nnz for path in sparse)
         places = sum(math.prod(model_layer(model, path).pattern.shape) for path in sparse)
-        assert 0.55 < stored / places < 0.75  # k_proj has two blocks in a row
+        assert 0.5 <= stored / places < 0.7  # of 0.6, where a row has two blocks or four
 
     def test_the_printed_perplexities_are_those_of_the_last_tenth(self, folder):
         printed = re.findall(r"held-out perplexity (\w+): (\S+) ± (\S+)", folder.done.stdout)
