@@ -232,9 +232,12 @@ def load(args: Any) -> Encoder | LanguageModel:
     folder = args.model
     if folder is None or kind_of(folder) == "bert":
         try:
-            return Encoder(*_minilm.load(folder), args)
+            encoder = Encoder(*_minilm.load(folder), args)
         except FileNotFoundError as error:
             raise ValueError(str(error)) from None
+        if folder is not None:
+            encoder.name = folder.resolve().name
+        return encoder
     if args.data is None:
         raise ValueError("--data FILE is needed with a language model: the text that it is for")
     try:

@@ -13,7 +13,7 @@ On Linux without a GPU, load OpenBLAS before MLX (README.md): dense products tak
 
   python examples/sparsify_pretrained.py --plot pretrained.png
   python examples/sparsify_pretrained.py --densities 0.5 --minutes 10 --checkpoint runs/half
-  python examples/sparsify_pretrained.py --model SmolLM2-135M --data book.txt --densities 0.75
+  python examples/sparsify_pretrained.py --model SmolLM2-135M --data book.txt --batch 2 --texts 32
   python examples/sparsify_pretrained.py --redraw runs/pretrained/results.json --plot again.png
 """
 
@@ -38,9 +38,11 @@ from _subjects import Encoder, LanguageModel, load
 from mlx.utils import tree_flatten
 
 from mlx_sparse_nn import calibrate, sensitivity, sparsify
+from mlx_sparse_nn.calibration.sensitivity import share_out
 
 METHODS = ("magnitude", "calibrated", "distilled")
 RESULTS = "results.json"
+LEAST = 0.125  # density; sensitivity measures none below it
 # What a run that is resumed must share with the run before; densities may be added.
 SETTINGS = (
     "model",
@@ -120,12 +122,12 @@ class Run:
     def at(self, density: float) -> None:
         """Make and measure what is missing at one density."""
         if not self.has(density, "magnitude"):
-            model, began = copy.deepcopy(self.subject.dense), time.perf_counter()
+            model, began = copied(self.subject.dense), time.perf_counter()
             sparsify(in_blocks(model), block_size=self.args.block_size, density=density)
             self.add(density, "magnitude", model, time.perf_counter() - began)
         if self.has(density, "calibrated") and self.has(density, "distilled"):
             return
-        model, began = copy.deepcopy(self.subject.dense), time.perf_counter()
+        model, began = copied(self.subject.dense), time.perf_counter()
         self.calibrate(model, density)
         if not self.has(density, "calibrated"):
             self.add(density, "calibrated", model, time.perf_counter() - began)
@@ -138,11 +140,25 @@ class Run:
         """Make a model sparse by what goes through it, with a measured density for each layer."""
         shared = {"blocks": model.layers, "rows": self.subject.rows}
         shared["block_size"] = self.args.block_size
-        folder = self.folder / f"sensitivity-{density:g}"
-        few = self.subject.few_samples
-        densities = sensitivity(model, few, density=density, resume=folder, **shared)
+        # Measured once: the density says only how the errors share it out.
+        folder, few = self.folder / "sensitivity", self.subject.few_samples
+        found = sensitivity(model, few, density=0.5, resume=folder, **shared)
+        densities = share_out(found.errors, found.shapes, density)
         folder = self.folder / f"calibrated-{density:g}"
         calibrate(model, self.subject.samples, density=densities, resume=folder, **shared)
+
+
+def copied(model: Any) -> Any:
+    """Return another model of the same weights; functions that it holds are shared.
+
+    ``deepcopy`` alone refuses those that MLX has compiled, as ``nn.relu``.
+    """
+    shared = {}
+    for module in model.modules():
+        for value in (*module.values(), *vars(module).values()):
+            if callable(value) and not isinstance(value, nn.Module):
+                shared[id(value)] = value
+    return copy.deepcopy(model, shared)
 
 
 def in_blocks(model: Any) -> nn.Module:
@@ -300,8 +316,8 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
         if not (math.isfinite(value) and value > 0):
             parser.error(f"--{name.replace('_', '-')} must be above 0, got {value}")
     for density in args.densities:
-        if not 0 < density < 1:
-            parser.error(f"--densities must be above 0 and below 1, got {density}")
+        if not LEAST <= density < 1:
+            parser.error(f"--densities must be at least {LEAST} and below 1, got {density}")
     if args.random and args.model is not None:
         parser.error("--random is a model: give it or --model, not both")
     if args.redraw is not None and args.plot is None:
@@ -354,24 +370,31 @@ def main() -> None:
     check_folder(parser, args)
     start(parser, args)
     try:
-        subject = load(args)
-    except ValueError as error:
-        parser.error(str(error))
-    run = Run(subject, args)
-    print(f"{subject.name}: {subject.measure_name}, on texts that nothing was fitted to")
-    for row in run.rows:
-        print(line_of(row))
-    try:
+        subject = load_checked(parser, args)
+        run = Run(subject, args)
+        print(f"{subject.name}: {subject.measure_name}, on texts that nothing was fitted to")
+        for row in run.rows:
+            print(line_of(row))
         run.all()
     except KeyboardInterrupt:
         sys.exit("stopped; --resume goes on from there")
     except NotFinite as error:
         sys.exit(f"{error}; try a lower --learning-rate, in another --checkpoint folder")
-    except ValueError as error:
-        sys.exit(str(error))
     if args.plot:
         draw(args.plot, run.results)
         print(f"plot  {args.plot}")
+
+
+def load_checked(parser: Parser, args: argparse.Namespace) -> Encoder | LanguageModel:
+    """Return the model, or end with a one-line error."""
+    try:
+        subject = load(args)
+    except ValueError as error:
+        parser.error(str(error))
+    shapes = [m.weight.shape for m in in_blocks(subject.dense).modules() if type(m) is nn.Linear]
+    if not any(min(shape) >= args.block_size for shape in shapes):
+        parser.error(f"--block-size {args.block_size}: no nn.Linear of {subject.name} is so large")
+    return subject
 
 
 if __name__ == "__main__":

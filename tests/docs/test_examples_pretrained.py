@@ -182,6 +182,16 @@ def test_no_text_of_training_is_measured_on(distil):
         assert body[:300] not in more
 
 
+def test_a_model_that_holds_a_compiled_function_is_copied(distil):
+    model = nn.TransformerEncoder(num_layers=1, dims=32, num_heads=1, activation=nn.relu)
+    x = mx.random.normal((1, 4, 32))
+    before = np.array(model(x, None))
+    copy = importlib.import_module("sparsify_pretrained").copied(model)
+    np.testing.assert_array_equal(np.array(copy(x, None)), before)
+    copy.layers[0].linear1.weight = mx.zeros((128, 32))
+    np.testing.assert_array_equal(np.array(model(x, None)), before)
+
+
 def test_gelu_is_that_of_mlx_with_its_gradient(distil):
     gelu, x = importlib.import_module("_minilm").rational_gelu, mx.linspace(-12, 12, 4001)
     for ours, theirs in ((gelu, nn.gelu), (grad_of(gelu), grad_of(nn.gelu))):
@@ -211,9 +221,10 @@ def test_a_tap_is_no_part_of_the_model(distil):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--densities", "0"], "--densities must be above 0 and below 1, got 0.0"),
-        (["--densities", "1"], "--densities must be above 0 and below 1, got 1.0"),
-        (["--densities", "nan"], "--densities must be above 0 and below 1, got nan"),
+        (["--densities", "0"], "--densities must be at least 0.125 and below 1, got 0.0"),
+        (["--densities", "1"], "--densities must be at least 0.125 and below 1, got 1.0"),
+        (["--random", "--block-size", "256"], "--block-size 256: no nn.Linear of a random encoder"),
+        (["--densities", "nan"], "--densities must be at least 0.125 and below 1, got nan"),
         (["--minutes", "0"], "--minutes must be above 0, got 0.0"),
         (["--minutes", "inf"], "--minutes must be above 0, got inf"),
         (["--learning-rate", "-1"], "--learning-rate must be above 0, got -1.0"),
