@@ -22,7 +22,7 @@ from mlx_sparse_nn.layers.parameters import density_of
 from mlx_sparse_nn.surgery.densities import Density
 from mlx_sparse_nn.surgery.targets import Predicate
 
-NOT_CALLED = "no token that counts went into it"
+NOTHING_WENT_IN = "no token that counts went into it, or only zeros"
 
 
 def calibrate(
@@ -113,6 +113,6 @@ def calibrate(
         layer.output_error = fit.quality[path].error_fitted  # for summary
     for target in targets:
         if target.paths[0] not in fit.layers:
-            skipped |= dict.fromkeys(target.paths, NOT_CALLED)
+            skipped |= dict.fromkeys(target.paths, NOTHING_WENT_IN)
     patterns = {path: layer.pattern for path, layer in fit.layers.items()}
     return CalibrationReport(fit.layers, patterns, fit.quality, skipped, density_of(model))

@@ -134,7 +134,7 @@ class ModelFit:
         self._bar.set_description("fit")
         inputs = recorder.result()
         for stage, (path, target) in enumerate(self._targets.items()):
-            if path in inputs:
+            if path in inputs and _holds_something(inputs[path]):
                 saved[path] = self._problem.fit(target, inputs[path])
                 self._keep(stage, {path: saved[path]})
             self._bar.update()
@@ -178,7 +178,11 @@ class ModelFit:
                         dense = layer_inputs(group, partial(chain.run_dense, number))
                 recorder.add(number, inputs, dense)
             seen = recorder.result()
-            new = {p: self._problem.fit(left[p], seen[p]) for p in group if p in seen}
+            new = {
+                p: self._problem.fit(left[p], seen[p])
+                for p in group
+                if _holds_something(seen.get(p))
+            }
             self._put(new, chain)
             self._bar.update(len(group))
             done |= new
@@ -243,6 +247,11 @@ class ModelFit:
                 layer.bias = bias
             found[path] = layer, Quality(**quality)
         return found
+
+
+def _holds_something(inputs: Recorded) -> bool:
+    """Return whether what went in was not zeros alone."""
+    return bool(inputs.moments.second.any())
 
 
 _PARTS = ("weight", "bias", "indptr", "indices")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import mlx.nn as nn
 
@@ -12,8 +12,16 @@ from mlx_sparse_nn.core.moments import InputMoments, check_damping, check_moment
 from mlx_sparse_nn.layers.linear import BlockSparseLinear, why_not_linear
 
 
-class Refit(NamedTuple):
-    """Relative errors of a layer's outputs over the samples: with the dense values, and fitted."""
+@dataclass(frozen=True)
+class Refit:
+    """What :func:`refit` did.
+
+    Attributes:
+        error_kept: Relative error of the layer's outputs over the samples with the dense layer's
+            values in the stored blocks: the norm of what is missing over that of the outputs
+            without a bias.
+        error_fitted: The same with the values that are there now.
+    """
 
     error_kept: float
     error_fitted: float

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +36,7 @@ LEVELS = (0.125, 0.25, 0.5, 0.75)
 STEP = 1 / 32  # of the densities between them
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class Sensitivity(Report, Mapping[str, float]):
     """Densities by path, as :func:`sensitivity` measured them; ``print`` it for a table.
 
@@ -48,13 +49,9 @@ class Sensitivity(Report, Mapping[str, float]):
         shapes: ``(output_dims, input_dims)`` of each.
     """
 
-    def __init__(
-        self,
-        densities: dict[str, float],
-        errors: dict[str, dict[float, float]],
-        shapes: dict[str, tuple[int, int]],
-    ):
-        self.densities, self.errors, self.shapes = densities, errors, shapes
+    densities: dict[str, float]
+    errors: dict[str, dict[float, float]]
+    shapes: dict[str, tuple[int, int]]
 
     def __getitem__(self, path: str) -> float:
         return self.densities[path]

@@ -1,5 +1,7 @@
 """The fit of a layer, beside ``numpy.linalg.lstsq`` on the samples themselves."""
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -63,7 +65,7 @@ def test_a_fit_loses_less_than_the_values_kept():
     moments = InputMoments.of(x)
     y = linear(x)
     for density in (0.25, 0.5, 0.75):
-        options = dict(block_size=8, density=density)
+        options: dict[str, Any] = dict(block_size=8, density=density)
         cut = BlockSparseLinear.from_linear(linear, **options)
         same = BlockSparseLinear.from_linear(linear, **options, moments=moments, score="l2")
         fitted = BlockSparseLinear.from_linear(linear, **options, moments=moments)
