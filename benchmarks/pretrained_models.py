@@ -24,7 +24,6 @@ class Size(NamedTuple):
     Args:
         texts: Of calibration, for MiniLM.
         tokens: Of calibration, for SmolLM2.
-        of_sensitivity: Texts that ``sensitivity`` measures on.
         evaluated: Docstrings that are embedded.
         windows: Pieces of topics and of docstrings, for SmolLM2.
         minutes: Of distillation.
@@ -32,13 +31,12 @@ class Size(NamedTuple):
 
     texts: int = 160
     tokens: int = 8192
-    of_sensitivity: int = 40
     evaluated: int = 150
     windows: tuple[int, int] = (2, 3)
     minutes: float = 10.0
 
 
-QUICK = Size(texts=12, tokens=512, of_sensitivity=4, evaluated=24, windows=(1, 1), minutes=0.1)
+QUICK = Size(texts=12, tokens=512, evaluated=24, windows=(1, 1), minutes=0.1)
 
 
 class MiniLM:
@@ -54,11 +52,8 @@ class MiniLM:
         self.heads, self.bodies = (self.tokenizer(texts) for texts in zip(*found, strict=True))
         self.general = self.tokenizer(_texts.general())
         texts = self.tokenizer(_texts.calibration(size.texts))
-        self.samples = {"batches": _minilm.batches(texts, 32), "rows": _minilm.rows}
-        self.few_samples = {
-            **self.samples,
-            "batches": _minilm.batches(texts[: size.of_sensitivity]),
-        }
+        # Every fourth batch measures for sensitivity, so there are more than a few.
+        self.samples = {"batches": _minilm.batches(texts, 8), "rows": _minilm.rows}
         (self.timed,) = _minilm.batches([text[:32] for text in self.bodies[:8]])
         self.dense: Any = self.load()
         self.of_dense = self.embed(self.dense)
@@ -76,7 +71,7 @@ class MiniLM:
         """Return what each layer costs the outputs, for all densities, and the seconds of it."""
         began = time.perf_counter()
         shared = {"density": 0.5, "blocks": self.dense.layers, "progress": False}
-        measured = sensitivity(self.dense, **self.few_samples, **shared, block_size=block_size)
+        measured = sensitivity(self.dense, **self.samples, **shared, block_size=block_size)
         return measured, time.perf_counter() - began
 
     def embed(self, model: Any) -> Embeddings:

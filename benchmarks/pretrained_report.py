@@ -13,8 +13,8 @@ WAYS = {
     "magnitude": "`sparsify`",
     "one pass": "`calibrate`",
     "calibrated": "`calibrate`, `blocks`",
-    "sensitivity": "the same, `sensitivity`",
-    "distilled": "the same, distilled",
+    "sensitivity": "`calibrate`, `blocks`, `sensitivity`",
+    "distilled": "`calibrate`, `blocks`, `sensitivity`, distilled",
 }
 AIMED = {
     "calibrated": "`calibrate`",

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
-from tqdm import tqdm
 
 from mlx_sparse_nn.calibration.block_chain import BlockChain
 from mlx_sparse_nn.calibration.model_fit import ModelFit
+from mlx_sparse_nn.calibration.progress import progress_bar
 from mlx_sparse_nn.calibration.report import CalibrationReport
 from mlx_sparse_nn.calibration.resume import FinishedStages
 from mlx_sparse_nn.calibration.samples import Call, Rows, Samples, evaluating
@@ -101,7 +101,7 @@ def calibrate(
         check_any(owner, targets, skipped)
         plan = {} if resume is None else plan_of(samples, targets, damping, chain)
         finished = FinishedStages(owner, resume, plan)
-        with tqdm(total=len(targets), unit="layer", disable=not progress) as bar:
+        with progress_bar(len(targets), "layer", progress) as bar:
             fit = ModelFit(samples, targets, damping, finished, bar)
             with fit.undone_on_error():
                 if chain is None:

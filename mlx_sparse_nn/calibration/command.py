@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_reduce
+from mlx.utils import tree_flatten
 
 from mlx_sparse_nn.calibration.block_chain import BlockChain
 from mlx_sparse_nn.calibration.calibrate import calibrate
@@ -27,7 +28,8 @@ from mlx_sparse_nn.core.fit import DAMPING
 from mlx_sparse_nn.core.moments import check_damping
 
 OWNER = "calibrate"
-ROUTERS = ("*.gate", "*.router", "*.shared_expert_gate")  # as the models of mlx-lm name them
+# As the models of mlx-lm name the layers that choose experts.
+ROUTERS = ("*.gate", "*.gate.*", "*router", "*router.*", "*.shared_expert_gate")
 MEASURED = 2  # sequences for sensitivity, which holds all outputs of the model for them
 FACTOR = 2.0  # of the dense perplexity, above which a model is called bad
 
@@ -41,7 +43,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--density", type=float, required=True, help="stored fraction of the linear layers")
     add("--block-size", type=int, default=32, help="32 or 64 can be quantized (default: 32)")
     add("--sensitivity", action="store_true", help="measure which layers need more of the density")
-    add("--exclude", nargs="+", metavar="GLOB", help=f"layers to leave dense (default: {ROUTERS})")
+    add(
+        "--exclude",
+        nargs="+",
+        metavar="GLOB",
+        help="layers to leave dense (default: routers of experts)",
+    )
     add("--num-samples", type=int, default=128, help="sequences, -1 for all (default: 128)")
     add("--sequence-length", type=int, default=512, help="tokens in each (default: 512)")
     add("--batch-size", type=int, default=4, help="sequences at a time (default: 4)")
@@ -159,9 +166,10 @@ def _load(options: argparse.Namespace) -> tuple[nn.Module, Any, dict[str, Any]]:
             return_config=True,
             trust_remote_code=options.trust_remote_code,
         )
-    except (OSError, RuntimeError, ValueError) as error:  # of files, of MLX, of configurations
+    except Exception as error:  # of files, of MLX, of configurations, of the network
         raise ValueError(
-            f"[{OWNER}] --model must be a directory that mlx-lm loads, but {options.model}: {error}"
+            f"[{OWNER}] --model must be a directory that mlx-lm loads, but {options.model}: "
+            f"{type(error).__name__}, {error}"
         ) from error
     check_model_file(OWNER, config)
     if config.get("quantization") or config.get("quantization_config"):
@@ -216,9 +224,10 @@ def _perplexity(model: nn.Module, sequences: mx.array, batch_size: int) -> tuple
 
     try:
         with contextlib.redirect_stdout(sys.stderr):  # it counts the batches
-            return eval_ppl(model, sequences, batch_size)
+            value, error = eval_ppl(model, sequences, batch_size)
     except OverflowError:
-        return float("inf"), float("inf")
+        return math.inf, math.inf
+    return float(value), float(error)  # pyright: ignore[reportArgumentType]
 
 
 def _why_bad(before: float, after: float, vocabulary: int) -> str | None:
@@ -240,7 +249,8 @@ def _why_bad(before: float, after: float, vocabulary: int) -> str | None:
 
 
 def _n_bytes(model: nn.Module) -> int:
-    return tree_reduce(lambda n, x: n + x.nbytes, model.parameters(), 0)
+    arrays: Any = tree_flatten(model.parameters())
+    return sum(array.nbytes for _, array in arrays)
 
 
 def _next_steps(path: str, block_size: int) -> str:

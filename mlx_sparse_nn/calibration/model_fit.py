@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from tqdm import tqdm
 
 from mlx_sparse_nn.calibration.block_chain import BlockChain
 from mlx_sparse_nn.calibration.record import Recorded, Recorder, layer_inputs
@@ -23,6 +22,9 @@ from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
 from mlx_sparse_nn.surgery.selection import leaves_of, replace_leaves
 from mlx_sparse_nn.surgery.targets import Target
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
-from tqdm import tqdm
 
+from mlx_sparse_nn.calibration.progress import progress_bar
 from mlx_sparse_nn.calibration.samples import Call, Rows, Samples, evaluating
 from mlx_sparse_nn.core.moments import DenseInputs, InputMoments, MomentSum
 from mlx_sparse_nn.layers.layer_calls import observed
@@ -71,9 +71,10 @@ def layer_moments(
         raise ValueError(f"[{owner}] the model has no linear layer to observe")
     layers = {paths[0]: layer for paths, layer in found.items()}
     recorder = Recorder(samples)
-    with evaluating(model):
-        for number in tqdm(range(len(samples)), unit="batch", disable=not progress):
+    with evaluating(model), progress_bar(len(samples), "batch", progress) as bar:
+        for number in range(len(samples)):
             recorder.add(number, layer_inputs(layers, partial(samples.run, number)))
+            bar.update()
     seen = recorder.result()
     return {path: seen[paths[0]].moments for paths in found for path in paths if paths[0] in seen}
 

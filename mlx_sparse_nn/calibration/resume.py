@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -80,6 +79,8 @@ class FinishedStages:
 
 def fingerprint(tree: Any) -> str:
     """Return a hash of arrays and of what stands beside them, in lists, tuples and dicts."""
+    import hashlib  # milliseconds that not every user has to pay
+
     digest = hashlib.blake2b(digest_size=16)
     for part in _parts(tree):
         digest.update(part)

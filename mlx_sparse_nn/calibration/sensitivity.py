@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from tqdm import tqdm
 
 from mlx_sparse_nn.calibration.block_chain import BlockChain
 from mlx_sparse_nn.calibration.model_fit import FitProblem
+from mlx_sparse_nn.calibration.progress import progress_bar
 from mlx_sparse_nn.calibration.record import Recorded, Recorder, layer_inputs
 from mlx_sparse_nn.calibration.resume import FinishedStages
 from mlx_sparse_nn.calibration.samples import Call, Rows, Samples, evaluating
@@ -30,6 +30,7 @@ from mlx_sparse_nn.surgery.targets import Predicate, Target
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from tqdm import tqdm
 
 LEVELS = (0.125, 0.25, 0.5, 0.75)
 STEP = 1 / 32  # of the densities between them
@@ -176,7 +177,7 @@ def sensitivity(
         plan = {} if resume is None else plan_of(samples, targets, damping, chain)
         finished = FinishedStages(owner, resume, plan | {"levels": steps})
         measuring = _Measuring(samples, finished, damping, steps)
-        with tqdm(total=len(targets), unit="layer", disable=not progress) as bar:
+        with progress_bar(len(targets), "layer", progress) as bar:
             if chain is None:
                 measuring.all(targets, bar)
             else:

@@ -75,7 +75,7 @@ def _tokens(owner: str, path: Path, tokenizer: Any) -> list[int]:
                 continue
             try:
                 records = [json.loads(line)]
-                dataset = create_dataset(records, tokenizer, SimpleNamespace())
+                dataset: Any = create_dataset(records, tokenizer, SimpleNamespace())
                 tokens += dataset.process(records[0])[0]
             except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
                 raise ValueError(

@@ -219,18 +219,11 @@ def summary(
     ]
     total = max(1, sum(row["parameters"] for row in rows))
     errors = _errors(model, dense)
+    for row in rows:
+        row["share"] = row["parameters"] / total
+        row["error"], row["error_of"] = errors.get(row["path"], (None, None))
     return SummaryReport(
-        tuple(
-            LayerSummary(
-                **row,
-                share=row["parameters"] / total,
-                error=errors.get(row["path"], (None, None))[0],
-                error_of=errors.get(row["path"], (None, None))[1],
-            )
-            for row in rows
-        ),
-        optimizer_arrays,
-        dense is not None,
+        tuple(LayerSummary(**row) for row in rows), optimizer_arrays, dense is not None
     )
 
 
@@ -272,7 +265,7 @@ def _dense_weight(path: str, layer: SparseLinear, twin: nn.Module | None) -> mx.
 
 
 def _row(path: str, module: nn.Module, arrays: dict[str, mx.array], optimizer_arrays: int) -> dict:
-    """Return the fields of a :class:`LayerSummary`, less ``share``."""
+    """Return the fields of a :class:`LayerSummary`, less ``share`` and its error."""
     index_bytes, block_size, dead_inputs, dead_outputs = 0, None, None, None
     if isinstance(module, PatternModule):
         pattern = module.pattern

@@ -81,10 +81,12 @@ class TestModels:
         sparse = layers_of(model, BlockSparseLinear)
         assert len(sparse) == n_layers
         assert sorted(layers_of(model, nn.Linear)) == sorted(dense)
-        assert all(path in folder.done.stdout for path in sparse + dense)
+        assert all(path in folder.done.stdout for path in sparse)
+        routers = "block_sparse_moe.gate x 2 skipped: *.gate is excluded"
+        assert (routers in folder.done.stdout) == (folder.name == "mixtral")
         stored = sum(model_layer(model, path).pattern.nnz for path in sparse)
         places = sum(math.prod(model_layer(model, path).pattern.shape) for path in sparse)
-        assert 0.55 < stored / places < 0.75  # k_proj has two blocks in a row
+        assert 0.5 <= stored / places < 0.7  # of 0.6, where a row has two blocks or four
 
     def test_the_printed_perplexities_are_those_of_the_last_tenth(self, folder):
         printed = re.findall(r"held-out perplexity (\w+): (\S+) ± (\S+)", folder.done.stdout)
@@ -267,7 +269,7 @@ def test_it_goes_on_after_an_interruption(at_home, monkeypatch, capsys):
 
 
 def test_sensitivity_gives_each_layer_a_density(at_home, monkeypatch, capsys):
-    """Interrupted after it, and run again, it is not measured a second time."""
+    """Run again with what is finished, it is not measured a second time."""
     folder, options = at_home / "finished", ["--sensitivity", "--block-size", 16, "--exclude"]
     options += ["*.layers.0.*"]
     assert run(at_home / "whole", *options) == 0
@@ -276,9 +278,9 @@ def test_sensitivity_gives_each_layer_a_density(at_home, monkeypatch, capsys):
     assert run(at_home / "first", *options, "--resume", folder) == 0
     ((_, given),) = calls
     assert len(set(given["density"].values())) > 1
-    with monkeypatch.context() as patch:
-        patch.setattr("mlx_sparse_nn.calibration.sensitivity.FitProblem", None)
-        assert run(at_home / "second", *options, "--resume", folder) == 0
+    kept = {file: file.stat().st_mtime_ns for file in (folder / "sensitivity").iterdir()}
+    assert run(at_home / "second", *options, "--resume", folder) == 0
+    assert kept == {file: file.stat().st_mtime_ns for file in (folder / "sensitivity").iterdir()}
     files = [at_home / name / "model.safetensors" for name in ("whole", "first", "second")]
     assert len({file.read_bytes() for file in files}) == 1
 
