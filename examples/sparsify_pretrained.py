@@ -201,7 +201,10 @@ def line_of(row: Row) -> str:
 
 def table(results: dict[str, Any]) -> str:
     """Return the results as a table of Markdown."""
-    rows: list[Row] = results["rows"]
+    order = ("dense", *METHODS)
+    rows: list[Row] = sorted(
+        results["rows"], key=lambda row: (-row["density"], order.index(row["method"]))
+    )
     names = [name for name in rows[0]["quality"] if not name.endswith("_error")]
     head = ["density", "", *names, "layers, MiB", "in all", "times as fast"]
     lines = [head, ["---"] * len(head)]

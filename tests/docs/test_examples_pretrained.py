@@ -262,6 +262,12 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path):
     refused([*resumed, "--steps", 2], "the run of runs/pretrained has --steps 1", tmp_path)
 
 
+def test_the_table_of_the_page_is_made_from_its_file(distil):
+    table = importlib.import_module("sparsify_pretrained").table
+    made = table(json.loads((ROOT / "docs/pretrained.json").read_text()))
+    assert f"<!-- pretrained -->\n{made}\n<!-- end -->" in (ROOT / "docs/pretrained.md").read_text()
+
+
 def test_help():
     result = run_here(SCRIPT, "--help")
     assert (result.returncode, result.stderr) == (0, "")
