@@ -177,11 +177,10 @@ class ModelFit:
                     with self._dense(chain):
                         dense = layer_inputs(group, partial(chain.run_dense, number))
                 recorder.add(number, inputs, dense)
-            seen = recorder.result()
             new = {
-                p: self._problem.fit(left[p], seen[p])
-                for p in group
-                if _holds_something(seen.get(p))
+                path: self._problem.fit(left[path], seen)
+                for path, seen in recorder.result().items()
+                if _holds_something(seen)
             }
             self._put(new, chain)
             self._bar.update(len(group))
