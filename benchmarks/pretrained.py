@@ -38,7 +38,6 @@ from benchmarks.pretrained_report import MARKS, aims, tables
 from benchmarks.report import fill
 from benchmarks.sweep import resumed, save, sources
 from mlx_sparse_nn import BlockSparseLinear, calibrate, sparsify, use_cpu
-from mlx_sparse_nn.calibration.sensitivity import share_out
 
 RESULTS = ROOT / "benchmarks/results/pretrained.json"
 QUICK_RESULTS = CACHE / "pretrained-quick.json"
@@ -106,7 +105,7 @@ def sparse(subject: Any, cell: Cell) -> tuple[nn.Module, dict[str, float]]:
     density: Any = cell.density
     if cell.way == "sensitivity":
         measured, notes["sensitivity_seconds"] = subject.sensitivity(BLOCK_SIZE)
-        density = share_out(measured.errors, measured.shapes, cell.density)
+        density = measured.at(cell.density)
         began = time.perf_counter() - notes["sensitivity_seconds"]
     if cell.way == "magnitude":
         sparsify(model, block_size=BLOCK_SIZE, density=density)

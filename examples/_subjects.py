@@ -29,7 +29,7 @@ class Subject(Protocol):
         measure_name: What ``measure`` gives first, in words.
         higher: Whether more of that is better.
         samples: Batches of calibration.
-        few_samples: Fewer, on which ``sensitivity`` tries layer after layer.
+        small_batches: For ``sensitivity``, which measures on every fourth.
         rows: Says which tokens of a batch count, flattened, or None if all do.
         timed: The batch that is timed.
         period: After how many steps of distillation batches repeat, or None if they never do.
@@ -40,7 +40,7 @@ class Subject(Protocol):
     measure_name: str
     higher: bool
     samples: list[Batch]
-    few_samples: list[Batch]
+    small_batches: list[Batch]
     rows: Any
     timed: Batch
     period: int | None
@@ -81,7 +81,7 @@ class Encoder:
         self.general = tokenize(_texts.general())
         calibration = tokenize(_texts.calibration(args.texts))
         self.samples = _minilm.batches(calibration)
-        self.few_samples = _minilm.batches(calibration[:40])
+        self.small_batches = _minilm.batches(calibration, 8)
         self.rows = _minilm.rows
         self.timed = _minilm.pad([text[:32] for text in self.bodies[:8]])
         training = tokenize(training_texts(args.docstrings))
@@ -163,7 +163,7 @@ class LanguageModel:
         self.samples = [
             (mx.array(part),) for part in np.array_split(windows, -(-len(windows) // 4))
         ]
-        self.few_samples = self.samples[:2]
+        self.small_batches = self.samples[:8]
         self.held_out = [mx.array(window[None]) for window in self._windows(held_out)[:64]]
         self.timed = (mx.array(windows[:1]),)
 

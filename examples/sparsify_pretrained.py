@@ -38,7 +38,6 @@ from _subjects import Encoder, LanguageModel, load
 from mlx.utils import tree_flatten
 
 from mlx_sparse_nn import calibrate, sensitivity, sparsify
-from mlx_sparse_nn.calibration.sensitivity import share_out
 
 METHODS = ("magnitude", "calibrated", "distilled")
 RESULTS = "results.json"
@@ -141,9 +140,9 @@ class Run:
         shared = {"blocks": model.layers, "rows": self.subject.rows}
         shared["block_size"] = self.args.block_size
         # Measured once: the density says only how the errors share it out.
-        folder, few = self.folder / "sensitivity", self.subject.few_samples
-        found = sensitivity(model, few, density=0.5, resume=folder, **shared)
-        densities = share_out(found.errors, found.shapes, density)
+        folder, small = self.folder / "sensitivity", self.subject.small_batches
+        found = sensitivity(model, small, density=0.5, resume=folder, **shared)
+        densities = found.at(density)
         folder = self.folder / f"calibrated-{density:g}"
         calibrate(model, self.subject.samples, density=densities, resume=folder, **shared)
 

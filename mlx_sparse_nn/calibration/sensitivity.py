@@ -68,6 +68,22 @@ class Sensitivity(Report, Mapping[str, float]):
         sizes = {path: n_out * n_in for path, (n_out, n_in) in self.shapes.items()}
         return sum(self[path] * sizes[path] for path in self) / sum(sizes.values())
 
+    def at(self, density: float) -> Sensitivity:
+        """Share out another density, by the same measurements.
+
+        Args:
+            density: As in :func:`sensitivity`.
+
+        Raises:
+            TypeError: ``density`` is not a number.
+            ValueError: It is not in (0, 1], or less than all levels that were measured.
+        """
+        owner = "Sensitivity.at"
+        check_density(owner, density)
+        _check_reached(owner, density, min(min(levels) for levels in self.errors.values()))
+        shared = share_out(self.errors, self.shapes, density)
+        return Sensitivity(shared, self.errors, self.shapes)
+
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the density of each layer over its place in the model, on matplotlib's axes.
 
@@ -344,12 +360,17 @@ def _checked(owner: str, levels: Sequence[float], density: float) -> list[float]
         if level == 1:
             raise ValueError(f"[{owner}] levels must be below 1, where nothing is lost, got 1")
     steps = sorted({float(level) for level in levels})
-    if density < steps[0]:
+    _check_reached(owner, density, steps[0])
+    return steps
+
+
+def _check_reached(owner: str, density: float, least: float) -> None:
+    """Raise if a density is below all that was measured."""
+    if density < least:
         raise ValueError(
-            f"[{owner}] density must be at least the least of levels, {steps[0]:g}, got {density}: "
+            f"[{owner}] density must be at least the least of levels, {least:g}, got {density}: "
             "give a lower level"
         )
-    return steps
 
 
 def _lower_hull(x: np.ndarray, y: np.ndarray) -> list[int]:

@@ -69,6 +69,17 @@ def test_the_budget_is_met_and_the_model_stays(model):
     assert model.training
 
 
+def test_one_measurement_serves_every_density(model):
+    found = sensitivity(model, batches(), density=0.5, blocks=model.layers, **OPTIONS)
+    for density in (0.125, 0.3, 0.5, 1.0):
+        other = found.at(density)
+        assert other.density == pytest.approx(density)
+        assert other.errors is found.errors
+    assert dict(found.at(0.5)) == dict(found)
+    with pytest.raises(ValueError, match=r"\[Sensitivity\.at\] density must be at least the least"):
+        found.at(0.1)
+
+
 def test_layers_that_matter_more_get_more(model):
     model.layers[1].down.weight = 8 * model.layers[1].down.weight
     found = sensitivity(model, batches(), density=0.5, blocks=model.layers, **OPTIONS)
