@@ -30,7 +30,6 @@ from mlx_sparse_nn.core.moments import check_damping
 OWNER = "calibrate"
 # As the models of mlx-lm name the layers that choose experts.
 ROUTERS = ("*.gate", "*.gate.*", "*router", "*router.*", "*.shared_expert_gate")
-MEASURED = 2  # sequences for sensitivity, which holds all outputs of the model for them
 FACTOR = 2.0  # of the dense perplexity, above which a model is called bad
 
 
@@ -131,9 +130,13 @@ def _run(options: argparse.Namespace) -> None:
         "predicate": lambda path, _: path not in dense,
     }
     if options.sensitivity:
-        few = [texts.calibration[i : i + 1] for i in range(min(n, MEASURED))]
+        single = [texts.calibration[i : i + 1] for i in range(n)]
         density = sensitivity(
-            model, few, density=density, resume=_within(options.resume, "sensitivity"), **settings
+            model,
+            single,
+            density=density,
+            resume=_within(options.resume, "sensitivity"),
+            **settings,
         )
         print(density)
     finished = _within(options.resume, "calibration")

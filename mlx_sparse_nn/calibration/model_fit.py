@@ -17,7 +17,7 @@ from mlx_sparse_nn.calibration.record import Recorded, Recorder, layer_inputs
 from mlx_sparse_nn.calibration.resume import FinishedStages
 from mlx_sparse_nn.calibration.samples import Samples
 from mlx_sparse_nn.core.fit import choose_by_moments, fit_pattern
-from mlx_sparse_nn.core.least_squares import LeastSquares
+from mlx_sparse_nn.core.least_squares import LastProblem
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.layers.linear import BlockSparseLinear
 from mlx_sparse_nn.surgery.selection import leaves_of, replace_leaves
@@ -45,13 +45,16 @@ class Quality:
     n_samples: int
 
 
-class FitProblem:
-    """The least-squares problem of layers that share their moments, kept from one to the next."""
+class LayerFits:
+    """Fits layers, one after another.
+
+    Args:
+        owner: Who errors speak for.
+        damping: As in :func:`calibrate`.
+    """
 
     def __init__(self, owner: str, damping: float):
-        self._owner, self._damping = owner, damping
-        self._key: tuple[Recorded, bool] | None = None
-        self._problem: LeastSquares | None = None
+        self._owner, self._problem = owner, LastProblem(damping)
 
     def fit(self, target: Target, inputs: Recorded) -> tuple[BlockSparseLinear, Quality]:
         """Return the sparse layer of a dense one."""
@@ -59,7 +62,7 @@ class FitProblem:
         options, linear = target.options, target.linear
         owner = f"{self._owner} {target.paths[0]}".rstrip()
         bias = linear.get("bias")
-        problem = self._of(inputs, bias is not None)
+        problem = self._problem.of(inputs.moments, bias is not None, inputs.dense)
         pattern = options.pattern
         if pattern is None:
             pattern = choose_by_moments(
@@ -72,13 +75,6 @@ class FitProblem:
             layer.bias = fit.bias
         seconds = time.perf_counter() - start
         return layer, Quality(fit.error_before, fit.error_after, seconds, inputs.moments.n)
-
-    def _of(self, inputs: Recorded, has_bias: bool) -> LeastSquares:
-        key = self._key
-        if self._problem is None or key is None or key[0] is not inputs or key[1] != has_bias:
-            self._key = inputs, has_bias
-            self._problem = LeastSquares(inputs.moments, self._damping, has_bias, inputs.dense)
-        return self._problem
 
 
 class ModelFit:
@@ -108,7 +104,7 @@ class ModelFit:
         self.quality: dict[str, Quality] = {}
         self._samples, self._finished, self._bar = samples, finished, bar
         self._targets = {target.paths[0]: target for target in targets}
-        self._problem = FitProblem(samples.owner, damping)
+        self._fits = LayerFits(samples.owner, damping)
 
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
@@ -135,7 +131,7 @@ class ModelFit:
         inputs = recorder.result()
         for stage, (path, target) in enumerate(self._targets.items()):
             if path in inputs and _holds_something(inputs[path]):
-                saved[path] = self._problem.fit(target, inputs[path])
+                saved[path] = self._fits.fit(target, inputs[path])
                 self._keep(stage, {path: saved[path]})
             self._bar.update()
         self._put(saved)
@@ -178,7 +174,7 @@ class ModelFit:
                         dense = layer_inputs(group, partial(chain.run_dense, number))
                 recorder.add(number, inputs, dense)
             new = {
-                path: self._problem.fit(left[path], seen)
+                path: self._fits.fit(left[path], seen)
                 for path, seen in recorder.result().items()
                 if _holds_something(seen)
             }

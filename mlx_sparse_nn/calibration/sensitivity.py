@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_sparse_nn.calibration.block_chain import BlockChain
-from mlx_sparse_nn.calibration.model_fit import FitProblem
+from mlx_sparse_nn.calibration.model_fit import LayerFits
 from mlx_sparse_nn.calibration.progress import progress_bar
 from mlx_sparse_nn.calibration.record import Recorded, Recorder, layer_inputs
 from mlx_sparse_nn.calibration.resume import FinishedStages
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 LEVELS = (0.125, 0.25, 0.5, 0.75)
 STEP = 1 / 32  # of the densities between them
+MEASURING = 4  # batches at most, and one of so many
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -152,10 +153,10 @@ def sensitivity(
     these densities taken from the line through their roots, are taken to add up: layers give up
     values where that costs least for each.
 
-    Every fourth batch is kept out of the fits, and measures: a layer fitted to few tokens seems to
-    lose little on those. A single batch does both. The model stays as it is. It runs on the batches
-    that measure once for each layer and level, from the layer's block on where there are
-    ``blocks``. Their dense outputs are held.
+    Every fourth batch, but at most four of all, is kept out of the fits, and measures: a layer that
+    is fitted to few tokens seems to lose little on those. A single batch does both. The model stays
+    as it is. It runs on the batches that measure once for each layer and level, from the layer's
+    block on where there are ``blocks``. Their dense outputs are held.
 
     Args:
         model, batches, blocks, block_size, call, rows, predicate, damping, balance, progress: As in
@@ -250,10 +251,11 @@ class _Measuring:
     ):
         self.errors: dict[str, dict[float, float]] = {}
         self._samples, self._finished, self._levels = samples, finished, levels
-        self._problem = FitProblem(samples.owner, damping)
+        self._fits = LayerFits(samples.owner, damping)
         numbers = range(len(samples))
-        self._fitting = [number for number in numbers if number % 4] or list(numbers)
-        self._wanted = {n: self._output(n, samples.run(n)) for n in numbers[::4]}
+        measuring = numbers[:: max(MEASURING, -(-len(samples) // MEASURING))]
+        self._fitting = [number for number in numbers if number not in measuring] or numbers
+        self._wanted = {n: self._output(n, samples.run(n)) for n in measuring}
         mx.eval(self._wanted)
 
     def all(self, targets: list[Target], bar: tqdm) -> None:
@@ -316,7 +318,7 @@ class _Measuring:
 
     def _fitted(self, target: Target, inputs: Recorded, level: float) -> nn.Module:
         options = replace(target.options, density=level)
-        return self._problem.fit(Target(target.paths, target.linear, options), inputs)[0]
+        return self._fits.fit(Target(target.paths, target.linear, options), inputs)[0]
 
     def _error(self, layer: nn.Module, target: Target, run: Any, chain: BlockChain | None) -> float:
         """Return the relative error of the model's outputs with ``layer`` in place."""

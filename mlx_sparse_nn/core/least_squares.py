@@ -180,6 +180,29 @@ class LeastSquares:
         return fitted
 
 
+class LastProblem:
+    """The least-squares problem of the last layer, kept for the next: those that share moments.
+
+    Args:
+        damping: As in :class:`LeastSquares`.
+    """
+
+    def __init__(self, damping: float):
+        self._damping = damping
+        self._last: tuple[tuple[InputMoments, bool, DenseInputs | None], LeastSquares] | None = None
+
+    def of(
+        self, moments: InputMoments, has_bias: bool, dense: DenseInputs | None = None
+    ) -> LeastSquares:
+        """Return the problem of a layer: arguments as of :class:`LeastSquares`."""
+        wanted = moments, has_bias, dense
+        if self._last is None or any(
+            a is not b for a, b in zip(self._last[0], wanted, strict=True)
+        ):
+            self._last = wanted, LeastSquares(moments, self._damping, has_bias, dense)
+        return self._last[1]
+
+
 def output_error(
     moments: InputMoments,
     weight: np.ndarray,

@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_sparse_nn.core.checks import check_absent
 from mlx_sparse_nn.core.fit import DAMPING, Fit, fit_pattern, scores_by_moments
-from mlx_sparse_nn.core.least_squares import LeastSquares
+from mlx_sparse_nn.core.least_squares import LastProblem
 from mlx_sparse_nn.core.moments import InputMoments, check_damping, check_moments
 from mlx_sparse_nn.core.pattern import CSRPattern
 
@@ -37,10 +37,10 @@ class MomentFits:
                 f"[{owner}] moments must be a mapping of InputMoments by path, got {kind}; "
                 "layer_moments(model, batches) returns it"
             )
-        self._damping = DAMPING if damping is None else damping
-        check_damping(owner, self._damping)
+        damping = DAMPING if damping is None else damping
+        check_damping(owner, damping)
         self._owner, self._moments = owner, moments
-        self._last: tuple[InputMoments, bool, LeastSquares] | None = None
+        self._problem = LastProblem(damping)
 
     def of(self, paths: Sequence[str], input_dims: int) -> InputMoments:
         """Return the moments of the layer at these paths, or raise."""
@@ -63,7 +63,7 @@ class MomentFits:
         pattern: CSRPattern | None = None,
     ) -> np.ndarray:
         """Return how much the outputs lose without each block: :func:`scores_by_moments`."""
-        problem = self._problem(self.of(paths, weight.shape[1]), has_bias)
+        problem = self._problem.of(self.of(paths, weight.shape[1]), has_bias)
         owner = f"{self._owner} {paths[0]}".rstrip()
         return scores_by_moments(owner, weight, problem, block_size, pattern)
 
@@ -71,14 +71,8 @@ class MomentFits:
         self, paths: Sequence[str], weight: mx.array, bias: mx.array | None, pattern: CSRPattern
     ) -> Fit:
         """Return the values and the bias that are best with a pattern: :func:`fit_pattern`."""
-        problem = self._problem(self.of(paths, weight.shape[1]), bias is not None)
+        problem = self._problem.of(self.of(paths, weight.shape[1]), bias is not None)
         return fit_pattern(f"{self._owner} {paths[0]}".rstrip(), weight, bias, pattern, problem)
-
-    def _problem(self, moments: InputMoments, has_bias: bool) -> LeastSquares:
-        if self._last is None or self._last[0] is not moments or self._last[1] != has_bias:
-            problem = LeastSquares(moments, self._damping, has_bias)
-            self._last = moments, has_bias, problem
-        return self._last[2]
 
 
 def moment_fits(

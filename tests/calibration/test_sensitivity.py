@@ -32,7 +32,7 @@ def model():
 
 
 def test_errors_are_those_of_the_model_with_one_layer_sparse(model):
-    """Fitted to three batches of four, measured on the other."""
+    """Fitted to three batches of four, measured on the first."""
     data = batches(4)
     found = sensitivity(model, data, density=0.5, blocks=model.layers, **OPTIONS)
     moments = layer_moments(model, data[1:], progress=False)
@@ -47,6 +47,24 @@ def test_errors_are_those_of_the_model_with_one_layer_sparse(model):
             block[name] = sparse
             error = relative_error(other(data[0]), model(data[0]))
             assert found.errors[path][level] == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("n", "expected"), [(1, [0]), (2, [0]), (4, [0]), (5, [0, 4]), (20, [0, 5, 10, 15])]
+)
+def test_some_batches_measure_and_the_others_are_fitted_to(model, n, expected):
+    runs = []
+
+    def call(model, batch):
+        runs.append(batch[1])
+        return model(batch[0])
+
+    data = [(x, number) for number, x in enumerate(batches(n, (1, 5, 8)))]
+    only = lambda path, _: path == "layers.0.up"
+    sensitivity(model, data, density=0.5, call=call, predicate=only, levels=(0.5,), **OPTIONS)
+    fitted = [number for number in range(n) if number not in expected] or [0]
+    # The dense model, the inputs of the layer, and the model with the sparse layer.
+    assert runs == expected + fitted + expected
 
 
 def test_with_blocks_and_without_the_numbers_are_the_same(model):
