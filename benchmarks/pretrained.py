@@ -59,7 +59,8 @@ class Cell(NamedTuple):
         way: "dense", as it is; "magnitude", by ``sparsify``; "calibrated", block by block;
             "one pass", calibrated without blocks; "sensitivity", block by block with densities that
             ``sensitivity`` measures; "distilled", the same and then trained by
-            ``examples/sparsify_pretrained.py``.
+            ``examples/sparsify_pretrained.py``, on Python's manual and on other docstrings than
+            those that it is measured on.
         density: Stored fraction of the weights of all linear layers.
         samples: Texts of calibration of MiniLM, or tokens of SmolLM2's; 0 where there is none.
         minutes: Of distillation.
@@ -172,7 +173,7 @@ def distilled(cell: Cell, folder: Path) -> dict[str, Any]:
         SystemExit: The example failed.
     """
     begun = ["--resume"] if (folder / "results.json").exists() else []
-    texts = ["--texts", str(cell.samples), "--minutes", str(cell.minutes)]
+    texts = ["--texts", str(cell.samples), "--docstrings", "--minutes", str(cell.minutes)]
     script = [sys.executable, "examples/sparsify_pretrained.py", "--device", "cpu", *texts]
     where = ["--densities", str(cell.density), "--checkpoint", str(folder), *begun]
     ran = subprocess.run([*script, *where], cwd=ROOT, stdout=subprocess.DEVNULL, check=False)

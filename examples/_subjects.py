@@ -195,16 +195,26 @@ class LanguageModel:
 def training_texts(with_docstrings: bool) -> list[str]:
     """Return the paragraphs of Python's manual and their sentences, and docstrings if asked for.
 
-    Those that quality is measured on are not among them, word for word; others of the same modules
-    are, and may say much the same.
+    Those that quality is measured on are not among them, and neither is what shares one in five of
+    its runs of five words with them: modules such as ``scipy.stats`` say much the same many times.
     """
     texts = _texts.topics()
     for text in list(texts):
         texts += [part for part in re.split(r"(?<=[.:;!?])\s+", text) if len(part) > 25]
     if with_docstrings:
         texts += [part[:300] for pair in _texts.docstrings() for part in pair]
-    measured = {part[:300] for pair in _texts.evaluation() for part in pair}
-    return [text for text in dict.fromkeys(texts) if text not in measured]
+    measured = set().union(*(_runs(part) for pair in _texts.evaluation() for part in pair))
+    return [text for text in dict.fromkeys(texts) if not _is_shared(_runs(text), measured)]
+
+
+def _runs(text: str, length: int = 5) -> set[tuple[str, ...]]:
+    """Return all runs of some words of a text, or the whole of a shorter one."""
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i : i + length]) for i in range(max(1, len(words) - length + 1))}
+
+
+def _is_shared(runs: set[tuple[str, ...]], measured: set[tuple[str, ...]]) -> bool:
+    return len(runs & measured) >= 0.2 * len(runs)
 
 
 def random_encoder(args: Any) -> Encoder:
