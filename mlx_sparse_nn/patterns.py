@@ -218,6 +218,8 @@ def strongest(
     check_balance(owner, balance)
     grid = _scores(owner, scores)
     if n_blocks is None:
+        if density is None:
+            raise TypeError(f"[{owner}] density must be a number, got None; or give n_blocks")
         check_density(owner, density)  # type: ignore[arg-type]
         count = min(grid.size, blocks_for(density, grid.size))  # type: ignore[arg-type]
     else:

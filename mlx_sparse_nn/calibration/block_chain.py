@@ -47,6 +47,12 @@ class BlockChain:
             self._arguments.append(arguments)
         self._dense_inputs = list(self._inputs)
 
+    @property
+    def inputs(self) -> list[Any]:
+        """What goes into the present block for each batch, with its other arguments."""
+        arguments = [of_batch[self._position] for of_batch in self._arguments]
+        return [[x, *other] for x, other in zip(self._inputs, arguments, strict=True)]
+
     def run(self, number: int) -> mx.array:
         """Return what the present block gives for a batch, not evaluated."""
         return self._run(number, self._inputs[number])

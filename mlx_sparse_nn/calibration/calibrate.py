@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx_sparse_nn.calibration.block_chain import BlockChain
 from mlx_sparse_nn.calibration.model_fit import ModelFit
 from mlx_sparse_nn.calibration.progress import progress_bar
+from mlx_sparse_nn.calibration.record import check_reached
 from mlx_sparse_nn.calibration.report import CalibrationReport
 from mlx_sparse_nn.calibration.resume import FinishedStages
 from mlx_sparse_nn.calibration.samples import Call, Rows, Samples, evaluating
@@ -46,11 +47,14 @@ def calibrate(
     bias are fitted by least squares to what the dense layer gives on the same inputs. No gradient
     is computed. The model is changed in place; after an error it is as it was.
 
-    With ``blocks`` layers are fitted in the order in which they are called, each to the inputs that
-    the sparse layers before it give. What goes into one block is held at a time, and one matrix
+    With ``blocks`` layers are fitted in the order in which they are called, on the inputs that the
+    sparse layers before them give. The target is three quarters what the dense layer makes of these
+    inputs, and one quarter what it gave in the dense model, which makes up for earlier errors. What
+    goes into one block is held at a time, and one matrix
     ``(n_in, n_in)`` of float64. Without ``blocks`` all layers are fitted to what goes into them in
     the dense model, from one pass: one such matrix is then held for each distinct input. The dense
-    weights are held to the end either way.
+    weights are held to the end either way. An optimizer that has been used does not know the new
+    shapes: make it afterwards.
 
     Args:
         model: The model. Its layers are looked for where ``model.leaf_modules()`` finds them.
@@ -97,7 +101,7 @@ def calibrate(
         chain = None if blocks is None else BlockChain(samples, blocks)
         if chain is not None:
             named = density if isinstance(density, Mapping) else ()
-            targets = inside(owner, chain.blocks, targets, skipped, named)
+            targets = inside(owner, model, chain.blocks, targets, skipped, named)
         check_any(owner, targets, skipped)
         plan = {} if resume is None else plan_of(samples, targets, damping, chain)
         finished = FinishedStages(owner, resume, plan)
@@ -108,6 +112,7 @@ def calibrate(
                     fit.fit_all()
                 else:
                     fit.fit_in_order(chain)
+    check_reached(owner, fit.layers)
     for path, layer in fit.layers.items():
         layer.train(training[path])
         layer.output_error = fit.quality[path].error_fitted  # for summary

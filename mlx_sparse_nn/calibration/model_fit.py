@@ -33,7 +33,9 @@ class Quality:
 
     Attributes:
         error_kept: Relative error of its outputs with the dense layer's values and bias: the norm
-            of what is missing over that of the outputs without a bias.
+            of what is missing over that of the outputs without a bias. Outputs are compared with
+            those of the dense weight that is best for the target: without ``blocks`` and in the
+            first layer this is the layer's own.
         error_fitted: The same with values and bias fitted.
         seconds: What choosing and fitting took.
         n_samples: Tokens that went into it.
@@ -73,6 +75,7 @@ class LayerFits:
         layer.weight = fit.weight
         if fit.bias is not None:
             layer.bias = fit.bias
+        mx.eval(layer.parameters())  # the dense weight need not be kept for it
         seconds = time.perf_counter() - start
         return layer, Quality(fit.error_before, fit.error_after, seconds, inputs.moments.n)
 
@@ -126,7 +129,9 @@ class ModelFit:
         recorder = Recorder(self._samples)
         for number in range(len(self._samples) if left else 0):
             self._bar.set_description(f"batch {number + 1} of {len(self._samples)}")
-            recorder.add(number, layer_inputs(left, partial(self._samples.run, number)))
+            recorder.add(
+                number, layer_inputs(self._samples.owner, left, partial(self._samples.run, number))
+            )
         self._bar.set_description("fit")
         inputs = recorder.result()
         for stage, (path, target) in enumerate(self._targets.items()):
@@ -159,7 +164,9 @@ class ModelFit:
         done: dict[str, tuple[BlockSparseLinear, Quality]] = {}
         if not left:
             return done
-        order = layer_inputs({p: t.linear for p, t in left.items()}, partial(chain.run, 0))
+        order = layer_inputs(
+            self._samples.owner, {p: t.linear for p, t in left.items()}, partial(chain.run, 0)
+        )
         # Those that share their inputs together; at last those that the first batch did not reach.
         for paths in [*(paths for _, paths in order), tuple(left)]:
             group = {path: left[path].linear for path in paths if path not in done}
@@ -167,11 +174,13 @@ class ModelFit:
                 continue
             recorder = Recorder(self._samples)
             for number in range(len(self._samples)):
-                inputs = layer_inputs(group, partial(chain.run, number))
+                inputs = layer_inputs(self._samples.owner, group, partial(chain.run, number))
                 dense = inputs
                 if chain.differs or done:
                     with self._dense(chain):
-                        dense = layer_inputs(group, partial(chain.run_dense, number))
+                        dense = layer_inputs(
+                            self._samples.owner, group, partial(chain.run_dense, number)
+                        )
                 recorder.add(number, inputs, dense)
             new = {
                 path: self._fits.fit(left[path], seen)
@@ -202,8 +211,8 @@ class ModelFit:
         """Put new layers in the places of the dense ones."""
         dense = [self._targets[path].linear for path in new]
         layers = [layer for layer, _ in new.values()]
+        self.layers |= dict(zip(new, layers, strict=True))  # first: an interruption puts them back
         self._replace(dense, layers, chain)
-        self.layers |= dict(zip(new, layers, strict=True))
         self.quality |= {path: quality for path, (_, quality) in new.items()}
 
     def _replace(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_sparse_nn.calibration.progress import progress_bar
 from mlx_sparse_nn.calibration.samples import Call, Rows, Samples, evaluating
@@ -44,12 +45,13 @@ def layer_moments(
         progress: Whether to show a bar.
 
     Returns:
-        The moments by path; layers that were not called are missing.
+        The moments by path; layers that were not called are missing. A model that is itself a layer
+        has the path ``""``.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: There is no batch or no such layer, ``rows`` does not fit, or what goes into a
-            layer is not finite.
+        ValueError: There is no batch or no such layer, none is called, ``rows`` does not fit, or
+            what goes into a layer is not finite.
 
     Example:
         >>> moments = layer_moments(model, [tokens])
@@ -61,9 +63,10 @@ def layer_moments(
     samples = Samples(owner, model, batches, call, rows)
     if predicate is not None and not callable(predicate):
         raise TypeError(f"[{owner}] predicate must be a function of (path, layer)")
+    leaves = leaves_of(model) or [([""], model)]  # it may itself be a layer
     found = {
         tuple(paths): layer
-        for paths, layer in leaves_of(model)
+        for paths, layer in leaves
         if type(layer) in (nn.Linear, BlockSparseLinear)
         and (predicate is None or predicate(paths[0], layer))
     }
@@ -73,9 +76,10 @@ def layer_moments(
     recorder = Recorder(samples)
     with evaluating(model), progress_bar(len(samples), "batch", progress) as bar:
         for number in range(len(samples)):
-            recorder.add(number, layer_inputs(layers, partial(samples.run, number)))
+            recorder.add(number, layer_inputs(owner, layers, partial(samples.run, number)))
             bar.update()
     seen = recorder.result()
+    check_reached(owner, seen)
     return {path: seen[paths[0]].moments for paths in found for path in paths if paths[0] in seen}
 
 
@@ -94,10 +98,13 @@ class Recorded(NamedTuple):
 Inputs: TypeAlias = "list[tuple[mx.array, tuple[str, ...]]]"  # arrays, and the layers they go into
 
 
-def layer_inputs(layers: Mapping[str, nn.Module], call: Callable[[], Any]) -> Inputs:
+def layer_inputs(
+    owner: str, layers: Mapping[str, nn.Module], call: Callable[[], Any], first: bool = False
+) -> Inputs:
     """Return what goes into layers while ``call`` computes, in that order, evaluated.
 
-    What follows the last of these inputs is never computed.
+    What follows the last of these inputs is never computed. With ``first`` only the first is
+    computed and returned.
     """
     seen: dict[int, tuple[mx.array, list[str]]] = {}
 
@@ -109,8 +116,25 @@ def layer_inputs(layers: Mapping[str, nn.Module], call: Callable[[], Any]) -> In
 
     with observed(layers, observe):
         call()
-    mx.eval([x for x, _ in seen.values()])
-    return [(x, tuple(paths)) for x, paths in seen.values()]
+    found = [(x, tuple(paths)) for x, paths in seen.values()][: 1 if first else None]
+    try:
+        mx.eval([x for x, _ in found])
+    except (RuntimeError, ValueError) as error:
+        if "Attempting to eval an array" not in str(error):
+            raise
+        raise ValueError(
+            f"[{owner}] call must run the layers itself, not through mx.compile or mx.vmap"
+        ) from error
+    return found
+
+
+def check_reached(owner: str, seen: Collection[str]) -> None:
+    """Raise if nothing went into any layer."""
+    if not seen:
+        raise ValueError(
+            f"[{owner}] call must run the layers on tokens that count, but nothing went into any: "
+            "does it call the model, and not a function compiled before?"
+        )
 
 
 class Recorder:
@@ -156,26 +180,32 @@ class Recorder:
     def result(self) -> dict[str, Recorded]:
         """Return what went into each layer that was called on a token that counts, by path."""
         of_layer: dict[str, list[tuple[str, ...]]] = {}
-        for paths in self._sums:
-            for path in paths:
+        for paths, total in self._sums.items():
+            for path in paths if total.n else ():
                 of_layer.setdefault(path, []).append(paths)
-        results: dict[tuple[tuple[str, ...], ...], Recorded] = {}
-        found = {}
-        for path, groups in of_layer.items():
-            key = tuple(groups)
-            if key not in results and (total := self._together(groups)).n:
-                paired = not self._unpaired.intersection(groups)
-                results[key] = Recorded(total.result(), total.dense if paired else None)
-            if key in results:
-                found[path] = results[key]
-        return found
+        results = {
+            groups: self._together(groups) for groups in {tuple(g) for g in of_layer.values()}
+        }
+        return {path: results[tuple(groups)] for path, groups in of_layer.items()}
 
-    def _together(self, groups: list[tuple[str, ...]]) -> MomentSum:
-        """Return the sum over several groups, or that of the only one."""
-        first = self._sums[groups[0]]
-        if len(groups) == 1:
-            return first
-        whole = MomentSum(first.n_in, first.dense is not None)
-        for paths in groups:
-            whole.include(self._sums[paths])
-        return whole
+    def _together(self, groups: tuple[tuple[str, ...], ...]) -> Recorded:
+        """Return what went into layers that are called with several arrays, or with one."""
+        totals = [self._sums[paths] for paths in groups]
+        moments = [total.result() for total in totals]
+        if len(moments) > 1:
+            second, sums = (sum_of([getattr(m, name) for m in moments]) for name in _SUMS)
+            moments = [InputMoments(second, sums, sum(m.n for m in moments))]
+        dense = [total.dense() for total in totals]
+        found = [inputs for inputs in dense if inputs is not None]
+        if len(found) < len(dense) or not self._unpaired.isdisjoint(groups):
+            return Recorded(moments[0], None)
+        cross, sums = sum_of([d.cross for d in found]), sum_of([d.total for d in found])
+        return Recorded(moments[0], DenseInputs(cross, sums))
+
+
+_SUMS = ("second", "total")
+
+
+def sum_of(arrays: list[np.ndarray]) -> np.ndarray:
+    """Return the sum of arrays of one shape; the only one itself."""
+    return arrays[0] if len(arrays) == 1 else np.sum(arrays, axis=0)

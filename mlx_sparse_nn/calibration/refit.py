@@ -73,9 +73,10 @@ def refit(
     layer.pattern.check_unique(owner)
     bias = linear.get("bias")
     problem = LeastSquares(moments, damping, bias is not None)
-    fit = fit_pattern(owner, linear.weight, bias, layer.pattern, problem)
-    layer.weight = fit.weight.astype(layer.weight.dtype)
+    dtype = layer.weight.dtype
+    fit = fit_pattern(owner, linear.weight, bias, layer.pattern, problem, dtype)
+    layer.weight = fit.weight
     if fit.bias is not None:
-        layer.bias = fit.bias.astype(layer.bias.dtype)
+        layer.bias = fit.bias
     layer.output_error = fit.error_after  # for summary
     return Refit(fit.error_before, fit.error_after)

@@ -48,7 +48,10 @@ class FinishedStages:
                 )
             _write(file, json.dumps(wanted, indent=1).encode())
             return
-        found = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise _damaged(owner, file, error) from error
         for name in wanted:
             if found.get(name) != wanted[name]:
                 raise ValueError(
@@ -61,8 +64,11 @@ class FinishedStages:
         file = self._file(stage)
         if file is None or not file.exists():
             return None
-        arrays, metadata = cast(Any, mx.load(str(file), return_metadata=True))
-        return arrays, json.loads(metadata["notes"])
+        try:
+            arrays, metadata = cast(Any, mx.load(str(file), return_metadata=True))
+            return arrays, json.loads(metadata["notes"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise _damaged(self._owner, file, error) from error
 
     def save(self, stage: int, arrays: dict[str, mx.array], notes: Any) -> None:
         """Keep the arrays of a stage, and notes as JSON has them."""
@@ -75,6 +81,10 @@ class FinishedStages:
 
     def _file(self, stage: int) -> Path | None:
         return None if self._folder is None else self._folder / f"stage-{stage:04}.safetensors"
+
+
+def _damaged(owner: str, file: Path, error: Exception) -> ValueError:
+    return ValueError(f"[{owner}] resume cannot read {file}: delete it to go on ({error})")
 
 
 def fingerprint(tree: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -22,7 +22,7 @@ class Samples:
     Args:
         owner: Who errors speak for.
         model: The model that takes them.
-        batches: What it takes; gone through once, and kept.
+        batches: What it takes; gone through once, to the end, and kept.
         call: ``call(model, batch)`` runs the model; by default ``model(batch)``, or
             ``model(*batch)`` for a tuple.
         rows: ``rows(batch)`` says which tokens count, as bools over the leading axes; by default
@@ -48,20 +48,32 @@ class Samples:
         for name, value, takes in (("call", call, "model, batch"), ("rows", rows, "batch")):
             if value is not None and not callable(value):
                 raise TypeError(f"[{owner}] {name} must be a function of ({takes}), got {value!r}")
-        if isinstance(batches, mx.array | str | bytes | dict) or not isinstance(batches, Iterable):
+        if isinstance(batches, mx.array | np.ndarray | str | bytes | Mapping) or not isinstance(
+            batches, Iterable
+        ):
             kind = type(batches).__name__
             raise TypeError(f"[{owner}] batches must be a list of batches, got one {kind}")
         self.owner, self.model = owner, model
         self.batches = list(batches)
         self._call = call or _default_call
+        if call is None and any(isinstance(batch, np.ndarray) for batch in self.batches):
+            raise TypeError(
+                f"[{owner}] batches must be of MLX arrays, got NumPy's: let call make of a batch "
+                "what the model takes, as lambda model, batch: model(mx.array(batch))"
+            )
         if not self.batches:
             raise ValueError(f"[{owner}] batches must hold a batch, got none")
         self.counted = [None if rows is None else self._counted(rows, b) for b in self.batches]
-        if not any(counted is None or counted.any() for counted in self.counted):
+        if not any(map(self.counts, range(len(self.batches)))):
             raise ValueError(f"[{owner}] rows must be True for a token, got False for all of them")
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    def counts(self, number: int) -> bool:
+        """Return whether any token of a batch counts."""
+        counted = self.counted[number]
+        return counted is None or bool(counted.any())
 
     def run(self, number: int) -> Any:
         """Return what the model makes of a batch."""

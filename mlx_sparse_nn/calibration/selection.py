@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.nn as nn
 
 from mlx_sparse_nn.calibration.block_chain import BlockChain
+from mlx_sparse_nn.calibration.record import layer_inputs
 from mlx_sparse_nn.calibration.resume import fingerprint
 from mlx_sparse_nn.calibration.samples import Samples
 from mlx_sparse_nn.core.scores import Balance, check_choice
 from mlx_sparse_nn.surgery.densities import Density
-from mlx_sparse_nn.surgery.selection import leaves_of
+from mlx_sparse_nn.surgery.selection import LINEAR
 from mlx_sparse_nn.surgery.targets import Options, Predicate, Target, find_targets
 
 OUTSIDE = "it is outside the blocks"
+ALSO_OUTSIDE = "it is called outside the blocks too"
 
 
 def layers_to_fit(
@@ -27,6 +30,15 @@ def layers_to_fit(
     balance: Balance,
 ) -> tuple[list[Target], dict[str, str]]:
     """Return the layers to make sparse, and why each other that holds a matrix is left alone."""
+    if isinstance(model, LINEAR):
+        raise TypeError(
+            f"[{owner}] model is itself a {type(model).__name__}, with no module around it in which "
+            "to replace it: use BlockSparseLinear.from_linear with moments"
+        )
+    if predicate is not None and not callable(predicate):
+        raise TypeError(
+            f"[{owner}] predicate must be a function of (path, module), got {predicate!r}"
+        )
     one_density = 1.0 if isinstance(density, Mapping) else density
     check_choice(owner, block_size, one_density, "obs", balance, has_moments=True)
     options = Options(block_size, one_density, None, "obs", balance, shared=False, has_moments=True)
@@ -42,6 +54,7 @@ def layers_to_fit(
 
 def inside(
     owner: str,
+    model: nn.Module,
     blocks: Sequence[nn.Module],
     targets: Sequence[Target],
     skipped: dict[str, str],
@@ -52,20 +65,31 @@ def inside(
     Raises:
         ValueError: Two blocks hold one layer, or a density is named for a layer outside.
     """
-    block_of: dict[int, int] = {}
-    for position, block in enumerate(blocks):
-        for _, module in [*leaves_of(block), ([], block)]:
-            first = block_of.setdefault(id(module), position)
-            if first != position and any(target.linear is module for target in targets):
-                raise ValueError(
-                    f"[{owner}] blocks {first} and {position} hold the same layer: leave blocks out"
-                )
+    position = {id(block): number for number, block in enumerate(blocks)}
+    paths = {path: position[id(m)] for path, m in model.named_modules() if id(m) in position}
+    found = []
     for target in targets:
-        if id(target.linear) not in block_of:
-            if not set(named).isdisjoint(target.paths):
-                raise ValueError(f"[{owner} {target.paths[0]}] density names it, but {OUTSIDE}")
-            skipped |= dict.fromkeys(target.paths, OUTSIDE)
-    return [target for target in targets if id(target.linear) in block_of]
+        around = [_around(path, paths) for path in target.paths]
+        if (holders := sorted(set(around) - {None})) and len(holders) > 1:
+            raise ValueError(
+                f"[{owner}] blocks {holders[0]} and {holders[1]} hold the same layer, "
+                f"{target.paths[0]}: leave blocks out"
+            )
+        if None not in around:
+            found.append(target)
+            continue
+        reason = ALSO_OUTSIDE if holders else OUTSIDE
+        if not set(named).isdisjoint(target.paths):
+            raise ValueError(f"[{owner} {target.paths[0]}] density names it, but {reason}")
+        skipped |= dict.fromkeys(target.paths, reason)
+    return found
+
+
+def _around(path: str, blocks: Mapping[str, int]) -> int | None:
+    """Return which block is at a path or around it."""
+    parts = path.split(".")
+    heads = (".".join(parts[:n]) for n in range(len(parts), -1, -1))
+    return next((blocks[head] for head in heads if head in blocks), None)
 
 
 def plan_of(
@@ -74,7 +98,8 @@ def plan_of(
     """Return all that the results depend on, as JSON has it."""
     options = {target.paths[0]: target.options for target in targets}
     return {
-        "batches": fingerprint([samples.batches, samples.counted]),
+        "function": samples.owner,
+        "batches": fingerprint([_what_goes_in(samples, targets, chain), samples.counted]),
         "weights": fingerprint(samples.model.parameters()),
         "blocks": None if chain is None else len(chain.blocks),
         "densities": {path: of_layer.density for path, of_layer in options.items()},
@@ -87,6 +112,20 @@ def plan_of(
         },
         "damping": damping,
     }
+
+
+def _what_goes_in(
+    samples: Samples, targets: Sequence[Target], chain: BlockChain | None
+) -> list[Any]:
+    """Return what goes into the first block, or the first of these layers, for each batch.
+
+    A batch may be anything; this is what is made of it.
+    """
+    if chain is not None:
+        return chain.inputs
+    layers = {target.paths[0]: target.linear for target in targets}
+    runs = (partial(samples.run, number) for number in range(len(samples)))
+    return [layer_inputs(samples.owner, layers, run, first=True) for run in runs]
 
 
 def check_any(owner: str, targets: Sequence[Target], skipped: Mapping[str, str]) -> None:

@@ -16,14 +16,15 @@ import numpy as np
 from mlx_sparse_nn.calibration.block_chain import BlockChain
 from mlx_sparse_nn.calibration.model_fit import LayerFits
 from mlx_sparse_nn.calibration.progress import progress_bar
-from mlx_sparse_nn.calibration.record import Recorded, Recorder, layer_inputs
-from mlx_sparse_nn.calibration.resume import FinishedStages
+from mlx_sparse_nn.calibration.record import Recorded, Recorder, check_reached, layer_inputs
+from mlx_sparse_nn.calibration.resume import FinishedStages, fingerprint
 from mlx_sparse_nn.calibration.samples import Call, Rows, Samples, evaluating
 from mlx_sparse_nn.calibration.selection import check_any, inside, layers_to_fit, plan_of
 from mlx_sparse_nn.core.checks import check_density
 from mlx_sparse_nn.core.fit import DAMPING
 from mlx_sparse_nn.core.moments import check_damping
-from mlx_sparse_nn.core.scores import Balance
+from mlx_sparse_nn.core.pattern import grid_of
+from mlx_sparse_nn.core.scores import Balance, blocks_for
 from mlx_sparse_nn.core.table import Report, Table
 from mlx_sparse_nn.surgery.selection import replace_leaves
 from mlx_sparse_nn.surgery.targets import Predicate, Target
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 LEVELS = (0.125, 0.25, 0.5, 0.75)
 STEP = 1 / 32  # of the densities between them
+WORST = 1e6  # stands for all larger errors
 MEASURING = 4  # batches at most, and one of so many
 
 
@@ -48,11 +50,13 @@ class Sensitivity(Report, Mapping[str, float]):
         errors: For each layer, the relative error of the model's outputs with this layer alone
             sparse, by density.
         shapes: ``(output_dims, input_dims)`` of each.
+        n_places: How many blocks each has when it is dense.
     """
 
     densities: dict[str, float]
     errors: dict[str, dict[float, float]]
     shapes: dict[str, tuple[int, int]]
+    n_places: dict[str, int]
 
     def __getitem__(self, path: str) -> float:
         return self.densities[path]
@@ -82,8 +86,8 @@ class Sensitivity(Report, Mapping[str, float]):
         owner = "Sensitivity.at"
         check_density(owner, density)
         _check_reached(owner, density, min(min(levels) for levels in self.errors.values()))
-        shared = share_out(self.errors, self.shapes, density)
-        return Sensitivity(shared, self.errors, self.shapes)
+        shared = share_out(self.errors, self.shapes, self.n_places, density)
+        return Sensitivity(shared, self.errors, self.shapes, self.n_places)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the density of each layer over its place in the model, on matplotlib's axes.
@@ -186,57 +190,67 @@ def sensitivity(
     with evaluating(model):
         chain = None if blocks is None else BlockChain(samples, blocks)
         if chain is not None:
-            targets = inside(owner, chain.blocks, targets, skipped, ())
+            targets = inside(owner, model, chain.blocks, targets, skipped, ())
         check_any(owner, targets, skipped)
         plan = {} if resume is None else plan_of(samples, targets, damping, chain)
-        finished = FinishedStages(owner, resume, plan | {"levels": steps})
-        measuring = _Measuring(samples, finished, damping, steps)
+        measuring = _Measuring(samples, damping, steps)
+        if resume is not None:
+            plan |= {"levels": steps, "outputs": measuring.fingerprint()}
+        measuring.finished = FinishedStages(owner, resume, plan)
         with progress_bar(len(targets), "layer", progress) as bar:
             if chain is None:
                 measuring.all(targets, bar)
             else:
                 measuring.in_order(targets, chain, bar)
-    errors = {target.paths[0]: measuring.errors.get(target.paths[0]) for target in targets}
-    reached = {path: found for path, found in errors.items() if found is not None}
-    shapes = {
-        target.paths[0]: (target.linear.weight.shape[0], target.linear.weight.shape[1])
-        for target in targets
-        if target.paths[0] in reached
-    }
-    return Sensitivity(share_out(reached, shapes, density), reached, shapes)
+    check_reached(owner, measuring.errors)
+    shapes, n_places = {}, {}
+    for target in targets:
+        if (path := target.paths[0]) in measuring.errors:
+            n_out, n_in = target.linear.weight.shape
+            shapes[path] = n_out, n_in
+            n_block_rows, n_block_cols = grid_of((n_out, n_in), target.options.block_size)
+            n_places[path] = n_block_rows * n_block_cols
+    errors = {path: measuring.errors[path] for path in shapes}
+    return Sensitivity(share_out(errors, shapes, n_places, density), errors, shapes, n_places)
 
 
 def share_out(
     errors: Mapping[str, Mapping[float, float]],
     shapes: Mapping[str, tuple[int, int]],
+    n_places: Mapping[str, int],
     density: float,
 ) -> dict[str, float]:
     """Return densities by path whose squared errors together are least, under one budget.
 
+    They are of whole blocks, and together at least ``density``.
+
     Args:
         errors: For each layer, relative errors by density.
         shapes: Of the layers' weights.
+        n_places: Blocks of each that is dense.
         density: Of all their values together; not less than the least of each layer.
     """
-    sizes = {path: n_out * n_in for path, (n_out, n_in) in shapes.items()}
-    # Steps down from dense: what each costs for a value, and how many values it saves.
-    steps: list[tuple[float, int, str, float]] = []
+    sizes = {path: n_out * n_in / n_places[path] for path, (n_out, n_in) in shapes.items()}
+    # Steps down from dense: what each costs for a value, and how many blocks it saves.
+    steps: list[tuple[float, int, str, int]] = []
     for number, (path, of_layer) in enumerate(errors.items()):
-        known = sorted(of_layer)
-        grid = np.append(np.arange(known[0], 1 - STEP / 2, STEP), 1.0)
-        squares = np.interp(grid, [*known, 1.0], [*(of_layer[d] for d in known), 0.0]) ** 2
-        corners = _lower_hull(grid, squares)
-        for low, high in pairwise(corners):
-            width = grid[high] - grid[low]
+        places = n_places[path]
+        known = {blocks_for(level, places): error for level, error in sorted(of_layer.items())}
+        known[places] = 0.0
+        least, step = min(known), max(1, round(places * STEP))
+        grid = np.append(np.arange(least, places, step), places)
+        squares = np.interp(grid, list(known), list(known.values())) ** 2
+        for low, high in pairwise(_lower_hull(grid, squares)):
+            width = int(grid[high] - grid[low])
             cost = (squares[low] - squares[high]) / (width * sizes[path])
             steps.append((cost, -number, path, width))
-    densities = dict.fromkeys(errors, 1.0)
-    left = (1 - density) * sum(sizes.values())
+    kept = {path: n_places[path] for path in errors}
+    left = (1 - density) * sum(n_out * n_in for n_out, n_in in shapes.values())
     for _, _, path, width in sorted(steps):
-        taken = min(width, left / sizes[path])
-        densities[path] -= taken
+        taken = min(width, int(left / sizes[path] + 1e-9))
+        kept[path] -= taken
         left -= taken * sizes[path]
-    return {path: float(min(1.0, max(value, 0.0))) for path, value in densities.items()}
+    return {path: kept[path] / n_places[path] for path in errors}
 
 
 class _Measuring:
@@ -244,37 +258,60 @@ class _Measuring:
 
     Attributes:
         errors: Relative errors by path and density.
+        finished: Where those of each layer are kept.
     """
 
-    def __init__(
-        self, samples: Samples, finished: FinishedStages, damping: float, levels: list[float]
-    ):
+    def __init__(self, samples: Samples, damping: float, levels: list[float]):
         self.errors: dict[str, dict[float, float]] = {}
-        self._samples, self._finished, self._levels = samples, finished, levels
+        self.finished = FinishedStages(samples.owner, None, {})
+        self._samples, self._levels = samples, levels
         self._fits = LayerFits(samples.owner, damping)
-        numbers = range(len(samples))
-        measuring = numbers[:: max(MEASURING, -(-len(samples) // MEASURING))]
+        numbers = [number for number in range(len(samples)) if samples.counts(number)]
+        measuring = numbers[:: max(MEASURING, -(-len(numbers) // MEASURING))]
         self._fitting = [number for number in numbers if number not in measuring] or numbers
         self._wanted = {n: self._output(n, samples.run(n)) for n in measuring}
-        mx.eval(self._wanted)
+        self._scale = self._largest()
+
+    def fingerprint(self) -> str:
+        """Return a hash of the dense model's outputs."""
+        return fingerprint(self._wanted)
+
+    def _largest(self) -> float:
+        """Return the largest of all outputs, or raise unless they can be compared."""
+        largest = {n: float(np.array(mx.abs(out).max())) for n, out in self._wanted.items()}
+        for number, value in largest.items():
+            if not np.isfinite(value):
+                raise ValueError(
+                    f"[{self._samples.owner}] call must return finite outputs, got nan or infinity "
+                    f"in batch {number}: return what comes before a mask"
+                )
+        if not any(largest.values()):
+            raise ValueError(f"[{self._samples.owner}] call must return outputs that are not all 0")
+        return max(largest.values())
 
     def all(self, targets: list[Target], bar: tqdm) -> None:
         """Measure all layers, from one pass through the dense model."""
         left = self._left(0, targets, bar)
         recorder = Recorder(self._samples)
         for number in self._fitting if left else ():
-            recorder.add(number, layer_inputs(left, partial(self._samples.run, number)))
+            recorder.add(
+                number, layer_inputs(self._samples.owner, left, partial(self._samples.run, number))
+            )
         self._measure(0, targets, recorder.result(), self._samples.run, bar)
 
     def in_order(self, targets: list[Target], chain: BlockChain, bar: tqdm) -> None:
         """Measure the layers of one block after another, of the dense model all."""
         first = 0
         for stage in range(len(chain.blocks)):
-            here = inside(self._samples.owner, [chain.blocks[stage]], targets, {}, ())
+            here = inside(
+                self._samples.owner, self._samples.model, [chain.blocks[stage]], targets, {}, ()
+            )
             left = self._left(first, here, bar)
             recorder = Recorder(self._samples)
             for number in self._fitting if left else ():
-                recorder.add(number, layer_inputs(left, partial(chain.run, number)))
+                recorder.add(
+                    number, layer_inputs(self._samples.owner, left, partial(chain.run, number))
+                )
             self._measure(first, here, recorder.result(), chain.run_rest, bar, chain)
             first += len(here)
             if stage + 1 < len(chain.blocks):
@@ -284,7 +321,7 @@ class _Measuring:
         """Return the layers that were not measured before, and take over those that were."""
         left = {}
         for stage, target in enumerate(targets, first):
-            found = self._finished.load(stage)
+            found = self.finished.load(stage)
             if found is None:
                 left[target.paths[0]] = target.linear
             else:
@@ -306,14 +343,14 @@ class _Measuring:
             path = target.paths[0]
             if path in self.errors:
                 continue
-            if path in inputs:
+            if path in inputs and inputs[path].moments.second.any():
                 bar.set_description(path)
                 errors = [
                     self._error(self._fitted(target, inputs[path], level), target, run, chain)
                     for level in self._levels
                 ]
                 self.errors[path] = dict(zip(self._levels, errors, strict=True))
-                self._finished.save(stage, {}, errors)
+                self.finished.save(stage, {}, errors)
             bar.update()
 
     def _fitted(self, target: Target, inputs: Recorded, level: float) -> nn.Module:
@@ -327,11 +364,12 @@ class _Measuring:
             squares, whole = 0.0, 0.0
             for number, wanted in self._wanted.items():
                 got = self._output(number, run(number))
-                squares += float(np.array(mx.square(got - wanted).sum()))
-                whole += float(np.array(mx.square(wanted).sum()))
+                squares += float(np.array(mx.square((got - wanted) / self._scale).sum()))
+                whole += float(np.array(mx.square(wanted / self._scale).sum()))
         finally:
             self._put(layer, target.linear, chain)
-        return float(np.sqrt(squares / whole)) if whole > 0 else 0.0
+        error = float(np.sqrt(squares / whole))
+        return error if error < WORST else WORST  # of outputs that are not finite, too
 
     def _put(self, old: nn.Module, new: nn.Module, chain: BlockChain | None) -> None:
         replace_leaves(self._samples.model, [old], [new])

@@ -104,6 +104,7 @@ def fit_pattern(
     bias: mx.array | None,
     pattern: CSRPattern,
     problem: LeastSquares,
+    dtype: mx.Dtype | None = None,
 ) -> Fit:
     """Return the values and the bias of a sparse layer that are closest to a dense layer's outputs.
 
@@ -113,9 +114,11 @@ def fit_pattern(
         bias: ``(output_dims,)``, the dense layer's, if it has one.
         pattern: The blocks, none of them repeated.
         problem: Of the layer's inputs; with a bias if there is one.
+        dtype: Of the values, by default that of the dense weight.
 
     Raises:
-        ValueError: The weight is not finite, or the moments are not positive definite.
+        ValueError: The weight is not finite, the moments are not positive definite, or the values
+            that are best overflow the dtype.
     """
     dense, block_size = _on_host(owner, "weight", weight), pattern.block_size
     kept = _stored(pattern)
@@ -124,11 +127,13 @@ def fit_pattern(
         fitted = problem.fit(aim, kept, block_size)
     except NotDefiniteError as error:
         raise _not_definite(owner, problem) from error
-    stored, new_bias, change = mx.array(fitted, weight.dtype), bias, more
+    stored, new_bias, change = mx.array(fitted, dtype or weight.dtype), bias, more
+    _check_fits(owner, stored)
     if bias is not None:
         old = _on_host(owner, "bias", bias)
         wanted = old + more + problem.bias_change(aim, fitted)
-        new_bias = mx.array(wanted, bias.dtype)
+        new_bias = mx.array(wanted, dtype or bias.dtype)
+        _check_fits(owner, new_bias)
         change = _on_host(owner, "bias", new_bias) - old - more
     columns = np.repeat(np.repeat(kept, block_size, axis=0), block_size, axis=1)
     cut = np.where(columns[: len(dense), : dense.shape[1]], dense, 0)
@@ -156,11 +161,21 @@ def _on_host(owner: str, name: str, array: mx.array) -> np.ndarray:
     return values
 
 
+def _check_fits(owner: str, fitted: mx.array) -> None:
+    """Raise if fitted values are not finite."""
+    if not np.array(mx.isfinite(fitted).all()):
+        raise ValueError(
+            f"[{owner}] the values that fit overflow {fitted.dtype}: give more damping, or cast the "
+            "layer to float32"
+        )
+
+
 def _not_definite(owner: str, problem: LeastSquares) -> ValueError:
     moments = problem.moments
     if not moments.second.any():
         return ValueError(f"[{owner}] moments are of inputs that are all zero: leave the layer out")
     return ValueError(
         f"[{owner}] moments are not positive definite, of {moments.n} samples of {moments.n_in} "
-        f"features with damping {problem.damping:g}: give more samples, or more damping, as 0.01"
+        f"features with damping {problem.damping:g}: give more samples, or more damping, as "
+        f"{max(0.01, 10 * problem.damping):g}"
     )

@@ -39,6 +39,7 @@ import numpy as np
 from mlx_sparse_nn.core.moments import DenseInputs, InputMoments
 
 DENSE_SHARE = 0.25  # a: how much of the target is what the layer gave in the dense model
+LEAST_VARYING = 1e-8  # of the inputs' squares
 PANEL = 64  # columns of a triangular system that are solved at once
 
 
@@ -66,8 +67,10 @@ class LeastSquares:
         self.moments, self.damping = moments, damping
         self._dense, self._has_bias = dense, has_bias
         gram = moments.centred if has_bias else moments.second
+        # Where nothing varies, as over one sample, rounding is left: then dense values stay.
+        energy = max(np.trace(gram), LEAST_VARYING * np.trace(moments.second))
         # A new matrix either way.
-        self._gram = gram + damping * np.trace(gram) / len(gram) * np.eye(len(gram))
+        self._gram = gram + damping * energy / len(gram) * np.eye(len(gram))
 
     def aim(self, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the dense weight to be fitted, ``(n_out, n_in)``, and what its bias is more.
@@ -118,7 +121,7 @@ class LeastSquares:
                 continue
             columns = np.repeat(stay, block_size)[: weight.shape[1]]
             blocks = _blocks(weight[np.ix_(rows, columns)], block_size)  # (r, s, B, B)
-            costs = np.linalg.inv(self._inverse_blocks(columns, block_size))  # (s, B, B)
+            costs = _inverses(self._inverse_blocks(columns, block_size))  # (s, B, B)
             growth = np.einsum("rcij,rcij->rc", blocks @ costs, blocks)
             scores[np.ix_(block_rows, stay)] = np.maximum(growth, 0)
         return scores
@@ -264,6 +267,14 @@ def _diagonal_blocks(matrix: np.ndarray, block_size: int) -> np.ndarray:
         part = matrix[start : start + block_size, start : start + block_size]
         block[: len(part), : len(part)] = part
     return blocks
+
+
+def _inverses(blocks: np.ndarray) -> np.ndarray:
+    """Return the inverses of blocks ``(s, B, B)``."""
+    try:
+        return np.linalg.inv(blocks)
+    except np.linalg.LinAlgError as error:
+        raise NotDefiniteError("the moments are not positive definite") from error
 
 
 def _solve(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -47,6 +47,10 @@ class InputMoments:
         check_size(owner, "n", self.n, minimum=1)
         if not (np.isfinite(self.second).all() and np.isfinite(self.total).all()):
             raise ValueError(f"[{owner}] second and total must be finite")
+        if not np.allclose(self.second, self.second.T) or (self.second.diagonal() < 0).any():
+            raise ValueError(
+                f"[{owner}] second must be a sum of x xᵀ: symmetric, and no square negative"
+            )
 
     @classmethod
     def of(cls, x: mx.array) -> InputMoments:
@@ -98,17 +102,19 @@ def check_moments(owner: str, moments: object, input_dims: int) -> None:
 
 
 def check_damping(owner: str, damping: float) -> None:
-    """Raise unless ``damping`` is a finite number of at least 0."""
+    """Raise unless ``damping`` is a number in [0, 1e6]."""
     check_number(owner, "damping", damping)
-    if not 0 <= damping < float("inf"):
-        raise ValueError(f"[{owner}] damping must be at least 0 and finite, got {damping}")
+    if not 0 <= damping <= 1e6:
+        raise ValueError(f"[{owner}] damping must be in [0, 1e6], got {damping}")
 
 
 class MomentSum:
     """Adds up the moments of one batch after another.
 
     The products of a batch are float32: by NumPy on the host, whose BLAS is fast everywhere, or by
-    MLX where its default device is a GPU. Sums over batches are float64, on the host.
+    MLX where its default device is a GPU. Samples are shifted by the mean of the first batch and
+    scaled by its largest value before, so that features whose mean is large beside what varies
+    lose nothing, and no square overflows. Sums over batches are float64, on the host.
 
     Args:
         n_in: Number of input features.
@@ -120,52 +126,74 @@ class MomentSum:
 
     def __init__(self, n_in: int, with_dense: bool = False):
         self.n_in, self.n = n_in, 0
+        self._shift, self._scale = mx.zeros((n_in,)), 1.0
         self._second, self._total = np.zeros((n_in, n_in)), np.zeros(n_in)
-        self._dense = DenseInputs(np.zeros((n_in, n_in)), np.zeros(n_in)) if with_dense else None
+        self._with_dense = with_dense
+        if with_dense:
+            self._cross, self._dense_total = np.zeros((n_in, n_in)), np.zeros(n_in)
 
     def add(self, x: mx.array, dense: mx.array | None = None) -> None:
         """Add samples ``(n, n_in)`` of any floating dtype, and what they are in the dense model."""
+        if x.shape[0] == 0:
+            return
         x = x.astype(mx.float32)
+        if self.n == 0:
+            self._shift = (x / x.shape[0]).sum(axis=0)
+            largest = np.array(mx.abs(x - self._shift).max())
+            self._scale = float(largest) if 0 < largest < np.inf else 1.0
         self.n += x.shape[0]
-        _add_product(self._second, x, x)
-        _add_sum(self._total, x)
-        if self._dense is not None and dense is not None:
-            dense = dense.astype(mx.float32)
-            _add_product(self._dense.cross, dense, x)
-            _add_sum(self._dense.total, dense)
-
-    def include(self, other: MomentSum) -> None:
-        """Add the samples that another sum has seen."""
-        self.n += other.n
-        self._second += other._second
-        self._total += other._total
-        if self._dense is not None and other._dense is not None:
-            np.add(self._dense.cross, other._dense.cross, out=self._dense.cross)
-            np.add(self._dense.total, other._dense.total, out=self._dense.total)
+        x = self._shifted(x)
+        self._second += _product(x, x)
+        self._total += _sum(x)
+        if self._with_dense and dense is not None:
+            dense = self._shifted(dense.astype(mx.float32))
+            self._cross += _product(dense, x)
+            self._dense_total += _sum(dense)
 
     @property
     def is_finite(self) -> bool:
         """Whether all samples so far were finite."""
         return bool(np.isfinite(self._total).all())
 
-    @property
-    def dense(self) -> DenseInputs | None:
-        """What the samples were in the dense model, if that was given."""
-        return self._dense
-
     def result(self) -> InputMoments:
-        """Return the moments of all samples, in the arrays of this sum."""
-        return InputMoments(self._second, self._total, self.n)
+        """Return the moments of all samples."""
+        return InputMoments(
+            self._unshifted(self._second, self._total, self._total),
+            self._unshifted_total(self._total),
+            self.n,
+        )
+
+    def dense(self) -> DenseInputs | None:
+        """Return what the samples were in the dense model, if that was given."""
+        if not self._with_dense:
+            return None
+        cross = self._unshifted(self._cross, self._dense_total, self._total)
+        return DenseInputs(cross, self._unshifted_total(self._dense_total))
+
+    def _shifted(self, x: mx.array) -> mx.array:
+        return (x - self._shift) / self._scale
+
+    def _unshifted(self, product: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """Return the sum of ``a bᵀ`` from that of shifted samples, whose own sums are given."""
+        shift, scale = np.array(self._shift, dtype=np.float64), self._scale
+        return (
+            scale**2 * product
+            + np.outer(scale * left, shift)
+            + np.outer(shift, scale * right)
+            + self.n * np.outer(shift, shift)
+        )
+
+    def _unshifted_total(self, total: np.ndarray) -> np.ndarray:
+        return self._scale * total + self.n * np.array(self._shift, dtype=np.float64)
 
 
-def _add_product(total: np.ndarray, a: mx.array, b: mx.array) -> None:
-    """Add ``aᵀ b`` of float32 samples to a sum ``(n_in, n_in)``."""
+def _product(a: mx.array, b: mx.array) -> np.ndarray:
+    """Return ``aᵀ b`` of float32 samples ``(n, n_in)``."""
     if mx.default_device() == mx.Device(mx.gpu):
-        total += np.array(a.T @ b)
-    else:
-        left = np.array(a)
-        total += left.T @ (left if a is b else np.array(b))
+        return np.array(a.T @ b)
+    left = np.array(a)
+    return left.T @ (left if a is b else np.array(b))
 
 
-def _add_sum(total: np.ndarray, x: mx.array) -> None:
-    total += np.array(x).sum(axis=0, dtype=np.float64)
+def _sum(x: mx.array) -> np.ndarray:
+    return np.array(x).sum(axis=0, dtype=np.float64)

@@ -81,7 +81,7 @@ def test_the_budget_is_met_and_the_model_stays(model):
             model, batches(2), density=density, blocks=model.layers, levels=(0.125, 0.5), **OPTIONS
         )
         assert isinstance(found, Sensitivity)
-        assert found.density == pytest.approx(density)
+        assert density - 1e-9 <= found.density <= density + 64 / 18432 + 1e-9  # by a block at most
         assert all(0.125 <= value <= 1 for value in found.values())
     assert {path: id(module) for path, module in model.named_modules()} == before
     assert model.training
@@ -91,7 +91,7 @@ def test_one_measurement_serves_every_density(model):
     found = sensitivity(model, batches(), density=0.5, blocks=model.layers, **OPTIONS)
     for density in (0.125, 0.3, 0.5, 1.0):
         other = found.at(density)
-        assert other.density == pytest.approx(density)
+        assert density - 1e-9 <= other.density <= density + 64 / 18432
         assert other.errors is found.errors
     assert dict(found.at(0.5)) == dict(found)
     with pytest.raises(ValueError, match=r"\[Sensitivity\.at\] density must be at least the least"):
@@ -122,9 +122,10 @@ def test_few_and_many_layers_share_out_as_an_exhaustive_search_does():
         roots = np.sort(rng.random((3, 3)), axis=1)[:, ::-1]
         errors = {str(i): dict(zip(levels, roots[i], strict=True)) for i in range(3)}
         shapes = {str(i): (int(rng.integers(1, 4)) * 8, 16) for i in range(3)}
-        found = share_out(errors, shapes, 0.6)
+        n_places = {path: n_out * n_in for path, (n_out, n_in) in shapes.items()}
+        found = share_out(errors, shapes, n_places, 0.6)
         sizes = np.array([shapes[path][0] * 16 for path in errors])
-        assert np.dot(list(found.values()), sizes) == pytest.approx(0.6 * sizes.sum())
+        assert np.dot(list(found.values()), sizes) == pytest.approx(0.6 * sizes.sum(), abs=1)
 
         def cost(densities, roots=roots):
             known = [0.25, 0.5, 0.75, 1.0]
