@@ -359,8 +359,8 @@ class _Measuring:
 
     def _error(self, layer: nn.Module, target: Target, run: Any, chain: BlockChain | None) -> float:
         """Return the relative error of the model's outputs with ``layer`` in place."""
-        self._put(target.linear, layer, chain)
         try:
+            self._put(target.linear, layer, chain)
             squares, whole = 0.0, 0.0
             for number, wanted in self._wanted.items():
                 got = self._output(number, run(number))
