@@ -365,9 +365,8 @@ def test_other_data_in_objects_of_any_kind_are_seen(model, tmp_path):
         for seed, refused in ((0, False), (0, False), (5, True)):
             other = copy.deepcopy(model)
             data = [Anything(x) for x in batches(seed=seed)]
-            options: dict[str, Any] = dict(
-                blocks=other.layers if blocks else None, resume=folder, **OPTIONS
-            )
+            blocks_of = other.layers if blocks else None
+            options: dict[str, Any] = dict(blocks=blocks_of, resume=folder, **OPTIONS)
             run = lambda other=other, data=data, options=options: calibrate(
                 other, data, call=lambda m, batch: m(batch.x), **options
             )
