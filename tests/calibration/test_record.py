@@ -144,3 +144,12 @@ def test_moments_of_an_array():
     (x,) = batches(1)
     check(InputMoments.of(x), x)
     check(InputMoments.of(x.astype(mx.float16)), x.astype(mx.float16).astype(mx.float32))
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3, 1e6])
+def test_moments_are_symmetric_whatever_the_mean(mean):
+    x = mx.random.normal((500, 64)) * mx.exp(mx.arange(-32, 32) * 0.1) + mean
+    second = InputMoments.of(x).second
+    assert (second == second.T).all()
+    eigenvalues = np.linalg.eigvalsh(InputMoments.of(x).centred)
+    assert eigenvalues[0] > -1e-6 * eigenvalues[-1]
