@@ -829,7 +829,7 @@ REST = [
         "calibrate",
         lambda: sparse.calibrate(MODULE, [X], density=0.5, damping=-1),
         ValueError,
-        "damping must be at least 0 and finite, got -1",
+        "damping must be at least 0 and at most 1e6, got -1",
     ),
     (
         "calibrate",
@@ -872,6 +872,36 @@ REST = [
         lambda: sparse.calibrate(MODULE, [X], density=0.5, predicate=lambda *_: {"score": "l1"}),
         ValueError,
         "score must be left out, got 'l1': blocks are scored by what the outputs lose",
+    ),
+    (
+        "calibrate",
+        lambda: sparse.calibrate(LINEAR, [X], density=0.5),
+        TypeError,
+        "model is itself a Linear, with no module around it",
+    ),
+    (
+        "calibrate",
+        lambda: sparse.calibrate(MODULE, [X], density=0.5, predicate=untyped("layers.0")),
+        TypeError,
+        r"predicate must be a function of \(path, module\), got 'layers.0'",
+    ),
+    (
+        "calibrate",
+        lambda: sparse.calibrate(MODULE, [np.ones((2, 64))], density=0.5),
+        TypeError,
+        "batches must be of MLX arrays, got NumPy's: let call make of a batch",
+    ),
+    (
+        "patterns.strongest",
+        lambda: patterns.strongest([[1.0]]),
+        TypeError,
+        "density must be a number, got None; or give n_blocks",
+    ),
+    (
+        "InputMoments",
+        lambda: sparse.InputMoments(np.array([[1.0, 2.0], [0.0, 1.0]]), np.zeros(2), 1),
+        ValueError,
+        "second must be a sum of x xᵀ: symmetric",
     ),
     (
         "layer_moments",

@@ -32,8 +32,8 @@ def layers_to_fit(
     """Return the layers to make sparse, and why each other that holds a matrix is left alone."""
     if isinstance(model, LINEAR):
         raise TypeError(
-            f"[{owner}] model is itself a {type(model).__name__}, with no module around it in which "
-            "to replace it: use BlockSparseLinear.from_linear with moments"
+            f"[{owner}] model is itself a {type(model).__name__}, with no module around it in "
+            "which to replace it: use BlockSparseLinear.from_linear with moments"
         )
     if predicate is not None and not callable(predicate):
         raise TypeError(
@@ -70,7 +70,8 @@ def inside(
     found = []
     for target in targets:
         around = [_around(path, paths) for path in target.paths]
-        if (holders := sorted(set(around) - {None})) and len(holders) > 1:
+        holders = sorted({number for number in around if number is not None})
+        if len(holders) > 1:
             raise ValueError(
                 f"[{owner}] blocks {holders[0]} and {holders[1]} hold the same layer, "
                 f"{target.paths[0]}: leave blocks out"
@@ -99,9 +100,9 @@ def plan_of(
     options = {target.paths[0]: target.options for target in targets}
     return {
         "function": samples.owner,
+        "blocks": None if chain is None else len(chain.blocks),
         "batches": fingerprint([_what_goes_in(samples, targets, chain), samples.counted]),
         "weights": fingerprint(samples.model.parameters()),
-        "blocks": None if chain is None else len(chain.blocks),
         "densities": {path: of_layer.density for path, of_layer in options.items()},
         "block sizes": {path: of_layer.block_size for path, of_layer in options.items()},
         "balances": {path: of_layer.balance for path, of_layer in options.items()},

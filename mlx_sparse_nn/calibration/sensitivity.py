@@ -168,7 +168,7 @@ def sensitivity(
             its leading axes are those of ``rows``, only tokens that count do so here.
         density: Stored fraction of the weights of all these layers together.
         levels: The densities at which a layer is measured; none gets less than the least.
-        resume: As in :func:`calibrate`; each layer that was measured is kept.
+        resume: As in :func:`calibrate`; each layer that was measured is kept, for any ``density``.
 
     Returns:
         The densities by path: ``print`` it for a table, ``plot`` it for a picture.
@@ -195,6 +195,7 @@ def sensitivity(
         plan = {} if resume is None else plan_of(samples, targets, damping, chain)
         measuring = _Measuring(samples, damping, steps)
         if resume is not None:
+            del plan["densities"]  # every one is shared out by the same measurements
             plan |= {"levels": steps, "outputs": measuring.fingerprint()}
         measuring.finished = FinishedStages(owner, resume, plan)
         with progress_bar(len(targets), "layer", progress) as bar:
@@ -359,8 +360,8 @@ class _Measuring:
 
     def _error(self, layer: nn.Module, target: Target, run: Any, chain: BlockChain | None) -> float:
         """Return the relative error of the model's outputs with ``layer`` in place."""
-        self._put(target.linear, layer, chain)
         try:
+            self._put(target.linear, layer, chain)
             squares, whole = 0.0, 0.0
             for number, wanted in self._wanted.items():
                 got = self._output(number, run(number))

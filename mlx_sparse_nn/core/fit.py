@@ -165,8 +165,8 @@ def _check_fits(owner: str, fitted: mx.array) -> None:
     """Raise if fitted values are not finite."""
     if not np.array(mx.isfinite(fitted).all()):
         raise ValueError(
-            f"[{owner}] the values that fit overflow {fitted.dtype}: give more damping, or cast the "
-            "layer to float32"
+            f"[{owner}] the values that fit overflow {fitted.dtype}: give more damping, or cast "
+            "the layer to float32"
         )
 
 

@@ -105,7 +105,7 @@ def check_damping(owner: str, damping: float) -> None:
     """Raise unless ``damping`` is a number in [0, 1e6]."""
     check_number(owner, "damping", damping)
     if not 0 <= damping <= 1e6:
-        raise ValueError(f"[{owner}] damping must be in [0, 1e6], got {damping}")
+        raise ValueError(f"[{owner}] damping must be at least 0 and at most 1e6, got {damping}")
 
 
 class MomentSum:

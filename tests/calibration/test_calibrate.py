@@ -303,6 +303,113 @@ def test_a_layer_that_gets_only_zeros_stays_dense(model):
         assert "layers.2.down" in report.sparse
 
 
+def test_features_whose_mean_is_large_lose_nothing():
+    """Temperatures in kelvin, years: what varies is a thousandth of what is there."""
+    mx.random.seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 32))
+    rng = np.random.default_rng(0)
+    mean, spread = np.array([300, 1013, 2026, 50] * 4), np.array([3, 5, 0.5, 2] * 4)
+    data = [mx.array((mean + spread * rng.normal(size=(512, 16))).astype("f4")) for _ in range(4)]
+    sparse, cut = copy.deepcopy(model), copy.deepcopy(model)
+    calibrate(sparse, data, density=0.5, block_size=8, progress=False)
+    sparsify(cut, density=0.5, block_size=8)
+    wanted = np.array(model(data[0]), np.float64)
+    varying = np.linalg.norm(wanted - wanted.mean(axis=0))
+    errors = [np.linalg.norm(np.array(m(data[0])) - wanted) / varying for m in (sparse, cut)]
+    assert errors[0] < 0.8 < 5 < errors[1], errors
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-12, 1e12, 1e20])
+def test_the_unit_of_the_inputs_changes_no_digit(size):
+    mx.random.seed(0)
+    linear = nn.Linear(32, 32)
+    model = nn.Sequential(linear)
+    x = batches(1, (1, 200, 32))[0]
+    results = []
+    for unit in (1.0, size):
+        other = copy.deepcopy(model)
+        calibrate(other, [x * unit], **OPTIONS)
+        results.append(other.layers[0])
+    assert results[0].pattern == results[1].pattern
+    assert relative_error(results[1].weight, results[0].weight) < 1e-3
+
+
+def test_one_token_keeps_the_values_and_moves_the_bias():
+    mx.random.seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 32)), mx.random.normal((1, 32))
+    sparse = copy.deepcopy(model)
+    calibrate(sparse, [x], **OPTIONS)
+    same = BlockSparseLinear.from_linear(model.layers[0], pattern=sparse.layers[0].pattern)
+    assert relative_error(sparse.layers[0].weight, same.weight) < 1e-5
+    assert relative_error(sparse(x), model(x)) < 1e-5
+
+
+def test_a_layer_that_is_called_outside_the_blocks_too_stays_dense(model):
+    model.twin = model.layers[0].up
+    report = calibrate(model, batches(), blocks=model.layers, **OPTIONS)
+    assert report.skipped["layers.0.up"] == "it is called outside the blocks too"
+    assert type(model.twin) is nn.Linear
+    assert "layers.0.down" in report.sparse
+
+
+class Anything:
+    """A batch of the user's own kind."""
+
+    def __init__(self, x):
+        self.x = x
+
+
+def test_other_data_in_objects_of_any_kind_are_seen(model, tmp_path):
+    for blocks in (True, False):
+        folder = tmp_path / str(blocks)
+        for seed, refused in ((0, False), (0, False), (5, True)):
+            other = copy.deepcopy(model)
+            data = [Anything(x) for x in batches(seed=seed)]
+            blocks_of = other.layers if blocks else None
+            options: dict[str, Any] = dict(blocks=blocks_of, resume=folder, **OPTIONS)
+            run = lambda other=other, data=data, options=options: calibrate(
+                other, data, call=lambda m, batch: m(batch.x), **options
+            )
+            if refused:
+                with pytest.raises(ValueError, match="was begun with other batches"):
+                    run()
+            else:
+                run()
+
+
+def test_a_damaged_folder_names_the_file(model, tmp_path):
+    options: dict[str, Any] = dict(blocks=model.layers, resume=tmp_path, **OPTIONS)
+    options["blocks"] = None
+    calibrate(copy.deepcopy(model), batches(), **options)
+    (tmp_path / "stage-0001.safetensors").write_bytes(b"1")
+    with pytest.raises(ValueError, match=r"resume cannot read .*stage-0001.safetensors: delete it"):
+        calibrate(model, batches(), **options)
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(ValueError, match=r"resume cannot read .*plan.json: delete it"):
+        calibrate(model, batches(), **options)
+
+
+def test_a_call_that_does_not_call_the_layers_says_so(model):
+    for call in (lambda m, x: x, mx.compile(lambda m, x: x)):
+        with pytest.raises(ValueError, match="call must run the layers on tokens that count"):
+            calibrate(model, batches(), call=call, **OPTIONS)
+    compiled = mx.compile(lambda x: model(x))
+    with pytest.raises(ValueError, match=r"not through mx\.compile"):
+        layer_moments(model, batches(), call=lambda m, x: compiled(x), progress=False)
+
+
+def test_results_are_evaluated(model):
+    """They may be read in another thread than that of the calibration."""
+    import threading
+
+    data = batches()
+    mx.eval(model.parameters(), data)
+    thread = threading.Thread(target=lambda: calibrate(model, data, **OPTIONS))
+    thread.start()
+    thread.join()
+    assert np.isfinite(np.array(model.layers[0].up.weight)).all()
+
+
 def test_an_error_on_the_way_leaves_the_model_as_it_was(model):
     model.layers[2].up.weight = model.layers[2].up.weight * float("inf")
     before = copy.deepcopy(model)

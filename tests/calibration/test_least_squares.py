@@ -154,3 +154,26 @@ def test_refit_changes_a_layer_in_place():
     size = np.linalg.norm(np.array(linear(x))) / np.linalg.norm(np.array(x @ linear.weight.T))
     assert found.error_kept == pytest.approx(before * size, rel=1e-3)
     assert found.error_fitted == pytest.approx(after * size, rel=1e-3)
+
+
+def test_refit_says_what_the_stored_values_do():
+    linear, x = nn.Linear(32, 32), mx.array(correlated(300, 32))
+    layer = BlockSparseLinear.from_linear(linear, block_size=8, density=1.0)
+    layer.set_dtype(mx.bfloat16)
+    found = refit(layer, linear, InputMoments.of(x))
+    layer.set_dtype(mx.float32)
+    size = np.linalg.norm(np.array(linear(x))) / np.linalg.norm(np.array(x @ linear.weight.T))
+    error = relative_error(layer(x), linear(x)) * size
+    assert error > 0
+    assert found.error_fitted == pytest.approx(error, rel=0.05)
+
+
+def test_values_that_overflow_are_refused():
+    linear = nn.Linear(32, 32)
+    layer = BlockSparseLinear.from_linear(linear, block_size=8, density=1.0)
+    layer.set_dtype(mx.float16)
+    linear.weight = linear.weight * 1e8
+    before = np.array(layer.weight)
+    with pytest.raises(ValueError, match=r"\[refit\] the values that fit overflow .*float16"):
+        refit(layer, linear, InputMoments.of(mx.array(correlated(300, 32))))
+    assert (np.array(layer.weight) == before).all()

@@ -108,6 +108,54 @@ def test_layers_that_matter_more_get_more(model):
     assert report.density == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.parametrize("bad", [float("-inf"), float("nan")])
+def test_outputs_that_cannot_be_compared_are_refused(model, bad):
+    masked = lambda m, x: mx.where(mx.arange(5) < 3, bad, m(x))
+    with pytest.raises(ValueError, match="call must return finite outputs, got nan or infinity in"):
+        sensitivity(model, batches(), density=0.5, call=masked, **OPTIONS)
+    with pytest.raises(ValueError, match="outputs that are not all 0"):
+        sensitivity(model, batches(), density=0.5, call=lambda m, x: 0 * m(x), **OPTIONS)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_the_unit_of_the_outputs_changes_no_digit(model, size):
+    only = lambda path, _: path.endswith(("0.up", "1.down"))
+    options: dict[str, Any] = dict(density=0.5, predicate=only, **OPTIONS)
+    found = sensitivity(model, batches(), **options)
+    scaled = sensitivity(model, batches(), call=lambda m, x: size * m(x), **options)
+    for path in found:
+        for level, error in found.errors[path].items():
+            assert scaled.errors[path][level] == pytest.approx(error, rel=1e-4)
+
+
+def test_batches_without_a_token_that_counts_do_not_measure(model):
+    data = [(x, np.full((4, 25), number > 0)) for number, x in enumerate(batches())]
+    options: dict[str, Any] = dict(density=0.5, call=lambda m, batch: m(batch[0]), **OPTIONS)
+    found = sensitivity(model, data, rows=lambda batch: batch[1], **options)
+    same = sensitivity(model, data[1:], rows=lambda batch: batch[1], **options)
+    assert found.errors == same.errors
+
+
+@pytest.mark.parametrize("block_size", [4, 16, 32])
+def test_densities_are_of_whole_blocks(model, block_size):
+    options: dict[str, Any] = dict(block_size=block_size, blocks=model.layers, progress=False)
+    found = sensitivity(model, batches(), density=0.5, **options)
+    for path, density in found.items():
+        assert density * found.n_places[path] == pytest.approx(
+            round(density * found.n_places[path])
+        )
+    report = calibrate(model, batches(), density=found, **options)
+    kept = {path: 1.0 for path in found} | {p: q.density for p, q in report.patterns.items()}
+    assert kept == pytest.approx(dict(found))
+
+
+def test_a_folder_is_of_one_function(model, tmp_path):
+    options: dict[str, Any] = dict(density=0.5, blocks=model.layers, resume=tmp_path, **OPTIONS)
+    sensitivity(model, batches(), **options)
+    with pytest.raises(ValueError, match="was begun with other function"):
+        calibrate(model, batches(), **options)
+
+
 def test_sparsify_takes_it_too(model):
     found = sensitivity(model, batches(), density=0.5, blocks=model.layers, **OPTIONS)
     report = sparsify(model, block_size=8, density=found)
@@ -174,6 +222,9 @@ def test_an_interrupted_measurement_goes_on(model, tmp_path, monkeypatch):
         sensitivity(model, batches(), resume=tmp_path, **options)
     found = sensitivity(model, batches(), resume=tmp_path, **options)
     assert found.errors == whole.errors
+    assert len(fits) == 18 + 4 * (12 - 4)
+    other = sensitivity(model, batches(), resume=tmp_path, **options | dict(density=0.3))
+    assert dict(other) == dict(found.at(0.3))
     assert len(fits) == 18 + 4 * (12 - 4)
     with pytest.raises(ValueError, match="was begun with other levels"):
         sensitivity(model, batches(), resume=tmp_path, levels=(0.5,), **options)
