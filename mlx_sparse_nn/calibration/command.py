@@ -33,14 +33,13 @@ OWNER = "calibrate"
 # As the models of mlx-lm name the layers that choose experts.
 ROUTERS = ("*.gate", "*.gate.*", "*router", "*router.*", "*.shared_expert_gate")
 FACTOR = 2.0  # of the dense perplexity, above which a model is called bad
-MEASURED_AT = 0.5  # Any density would do: what is measured does not depend on it.
 POSITIONS = ("max_position_embeddings", "n_positions")  # in a model's configuration
 # What a folder of --resume must share with the command, by its name in the folder's plan.
 CHANGED_BY = {
     "batches": "--data, --num-samples, --sequence-length, --batch-size or --seed",
     "weights": "--model",
     "densities": "--density, --sensitivity or --exclude",
-    "block sizes": "--block-size",
+    "block sizes": "--block-size or --exclude",
     "damping": "--damping",
 }
 
@@ -222,10 +221,10 @@ def _run(options: argparse.Namespace, folder: Path) -> None:
         density = sensitivity(
             model,
             single,
-            density=MEASURED_AT,
+            density=density,
             resume=_within(options.resume, "sensitivity"),
             **settings,
-        ).at(density)
+        )
         print(density)
     finished = _within(options.resume, f"calibration-{options.density:g}")
     report = calibrate(model, batches, density=density, resume=finished, **settings)
