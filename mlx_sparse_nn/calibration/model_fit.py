@@ -175,7 +175,7 @@ class ModelFit:
             recorder = Recorder(self._samples)
             for number in range(len(self._samples)):
                 inputs = layer_inputs(self._samples.owner, group, partial(chain.run, number))
-                dense = inputs
+                dense = None  # the same
                 if chain.differs or done:
                     with self._dense(chain):
                         dense = layer_inputs(

@@ -223,7 +223,9 @@ def test_an_interrupted_measurement_goes_on(model, tmp_path, monkeypatch):
     found = sensitivity(model, batches(), resume=tmp_path, **options)
     assert found.errors == whole.errors
     assert len(fits) == 18 + 4 * (12 - 4)
-    other = sensitivity(model, batches(), resume=tmp_path, **options | dict(density=0.3))
+    other = sensitivity(
+        model, batches(), density=0.3, blocks=model.layers, resume=tmp_path, **OPTIONS
+    )
     assert dict(other) == dict(found.at(0.3))
     assert len(fits) == 18 + 4 * (12 - 4)
     with pytest.raises(ValueError, match="was begun with other levels"):
