@@ -24,7 +24,7 @@ from mlx_sparse_nn.calibration.calibrate import calibrate
 from mlx_sparse_nn.calibration.mlx_lm_model import NAME, check_model_file, save_mlx_lm, whole
 from mlx_sparse_nn.calibration.samples import Samples
 from mlx_sparse_nn.calibration.sensitivity import LEVELS, sensitivity
-from mlx_sparse_nn.calibration.texts import read_texts
+from mlx_sparse_nn.calibration.texts import Texts, read_texts
 from mlx_sparse_nn.core.checks import check_density, check_size
 from mlx_sparse_nn.core.fit import DAMPING
 from mlx_sparse_nn.core.moments import check_damping
@@ -101,7 +101,8 @@ def run(options: argparse.Namespace) -> int:
     except RuntimeError as error:
         if "[write]" not in str(error):
             raise
-        print(f"[{OWNER}] a file cannot be written: {error}", file=sys.stderr)  # MLX's, a full disk
+        # MLX's, of a full disk, while it writes to the folder of --resume.
+        print(f"[{OWNER}] --resume {options.resume} cannot be written: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -166,24 +167,37 @@ def _check_folders(mlx_path: str, resume: str | None) -> None:
 
 
 def _is_missing_path(model: str) -> bool:
-    """Return whether a name is of a directory that is not there, and not one on the Hub."""
-    if os.path.exists(model):
-        return False
-    parent = os.path.dirname(model)
-    return model.startswith((".", "/", "~")) or model.count("/") > 1 or os.path.isdir(parent)
+    """Return whether a name is of a directory that is not there, and cannot be on the Hub."""
+    is_path = model.startswith((".", "/", "~")) or model.count("/") > 1
+    return is_path and not os.path.exists(model)
+
+
+def _check_length(length: int, config: dict[str, Any]) -> None:
+    """Raise if sequences are longer than what a model was trained on."""
+    of_text = {**config, **(config.get("text_config") or {})}  # of a model that also sees
+    limits = [n for name in POSITIONS if isinstance(n := of_text.get(name), int)]
+    if length > min(limits, default=math.inf):
+        raise ValueError(
+            f"[{OWNER}] --sequence-length must be at most {min(limits)}, the positions that the "
+            f"model knows, got {length}"
+        )
+
+
+def _check_tokens(texts: Texts, vocabulary: int, name: str) -> None:
+    """Raise if there are tokens that a model does not know: MLX would read past its embeddings."""
+    largest = max(int(part.max()) for part in (texts.calibration, texts.held_out))
+    if largest >= vocabulary:
+        raise ValueError(
+            f"[{OWNER}] --model must have its own tokenizer, but that of {name} gives "
+            f"token {largest}, and the model knows {vocabulary}"
+        )
 
 
 def _run(options: argparse.Namespace, folder: Path) -> None:
     """Make the model sparse and write it into a folder, which becomes that of ``--mlx-path``."""
     model, tokenizer, config = _load(options)
     dense = _left_dense(model, options)
-    of_text = {**config, **(config.get("text_config") or {})}  # of a model that also sees
-    limits = [n for name in POSITIONS if isinstance(n := of_text.get(name), int)]
-    if options.sequence_length > min(limits, default=math.inf):
-        raise ValueError(
-            f"[{OWNER}] --sequence-length must be at most {min(limits)}, the positions that the "
-            f"model knows, got {options.sequence_length}"
-        )
+    _check_length(options.sequence_length, config)
     texts = read_texts(
         OWNER,
         Path(options.data),
@@ -193,12 +207,7 @@ def _run(options: argparse.Namespace, folder: Path) -> None:
         seed=options.seed,
     )
     vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]
-    largest = max(int(part.max()) for part in (texts.calibration, texts.held_out))
-    if largest >= vocabulary:
-        raise ValueError(
-            f"[{OWNER}] --model must have its own tokenizer, but that of {options.model} gives "
-            f"token {largest}, and the model knows {vocabulary}"
-        )
+    _check_tokens(texts, vocabulary, options.model)
     n, length = texts.calibration.shape
     print(f"{n} sequences of {length} tokens calibrate, {len(texts.held_out)} others evaluate")
     blocks = _blocks(model, texts.calibration[:1, :2])
@@ -235,7 +244,13 @@ def _run(options: argparse.Namespace, folder: Path) -> None:
     print(f"weights: {_n_bytes(model) / 1e6:.1f} MB, before: {n_bytes / 1e6:.1f} MB")
     if why := _why_bad(before, after, vocabulary):
         print(f"warning: {why}", file=sys.stderr)
-    save_mlx_lm(folder, options.model, model, tokenizer, config)
+    try:
+        save_mlx_lm(folder, options.model, model, tokenizer, config)
+    except Exception as error:  # MLX and tokenizers have no type for a full disk
+        raise ValueError(
+            f"[{OWNER}] --mlx-path {options.mlx_path} cannot be written: "
+            f"{type(error).__name__}, {error}"
+        ) from error
     print(_next_steps(str(Path(options.mlx_path)), options.block_size))
 
 
@@ -261,9 +276,10 @@ def _load(options: argparse.Namespace) -> tuple[nn.Module, Any, dict[str, Any]]:
                 f"[{OWNER}] --model must be dense, but {options.model} is sparse already: "
                 "calibrate the dense model, or give --trust-remote-code for the layers left dense"
             ) from error
+        sought = "" if os.path.exists(options.model) else " (none here, sought on the Hub)"
         raise ValueError(
-            f"[{OWNER}] --model must be a directory that mlx-lm loads, but {options.model}: "
-            f"{type(error).__name__}, {error}"
+            f"[{OWNER}] --model must be a directory that mlx-lm loads, but "
+            f"{options.model}{sought}: {type(error).__name__}, {error}"
         ) from error
     check_model_file(OWNER, config)
     if config.get("quantization") or config.get("quantization_config"):

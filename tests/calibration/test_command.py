@@ -207,7 +207,8 @@ REFUSED = [
     (["--model", "quantized"], "--model must not be quantized, but quantized is"),
     (["--model", "own"], "its config.json names a model_file of its own, 'own.py'"),
     (["--model", "sparse"], "--model must be dense, but sparse is sparse already"),
-    (["--model", "full/typo"], "--model: there is no such directory, full/typo"),
+    (["--model", "full/typo"], "but full/typo (none here, sought on the Hub)"),
+    (["--model", "full/a/typo"], "--model: there is no such directory, full/a/typo"),
     (["--model", "./typo"], "--model: there is no such directory, ./typo"),
     (
         ["--model", "stranger", "--data", "stranger.txt"],
@@ -361,12 +362,23 @@ def test_a_save_that_fails_leaves_nothing(at_home, monkeypatch, capsys):
         patch.setattr(command, "save_mlx_lm", failing)
         assert run(at_home / "out") == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("[calibrate] a file cannot be written: [write] Unable to write")
+    assert error.startswith(f"[calibrate] --mlx-path {at_home}/out cannot be written: RuntimeErr")
     assert [*at_home.iterdir()] == [at_home / "out"]
     assert not [*(at_home / "out").iterdir()]
     assert run(f"{at_home}/out/.") == 0
     assert f"--mlx-path {at_home}/out-converted" in capsys.readouterr().out
     assert [*at_home.iterdir()] == [at_home / "out"]
+
+
+def test_a_full_disk_while_it_resumes_is_one_line(at_home, monkeypatch, capsys):
+    def full(*_):
+        raise RuntimeError("[write] Unable to write 48 bytes to file.")
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    assert run(at_home / "out", "--resume", at_home / "kept") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"[calibrate] --resume {at_home}/kept cannot be written: [write]")
+    assert not (at_home / "out").exists()
 
 
 def test_an_ascii_terminal(at_home):
