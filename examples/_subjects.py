@@ -32,6 +32,7 @@ class Subject(Protocol):
         small_batches: For ``sensitivity``, which measures on every fourth.
         rows: Says which tokens of a batch count, flattened, or None if all do.
         timed: The batch that is timed.
+        tokens: Of its texts, one after another, (n,): a run that is resumed had the same.
         period: After how many steps of distillation batches repeat, or None if they never do.
     """
 
@@ -43,6 +44,7 @@ class Subject(Protocol):
     small_batches: list[Batch]
     rows: Any
     timed: Batch
+    tokens: np.ndarray
     period: int | None
 
     def batch(self, step: int) -> Batch:
@@ -85,6 +87,7 @@ class Encoder:
         self.rows = _minilm.rows
         self.timed = _minilm.pad([text[:32] for text in self.bodies[:8]])
         training = tokenize(training_texts(args.docstrings))
+        self.tokens = np.concatenate(calibration)
         self.training = [[*text[: LONGEST - 1], text[-1]] for text in training]
         self.groups = self._drawn(min(args.batch, len(self.training)), args.seed)
         self.period: int | None = len(self.groups)
@@ -151,13 +154,14 @@ class LanguageModel:
         self.dense.set_dtype(mx.float32)  # the small steps of training would be lost in 16 bits
         self.dense.eval()
         ids = tokenizer.encode(text)
+        self.tokens = np.array(ids, np.int32)
         n, self.length = len(ids) * 9 // 10, args.length
         if len(ids) - n < self.length or n < self.length * args.batch:
             raise ValueError(
                 f"--data: a text of {len(ids)} tokens is too short for --batch {args.batch} and "
                 f"--length {self.length}"
             )
-        self.training, held_out = np.array(ids[:n], np.int32), np.array(ids[n:], np.int32)
+        self.training, held_out = self.tokens[:n], self.tokens[n:]
         self.size, self.seed = args.batch, args.seed
         windows = self._windows(self.training)[: args.texts]
         self.samples = [
@@ -231,25 +235,34 @@ def random_encoder(args: Any) -> Encoder:
     return encoder
 
 
+def trained_encoder(args: Any) -> Encoder:
+    """Return MiniLM, or an encoder of its kind in a directory."""
+    try:
+        encoder = Encoder(*_minilm.load(args.model), args)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None
+    if args.model is not None:
+        encoder.name = args.model.resolve().name
+    return encoder
+
+
 def load(args: Any) -> Encoder | LanguageModel:
     """Return the model that the arguments name.
 
     Raises:
-        ValueError: There is no such model, or its text is missing.
+        ValueError: There is no such model, its text is missing, or it does not take the texts.
     """
-    if args.random:
-        return random_encoder(args)
     folder = args.model
-    if folder is None or kind_of(folder) == "bert":
-        try:
-            encoder = Encoder(*_minilm.load(folder), args)
-        except FileNotFoundError as error:
-            raise ValueError(str(error)) from None
-        if folder is not None:
-            encoder.name = folder.resolve().name
-        return encoder
+    if args.random or folder is None or kind_of(folder) == "bert":
+        if args.data is not None:
+            raise ValueError("--data is for a language model: an encoder takes Python's manual")
+        return random_encoder(args) if args.random else trained_encoder(args)
     if args.data is None:
         raise ValueError("--data FILE is needed with a language model: the text that it is for")
+    if args.docstrings:
+        raise ValueError("--docstrings is for an encoder: a language model takes --data alone")
+    if args.data.suffix.lower() in (".json", ".jsonl"):
+        raise ValueError(f"--data must be plain text, not records, got {args.data}")
     try:
         text = args.data.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -38,6 +38,7 @@ from _subjects import Encoder, LanguageModel, load
 from mlx.utils import tree_flatten
 
 from mlx_sparse_nn import calibrate, sensitivity, sparsify
+from mlx_sparse_nn.calibration.resume import fingerprint
 
 METHODS = ("magnitude", "calibrated", "distilled")
 RESULTS = "results.json"
@@ -70,6 +71,10 @@ class Run:
 
     def __init__(self, subject: Encoder | LanguageModel, args: argparse.Namespace):
         self.subject, self.args, self.folder = subject, args, args.checkpoint
+        self.made_of = {
+            "weights": fingerprint(subject.dense.parameters()),
+            "texts": fingerprint([subject.tokens]),
+        }
         file = self.folder / RESULTS
         if file.exists():
             self.results = json.loads(file.read_text(encoding="utf-8"))
@@ -77,6 +82,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.results = {
             "settings": settings_of(args),
+            "made_of": self.made_of,
             "name": subject.name,
             "measure": subject.measure_name,
             "higher": subject.higher,
@@ -347,6 +353,14 @@ def check_folder(parser: Parser, args: argparse.Namespace) -> None:
             parser.error(f"--resume: the run of {args.checkpoint} has --{option} {other}")
 
 
+def check_same(parser: Parser, run: Run) -> None:
+    """End with a one-line error if a run that is resumed had another model, or other texts."""
+    before = run.results.get("made_of", {})
+    for name, found in run.made_of.items():
+        if before.get(name) != found:
+            parser.error(f"--resume: the run of {run.folder} had other {name}; begin a new one")
+
+
 def read_results(parser: Parser, file: Path, missing: str) -> dict[str, Any]:
     """Return results, or end with a one-line error."""
     try:
@@ -374,12 +388,15 @@ def main() -> None:
     try:
         subject = load_checked(parser, args)
         run = Run(subject, args)
+        check_same(parser, run)
         print(f"{subject.name}: {subject.measure_name}, on texts that nothing was fitted to")
         for row in run.rows:
             print(line_of(row))
         run.all()
     except KeyboardInterrupt:
-        sys.exit("stopped; --resume goes on from there")
+        kept = (args.checkpoint / RESULTS).exists()
+        print("stopped; --resume goes on from there" if kept else "stopped", file=sys.stderr)
+        sys.exit(130)
     except NotFinite as error:
         sys.exit(f"{error}; try a lower --learning-rate, in another --checkpoint folder")
     if args.plot:

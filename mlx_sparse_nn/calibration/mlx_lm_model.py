@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +73,33 @@ def check_model_file(owner: str, config: dict[str, Any]) -> None:
             f"[{owner}] the model must be of an architecture of mlx-lm, but its config.json names "
             f"a model_file of its own, {config['model_file']!r}"
         )
+
+
+@contextmanager
+def whole(owner: str, option: str, path: str | Path) -> Iterator[Path]:
+    """Give a new folder beside a path, which takes its place in the end; after an error it is gone.
+
+    Args:
+        owner: Who errors speak for.
+        option: What the user called the path.
+        path: Of a folder that is empty, or not there.
+
+    Raises:
+        ValueError: The folder cannot be made there.
+    """
+    folder = Path(os.path.realpath(path))
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.mkdir()
+    except OSError as error:
+        raise ValueError(
+            f"[{owner}] {option} must be where a directory can be made, got {path}: "
+            f"{error.strerror}"
+        ) from error
+    try:
+        yield unfinished
+        os.replace(unfinished, folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise

@@ -11,6 +11,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+# What a line that is no record raises, in json or in mlx-lm.
+NO_RECORD = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
 
 @dataclass(frozen=True)
 class Texts:
@@ -34,14 +37,15 @@ def read_texts(
 
     Args:
         owner: Who errors speak for.
-        path: JSON lines as ``mlx_lm.lora`` takes them if it ends in ``.jsonl``, else plain text.
+        path: JSON lines as ``mlx_lm.lora`` takes them if it ends in ``.jsonl``, else plain text;
+            a file ``.json`` is refused.
         tokenizer: mlx-lm's.
         length: Tokens in a sequence.
         n_samples: At most so many sequences of either kind; -1 for all.
         seed: Of the order.
 
     Raises:
-        ValueError: The file is no text, a line is no record, or there is too little of it.
+        ValueError: The file is no text, or JSON, a line is no record, or there is too little of it.
     """
     try:
         tokens = _tokens(owner, path, tokenizer)
@@ -64,8 +68,15 @@ def read_texts(
 
 def _tokens(owner: str, path: Path, tokenizer: Any) -> list[int]:
     """Return the tokens of all of a file, one text after another."""
-    if path.suffix != ".jsonl":
+    kind = path.suffix.lower()
+    if kind == ".json":
+        raise ValueError(
+            f"[{owner}] --data must be plain text, or records in a file .jsonl, one a line, got "
+            f"{path}"
+        )
+    if kind != ".jsonl":
         return tokenizer.encode(path.read_text(encoding="utf-8"))
+    from jinja2 import TemplateError
     from mlx_lm.tuner.datasets import create_dataset
 
     tokens: list[int] = []
@@ -77,7 +88,12 @@ def _tokens(owner: str, path: Path, tokenizer: Any) -> list[int]:
                 records = [json.loads(line)]
                 dataset: Any = create_dataset(records, tokenizer, SimpleNamespace())
                 tokens += dataset.process(records[0])[0]
-            except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+            except TemplateError as error:
+                raise ValueError(
+                    f"[{owner}] --data must hold what the tokenizer's chat template takes, but it "
+                    f"refuses line {number} of {path}: {error}"
+                ) from error
+            except NO_RECORD as error:
                 raise ValueError(
                     f'[{owner}] --data must hold records of mlx_lm.lora, {{"text": ...}}, '
                     f'{{"messages": ...}} or {{"prompt": ..., "completion": ...}}, but line '

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +14,15 @@ import numpy as np
 import pytest
 from mlx_lm_lab import TOKENS, Folder, finish
 from support import assert_equal
-from tiny_models import close, layers_of, make_tokenizer, save_dense
+from tiny_models import (
+    close,
+    config_of,
+    layers_of,
+    make_sparse,
+    make_tokenizer,
+    save_dense,
+    save_sparse,
+)
 
 from mlx_sparse_nn import BlockSparseLinear, QuantizedBlockSparseLinear
 from mlx_sparse_nn.__main__ import main
@@ -134,17 +143,30 @@ def home(tmp_path_factory):
     (path / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
     (path / "bad.jsonl").write_text('{"text": "w1"}\n{"texts": "w2"}\n')
     (path / "broken.jsonl").write_text('{"text": "w1"}\n\n{"text": \n')
+    (path / "deep.jsonl").write_text("[" * 100000 + "\n")
+    chat = {"messages": [{"role": "critic", "content": "w1"}]}
+    (path / "critic.jsonl").write_text("\n" + json.dumps(chat))
+    (path / "text.json").write_text('[{"text": "w1"}]')
+    (path / "link").symlink_to(path / "text.txt" / "below")
     (path / "full").mkdir()
     (path / "full" / "file").touch()
     for name, added in {
         "quantized": {"quantization": {"group_size": 32, "bits": 4}},
         "own": {"model_file": "own.py"},
         "unknown": {"model_type": "no_such"},
+        "stranger": {},
     }.items():
         save_dense("llama", path / name)
         file = path / name / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), **added}))
     (path / "own" / "own.py").write_text("from mlx_lm.models.llama import Model, ModelArgs")
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["w100"])  # the model has embeddings for 96 alone
+    tokenizer.chat_template = "{{ raise_exception('no critics here') }}"
+    tokenizer.save_pretrained(path / "stranger")
+    (path / "stranger.txt").write_text("w100 " * 200)
+    (path / "sparse").mkdir()
+    save_sparse(make_sparse("llama"), path / "sparse", config_of("llama"))
     return path
 
 
@@ -184,9 +206,30 @@ REFUSED = [
     (["--model", "unknown"], "Model type no_such not supported"),
     (["--model", "quantized"], "--model must not be quantized, but quantized is"),
     (["--model", "own"], "its config.json names a model_file of its own, 'own.py'"),
+    (["--model", "sparse"], "--model must be dense, but sparse is sparse already"),
+    (["--model", "full/typo"], "but full/typo (none here, sought on the Hub)"),
+    (["--model", "full/a/typo"], "--model: there is no such directory, full/a/typo"),
+    (["--model", "./typo"], "--model: there is no such directory, ./typo"),
+    (
+        ["--model", "stranger", "--data", "stranger.txt"],
+        "that of stranger gives token 96, and the model knows 96",
+    ),
+    (["--model", "stranger", "--data", "critic.jsonl"], "refuses line 2 of critic.jsonl: no crit"),
+    (["--data", "deep.jsonl"], "line 1 of deep.jsonl is none"),
+    (["--data", "text.json"], "--data must be plain text, or records in a file .jsonl"),
+    (["--sequence-length", 65], "--sequence-length must be at most 64, the positions"),
+    (["--seed", -1], "--seed must be in [0, 2**31 - 1], got -1"),
+    (["--sensitivity", "--density", 0.1], "--density must be at least 0.125 with --sensitivity"),
+    (["--mlx-path", "text.txt/out"], "--mlx-path must be where a directory can be made"),
+    (["--mlx-path", "link"], "--mlx-path must be where a directory can be made, got link"),
+    (["--mlx-path", "x" * 300], "got " + "x" * 300 + ": File name too long"),
+    (["--mlx-path", "new", "--resume", "new"], "must be folders apart, got new and new"),
+    (["--mlx-path", "new", "--resume", "./new/kept"], "must be folders apart"),
+    (["--mlx-path", "kept/new", "--resume", "kept"], "must be folders apart"),
+    (["--resume", ""], "--resume must be a folder, but '' is not"),
     (["--exclude", "*.nothing"], "--exclude must match a layer, but '*.nothing' matches none"),
     (["--exclude", "*"], "--model must have an nn.Linear in its layers that may be sparse"),
-    (["--resume", "text.txt"], "--resume must be a folder, but text.txt is a file"),
+    (["--resume", "text.txt"], "--resume must be a folder, but 'text.txt' is not"),
 ]
 
 
@@ -196,7 +239,7 @@ def test_errors_are_one_line(options, message, at_home, capsys):
     last = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
     assert last.startswith("[calibrate]")
     assert message in last
-    assert not list((at_home / "out").glob("*"))
+    assert not list(at_home.iterdir())
 
 
 def test_without_mlx_lm(at_home, capsys, monkeypatch):
@@ -237,7 +280,8 @@ def test_no_held_out_token_calibrates(at_home, monkeypatch):
 def test_options_arrive(at_home, monkeypatch, capsys):
     calls = recorded(monkeypatch)
     options = ["--block-size", 16, "--damping", 0.1, "--batch-size", 8, "--seed", 5]
-    assert run(at_home / "out", *options, "--exclude", "*.down_proj", "*.layers.0.*") == 0
+    options += ["--exclude", "*.down_proj", "--exclude", "*.layers.0.*"]
+    assert run(at_home / "out", *options) == 0
     ((batches, given),) = calls
     assert [batch.shape for batch in batches] == [(8, LENGTH)] * 4
     assert (given["block_size"], given["damping"], given["density"]) == (16, 0.1, 0.6)
@@ -262,7 +306,9 @@ def test_it_goes_on_after_an_interruption(at_home, monkeypatch, capsys):
         assert f"the same command goes on from {folder}" in capsys.readouterr().err
         assert run(at_home / "out") == 130
         assert "--resume FOLDER would keep it" in capsys.readouterr().err
-    assert not list((at_home / "out").iterdir())
+    assert sorted(at_home.iterdir()) == [folder, at_home / "whole"]
+    assert run(at_home / "out", "--resume", folder, "--seed", 1) == 2
+    assert "(what may have changed: --data, " in capsys.readouterr().err
     assert run(at_home / "out", "--resume", folder) == 0
     files = [at_home / name / "model.safetensors" for name in ("out", "whole")]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -283,6 +329,65 @@ def test_sensitivity_gives_each_layer_a_density(at_home, monkeypatch, capsys):
     assert kept == {file: file.stat().st_mtime_ns for file in (folder / "sensitivity").iterdir()}
     files = [at_home / name / "model.safetensors" for name in ("whole", "first", "second")]
     assert len({file.read_bytes() for file in files}) == 1
+    again = run(at_home / "denser", *options, "--resume", folder, "--density", 0.8)
+    assert again == 0
+    assert kept == {file: file.stat().st_mtime_ns for file in (folder / "sensitivity").iterdir()}
+
+
+def test_at_density_1_nothing_is_measured(at_home, monkeypatch):
+    calls = recorded(monkeypatch)
+    monkeypatch.setattr(command, "sensitivity", None)
+    assert run(at_home / "out", "--sensitivity", "--density", 1, "--block-size", 16) == 0
+    assert calls[0][1]["density"] == 1
+
+
+def test_routers_stay_dense_whatever_else_does(home, at_home, capsys):
+    save_dense("mixtral", at_home / "experts")
+    options = ["--model", at_home / "experts", "--exclude", "*.q_proj"]
+    assert run(at_home / "out", *options) == 0
+    out = capsys.readouterr().out
+    assert "gate x 2 skipped: *.gate is excluded" in " ".join(out.split())
+    assert "q_proj x 2 skipped: *.q_proj is excluded" in " ".join(out.split())
+
+
+def test_a_save_that_fails_leaves_nothing(at_home, monkeypatch, capsys):
+    """As on a full disk, after the first file; the empty directory that was there stays."""
+    (at_home / "out").mkdir()
+
+    def failing(folder, *args):
+        (folder / "config.json").touch()
+        raise RuntimeError("[write] Unable to write 48 bytes to file.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "save_mlx_lm", failing)
+        assert run(at_home / "out") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"[calibrate] --mlx-path {at_home}/out cannot be written: RuntimeErr")
+    assert [*at_home.iterdir()] == [at_home / "out"]
+    assert not [*(at_home / "out").iterdir()]
+    assert run(f"{at_home}/out/.") == 0
+    assert f"--mlx-path {at_home}/out-converted" in capsys.readouterr().out
+    assert [*at_home.iterdir()] == [at_home / "out"]
+
+
+def test_a_full_disk_while_it_resumes_is_one_line(at_home, monkeypatch, capsys):
+    def full(*_):
+        raise RuntimeError("[write] Unable to write 48 bytes to file.")
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    assert run(at_home / "out", "--resume", at_home / "kept") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"[calibrate] --resume {at_home}/kept cannot be written: [write]")
+    assert not (at_home / "out").exists()
+
+
+def test_an_ascii_terminal(at_home):
+    typed = f"calibrate --model dense --mlx-path {at_home}/out --data text.txt --density 1"
+    code = [sys.executable, "-m", "mlx_sparse_nn", *typed.split(), *OPTIONS.split()]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(code, capture_output=True, text=True, env=ascii_only)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"before: \S+ \? \S+", done.stdout)
 
 
 def test_a_sparse_model_with_dense_layers_left(at_home, capsys):
@@ -344,6 +449,11 @@ class TestTexts:
         for record in (pair, chat):
             file.write_text("\n".join([json.dumps(record)] * 20))
             assert np.unique(self.read(file).calibration, axis=0).tolist() == [[93, 1, 94, 2]]
+
+    def test_the_suffix_may_be_in_capitals(self, tmp_path):
+        file = tmp_path / "RECORDS.JSONL"
+        file.write_text("\n".join([json.dumps({"text": "w1 w2 w3"})] * 20))
+        assert self.read(file).calibration[0].tolist() == [1, 2, 3, 95]
 
     def test_sequences_do_not_overlap_and_their_order_is_of_the_seed(self, tmp_path):
         file = tmp_path / "text.txt"

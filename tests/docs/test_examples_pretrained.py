@@ -90,7 +90,7 @@ def test_an_interrupted_training_goes_on_where_it_was(tmp_path: Path):
                 break
             except subprocess.TimeoutExpired:
                 continue
-    assert process.returncode == 1
+    assert process.returncode == 130
     assert "Traceback" not in stderr
     assert stderr.endswith("stopped; --resume goes on from there\n")
     before = results(tmp_path)
@@ -111,7 +111,7 @@ def test_a_training_in_parts_ends_as_one_at_a_stretch(tmp_path: Path, distil, mo
 
     monkeypatch.setattr(distil.Distillation, "_rate", interrupting)
     parts = [*arguments, "--checkpoint", "parts"]
-    assert run_here(SCRIPT, *parts, folder=tmp_path).returncode == 1
+    assert run_here(SCRIPT, *parts, folder=tmp_path).returncode == 130
     path = tmp_path / "parts/distilled-0.5.safetensors"
     loaded: Any = mx.load(str(path), return_metadata=True)
     assert json.loads(loaded[1]["progress"])["step"] == 5  # the step in hand was not cut in two
@@ -155,7 +155,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
 
 def test_a_language_model_of_mlx_lm(tmp_path: Path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tests/layers"))
-    importlib.import_module("tiny_models").save_dense("llama", tmp_path / "model")
+    tiny_models = importlib.import_module("tiny_models")
+    tiny_models.save_dense("llama", tmp_path / "model")
     generator = np.random.default_rng(0)
     text = " ".join(f"w{i}" for i in generator.integers(92, size=4000))
     (tmp_path / "text.txt").write_text(text)
@@ -169,6 +170,16 @@ def test_a_language_model_of_mlx_lm(tmp_path: Path, monkeypatch):
     assert all(4 < row["quality"]["nats"] < 6 for row in found["rows"])  # log(96) = 4.56
     refused([*arguments[:3], "missing.txt", *small, "--checkpoint", "b"], "--data", tmp_path)
     refused([*arguments, "--length", 3000, "--checkpoint", "c"], "is too short for", tmp_path)
+    refused([*arguments, "--docstrings", "--checkpoint", "d"], "--docstrings is for an", tmp_path)
+    records = [*arguments, "--data", "text.jsonl", "--checkpoint", "e"]
+    refused(records, "--data must be plain text, not records", tmp_path)
+
+    # A run does not go on with another text or model under the same name.
+    (tmp_path / "text.txt").write_text(f"w91 {text}")
+    refused([*arguments, "--resume"], "had other texts", tmp_path)
+    (tmp_path / "text.txt").write_text(text)
+    tiny_models.save_model(tmp_path / "model", tiny_models.make_dense("llama", seed=1))
+    refused([*arguments, "--resume"], "had other weights", tmp_path)
 
 
 def test_no_text_of_training_is_measured_on(distil):
@@ -233,6 +244,7 @@ def test_a_tap_is_no_part_of_the_model(distil):
         (["--texts", "0"], "--texts must be at least 1, got 0"),
         (["--block-size", "0"], "--block-size must be at least 1, got 0"),
         (["--model", "missing"], "--model: missing is no directory of a model"),
+        (["--random", "--data", "a.txt"], "--data is for a language model: an encoder takes"),
         (["--random", "--model", "x"], "--random is a model: give it or --model, not both"),
         (["--plot", "no/such/a.png"], "--plot: there is no folder no/such"),
         (["--output", "no/such/a.json"], "--output: there is no folder no/such"),
@@ -266,6 +278,14 @@ def test_the_table_of_the_page_is_made_from_its_file(distil):
     table = importlib.import_module("sparsify_pretrained").table
     made = table(json.loads((ROOT / "docs/pretrained.json").read_text()))
     assert f"<!-- pretrained -->\n{made}\n<!-- end -->" in (ROOT / "docs/pretrained.md").read_text()
+
+
+def test_the_page_says_where_its_numbers_come_from():
+    found = json.loads((ROOT / "docs/pretrained.json").read_text())
+    page = " ".join((ROOT / "docs/pretrained.md").read_text().split())
+    kind, cores, _ = found["machine"].split(", ", 2)
+    assert f"on a CPU ({kind}, {cores})" in page
+    assert f"--minutes {found['settings']['minutes']:g} --plot pretrained.png" in page
 
 
 def test_help():
