@@ -9,7 +9,6 @@ import numpy as np
 
 from mlx_sparse_nn.core.checks import check_array, check_floating, check_number, check_size
 
-
 SYMMETRIC = 1e-6  # of the largest moment: more is no rounding
 
 
