@@ -149,12 +149,14 @@ def machine(results: Results) -> str:
         f"{NAMES[r['cell']['model']]} {r['forward']['dense'] * 1e3:.0f} ms" for r in dense
     )
     samples = {r["cell"]["model"]: r["cell"]["samples"] for r in results["results"]}
+    later = [(r["cell"]["way"], r["commit"]) for r in results["results"] if "commit" in r]
+    others = "".join(f', "{way}" at commit {commit}' for way, commit in later)
     return (
         f"{m['processor']}, threads: {m['used_cores']}, Python {m['python']}, MLX "
         f"{versions['mlx']}, mlx-lm {versions['mlx-lm']}, NumPy {versions['numpy']}, SciPy "
-        f"{versions['scipy']}, commit {m['commit']}; dense products by {versions['blas']}. A dense "
-        f"pass: {times}. Calibrated on {samples.get('minilm', 0)} texts and "
-        f"{samples.get('smollm', 0):,} tokens."
+        f"{versions['scipy']}, commit {m['commit']}{others}; dense products by "
+        f"{versions['blas']}. A dense pass: {times}. "
+        f"Calibrated on {samples.get('minilm', 0)} texts and {samples.get('smollm', 0):,} tokens."
     )
 
 
