@@ -34,6 +34,8 @@ def wavy_linear(n: int) -> nn.Linear:
 def gallery() -> dict[str, CSRPattern | BlockSparseLinear]:
     """Return what the picture shows, under the code that makes it."""
     mask, w, linear = ring(512), np.tril(np.ones((512, 512))), wavy_linear(512)
+    i, j = np.indices((32, 32))
+    scores = np.cos(i / 3) * np.sin(j / 2)
     return {
         "block_diagonal(512, 8)": patterns.block_diagonal(512, 8),
         "bidiagonal_blocks(24, 3)": patterns.bidiagonal_blocks(24, 3),
@@ -45,14 +47,16 @@ def gallery() -> dict[str, CSRPattern | BlockSparseLinear]:
         "covering(512, 512, 0.01)": patterns.covering(512, 512, 0.01),
         "from_mask(mask, 16)": patterns.from_mask(mask, 16),
         "from_dense(w)": patterns.from_dense(w),
+        "strongest(scores, 0.3, 16)": patterns.strongest(scores, 0.3, 16, balance="global"),
         "from_linear(l, density=0.3)": BlockSparseLinear.from_linear(linear, density=0.3),
     }
 
 
 def main() -> None:
     plt.rcParams["figure.constrained_layout.h_pad"] = 0.09  # inches
-    figure, axes = plt.subplots(2, 5, figsize=(12, 5.7), layout="constrained")
-    for axis, (title, item) in zip(axes.flat, gallery().items(), strict=True):
+    figure, axes = plt.subplots(2, 6, figsize=(14, 5.7), layout="constrained")
+    axes.flat[-1].set_axis_off()  # one place more than there is to show
+    for axis, (title, item) in zip(axes.flat, gallery().items(), strict=False):
         pattern = item.pattern if isinstance(item, BlockSparseLinear) else item
         item.plot(axis)
         axis.set_title(title, family="monospace", fontsize=9)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,5 +100,7 @@ def whole(owner: str, option: str, path: str | Path) -> Iterator[Path]:
         yield unfinished
         os.replace(unfinished, folder)
     except BaseException:
+        import shutil  # milliseconds that not every user has to pay
+
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
