@@ -19,7 +19,7 @@ from mlx_sparse_nn.calibration.samples import Samples
 from mlx_sparse_nn.core.fit import choose_by_moments, fit_pattern
 from mlx_sparse_nn.core.least_squares import LastProblem
 from mlx_sparse_nn.core.pattern import CSRPattern
-from mlx_sparse_nn.layers.linear import BlockSparseLinear
+from mlx_sparse_nn.layers.linear import BlockSparseLinear, write_values
 from mlx_sparse_nn.surgery.selection import leaves_of, replace_leaves
 from mlx_sparse_nn.surgery.targets import Target
 
@@ -72,9 +72,7 @@ class LayerFits:
             )
         fit = fit_pattern(owner, linear.weight, bias, pattern, problem)
         layer = BlockSparseLinear.from_linear(linear, pattern=pattern)
-        layer.weight = fit.weight
-        if fit.bias is not None:
-            layer.bias = fit.bias
+        write_values(layer, fit.weight, fit.bias)
         mx.eval(layer.parameters())  # the dense weight need not be kept for it
         seconds = time.perf_counter() - start
         return layer, Quality(fit.error_before, fit.error_after, seconds, inputs.moments.n)
@@ -246,9 +244,7 @@ class ModelFit:
                 1 if weight.ndim == 1 else weight.shape[-1],
             )
             layer = BlockSparseLinear.from_linear(linear, pattern=pattern)
-            layer.weight = weight
-            if (bias := arrays.get(f"{path}.bias")) is not None:
-                layer.bias = bias
+            write_values(layer, weight, arrays.get(f"{path}.bias"))
             found[path] = layer, Quality(**quality)
         return found
 

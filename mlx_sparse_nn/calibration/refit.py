@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx_sparse_nn.core.fit import DAMPING, fit_pattern
 from mlx_sparse_nn.core.least_squares import LeastSquares
 from mlx_sparse_nn.core.moments import InputMoments, check_damping, check_moments
-from mlx_sparse_nn.layers.linear import BlockSparseLinear, why_not_linear
+from mlx_sparse_nn.layers.linear import BlockSparseLinear, why_not_linear, write_values
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,6 @@ def refit(
     problem = LeastSquares(moments, damping, bias is not None)
     dtype = layer.weight.dtype
     fit = fit_pattern(owner, linear.weight, bias, layer.pattern, problem, dtype)
-    layer.weight = fit.weight
-    if fit.bias is not None:
-        layer.bias = fit.bias
+    write_values(layer, fit.weight, fit.bias)
     layer.output_error = fit.error_after  # for summary
     return Refit(fit.error_before, fit.error_after)

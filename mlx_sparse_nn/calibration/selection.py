@@ -14,7 +14,7 @@ from mlx_sparse_nn.calibration.resume import fingerprint
 from mlx_sparse_nn.calibration.samples import Samples
 from mlx_sparse_nn.core.scores import Balance, check_choice
 from mlx_sparse_nn.surgery.densities import Density
-from mlx_sparse_nn.surgery.selection import LINEAR
+from mlx_sparse_nn.surgery.selection import LINEAR, nothing_around
 from mlx_sparse_nn.surgery.targets import Options, Predicate, Target, find_targets
 
 OUTSIDE = "it is outside the blocks"
@@ -31,14 +31,7 @@ def layers_to_fit(
 ) -> tuple[list[Target], dict[str, str]]:
     """Return the layers to make sparse, and why each other that holds a matrix is left alone."""
     if isinstance(model, LINEAR):
-        raise TypeError(
-            f"[{owner}] model is itself a {type(model).__name__}, with no module around it in "
-            "which to replace it: use BlockSparseLinear.from_linear with moments"
-        )
-    if predicate is not None and not callable(predicate):
-        raise TypeError(
-            f"[{owner}] predicate must be a function of (path, module), got {predicate!r}"
-        )
+        raise nothing_around(owner, model, "use BlockSparseLinear.from_linear with moments")
     one_density = 1.0 if isinstance(density, Mapping) else density
     check_choice(owner, block_size, one_density, "obs", balance, has_moments=True)
     options = Options(block_size, one_density, None, "obs", balance, shared=False, has_moments=True)

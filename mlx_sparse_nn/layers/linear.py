@@ -296,6 +296,13 @@ class BlockSparseLinear(SparseLinear):
         return source
 
 
+def write_values(layer: BlockSparseLinear, weight: mx.array, bias: mx.array | None) -> None:
+    """Write the stored values of a layer, and its bias if one is given."""
+    layer.weight = weight
+    if bias is not None:
+        layer.bias = bias
+
+
 class QuantizedBlockSparseLinear(SparseLinear):
     r"""Applies :math:`y = x A^\top + b` with quantized blocks: a sparse ``nn.QuantizedLinear``.
 

@@ -30,7 +30,7 @@ from mlx_sparse_nn.core.scores import (
     strongest_positions,
 )
 from mlx_sparse_nn.core.table import LARGEST, NOT_MEASURED, Report, Table, fold
-from mlx_sparse_nn.layers.linear import BlockSparseLinear
+from mlx_sparse_nn.layers.linear import BlockSparseLinear, write_values
 from mlx_sparse_nn.layers.parameters import density_of
 from mlx_sparse_nn.surgery.densities import Density, check_one_budget, density_by_path
 from mlx_sparse_nn.surgery.moment_fits import MomentFits, moment_fits
@@ -283,9 +283,7 @@ def _prune_layer(
     before = clear(layer.pattern.layout, layer.weight)
     source = change_pattern(layer, pattern, states)
     if fit is not None:
-        layer.weight = fit.weight
-        if fit.bias is not None:
-            layer.bias = fit.bias
+        write_values(layer, fit.weight, fit.bias)
         return fit.error_after
     kept = np.zeros((len(before), *[1] * (before.ndim - 1)), dtype=bool)
     kept[source] = True

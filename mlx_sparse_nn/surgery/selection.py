@@ -83,3 +83,11 @@ def blocks_of_floats(owner: str, model: nn.Module) -> dict[str, BlockSparseLinea
         layer.pattern.check_unique(name)
         found[path] = layer
     return found
+
+
+def nothing_around(owner: str, model: nn.Module, way_out: str) -> TypeError:
+    """Return the error where a model is itself a layer that is to be replaced."""
+    return TypeError(
+        f"[{owner}] model is itself a {type(model).__name__}, with no module around it in which to "
+        f"replace it: {way_out}"
+    )

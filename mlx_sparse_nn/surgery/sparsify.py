@@ -27,16 +27,19 @@ from mlx_sparse_nn.core.scores import (
     share_by_score,
 )
 from mlx_sparse_nn.layers.dense_twin import dense_twin
-from mlx_sparse_nn.layers.linear import (
-    BlockSparseLinear,
-    QuantizedBlockSparseLinear,
-)
+from mlx_sparse_nn.layers.linear import BlockSparseLinear, QuantizedBlockSparseLinear, write_values
 from mlx_sparse_nn.layers.lora import LoRABlockSparseLinear, SparseLinear
 from mlx_sparse_nn.layers.parameters import counts_of, density_of
 from mlx_sparse_nn.surgery.densities import Density, check_one_budget
 from mlx_sparse_nn.surgery.moment_fits import MomentFits, moment_fits
 from mlx_sparse_nn.surgery.optimizer_state import reshape_moments
-from mlx_sparse_nn.surgery.selection import LINEAR, leaves_of, replace_leaves, why_not_sparsified
+from mlx_sparse_nn.surgery.selection import (
+    LINEAR,
+    leaves_of,
+    nothing_around,
+    replace_leaves,
+    why_not_sparsified,
+)
 from mlx_sparse_nn.surgery.sparsify_report import ErrorOf, SparsifyReport
 from mlx_sparse_nn.surgery.targets import Options, Predicate, Target, find_targets
 
@@ -130,7 +133,7 @@ def sparsify(
     check_model("sparsify", model)
     if isinstance(model, LINEAR):
         reason = why_not_sparsified(model, [], {})
-        raise _nothing_around("sparsify", model, reason or "use BlockSparseLinear.from_linear")
+        raise nothing_around("sparsify", model, reason or "use BlockSparseLinear.from_linear")
     check_name("sparsify", "scope", scope, _SCOPES)
     by_path = isinstance(density, Mapping)
     one_density = 1.0 if by_path else density  # 1 stands for nothing where each has its own
@@ -140,10 +143,6 @@ def sparsify(
         score = "obs" if has_moments else "l2"
     check_choice("sparsify", block_size, one_density, score, balance, has_moments=has_moments)
     check_one_budget("sparsify", density, scope)
-    if predicate is not None and not callable(predicate):
-        raise TypeError(
-            f"[sparsify] predicate must be a function of (path, module), got {predicate!r}"
-        )
     shared = scope != "layer"
     defaults = Options(block_size, one_density, None, score, balance, shared, has_moments)
     targets, skipped = find_targets("sparsify", model, predicate, density, defaults)
@@ -191,7 +190,7 @@ def densify(model: nn.Module, *, optimizer: optim.Optimizer | None = None) -> li
     """
     check_model("densify", model)
     if isinstance(model, SparseLinear):
-        raise _nothing_around("densify", model, "use its to_linear()")
+        raise nothing_around("densify", model, "use its to_linear()")
     for path, module in model.named_modules():
         if isinstance(module, LoRABlockSparseLinear):
             raise ValueError(
@@ -221,9 +220,8 @@ def _to_sparse(target: Target, fits: MomentFits | None) -> tuple[BlockSparseLine
         layer.weight_error = error = relative_error(linear.weight, layer.todense())
         return layer, error
     fit = fits.fit(target.paths, linear.weight, linear.get("bias"), pattern)
-    layer.weight, layer.output_error = fit.weight, fit.error_after
-    if fit.bias is not None:
-        layer.bias = fit.bias
+    write_values(layer, fit.weight, fit.bias)
+    layer.output_error = fit.error_after
     return layer, fit.error_after
 
 
@@ -297,10 +295,3 @@ def _shares(model: nn.Module, skipped: dict[str, str]) -> dict[str, float]:
     first = {id(modules[path]): path for path in reversed(skipped)}
     of = {path: n_dense.get(module, 0) / total for module, path in first.items()}
     return {path: of[path] for path in skipped if path in of}
-
-
-def _nothing_around(owner: str, model: nn.Module, way_out: str) -> TypeError:
-    return TypeError(
-        f"[{owner}] model is itself a {type(model).__name__}, with no module around it in which to "
-        f"replace it: {way_out}"
-    )

@@ -91,6 +91,10 @@ def find_targets(
     owner: str, model: nn.Module, predicate: Predicate | None, density: Density, defaults: Options
 ) -> tuple[list[Target], dict[str, str]]:
     """Return the layers to make sparse, and why each other that holds a matrix is left alone."""
+    if predicate is not None and not callable(predicate):
+        raise TypeError(
+            f"[{owner}] predicate must be a function of (path, module), got {predicate!r}"
+        )
     found, skipped = _linear_layers(model)
     all_paths = [paths for paths, _ in found]
     densities = density_by_path(owner, density, "nn.Linear", all_paths, skipped)
