@@ -88,18 +88,32 @@ def _product(
 
 def _product_kernel(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
     """Choose the kernel of ``spmm`` or ``spmm_t``: by scalars, of few rows of x, or by tiles."""
+    sizes = side, block_size, n_x, n_out, n_matrices
     if block_size not in tuned.TILED_BLOCKS:
-        rows, lanes = 1 if n_x == 1 else 4, lanes_per_row(side, block_size)
-        threads = tuned.GROUP_THREADS
-        name, template = "spmm_csr", {"ROWS": rows, "LANES": lanes}
-        width = round_up(n_out * lanes, threads)
-    elif n_x <= tuned.METAL_FEW_ROWS:
-        # One simdgroup for every four blocks of the longest block-row, 8 at most.
-        rows, simdgroups = power_of_two(n_x), min(8, power_of_two(-(-side.longest_row // 4)))
-        name, template, threads = "spmm_few", {"ROWS": rows, "GROUPS": simdgroups}, 32 * simdgroups
-        width = n_out // min(block_size, 16) * threads
-    else:
-        rows = 16 if n_x <= 16 else 32 if n_x <= 32 or block_size == 128 else 64
-        name, template, threads = "spmm_tiles", {"ROWS": rows}, 64 if block_size == 8 else 128
-        width = n_out // block_size * threads
-    return Kernel(name, template, (width, -(-n_x // rows), n_matrices), threads)
+        return _by_scalars(*sizes)
+    return _of_few_rows(*sizes) if n_x <= tuned.METAL_FEW_ROWS else _by_tiles(*sizes)
+
+
+def _by_scalars(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
+    """Return the kernel of scalars, and of the block sizes without tiles."""
+    rows, lanes = 1 if n_x == 1 else 4, lanes_per_row(side, block_size)
+    threads = tuned.GROUP_THREADS
+    grid = (round_up(n_out * lanes, threads), -(-n_x // rows), n_matrices)
+    return Kernel("spmm_csr", {"ROWS": rows, "LANES": lanes}, grid, threads)
+
+
+def _of_few_rows(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
+    """Return the kernel of blocks and few rows of x, which is bound by reading the blocks."""
+    # One simdgroup for every four blocks of the longest block-row, 8 at most.
+    rows, simdgroups = power_of_two(n_x), min(8, power_of_two(-(-side.longest_row // 4)))
+    threads = 32 * simdgroups
+    grid = (n_out // min(block_size, 16) * threads, -(-n_x // rows), n_matrices)
+    return Kernel("spmm_few", {"ROWS": rows, "GROUPS": simdgroups}, grid, threads)
+
+
+def _by_tiles(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
+    """Return the kernel of blocks and many rows of x, by 8 x 8 products of simdgroups."""
+    rows = 16 if n_x <= 16 else 32 if n_x <= 32 or block_size == 128 else 64
+    threads = 64 if block_size == 8 else 128
+    grid = (n_out // block_size * threads, -(-n_x // rows), n_matrices)
+    return Kernel("spmm_tiles", {"ROWS": rows}, grid, threads)
