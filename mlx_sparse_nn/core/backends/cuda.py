@@ -8,7 +8,7 @@ from functools import cache, lru_cache
 import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
-from mlx_sparse_nn.core.backends import launch
+from mlx_sparse_nn.core.backends import launch, scalars
 from mlx_sparse_nn.core.backends.launch import (
     Kernel,
     KernelLaunch,
@@ -85,8 +85,7 @@ def _product(
     elif _takes_streaming(side, block_size, n_x):
         choice = _streaming, n_matrices, n_out
     else:
-        lanes = lanes_per_row(side, block_size)
-        choice = _by_scalars, n_x, n_matrices, block_size, inside, n_out, transposed, lanes
+        return scalars.product(NAME, data, side, x, n_out, inside, bias)
     launched = _prepared(dtype, bias is not None, *choice)
     return launch_spmm(launched, data, side, x, n_out, bias)
 
@@ -109,23 +108,6 @@ def _streaming(n_matrices: int, n_out: int) -> Kernel:
     """Return the kernel of one row of x and short rows of scalars."""
     grid = (round_up(n_out, 64), 1, n_matrices)
     return Kernel("spmm_stream", {"ROWS": 64, "HELD": 1664}, grid, 64)
-
-
-def _by_scalars(
-    n_x: int,
-    n_matrices: int,
-    block_size: int,
-    inside: int,
-    n_out: int,
-    transposed: bool,
-    lanes: int,
-) -> Kernel:
-    """Return the kernel of all else, which reads blocks by scalars."""
-    rows, threads = 1 if n_x == 1 else 4, tuned.GROUP_THREADS
-    grid = (round_up(n_out * lanes, threads), -(-n_x // rows), n_matrices)
-    template = {"B": block_size, "INSIDE": inside, "ROWS": rows, "LANES": lanes}
-    template["TRANSPOSED"] = int(transposed)
-    return Kernel("spmm_csr", template, grid, threads)
 
 
 def _is_even(side: Side) -> bool:
@@ -190,7 +172,7 @@ def _by_tensor_cores(
 
 def _gradient_by_scalars(layout: Layout, n_x: int, n_matrices: int) -> tuple[Kernel, int]:
     """Return the kernel of weight gradients by scalars, and in how many parts the rows go."""
-    lanes, threads = min(32, lanes_per_row(layout.rows, layout.block_size)), tuned.GROUP_THREADS
+    lanes, threads = lanes_per_row(layout.rows, layout.block_size), tuned.GROUP_THREADS
     width = round_up(layout.full_shape[0] * lanes, threads)
     groups = width // threads * n_matrices
     n_splits = max(1, min(tuned.CUDA_GRADIENT_GROUPS // groups, n_x // tuned.CUDA_ROWS_PER_SPLIT))
