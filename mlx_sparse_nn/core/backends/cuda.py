@@ -15,6 +15,7 @@ from mlx_sparse_nn.core.backends.launch import (
     lanes_per_row,
     launch_sddmm,
     launch_spmm,
+    power_of_two,
     prepare,
     round_up,
 )
@@ -64,7 +65,8 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
         side = layout.rows
         arrays = [y, x, side.indptr, side.indices, side.indptr]  # the last one is not read
         return launched(arrays, (*x.shape[:-2], *layout.data_shape))
-    return launch_sddmm(NAME, kernel, layout, y, x, n_splits)
+    by_columns = kernel.template.get("WIDTH", 1) > 1
+    return launch_sddmm(NAME, kernel, layout, y, x, n_splits, by_columns)
 
 
 def _product(
@@ -172,11 +174,18 @@ def _by_tensor_cores(
 
 def _gradient_by_scalars(layout: Layout, n_x: int, n_matrices: int) -> tuple[Kernel, int]:
     """Return the kernel of weight gradients by scalars, and in how many parts the rows go."""
-    lanes, threads = lanes_per_row(layout.rows, layout.block_size), tuned.GROUP_THREADS
-    width = round_up(layout.full_shape[0] * lanes, threads)
+    block_size, side, threads = layout.block_size, layout.rows, tuned.GROUP_THREADS
+    by_columns = block_size < 8 and n_x >= tuned.COLUMNS_OF_SCALARS
+    columns = min(8, power_of_two(n_x)) if by_columns else 1
+    lanes = min(32 // columns, lanes_per_row(side, block_size))
+    piece = max(1, max(tuned.MIN_PIECE, tuned.MAX_ROUNDS * lanes) // block_size)
+    width = round_up(layout.full_shape[0] * lanes * columns, threads)
+    if is_long := side.longest_row > piece:
+        width += round_up(-(-side.n_blocks // piece) * block_size * 32, threads)
     groups = width // threads * n_matrices
     n_splits = max(1, min(tuned.CUDA_GRADIENT_GROUPS // groups, n_x // tuned.CUDA_ROWS_PER_SPLIT))
-    template = {"B": layout.block_size, "LANES": lanes}
+    template = {"B": block_size, "LANES": lanes, "WIDTH": columns}
+    template |= {"PIECE": piece if is_long else 1, "LONG": int(is_long)}
     return Kernel("sddmm_csr", template, (width, 1, n_matrices), threads), n_splits
 
 
