@@ -46,13 +46,15 @@ GROUP_THREADS = 256  # of a thread block, where the kernel leaves it open
 # Up to this many rows of x, reading the stored values is what bounds a product of blocks.
 METAL_FEW_ROWS = 8
 CUDA_FEW_ROWS = 16
-# Scalars. Values in a row that a lane takes one after the other, where lanes share rows: above it
-# the row is long, and cut into pieces. A piece of at least MIN_PIECE values is worth the search for
-# its row. Where lanes lie along rows of x, one takes all values of a row: up to twice the mean, and
-# MAX_EVEN_PIECE at most.
+# Scalars. Values that a lane takes one after the other; a row of more is long, and cut into pieces.
+# A piece of MIN_PIECE values is worth the search for its row. Where rows are even and fill a GPU, a
+# second launch gains nothing: up to twice the mean row, there may be four times as many rounds, or
+# MAX_EVEN_PIECE values where all lanes lie along rows of x. Where they do not, pieces shall.
 MAX_ROUNDS = 64
 MIN_PIECE = 256
 MAX_EVEN_PIECE = 1024
+THREADS_TO_FILL_GPU = 1 << 17
+PIECES_TO_FILL_GPU = 1 << 13
 # Rows of x from which lanes lie along them, and x by columns: a value then reads one cache line of
 # x for up to 32 rows, not one for each. Blocks of 8 and more read whole lines along a row of x too.
 COLUMNS_OF_SCALARS = 4

@@ -140,18 +140,22 @@ def share(
     width = min(32, power_of_two(n_x)) if n_x >= least else 1
     # Each lane holds up to 4 rows of x, evenly.
     held = -(-n_x // (width * -(-n_x // (4 * width)))) if width > 1 else min(4, n_x)
-    mean, longest_values = n_blocks * block_size / n_block_rows, longest * block_size
-    root = isqrt(longest_values)
-    if longest_values > tuned.MAX_ROUNDS * lanes and width == 1:
+    root, n_rows = isqrt(longest * block_size), n_block_rows * block_size
+    if longest * block_size > tuned.MAX_ROUNDS * lanes and width == 1:
         lanes = max(lanes, 4, power_of_two(root // 128))
     lanes = min(32 // width, lanes)
-    while n_block_rows * block_size * lanes * width > MAX_THREADS and lanes * width > 1:
+    while n_rows * lanes * width > MAX_THREADS and lanes * width > 1:
         lanes, width = (lanes // 2, width) if lanes > 1 else (lanes, width // 2)
-    values = max(
-        tuned.MIN_PIECE,
-        tuned.MAX_ROUNDS * lanes,
-        min(tuned.MAX_EVEN_PIECE, power_of_two(2 * int(mean))),
-        power_of_two(root + 1) // 2,
-    )
-    piece = max(1, values // block_size)
-    return Sharing(held * width, width, lanes, piece if longest > piece else 0)
+    rows = held * width
+    # As long a piece as the square root of the row leaves as many partial sums as it has values.
+    limit = max(tuned.MIN_PIECE, tuned.MAX_ROUNDS * lanes, power_of_two(root + 1) // 2)
+    if n_rows * lanes * width * -(-n_x // rows) >= tuned.THREADS_TO_FILL_GPU:
+        even = max(tuned.MAX_EVEN_PIECE, 4 * tuned.MAX_ROUNDS * lanes)
+        piece = limit = max(
+            limit, min(even, power_of_two(2 * n_blocks // n_block_rows * block_size))
+        )
+    else:
+        filling = power_of_two(n_blocks * block_size**2 // tuned.PIECES_TO_FILL_GPU)
+        piece = min(limit, max(tuned.MIN_PIECE, filling))
+    is_long = longest * block_size > limit
+    return Sharing(rows, width, lanes, max(1, piece // block_size) if is_long else 0)
