@@ -5,13 +5,12 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
-from mlx_sparse_nn.core.backends import launch
+from mlx_sparse_nn.core.backends import few_rows, launch, scalars
 from mlx_sparse_nn.core.backends.launch import (
     Kernel,
     lanes_per_row,
     launch_sddmm,
     launch_spmm,
-    power_of_two,
     prepare,
     round_up,
 )
@@ -60,7 +59,7 @@ def _sampling_kernel(layout: Layout, n_matrices: int) -> Kernel:
         width = side.n_blocks * (block_size // tile) ** 2 * threads
         template = {"B": block_size, "SIDE": tile}
         return Kernel("sddmm_tiles", template, (width, 1, n_matrices), threads)
-    lanes, threads = min(32, lanes_per_row(side, block_size)), tuned.GROUP_THREADS
+    lanes, threads = lanes_per_row(side, block_size), tuned.GROUP_THREADS
     width = round_up(layout.full_shape[0] * lanes, threads)
     return Kernel("sddmm_csr", {"B": block_size, "LANES": lanes}, (width, 1, n_matrices), threads)
 
@@ -74,7 +73,11 @@ def _product(
     """
     n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
     block_size = data.shape[-1] if data.ndim > 2 else 1
-    kernel = _product_kernel(side, block_size, n_x, n_out, n_matrices, x.dtype)
+    if block_size >= tuned.METAL_SMALLEST_FEW and n_x <= tuned.METAL_FEW_ROWS:
+        return few_rows.product(NAME, data, side, x, n_out, inside, bias)
+    if block_size not in tuned.TILED_BLOCKS:
+        return scalars.product(NAME, data, side, x, n_out, inside, bias)
+    kernel = _by_tiles(block_size, n_x, n_out, n_matrices)
     options = {
         "T": x.dtype,
         "B": block_size,
@@ -86,56 +89,7 @@ def _product(
     return launch_spmm(launched, data, side, x, n_out, bias)
 
 
-def _product_kernel(
-    side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int, dtype: mx.Dtype
-) -> Kernel:
-    """Choose the kernel of ``spmm`` or ``spmm_t``: by scalars, of few rows of x, or by tiles."""
-    sizes = side, block_size, n_x, n_out, n_matrices
-    if block_size >= 4 and n_x <= tuned.METAL_FEW_ROWS:
-        return _of_few_rows(side, block_size, n_x, n_matrices, dtype)
-    return _by_tiles(*sizes) if block_size in tuned.TILED_BLOCKS else _by_scalars(*sizes)
-
-
-def _by_scalars(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
-    """Return the kernel of scalars, and of the block sizes without tiles."""
-    rows, lanes = 1 if n_x == 1 else 4, lanes_per_row(side, block_size)
-    threads = tuned.GROUP_THREADS
-    grid = (round_up(n_out * lanes, threads), -(-n_x // rows), n_matrices)
-    return Kernel("spmm_csr", {"ROWS": rows, "LANES": lanes}, grid, threads)
-
-
-def _of_few_rows(side: Side, block_size: int, n_x: int, n_matrices: int, dtype: mx.Dtype) -> Kernel:
-    """Return the kernel of blocks and few rows of x, which is bound by reading the blocks."""
-    vectors = side.longest_row * -(-block_size // 4)  # of four values, in the longest block-row
-    # One simdgroup for every 32 of them, 8 at most.
-    simdgroups = min(8, power_of_two(-(-vectors // 32)))
-    strip, steps = _few_rows_strip(block_size, dtype.size, side.perm is not None)
-    template = {
-        "OUT": dtype,
-        "ROWS": 1 if n_x == 1 else 8,
-        "STRIP": strip,
-        "STEPS": steps if vectors > 8 else 1,
-        "GROUPS": simdgroups,
-    }
-    threads = 32 * simdgroups
-    grid = (side.n_block_rows * -(-block_size // strip) * threads, 1, n_matrices)
-    return Kernel("spmm_few", template, grid, threads)
-
-
-def _few_rows_strip(block_size: int, itemsize: int, transposed: bool) -> tuple[int, int]:
-    """Return the outputs of a threadgroup of ``spmm_few``, and the steps that it loads at once.
-
-    As many as leave a lane below 104 registers, by the counts of clang's amdgcn output. Outputs are
-    a multiple of 8.
-    """
-    strips = -(-block_size // (40 if itemsize == 4 else 48))
-    strip = 32 if block_size % 32 == 0 else round_up(-(-block_size // strips), 8)
-    loads = strip // 4 if not transposed else max(4, round_up(strip, 16) // 4)  # of a step
-    most = 4 if itemsize == 4 or block_size % 4 else 8
-    return strip, 2 if loads <= most else 1
-
-
-def _by_tiles(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
+def _by_tiles(block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
     """Return the kernel of blocks and many rows of x, by 8 x 8 products of simdgroups."""
     rows = 16 if n_x <= 16 else 32 if n_x <= 32 or block_size == 128 else 64
     threads = 64 if block_size == 8 else 128
