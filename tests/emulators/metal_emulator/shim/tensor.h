@@ -38,8 +38,9 @@ struct extents {
     return known[r];
   }
   static constexpr size_t rank_dynamic() { return (size_t(Extents == dynamic_extent) + ...); }
+  extents() = default;
   template <class... I>
-    requires(sizeof...(I) == rank_dynamic())
+    requires(sizeof...(I) == rank_dynamic() && sizeof...(I) > 0)
   INLINE constexpr extents(I... dynamic) {
     const size_t known[] = {Extents...};
     const Index given[] = {Index(dynamic)..., 0};
@@ -195,7 +196,7 @@ struct cooperative_tensor {
 
   INLINE uint element(uint i) const {
     const uint thread = Layout::simdgroups == 1 ? emu_self.lane : emu_self.thread;
-    return ((i * kThreads + thread) * 7919 + emu_self.layout) % (kThreads * kCapacity);
+    return ((thread * kCapacity + i) * 7919 + emu_self.layout) % (kThreads * kCapacity);
   }
   static constexpr uint kUnwritten = 0x7fd0beef;  // a NaN of its own
 
