@@ -178,11 +178,12 @@ def _suits_tensor_units(block_size: int, n_x: int, dtype: mx.Dtype) -> bool:
 
 def _by_tensor_units(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
     """Return the kernel of blocks and many rows of x, by the tensor units of the M5 and later."""
-    # A simdgroup takes 32 rows of x and as many outputs as its registers hold.
-    cols = next(cols for cols in (64, 48, 32, 16) if block_size % cols == 0)
+    # A simdgroup takes 32 rows of x, and 32 outputs where they divide the block: as MLX's own do.
+    cols = next(cols for cols in (32, 48, 16) if block_size % cols == 0)
     rows = 32 if n_x <= 32 else 64 if n_x <= 64 else 128
     while rows * block_size // cols > tuned.METAL_TENSOR_THREADS:
         rows //= 2
     threads = rows * block_size // cols
     grid = (n_out // block_size * threads, -(-n_x // rows), n_matrices)
-    return Kernel("spmm_tensor", {"ROWS": rows, "COLS": cols}, grid, threads)
+    template = {"ROWS": rows, "WHOLE": int(n_x % 32 == 0), "COLS": cols}
+    return Kernel("spmm_tensor", template, grid, threads)
