@@ -177,7 +177,7 @@ def test_gradients(m5):
 
 
 def test_bytes_of_a_product(m5):
-    """A simdgroup reads each part once, as MLX's do: .125 bytes a multiply-accumulate of 32 x 32."""
+    """A simdgroup reads each part once: .125 bytes a multiply-accumulate, as MLX's own tiles do."""
     m5.count = True
     pattern = pattern_of([[0, 1]], 2, 64)
     data, x = mx.ones(pattern.data_shape, mx.float16), mx.ones((64, 128), mx.float16)
