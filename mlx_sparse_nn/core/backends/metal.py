@@ -125,7 +125,7 @@ def _product(
     block_size = data.shape[-1] if data.ndim > 2 else 1
     sizes = side, block_size, n_x, n_out, n_matrices
     by_tensor_units = _tensor_units and _suits_tensor_units(block_size, n_x, x.dtype)
-    kernel = _by_tensor_units(*sizes) if by_tensor_units else _product_kernel(*sizes)
+    kernel = _by_tensor_units(*sizes) if by_tensor_units else _product_kernel(*sizes, x.itemsize)
     options = {
         "T": x.dtype,
         "B": block_size,
@@ -137,12 +137,14 @@ def _product(
     return launch_spmm(launched, data, side, x, n_out, bias)
 
 
-def _product_kernel(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
+def _product_kernel(
+    side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int, itemsize: int
+) -> Kernel:
     """Choose the kernel of ``spmm`` or ``spmm_t``: by scalars, of few rows of x, or by tiles."""
     sizes = side, block_size, n_x, n_out, n_matrices
-    if block_size not in tuned.TILED_BLOCKS:
-        return _by_scalars(*sizes)
-    return _of_few_rows(*sizes) if n_x <= tuned.METAL_FEW_ROWS else _by_tiles(*sizes)
+    if n_x > tuned.METAL_FEW_ROWS and block_size >= tuned.METAL_SMALLEST_TILED:
+        return _by_tiles(block_size, n_x, n_out, n_matrices, itemsize)
+    return _of_few_rows(*sizes) if block_size in tuned.TILED_BLOCKS else _by_scalars(*sizes)
 
 
 def _by_scalars(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
@@ -162,12 +164,53 @@ def _of_few_rows(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: 
     return Kernel("spmm_few", {"ROWS": rows, "GROUPS": simdgroups}, grid, threads)
 
 
-def _by_tiles(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
+def _by_tiles(block_size: int, n_x: int, n_out: int, n_matrices: int, itemsize: int) -> Kernel:
     """Return the kernel of blocks and many rows of x, by 8 x 8 products of simdgroups."""
-    rows = 16 if n_x <= 16 else 32 if n_x <= 32 or block_size == 128 else 64
-    threads = 64 if block_size == 8 else 128
-    grid = (n_out // block_size * threads, -(-n_x // rows), n_matrices)
-    return Kernel("spmm_tiles", {"ROWS": rows}, grid, threads)
+    template = _tile(block_size, n_x, itemsize)
+    threads = 32 * template["SIMD_N"] * template["SIMD_O"] * template["SIMD_K"]
+    strips = -(-block_size // template["WIDTH"])
+    width = n_out // block_size * strips * threads
+    grid = (width, -(-n_x // template["ROWS"]), n_matrices)
+    return Kernel("spmm_tiles", template, grid, threads)
+
+
+def _tile(block_size: int, n_x: int, itemsize: int) -> dict[str, int]:
+    """Return the tile of ``spmm_tiles``: how rows of x, outputs and k are shared."""
+    filled = round_up(block_size, 8)
+    tile = tuned.METAL_TILES[-(-filled // 8 // -(-filled // tuned.METAL_MAX_WIDTH))]
+    # Where rows are few, each simdgroup's outputs are a threadgroup's, whose simdgroups share k.
+    few = n_x <= tuned.METAL_SOME_ROWS
+    simds_o = 1 if few else tile.simds_o
+    width = 8 * tile.tiles_o * simds_o
+    most = 64 if width > tuned.METAL_WIDE else 128
+    rows = next((rows for rows in (16, 32, 64) if n_x <= rows), most)
+    simds_n = max(1, rows // (8 * tile.tiles_n))
+    simds_k = max(1, 4 // (simds_n * simds_o))
+    threads = 32 * simds_n * simds_o * simds_k
+    return {
+        "ROWS": rows,
+        "WIDTH": width,
+        "DEPTH": _depth(filled, rows + width, threads, itemsize, few),
+        "SIMD_N": simds_n,
+        "SIMD_O": simds_o,
+        "SIMD_K": simds_k,
+    }
+
+
+def _depth(filled: int, height: int, threads: int, itemsize: int, few: bool) -> int:
+    """Return how many k a stage has, of ``height`` rows of x and outputs.
+
+    Several whole blocks, or a divisor of a block that all threads can share, or what makes the
+    fewest stages of a block.
+    """
+    most = tuned.METAL_DEPTH_BYTES * (2 if few else 1) // itemsize
+    most = min(most, tuned.METAL_STAGE_VALUES // height // 8 * 8 - 8)
+    if 2 * filled <= most:
+        return filled * (power_of_two(most // filled + 1) // 2)
+    for depth in range(most, max(16, most // 2) - 1, -8):
+        if filled % depth == 0 and (few or threads % (depth // 8) == 0):
+            return depth
+    return round_up(-(-filled // -(-filled // most)), 8)
 
 
 def _suits_tensor_units(block_size: int, n_x: int, dtype: mx.Dtype) -> bool:
