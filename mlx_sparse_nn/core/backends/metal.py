@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
-from mlx_sparse_nn.core.backends import launch
+from mlx_sparse_nn.core.backends import launch, scalars
 from mlx_sparse_nn.core.backends.launch import (
     Kernel,
     lanes_per_row,
@@ -109,7 +109,7 @@ def _sampling_kernel(layout: Layout, n_matrices: int) -> Kernel:
         width = side.n_blocks * (block_size // tile) ** 2 * threads
         template = {"B": block_size, "SIDE": tile}
         return Kernel("sddmm_tiles", template, (width, 1, n_matrices), threads)
-    lanes, threads = min(32, lanes_per_row(side, block_size)), tuned.GROUP_THREADS
+    lanes, threads = lanes_per_row(side, block_size), tuned.GROUP_THREADS
     width = round_up(layout.full_shape[0] * lanes, threads)
     return Kernel("sddmm_csr", {"B": block_size, "LANES": lanes}, (width, 1, n_matrices), threads)
 
@@ -123,6 +123,8 @@ def _product(
     """
     n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
     block_size = data.shape[-1] if data.ndim > 2 else 1
+    if block_size < tuned.METAL_SMALLEST_TILED:
+        return scalars.product(NAME, data, side, x, n_out, inside, bias)
     sizes = side, block_size, n_x, n_out, n_matrices
     by_tensor_units = _tensor_units and _suits_tensor_units(block_size, n_x, x.dtype)
     kernel = _by_tensor_units(*sizes) if by_tensor_units else _product_kernel(*sizes, x.itemsize)
@@ -140,19 +142,10 @@ def _product(
 def _product_kernel(
     side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int, itemsize: int
 ) -> Kernel:
-    """Choose the kernel of ``spmm`` or ``spmm_t``: by scalars, of few rows of x, or by tiles."""
-    sizes = side, block_size, n_x, n_out, n_matrices
-    if n_x > tuned.METAL_FEW_ROWS and block_size >= tuned.METAL_SMALLEST_TILED:
+    """Choose the kernel of ``spmm`` or ``spmm_t`` for blocks: of few rows of x, or by tiles."""
+    if n_x > tuned.METAL_FEW_ROWS:
         return _by_tiles(block_size, n_x, n_out, n_matrices, itemsize)
-    return _of_few_rows(*sizes) if block_size in tuned.TILED_BLOCKS else _by_scalars(*sizes)
-
-
-def _by_scalars(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
-    """Return the kernel of scalars, and of the block sizes without tiles."""
-    rows, lanes = 1 if n_x == 1 else 4, lanes_per_row(side, block_size)
-    threads = tuned.GROUP_THREADS
-    grid = (round_up(n_out * lanes, threads), -(-n_x // rows), n_matrices)
-    return Kernel("spmm_csr", {"ROWS": rows, "LANES": lanes}, grid, threads)
+    return _of_few_rows(side, block_size, n_x, n_out, n_matrices)
 
 
 def _of_few_rows(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
