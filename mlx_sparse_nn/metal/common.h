@@ -21,12 +21,12 @@ METAL_FUNC vec<T, 4> load4(const device T* p) {
   return *(const device typename packed4<T>::type*)p;
 }
 
-// The first `count` of four elements, and zeros behind them.
+// The elements of four from `from` on and before `end`, and zeros elsewhere.
 template <typename T>
-METAL_FUNC vec<T, 4> cut4(vec<T, 4> v, const int count) {
+METAL_FUNC vec<T, 4> cut4(vec<T, 4> v, const int end, const int from = 0) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    if (i >= count) {
+    if (i < from || i >= end) {
       v[i] = T(0);
     }
   }

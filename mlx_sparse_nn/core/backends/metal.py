@@ -127,7 +127,7 @@ def _product(
         return scalars.product(NAME, data, side, x, n_out, inside, bias)
     sizes = side, block_size, n_x, n_out, n_matrices
     by_tensor_units = _tensor_units and _suits_tensor_units(block_size, n_x, x.dtype)
-    kernel = _by_tensor_units(*sizes) if by_tensor_units else _product_kernel(*sizes, x.itemsize)
+    kernel = _by_tensor_units(*sizes) if by_tensor_units else _product_kernel(*sizes, x.dtype)
     options = {
         "T": x.dtype,
         "B": block_size,
@@ -140,21 +140,43 @@ def _product(
 
 
 def _product_kernel(
-    side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int, itemsize: int
+    side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int, dtype: mx.Dtype
 ) -> Kernel:
     """Choose the kernel of ``spmm`` or ``spmm_t`` for blocks: of few rows of x, or by tiles."""
     if n_x > tuned.METAL_FEW_ROWS:
-        return _by_tiles(block_size, n_x, n_out, n_matrices, itemsize)
-    return _of_few_rows(side, block_size, n_x, n_out, n_matrices)
+        return _by_tiles(block_size, n_x, n_out, n_matrices, dtype.size)
+    return _of_few_rows(side, block_size, n_x, n_matrices, dtype)
 
 
-def _of_few_rows(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
+def _of_few_rows(side: Side, block_size: int, n_x: int, n_matrices: int, dtype: mx.Dtype) -> Kernel:
     """Return the kernel of blocks and few rows of x, which is bound by reading the blocks."""
-    # One simdgroup for every four blocks of the longest block-row, 8 at most.
-    rows, simdgroups = power_of_two(n_x), min(8, power_of_two(-(-side.longest_row // 4)))
+    vectors = side.longest_row * -(-block_size // 4)  # of four values, in the longest block-row
+    # One simdgroup for every 32 of them, 8 at most.
+    simdgroups = min(8, power_of_two(-(-vectors // 32)))
+    strip, steps = _few_rows_strip(block_size, dtype.size, side.perm is not None)
+    template = {
+        "OUT": dtype,
+        "ROWS": 1 if n_x == 1 else 8,
+        "STRIP": strip,
+        "STEPS": steps if vectors > 8 else 1,
+        "GROUPS": simdgroups,
+    }
     threads = 32 * simdgroups
-    grid = (n_out // min(block_size, 16) * threads, -(-n_x // rows), n_matrices)
-    return Kernel("spmm_few", {"ROWS": rows, "GROUPS": simdgroups}, grid, threads)
+    grid = (side.n_block_rows * -(-block_size // strip) * threads, 1, n_matrices)
+    return Kernel("spmm_few", template, grid, threads)
+
+
+def _few_rows_strip(block_size: int, itemsize: int, transposed: bool) -> tuple[int, int]:
+    """Return the outputs of a threadgroup of ``spmm_few``, and the steps that it loads at once.
+
+    As many as leave a lane below 104 registers, by the counts of clang's amdgcn output. Outputs are
+    a multiple of 8.
+    """
+    strips = -(-block_size // (40 if itemsize == 4 else 48))
+    strip = 32 if block_size % 32 == 0 else round_up(-(-block_size // strips), 8)
+    loads = strip // 4 if not transposed else max(4, round_up(strip, 16) // 4)  # of a step
+    most = 4 if itemsize == 4 or block_size % 4 else 8
+    return strip, 2 if loads <= most else 1
 
 
 def _by_tiles(block_size: int, n_x: int, n_out: int, n_matrices: int, itemsize: int) -> Kernel:
