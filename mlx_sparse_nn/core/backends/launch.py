@@ -124,7 +124,13 @@ def launch_spmm(
 
 
 def launch_sddmm(
-    backend: str, kernel: Kernel, layout: Layout, y: mx.array, x: mx.array, n_splits: int
+    backend: str,
+    kernel: Kernel,
+    layout: Layout,
+    y: mx.array,
+    x: mx.array,
+    n_splits: int,
+    by_columns: bool = False,
 ) -> mx.array:
     """Launch a kernel of ``sddmm`` over about ``n_splits`` parts of the rows, summed in order.
 
@@ -135,6 +141,7 @@ def launch_sddmm(
         y: ``(N, n_rows)`` or ``(V, N, n_rows)``.
         x: ``(N, n_cols)`` or ``(V, N, n_cols)``.
         n_splits: Parts that the N rows are cut into.
+        by_columns: Whether the kernel reads y and x transposed.
     """
     n_x, side, dtype = x.shape[-2], layout.rows, x.dtype
     rows_per_split = -(-n_x // n_splits)
@@ -143,6 +150,8 @@ def launch_sddmm(
     out_dtype = dtype if n_splits == 1 else mx.float32
     kernel = kernel._replace(grid=(kernel.grid[0], n_splits, kernel.grid[2]))
     launch = prepare(backend, "sddmm", kernel, out_dtype, T=dtype, OUT=out_dtype)
+    if by_columns:
+        y, x = y.swapaxes(-1, -2), x.swapaxes(-1, -2)
     arrays = [y, x, side.indptr, side.indices, mx.array([rows_per_split], dtype=mx.int32)]
     out = launch(arrays, (n_splits, *shape))
     if n_splits == 1:
