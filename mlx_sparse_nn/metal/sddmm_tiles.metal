@@ -34,7 +34,7 @@ constexpr int WIDTH = GROUP * STRIP;
 constexpr int TILES = STRIPS * TILES_K;
 constexpr int PARTS = (B + SIDE - 1) / SIDE;
 constexpr int CUTS = (B + STRIP - 1) / STRIP;
-constexpr int DEPTH = (TILES_I * TILES > 16 ? 32 : 64) / sizeof(T);  // rows n in a stage
+constexpr int DEPTH = (TILES_I * TILES > 20 ? 32 : 64) / sizeof(T);  // rows n in a stage
 constexpr int LDY = SIDE + 8;
 constexpr int LDX = WIDTH + 8;
 threadgroup vec<T, 4> y_mem[DEPTH * LDY / 4];
