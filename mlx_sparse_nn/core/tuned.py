@@ -46,8 +46,17 @@ GROUP_THREADS = 256  # of a thread block, where the kernel leaves it open
 # Up to this many rows of x, reading the stored values is what bounds a product of blocks.
 METAL_FEW_ROWS = 8
 CUDA_FEW_ROWS = 16
-# Rounds of 32 values after which a long row of values is shared by a whole thread block.
+# Scalars. Values in a row that a lane takes one after the other, where lanes share rows: above it
+# the row is long, and cut into pieces. A piece of at least MIN_PIECE values is worth the search for
+# its row. Where lanes lie along rows of x, one takes all values of a row: up to twice the mean, and
+# MAX_EVEN_PIECE at most.
 MAX_ROUNDS = 64
+MIN_PIECE = 256
+MAX_EVEN_PIECE = 1024
+# Rows of x from which lanes lie along them, and x by columns: a value then reads one cache line of
+# x for up to 32 rows, not one for each. Blocks of 8 and more read whole lines along a row of x too.
+COLUMNS_OF_SCALARS = 4
+COLUMNS_OF_BLOCKS = 17
 # Metal: threadgroups that keep a GPU busy with a weight gradient, and rows of x that each sums.
 METAL_GRADIENT_GROUPS = 256
 METAL_ROWS_PER_SPLIT = 256

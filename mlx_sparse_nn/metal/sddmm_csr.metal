@@ -18,7 +18,7 @@
 
 #include "common.h"
 #include "outer.h"
-#include "rows.h"
+#include "search.h"
 
 constexpr int DEPTH = 20 / ((BLOCKS + 1) * B);  // rows n whose loads are under way together
 

@@ -23,7 +23,7 @@
 #include "common.h"
 #include "stage.h"
 #include "panels.h"
-#include "rows.h"
+#include "search.h"
 
 constexpr int THREADS = 128;
 constexpr int SIMDS_K = 4 / SIMDS_I;

@@ -27,9 +27,12 @@ _BOUND = """#undef __global__
 """
 INPUTS = {
     "spmm": ("data", "indptr", "indices", "perm", "x", "bias"),
+    "spmm_csr": ("data", "indptr", "indices", "perm", "x", "bias", "partial"),
     "sddmm": ("y", "x", "indptr", "indices", "step"),
     "sum": ("partial",),
 }
+MAX_THREADS = 2**31 - tuned.GROUP_THREADS  # of a grid's side, which is an int, in whole groups
+MAX_GROUPS = 2**16 - 1  # of CUDA, along a grid's second and third side
 
 
 def takes(layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, bits: int) -> bool:
@@ -46,13 +49,13 @@ def takes(layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, bits: int)
 def lanes_per_row(side: Side, block_size: int) -> int:
     """Threads that share a scalar row: one for every two values of the mean row, 32 at most.
 
-    Where the longest row would keep 32 threads at work for too many rounds, a whole thread block
-    takes each row.
+    There are fewer where the grid of all rows would be too large.
     """
     mean = side.n_blocks * block_size / side.n_block_rows
     lanes = min(32, power_of_two(int(mean) // 2))
-    rounds = side.longest_row * block_size / 32
-    return tuned.GROUP_THREADS if rounds > tuned.MAX_ROUNDS else lanes
+    while lanes > 1 and side.n_block_rows * block_size * lanes > MAX_THREADS:
+        lanes //= 2
+    return lanes
 
 
 def power_of_two(value: int) -> int:
@@ -103,10 +106,26 @@ def prepare(
         kernel: The kernel.
         dtype: Of its output.
         types: Further template arguments, dtypes first.
+
+    Raises:
+        ValueError: The grid is larger than a launch can be.
     """
+    _check_grid(backend, inputs, kernel.grid)
     function = _function(backend, kernel.name, inputs, kernel.threads, kernel.shared_memory)
     template = list((types | kernel.template).items())
     return KernelLaunch(function, template, [dtype], kernel.grid, (kernel.threads, 1, 1))
+
+
+def _check_grid(backend: str, inputs: str, grid: tuple[int, int, int]) -> None:
+    """Refuse a grid that does not fit: MLX says nothing of it, or that a type is wrong."""
+    others = MAX_THREADS if backend == "metal" else MAX_GROUPS
+    if grid[0] <= MAX_THREADS and max(grid[1:]) <= others:
+        return
+    owner = {"sum": "sddmm"}.get(inputs, inputs.split("_")[0])
+    raise ValueError(
+        f"[{owner}] a launch must have at most {MAX_THREADS} x {others} x {others} threads, got "
+        f"{' x '.join(map(str, grid))}; multiply by fewer rows of x or of the matrix at a time"
+    )
 
 
 def launch_spmm(
@@ -177,7 +196,7 @@ def _function(backend: str, name: str, inputs: str, threads: int, shared_memory:
     options: dict[str, Any] = {
         "name": f"mlx_sparse_nn_{name}",
         "input_names": list(INPUTS[inputs]),
-        "output_names": ["y" if inputs == "spmm" else "out"],
+        "output_names": ["y" if inputs.startswith("spmm") else "out"],
         "header": _short("".join(headers)),
         "source": _short(_INCLUDE.sub("", source)),
     }

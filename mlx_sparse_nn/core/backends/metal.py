@@ -5,10 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
-from mlx_sparse_nn.core.backends import launch
+from mlx_sparse_nn.core.backends import launch, scalars
 from mlx_sparse_nn.core.backends.launch import (
     Kernel,
-    lanes_per_row,
     launch_sddmm,
     launch_spmm,
     power_of_two,
@@ -101,6 +100,8 @@ def _product(
     """
     n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
     block_size = data.shape[-1] if data.ndim > 2 else 1
+    if block_size not in tuned.TILED_BLOCKS:
+        return scalars.product(NAME, data, side, x, n_out, inside, bias)
     kernel = _product_kernel(side, block_size, n_x, n_out, n_matrices)
     options = {
         "T": x.dtype,
@@ -114,19 +115,9 @@ def _product(
 
 
 def _product_kernel(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
-    """Choose the kernel of ``spmm`` or ``spmm_t``: by scalars, of few rows of x, or by tiles."""
+    """Choose the kernel of ``spmm`` or ``spmm_t`` for blocks: of few rows of x, or by tiles."""
     sizes = side, block_size, n_x, n_out, n_matrices
-    if block_size not in tuned.TILED_BLOCKS:
-        return _by_scalars(*sizes)
     return _of_few_rows(*sizes) if n_x <= tuned.METAL_FEW_ROWS else _by_tiles(*sizes)
-
-
-def _by_scalars(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
-    """Return the kernel of scalars, and of the block sizes without tiles."""
-    rows, lanes = 1 if n_x == 1 else 4, lanes_per_row(side, block_size)
-    threads = tuned.GROUP_THREADS
-    grid = (round_up(n_out * lanes, threads), -(-n_x // rows), n_matrices)
-    return Kernel("spmm_csr", {"ROWS": rows, "LANES": lanes}, grid, threads)
 
 
 def _of_few_rows(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
