@@ -41,6 +41,7 @@ threadgroup vec<T, 4> y_mem[DEPTH * LDY / 4];
 threadgroup vec<T, 4> x_mem[DEPTH * LDX / 4];
 threadgroup T* y_tile = (threadgroup T*)y_mem;
 threadgroup T* x_tile = (threadgroup T*)x_mem;
+threadgroup int found[1];
 
 const int group = threadgroup_position_in_grid.x / PARTS;
 const int i0 = threadgroup_position_in_grid.x % PARTS * SIDE;
@@ -60,7 +61,19 @@ const int n_rows = y_shape[y_ndim - 1];
 // The block-row of this group, its first strip, and the last one that it may take.
 const int each = n_blocks / R * CUTS;
 const int groups = (each + GROUP - 1) / GROUP;
-const int r = EVEN ? group / groups : row_of_group<CUTS, GROUP>(indptr, R, group, lane);
+int r = 0;
+if (EVEN) {
+  r = group / groups;
+} else {
+  if (simd_group == 0) {
+    r = row_of_group<CUTS, GROUP>(indptr, R, group, lane);
+    if (lane == 0) {
+      found[0] = r;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  r = found[0];
+}
 const int begin = EVEN ? r * each : indptr[r] * CUTS;
 const int end = EVEN ? begin + each : indptr[r + 1] * CUTS;
 const int first = begin + (EVEN ? group % groups : group - (begin / GROUP + r)) * GROUP;

@@ -43,8 +43,10 @@ def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``plain.sddmm``."""
     n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
-    by_scalars = layout.block_size < 8
-    kernel = (_sampling_by_scalars if by_scalars else _sampling_by_tiles)(layout, n_x, n_matrices)
+    if layout.block_size < 8:
+        kernel = _sampling_by_scalars(layout, n_x, n_matrices)
+    else:
+        kernel = _sampling_by_tiles(layout, n_matrices)
     # Few groups and many rows: split the rows, so that the whole GPU has work, and sum in order.
     groups = kernel.grid[0] // kernel.threads * n_matrices
     n_splits = max(1, min(tuned.METAL_GRADIENT_GROUPS // groups, n_x // tuned.METAL_ROWS_PER_SPLIT))
@@ -63,7 +65,7 @@ def _sampling_by_scalars(layout: Layout, n_x: int, n_matrices: int) -> Kernel:
     return Kernel("sddmm_csr", template, grid, threads)
 
 
-def _sampling_by_tiles(layout: Layout, n_x: int, n_matrices: int) -> Kernel:
+def _sampling_by_tiles(layout: Layout, n_matrices: int) -> Kernel:
     """Return the kernel of ``sddmm`` for blocks of 8 and more, by 8 x 8 products of simdgroups."""
     block_size, side = layout.block_size, layout.rows
     tile = _sampling_tile(block_size, side.longest_row)
