@@ -76,6 +76,10 @@ METAL_SOME_ROWS = 32
 # Bytes of a row of a stage, and the most values of one: 15 KB in 16 bits, of 60 that a core has.
 METAL_DEPTH_BYTES = 64
 METAL_STAGE_VALUES = 7680
+# Blocks of one block-row whose gradients a thread sums, by block size: it holds up to 49 sums. From
+# so many rows of x on, 8 threads share them, and read x and y by columns.
+METAL_SAMPLED_BLOCKS = {1: 4, 2: 4, 3: 2, 4: 2, 5: 1, 6: 1, 7: 1}
+METAL_SAMPLED_COLUMNS = 8
 # CUDA, the same for gradients by scalars.
 CUDA_GRADIENT_GROUPS = 1024
 CUDA_ROWS_PER_SPLIT = 64
@@ -123,6 +127,15 @@ class GradientTile(NamedTuple):
     stages: int
 
 
+class SamplingTile(NamedTuple):
+    """A threadgroup of Metal's ``sddmm_tiles``, of 4 simdgroups."""
+
+    simds_i: int  # simdgroups along the rows of a block
+    tiles_i: int  # 8 x 8 tiles of a simdgroup along them
+    tiles_k: int  # and along a strip: some columns of a block
+    strips: int  # of a simdgroup
+
+
 # By block size: for over 64 rows of x where a thread block may have 160 KB of shared memory, and
 # for all else, within 48 KB.
 MANY_ROWS_TILES = {
@@ -164,6 +177,18 @@ METAL_TILES = {
     14: SimdTile(4, 3, 5),
     15: SimdTile(4, 3, 5),
     16: SimdTile(4, 4, 4),
+}
+# Metal, by block size over 8, rounded up; larger blocks are cut. As many tiles for each load as
+# leave a thread within 104 registers and a threadgroup within 16 KB.
+METAL_SAMPLING_TILES = {
+    1: SamplingTile(1, 1, 1, 4),
+    2: SamplingTile(1, 2, 2, 2),
+    3: SamplingTile(1, 3, 3, 1),
+    4: SamplingTile(1, 4, 4, 1),
+    5: SamplingTile(1, 5, 5, 1),
+    6: SamplingTile(2, 3, 6, 1),
+    7: SamplingTile(2, 4, 7, 1),
+    8: SamplingTile(2, 4, 4, 1),
 }
 
 # The dtypes of kernels, ordered by use: membership is tested at every call.

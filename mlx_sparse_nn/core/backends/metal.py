@@ -13,7 +13,6 @@ from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import launch, scalars
 from mlx_sparse_nn.core.backends.launch import (
     Kernel,
-    lanes_per_row,
     launch_sddmm,
     launch_spmm,
     power_of_two,
@@ -93,25 +92,54 @@ def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``plain.sddmm``."""
     n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
-    kernel = _sampling_kernel(layout, n_matrices)
+    if layout.block_size < 8:
+        kernel = _sampling_by_scalars(layout, n_x, n_matrices)
+    else:
+        kernel = _sampling_by_tiles(layout, n_matrices)
     # Few groups and many rows: split the rows, so that the whole GPU has work, and sum in order.
     groups = kernel.grid[0] // kernel.threads * n_matrices
     n_splits = max(1, min(tuned.METAL_GRADIENT_GROUPS // groups, n_x // tuned.METAL_ROWS_PER_SPLIT))
-    return launch_sddmm(NAME, kernel, layout, y, x, n_splits)
+    by_columns = kernel.template.get("WIDTH", 1) > 1
+    return launch_sddmm(NAME, kernel, layout, y, x, n_splits, by_columns)
 
 
-def _sampling_kernel(layout: Layout, n_matrices: int) -> Kernel:
-    """Choose the kernel of ``sddmm``: by tiles of at most 64 x 64, or by scalars."""
+def _sampling_by_scalars(layout: Layout, n_x: int, n_matrices: int) -> Kernel:
+    """Return the kernel of ``sddmm`` for scalars and blocks of less than 8, summed one by one."""
     block_size, side = layout.block_size, layout.rows
-    if block_size in tuned.TILED_BLOCKS:
-        tile = min(block_size, 64)
-        threads = 32 if tile == 8 else 128
-        width = side.n_blocks * (block_size // tile) ** 2 * threads
-        template = {"B": block_size, "SIDE": tile}
-        return Kernel("sddmm_tiles", template, (width, 1, n_matrices), threads)
-    lanes, threads = lanes_per_row(side, block_size), tuned.GROUP_THREADS
-    width = round_up(layout.full_shape[0] * lanes, threads)
-    return Kernel("sddmm_csr", {"B": block_size, "LANES": lanes}, (width, 1, n_matrices), threads)
+    blocks = tuned.METAL_SAMPLED_BLOCKS[block_size]
+    width = 1 if n_x < tuned.METAL_SAMPLED_COLUMNS else 8
+    threads = tuned.GROUP_THREADS
+    grid = (round_up((side.n_block_rows + side.n_blocks // blocks) * width, threads), 1, n_matrices)
+    template = {"B": block_size, "BLOCKS": blocks, "WIDTH": width}
+    return Kernel("sddmm_csr", template, grid, threads)
+
+
+def _sampling_by_tiles(layout: Layout, n_matrices: int) -> Kernel:
+    """Return the kernel of ``sddmm`` for blocks of 8 and more, by 8 x 8 products of simdgroups."""
+    block_size, side = layout.block_size, layout.rows
+    tile = _sampling_tile(block_size, side.longest_row)
+    # Of a block: how many parts along its rows, and how many strips.
+    parts = -(-block_size // (8 * tile.simds_i * tile.tiles_i))
+    cuts = -(-block_size // (8 * tile.tiles_k))
+    share = tile.strips * 4 // tile.simds_i  # strips of a group
+    if side.is_uniform:
+        groups = side.n_block_rows * -(-side.longest_row * cuts // share)
+    else:
+        groups = side.n_block_rows + side.n_blocks * cuts // share
+    template = {"B": block_size, "EVEN": int(side.is_uniform), **tile._asdict()}
+    template = {name.upper(): value for name, value in template.items()}
+    return Kernel("sddmm_tiles", template, (groups * parts * 128, 1, n_matrices), 128)
+
+
+def _sampling_tile(block_size: int, longest_row: int) -> tuned.SamplingTile:
+    """Return the tile of ``sddmm`` for a block size of at least 8.
+
+    Larger blocks than 64 are cut into equal parts. Small ones share a simdgroup only where there
+    are more than enough for four.
+    """
+    tiles = -(-block_size // 8)
+    tile = tuned.METAL_SAMPLING_TILES[-(-tiles // -(-tiles // 8))]
+    return tile._replace(strips=min(tile.strips, power_of_two(-(-longest_row // 4))))
 
 
 def _product(
