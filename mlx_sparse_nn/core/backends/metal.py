@@ -16,6 +16,7 @@ from mlx_sparse_nn.core.backends.launch import (
     round_up,
 )
 from mlx_sparse_nn.core.layout import Layout, Side
+from mlx_sparse_nn.core.quantized import bits_of
 
 NAME = "metal"
 TAKES_EDGES = False  # sizes are those of whole blocks: derivatives.py pads and crops
@@ -28,7 +29,7 @@ def is_available() -> bool:
 
 def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, bits: int) -> bool:
     """Return whether there is a kernel for a product: for all that kernels can do."""
-    return launch.takes(layout, n_x, dtype, n_matrices, bits)
+    return launch.takes(layout, n_x, dtype, n_matrices)
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
@@ -117,3 +118,81 @@ def _by_tiles(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int
     threads = 64 if block_size == 8 else 128
     grid = (n_out // block_size * threads, -(-n_x // rows), n_matrices)
     return Kernel("spmm_tiles", {"ROWS": rows}, grid, threads)
+
+
+def qspmm(
+    packed: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    layout: Layout,
+    x: mx.array,
+    bias: mx.array | None = None,
+) -> mx.array:
+    """Return :func:`spmm` by quantized blocks; see ``plain.qspmm``."""
+    matrix, n_out, inside = (packed, scales, biases), layout.full_shape[0], layout.inside[1]
+    return _quantized_product(matrix, layout.rows, x, n_out, inside, bias)
+
+
+def qspmm_t(
+    packed: mx.array, scales: mx.array, biases: mx.array, layout: Layout, y: mx.array
+) -> mx.array:
+    """Return :func:`spmm_t` by quantized blocks; see ``plain.qspmm_t``."""
+    matrix, n_out, inside = (packed, scales, biases), layout.full_shape[1], layout.inside[0]
+    return _quantized_product(matrix, layout.cols, y, n_out, inside, None)
+
+
+def _quantized_product(
+    matrix: tuple[mx.array, mx.array, mx.array],
+    side: Side,
+    x: mx.array,
+    n_out: int,
+    inside: int,
+    bias: mx.array | None,
+) -> mx.array:
+    """Launch the kernel of a quantized product with a side of the matrix, as ``_product`` does."""
+    packed, scales, _ = matrix
+    n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
+    block_size, group_size = packed.shape[-2], packed.shape[-2] // scales.shape[-1]
+    kernel = _quantized_kernel(side, block_size, group_size, n_x, n_out, n_matrices)
+    options = {
+        "T": x.dtype,
+        "BITS": bits_of(packed),
+        "GROUP_SIZE": group_size,
+        "B": block_size,
+        "INSIDE": inside,
+        "TRANSPOSED": int(side.perm is not None),
+        "BIAS": int(bias is not None),
+    }
+    perm = side.indices if side.perm is None else side.perm
+    arrays = [*matrix, side.indptr, side.indices, perm, x, x if bias is None else bias]
+    return prepare(NAME, "qspmm", kernel, x.dtype, **options)(arrays, (*x.shape[:-1], n_out))
+
+
+def _quantized_kernel(
+    side: Side, block_size: int, group_size: int, n_x: int, n_out: int, n_matrices: int
+) -> Kernel:
+    """Choose the kernel of ``qspmm`` or ``qspmm_t``: of few rows of x, of some, or of many."""
+    if n_x > tuned.METAL_QUANTIZED_ROWS:
+        return _by_quantized_tiles(block_size, n_x, n_out, n_matrices)
+    rows, strip = power_of_two(n_x), 32
+    if side.perm is not None and rows <= tuned.METAL_FEW_ROWS:
+        strip = min(group_size, 512 // rows, 128)  # no scale is read twice, as far as sums fit
+    # One simdgroup for every four slices of 32 columns of the longest block-row. There are 8 at
+    # most, whose sums take 16 KB at most.
+    slices = side.longest_row * block_size // 32
+    simdgroups = min(8, power_of_two(-(-slices // 4)), 4096 // (rows * strip))
+    threads = 32 * simdgroups
+    grid = (n_out // strip * threads, -(-n_x // rows), n_matrices)
+    name = "qspmm_few" if rows <= tuned.METAL_QUANTIZED_FEW_ROWS else "qspmm_rows"
+    return Kernel(name, {"STRIP": strip, "ROWS": rows, "GROUPS": simdgroups}, grid, threads)
+
+
+def _by_quantized_tiles(block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
+    """Return the kernel of quantized blocks and many rows of x, by tiles in threadgroup memory."""
+    side = next(size for size in tuned.METAL_QUANTIZED_TILES if block_size % size == 0)
+    tiles = tuned.METAL_QUANTIZED_TILES[side]
+    rows, across, simdgroups = next((tile for tile in tiles if n_x <= tile[0]), tiles[-1])
+    threads = 32 * simdgroups
+    grid = (n_out // side * threads, -(-n_x // rows), n_matrices)
+    template = {"SIDE": side, "ROWS": rows, "ACROSS": across, "GROUPS": simdgroups}
+    return Kernel("qspmm_tiles", template, grid, threads)
