@@ -56,13 +56,8 @@ METAL_ROWS_PER_SPLIT = 256
 METAL_QUANTIZED_FEW_ROWS = 4
 # Up to so many, factors go from device memory to registers, and blocks are read once.
 METAL_QUANTIZED_ROWS = 32
-# For more, by outputs of a tile: its rows, its simdgroups along the outputs, and all of them. Each
-# simdgroup has 32 x 32 sums: half a load from threadgroup memory a product, and 100 registers.
-METAL_QUANTIZED_TILES = {
-    128: ((64, 4, 8),),
-    64: ((64, 2, 4), (128, 2, 8)),
-    32: ((64, 1, 4), (128, 1, 4)),
-}
+# For more, threadgroups that keep a GPU busy: four for each of 40 cores.
+METAL_QUANTIZED_GROUPS = 160
 # CUDA, the same for gradients by scalars.
 CUDA_GRADIENT_GROUPS = 1024
 CUDA_ROWS_PER_SPLIT = 64
@@ -101,6 +96,25 @@ class GradientTile(NamedTuple):
     depth: int  # of a stage, in rows of x
     stages: int
 
+
+class QuantizedTile(NamedTuple):
+    """A threadgroup of ``qspmm_tiles``."""
+
+    side: int  # outputs
+    rows: int  # of x
+    across: int  # simdgroups along the outputs
+    simdgroups: int
+
+
+# The largest first. A simdgroup has 32 x 32 sums, half a load from threadgroup memory for a product
+# of 8 x 8, and 100 registers a lane; in the last one 16 x 32, and three quarters of a load.
+METAL_QUANTIZED_TILES = (
+    QuantizedTile(128, 64, 4, 8),
+    QuantizedTile(64, 128, 2, 8),
+    QuantizedTile(64, 64, 2, 4),
+    QuantizedTile(32, 128, 1, 4),
+    QuantizedTile(32, 64, 1, 4),
+)
 
 # By block size: for over 64 rows of x where a thread block may have 160 KB of shared memory, and
 # for all else, within 48 KB.

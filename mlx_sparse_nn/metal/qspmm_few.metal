@@ -13,13 +13,13 @@
 //   y        (V, N, n_rows) T
 // Launch
 //   (n_rows / STRIP 32 GROUPS, ceil(N / ROWS), V) threads in groups of (32 GROUPS, 1, 1). One group
-//   owns STRIP outputs of a block-row and ROWS rows of x. Its simdgroups take pieces of the blocks in
-//   turn.
+//   owns STRIP outputs of a block-row and ROWS rows of x. Its simdgroups take pieces of the blocks
+//   in turn.
 // Template
 //   T float, half or bfloat; BITS 2, 3, 4, 5, 6 or 8; GROUP_SIZE 32, 64 or 128; B a multiple of 32
-//   and of GROUP_SIZE; INSIDE columns of the last block-column, 1 to B; STRIP 32 outputs, GROUP_SIZE
-//   if TRANSPOSED, so that no scale is read twice; ROWS of x, 1 to 4; GROUPS simdgroups; TRANSPOSED
-//   and BIAS 0 or 1.
+//   and of GROUP_SIZE; INSIDE columns of the last block-column, 1 to B; STRIP 32 outputs,
+//   GROUP_SIZE if TRANSPOSED, so that no scale is read twice; ROWS of x, 1 to 4; GROUPS simdgroups;
+//   TRANSPOSED and BIAS 0 or 1.
 // Sums in float32 of values in float32: each lane its pieces in stored order and k ascending, then
 // over lanes, then over simdgroups, then the bias.
 
@@ -109,14 +109,20 @@ if (TRANSPOSED) {
       }
     }
   }
+  const int at =
+      o + (lane & ACROSS ? 4 : 0) + (lane & 2 * ACROSS ? 2 : 0) + (lane & 4 * ACROSS ? 1 : 0);
 #pragma unroll
   for (int n = 0; n < ROWS; n++) {
+    share_sums<8, ACROSS>(acc[n], lane);
+    if (ACROSS < 16) {
+      share_sums<4, 2 * ACROSS>(acc[n], lane);
+    }
+    if (ACROSS < 8) {
+      share_sums<2, 4 * ACROSS>(acc[n], lane);
+    }
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const float sum = sum_lanes<ACROSS, 32>(acc[n][i]);
-      if (lane < ACROSS) {
-        mine[n * STRIP + o + i] = sum;
-      }
+    for (int i = 0; i < ACROSS / 4; i++) {
+      mine[n * STRIP + at + i] = acc[n][i];
     }
   }
 } else {
@@ -124,12 +130,12 @@ if (TRANSPOSED) {
   // every eighth output.
   const int k = lane % 4 * 8;
   const int o = lane / 4;
-  float acc[4][ROWS];
+  float acc[ROWS][4];
 #pragma unroll
-  for (int p = 0; p < 4; p++) {
+  for (int n = 0; n < ROWS; n++) {
 #pragma unroll
-    for (int n = 0; n < ROWS; n++) {
-      acc[p][n] = 0.0f;
+    for (int p = 0; p < 4; p++) {
+      acc[n][p] = 0.0f;
     }
   }
   for (int e = simd_group; e < n_pieces; e += GROUPS) {
@@ -169,21 +175,18 @@ if (TRANSPOSED) {
           w = i < n_valid ? w : 0.0f;
 #pragma unroll
           for (int n = 0; n < ROWS; n++) {
-            acc[p][n] = fma(w, float(xs[n][i / 4][i % 4]), acc[p][n]);
+            acc[n][p] = fma(w, float(xs[n][i / 4][i % 4]), acc[n][p]);
           }
         }
       }
     }
   }
+  const int at = o + (lane & 1 ? 16 : 0) + (lane & 2 ? 8 : 0);
 #pragma unroll
-  for (int p = 0; p < 4; p++) {
-#pragma unroll
-    for (int n = 0; n < ROWS; n++) {
-      const float sum = sum_lanes<1, 4>(acc[p][n]);
-      if (k == 0) {
-        mine[n * STRIP + 8 * p + o] = sum;
-      }
-    }
+  for (int n = 0; n < ROWS; n++) {
+    share_sums<4, 1>(acc[n], lane);
+    share_sums<2, 2>(acc[n], lane);
+    mine[n * STRIP + at] = acc[n][0];
   }
 }
 

@@ -4,8 +4,8 @@
 // Inputs, output: as there.
 // Launch
 //   (n_rows / STRIP 32 GROUPS, ceil(N / ROWS), V) threads in groups of (32 GROUPS, 1, 1). One group
-//   owns STRIP outputs of a block-row and ROWS rows of x. Its simdgroups take pieces of the blocks in
-//   turn.
+//   owns STRIP outputs of a block-row and ROWS rows of x. Its simdgroups take pieces of the blocks
+//   in turn.
 // Template
 //   As there, but ROWS of x 8, 16 or 32, and STRIP 32, or GROUP_SIZE or less if TRANSPOSED.
 // A sum does not mind in which order k comes. So the eight k of an 8 x 8 product are those that lie

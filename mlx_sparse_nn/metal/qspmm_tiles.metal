@@ -127,7 +127,8 @@ for (int j = indptr[r]; j < end; j++) {
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-#pragma unroll
+    // Not unrolled: loads of all k at once would take more registers than there are.
+#pragma clang loop unroll(disable)
     for (int k = 0; k < DEPTH; k += 8) {
       simdgroup_matrix<T, 8, 8> left[TILES_N];
       simdgroup_matrix<T, 8, 8> right[TILES_O];

@@ -56,6 +56,19 @@ METAL_FUNC float integer(const typename Packing<BITS>::pack pack, const int i) {
   return float(uint(pack >> (i * BITS)) & ((1u << BITS) - 1));
 }
 
+// Add COUNT values of two lanes, whose numbers differ in BIT, and leave each with half of the sums:
+// with the upper half where BIT is set.
+template <int COUNT, int BIT>
+METAL_FUNC void share_sums(thread float* values, const int lane) {
+  const bool upper = lane & BIT;
+#pragma unroll
+  for (int i = 0; i < COUNT / 2; i++) {
+    const float low = values[i];  // names, since a choice of elements would be one of addresses
+    const float high = values[i + COUNT / 2];
+    values[i] = (upper ? high : low) + simd_shuffle_xor(upper ? low : high, BIT);
+  }
+}
+
 // An 8 x 8 matrix of which this lane gives its two elements.
 template <typename T>
 METAL_FUNC simdgroup_matrix<T, 8, 8> matrix_of(const T first, const T second) {

@@ -26,7 +26,7 @@ from support import (
 from test_quantized_products import TestTransforms, whole_blocks  # noqa: F401
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern, qspmm, qspmm_t
-from mlx_sparse_nn.core import edges
+from mlx_sparse_nn.core import edges, tuned
 from mlx_sparse_nn.core.backends import metal as kernels
 from mlx_sparse_nn.core.backends import naive
 from mlx_sparse_nn.core.quantized import BITS, unpack
@@ -54,18 +54,17 @@ def each_backend():
 def spoiled(pattern: CSRPattern, matrix: Matrix) -> Matrix:
     """Put nans where whole groups lie outside the matrix."""
     packed, scales, biases = matrix
-    beyond = outside(pattern).reshape(*scales.shape, -1).all(axis=-1)
+    beyond = mx.array(outside(pattern)).reshape(*scales.shape, -1).all(axis=-1)
     nan = mx.array(np.nan, scales.dtype)
-    scales, biases = (mx.where(mx.array(beyond), nan, a) for a in (scales, biases))
-    return packed, scales, biases
+    return packed, mx.where(beyond, nan, scales), mx.where(beyond, nan, biases)
 
 
 def check(pattern: CSRPattern, matrix: Matrix, n: int, dtype: mx.Dtype, lead=()) -> None:
     """Assert that both products of whole numbers are the oracle's, bit for bit."""
     x, y = (integers((*lead, n, size), i, dtype) for i, size in enumerate(pattern.shape[::-1]))
     if lead:  # no public product takes an axis of matrices: vmap gives one, and adds a bias later
-        found = mx.vmap(lambda *a: qspmm(*a[:3], pattern, a[3]))(*matrix, x)
-        found_t = mx.vmap(lambda *a: qspmm_t(*a[:3], pattern, a[3]))(*matrix, y)
+        found = mx.vmap(lambda p, s, b, x: qspmm(p, s, b, pattern, x))(*matrix, x)
+        found_t = mx.vmap(lambda p, s, b, y: qspmm_t(p, s, b, pattern, y))(*matrix, y)
         bias = None
     else:
         bias = integers(pattern.shape[:1], 4, dtype)
@@ -93,6 +92,16 @@ def test_every_kernel(n, dtype):
     """Every number of rows and dtype, with an empty block-row and a block-column twice in one."""
     pattern = pattern_of([[1, 0], [], [2, 1, 1], [2]], 3, 64)
     check(pattern, whole_blocks(pattern, 64, 4, (), dtype, n), n, dtype)
+
+
+@pytest.mark.parametrize(("n", "block_size", "side"), [(40, 64, 64), (70, 64, 64), (40, 128, 128)])
+def test_large_tiles(metal, monkeypatch, n, block_size, side):
+    """Those of layers that keep a GPU busy, which take the emulator long."""
+    monkeypatch.setattr(tuned, "METAL_QUANTIZED_GROUPS", 1)
+    pattern = trimmed(pattern_of([[1, 0], [], [2, 1, 1]], 3, block_size), 33, 17)
+    matrix = spoiled(pattern, whole_blocks(pattern, 32, 5, (), mx.bfloat16, n))
+    check(pattern, matrix, n, mx.bfloat16)
+    assert {dict(launch.template)["SIDE"] for launch in metal.launches} == {side}
 
 
 @st.composite

@@ -153,7 +153,8 @@ def _quantized_product(
     packed, scales, _ = matrix
     n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
     block_size, group_size = packed.shape[-2], packed.shape[-2] // scales.shape[-1]
-    kernel = _quantized_kernel(side, block_size, group_size, n_x, n_out, n_matrices)
+    sizes = block_size, group_size, x.dtype.size, n_x, n_out, n_matrices
+    kernel = _quantized_kernel(side, *sizes)
     options = {
         "T": x.dtype,
         "BITS": bits_of(packed),
@@ -169,14 +170,21 @@ def _quantized_product(
 
 
 def _quantized_kernel(
-    side: Side, block_size: int, group_size: int, n_x: int, n_out: int, n_matrices: int
+    side: Side,
+    block_size: int,
+    group_size: int,
+    itemsize: int,
+    n_x: int,
+    n_out: int,
+    n_matrices: int,
 ) -> Kernel:
     """Choose the kernel of ``qspmm`` or ``qspmm_t``: of few rows of x, of some, or of many."""
     if n_x > tuned.METAL_QUANTIZED_ROWS:
         return _by_quantized_tiles(block_size, n_x, n_out, n_matrices)
-    rows, strip = power_of_two(n_x), 32
+    # 32 rows of float32 would take more registers than there are.
+    rows, strip = min(power_of_two(n_x), 64 // itemsize), 32
     if side.perm is not None and rows <= tuned.METAL_FEW_ROWS:
-        strip = min(group_size, 512 // rows, 128)  # no scale is read twice, as far as sums fit
+        strip = min(group_size, 512 // rows)  # no scale is read twice, as far as sums fit
     # One simdgroup for every four slices of 32 columns of the longest block-row. There are 8 at
     # most, whose sums take 16 KB at most.
     slices = side.longest_row * block_size // 32
@@ -189,10 +197,24 @@ def _quantized_kernel(
 
 def _by_quantized_tiles(block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
     """Return the kernel of quantized blocks and many rows of x, by tiles in threadgroup memory."""
-    side = next(size for size in tuned.METAL_QUANTIZED_TILES if block_size % size == 0)
-    tiles = tuned.METAL_QUANTIZED_TILES[side]
-    rows, across, simdgroups = next((tile for tile in tiles if n_x <= tile[0]), tiles[-1])
-    threads = 32 * simdgroups
-    grid = (n_out // side * threads, -(-n_x // rows), n_matrices)
-    template = {"SIDE": side, "ROWS": rows, "ACROSS": across, "GROUPS": simdgroups}
+    fitting = [
+        tile
+        for tile in tuned.METAL_QUANTIZED_TILES
+        if block_size % tile.side == 0 and (n_x > 64 or tile.rows == 64)
+    ]
+
+    def n_groups(tile: tuned.QuantizedTile) -> int:
+        return n_out // tile.side * -(-n_x // tile.rows) * n_matrices
+
+    # The largest that keeps the GPU busy.
+    enough = (tile for tile in fitting if n_groups(tile) >= tuned.METAL_QUANTIZED_GROUPS)
+    tile = next(enough, fitting[-1])
+    threads = 32 * tile.simdgroups
+    grid = (n_out // tile.side * threads, -(-n_x // tile.rows), n_matrices)
+    template = {
+        "SIDE": tile.side,
+        "ROWS": tile.rows,
+        "ACROSS": tile.across,
+        "GROUPS": tile.simdgroups,
+    }
     return Kernel("qspmm_tiles", template, grid, threads)
