@@ -28,6 +28,7 @@ _BOUND = """#undef __global__
 INPUTS = {
     "spmm": ("data", "indptr", "indices", "perm", "x", "bias"),
     "spmm_csr": ("data", "indptr", "indices", "perm", "x", "bias", "partial"),
+    "qspmm": ("packed", "scales", "biases", "indptr", "indices", "perm", "x", "bias"),
     "sddmm": ("y", "x", "indptr", "indices", "step"),
     "sum": ("partial",),
 }
@@ -35,13 +36,13 @@ MAX_THREADS = 2**31 - tuned.GROUP_THREADS  # of a grid's side, which is an int, 
 MAX_GROUPS = 2**16 - 1  # of CUDA, along a grid's second and third side
 
 
-def takes(layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, bits: int) -> bool:
+def takes(layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int) -> bool:
     """Return whether kernels can compute a product with ``n_x`` rows of x, of operands of a dtype.
 
     They can for float32, float16 and bfloat16, every block size, and every shape and pattern with
-    at least one element, unless what MLX traces refuses kernels. Quantized blocks have none yet.
+    at least one element, unless what MLX traces refuses kernels.
     """
-    if bits or dtype not in tuned.KERNEL_DTYPES or tracing.refuses_kernels:
+    if dtype not in tuned.KERNEL_DTYPES or tracing.refuses_kernels:
         return False
     return layout.data_shape[0] * n_x * n_matrices > 0
 
@@ -196,7 +197,7 @@ def _function(backend: str, name: str, inputs: str, threads: int, shared_memory:
     options: dict[str, Any] = {
         "name": f"mlx_sparse_nn_{name}",
         "input_names": list(INPUTS[inputs]),
-        "output_names": ["y" if inputs.startswith("spmm") else "out"],
+        "output_names": ["y" if "spmm" in inputs else "out"],
         "header": _short("".join(headers)),
         "source": _short(_INCLUDE.sub("", source)),
     }

@@ -20,6 +20,7 @@ from mlx_sparse_nn.core.backends.launch import (
     round_up,
 )
 from mlx_sparse_nn.core.layout import Layout, Side
+from mlx_sparse_nn.core.quantized import bits_of
 
 NAME = "metal"
 TAKES_EDGES = False  # sizes are those of whole blocks: derivatives.py pads and crops
@@ -76,7 +77,7 @@ def _using_tensor_units() -> Iterator[None]:
 
 def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, bits: int) -> bool:
     """Return whether there is a kernel for a product: for all that kernels can do."""
-    return launch.takes(layout, n_x, dtype, n_matrices, bits)
+    return launch.takes(layout, n_x, dtype, n_matrices)
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
@@ -273,3 +274,103 @@ def _by_tensor_units(side: Side, block_size: int, n_x: int, n_out: int, n_matric
     grid = (n_out // block_size * threads, -(-n_x // rows), n_matrices)
     template = {"ROWS": rows, "WHOLE": int(n_x % 32 == 0), "COLS": cols}
     return Kernel("spmm_tensor", template, grid, threads)
+
+
+def qspmm(
+    packed: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    layout: Layout,
+    x: mx.array,
+    bias: mx.array | None = None,
+) -> mx.array:
+    """Return :func:`spmm` by quantized blocks; see ``plain.qspmm``."""
+    matrix, n_out, inside = (packed, scales, biases), layout.full_shape[0], layout.inside[1]
+    return _quantized_product(matrix, layout.rows, x, n_out, inside, bias)
+
+
+def qspmm_t(
+    packed: mx.array, scales: mx.array, biases: mx.array, layout: Layout, y: mx.array
+) -> mx.array:
+    """Return :func:`spmm_t` by quantized blocks; see ``plain.qspmm_t``."""
+    matrix, n_out, inside = (packed, scales, biases), layout.full_shape[1], layout.inside[0]
+    return _quantized_product(matrix, layout.cols, y, n_out, inside, None)
+
+
+def _quantized_product(
+    matrix: tuple[mx.array, mx.array, mx.array],
+    side: Side,
+    x: mx.array,
+    n_out: int,
+    inside: int,
+    bias: mx.array | None,
+) -> mx.array:
+    """Launch the kernel of a quantized product with a side of the matrix, as ``_product`` does."""
+    packed, scales, _ = matrix
+    n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
+    block_size, group_size = packed.shape[-2], packed.shape[-2] // scales.shape[-1]
+    sizes = block_size, group_size, x.dtype.size, n_x, n_out, n_matrices
+    kernel = _quantized_kernel(side, *sizes)
+    options = {
+        "T": x.dtype,
+        "BITS": bits_of(packed),
+        "GROUP_SIZE": group_size,
+        "B": block_size,
+        "INSIDE": inside,
+        "TRANSPOSED": int(side.perm is not None),
+        "BIAS": int(bias is not None),
+    }
+    perm = side.indices if side.perm is None else side.perm
+    arrays = [*matrix, side.indptr, side.indices, perm, x, x if bias is None else bias]
+    return prepare(NAME, "qspmm", kernel, x.dtype, **options)(arrays, (*x.shape[:-1], n_out))
+
+
+def _quantized_kernel(
+    side: Side,
+    block_size: int,
+    group_size: int,
+    itemsize: int,
+    n_x: int,
+    n_out: int,
+    n_matrices: int,
+) -> Kernel:
+    """Choose the kernel of ``qspmm`` or ``qspmm_t``: of few rows of x, of some, or of many."""
+    if n_x > tuned.METAL_QUANTIZED_ROWS:
+        return _by_quantized_tiles(block_size, n_x, n_out, n_matrices)
+    # 32 rows of float32 would take more registers than there are.
+    rows, strip = min(power_of_two(n_x), 64 // itemsize), 32
+    if side.perm is not None and rows <= tuned.METAL_FEW_ROWS:
+        strip = min(group_size, 512 // rows)  # no scale is read twice, as far as sums fit
+    # One simdgroup for every four slices of 32 columns of the longest block-row. There are 8 at
+    # most, whose sums take 16 KB at most.
+    slices = side.longest_row * block_size // 32
+    simdgroups = min(8, power_of_two(-(-slices // 4)), 4096 // (rows * strip))
+    threads = 32 * simdgroups
+    grid = (n_out // strip * threads, -(-n_x // rows), n_matrices)
+    name = "qspmm_few" if rows <= tuned.METAL_QUANTIZED_FEW_ROWS else "qspmm_rows"
+    return Kernel(name, {"STRIP": strip, "ROWS": rows, "GROUPS": simdgroups}, grid, threads)
+
+
+def _by_quantized_tiles(block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
+    """Return the kernel of quantized blocks and many rows of x, by tiles in threadgroup memory."""
+    fitting = [
+        tile
+        for tile in tuned.METAL_QUANTIZED_TILES
+        if block_size % tile.side == 0 and (n_x > 64 or tile.rows == 64)
+    ]
+
+    def n_groups(tile: tuned.QuantizedTile) -> int:
+        return n_out // tile.side * -(-n_x // tile.rows) * n_matrices
+
+    # The largest that keeps the GPU busy.
+    enough = (tile for tile in fitting if n_groups(tile) >= tuned.METAL_QUANTIZED_GROUPS)
+    tile = next(enough, fitting[-1])
+    threads = 32 * tile.simdgroups
+    grid = (n_out // tile.side * threads, -(-n_x // tile.rows), n_matrices)
+    template = {
+        "SIDE": tile.side,
+        "ROWS": tile.rows,
+        "ACROSS": tile.across,
+        "GROUPS": tile.simdgroups,
+    }
+    return Kernel("qspmm_tiles", template, grid, threads)
