@@ -72,7 +72,7 @@ for (int tn = 0; tn < TILES_N; tn++) {
 
 const device T* x_panel = x + ((size_t)v * N + n0) * n_cols;
 const device T* blocks = data + (size_t)v * indices_shape[0] * (B * B);
-const int last = N - 1 - n0;  // rows behind it repeat it, and are never stored
+const int last = min(ROWS, N - n0) - 1;  // rows behind it repeat it, and are never stored
 threadgroup vec<T, 4>* x_to = stages + slot * (SPAN / 4);
 threadgroup vec<T, 4>* w_to = stages + (ROWS * LDX + slot * (TRANSPOSED ? SPAN * LDW : SPAN)) / 4;
 const threadgroup T* x_tile = (const threadgroup T*)stages + tile_n * LDX + 8 * simd_k;
@@ -94,27 +94,28 @@ for (int first = indptr[r]; first < end; first += BLOCKS) {
   for (int k0 = 0; k0 < FILLED; k0 += SPAN) {
     vec<T, 4> xs[stage_vectors<ROWS, SPAN, SHARE>()];
     vec<T, 4> ws[stage_vectors<W_ROWS, W_COLS, SHARE>()];
+    const int w_row = TRANSPOSED ? k0 : o0;
+    const int w_col = TRANSPOSED ? o0 : k0;
     if (WHOLE_K) {
       load_stage<T, ROWS, SPAN, SHARE>(x_block + k0, n_cols, last, t, xs);
     } else {
-      load_part<T, ROWS, SPAN, SHARE, B % 4 == 0>(x_block + k0, n_cols, last, B - k0, t, xs);
+      load_part<T, ROWS, SPAN, SHARE>(x_block, n_cols, last, k0, B, t, xs);
     }
-    const device T* w = block + (TRANSPOSED ? k0 * B + o0 : o0 * B + k0);
     if (WHOLE_K && WHOLE_O) {
-      load_stage<T, W_ROWS, W_COLS, SHARE>(w, B, t, ws);
+      load_stage<T, W_ROWS, W_COLS, SHARE>(block + w_row * B + w_col, B, t, ws);
     } else {
-      load_part<T, W_ROWS, W_COLS, SHARE, B % 4 == 0>(
-          w, B, min(W_ROWS, TRANSPOSED ? B - k0 : B - o0) - 1, TRANSPOSED ? B - o0 : B - k0, t, ws);
+      load_part<T, W_ROWS, W_COLS, SHARE>(block + w_row * B, B, min(W_ROWS, B - w_row) - 1, w_col,
+                                          B, t, ws);
     }
-    if (FILLED > B) {
-      cut_cols<T, ROWS, SPAN, SHARE>(B - k0, t, xs);
+    if (B % 4 > 0) {
+      align_part<T, ROWS, SPAN, SHARE>(k0, B, t, xs);
+      align_part<T, W_ROWS, W_COLS, SHARE>(w_col, B, t, ws);
     }
-    if (FILLED > B || INSIDE < B) {
-      if (TRANSPOSED) {
-        cut_rows<T, W_ROWS, W_COLS, SHARE>(inside - k0, t, ws);
-      } else {
-        cut_cols<T, W_ROWS, W_COLS, SHARE>(inside - k0, t, ws);
-      }
+    if (TRANSPOSED && (FILLED > B || INSIDE < B)) {
+      cut_rows<T, W_ROWS, W_COLS, SHARE>(inside - k0, t, ws);
+    }
+    if (!TRANSPOSED && INSIDE < B) {
+      cut_cols<T, W_ROWS, W_COLS, SHARE>(inside - k0, t, ws);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     store_stage<T, ROWS, SPAN, LDX, SHARE>(xs, t, x_to);

@@ -54,24 +54,34 @@ METAL_FUNC void load_stage(const device T* src, const int stride, const int last
   }
 }
 
-// The same of a tile of which `cols` columns are there: those behind them hold any of these. With
-// VECTORS, `cols` is a multiple of 4; else elements are loaded one by one.
-template <typename T, int ROWS, int COLS, int THREADS, bool VECTORS>
-METAL_FUNC void load_part(const device T* src, const int stride, const int last, const int cols,
-                          const int t, thread vec<T, 4>* v) {
+// The same of a tile that begins at column `begin` of rows `width` wide, 4 at least, and zeros
+// behind them. A vector that would reach past its row is the row's last; align_part moves it back.
+template <typename T, int ROWS, int COLS, int THREADS>
+METAL_FUNC void load_part(const device T* src, const int stride, const int last, const int begin,
+                          const int width, const int t, thread vec<T, 4>* v) {
   constexpr int STEP = stage_step<COLS, THREADS>();
 #pragma unroll
   for (int i = 0; i < stage_vectors<ROWS, COLS, THREADS>(); i++) {
     const uint row = min(t / (COLS / 8) + i / 2 * STEP, last);
-    const device T* at = src + row * uint(stride);
-    const int col = t % (COLS / 8) * 8 + i % 2 * 4;
-    if (VECTORS) {
-      v[i] = load4<T>(at + min(col, cols - 4));
-    } else {
+    const int col = begin + t % (COLS / 8) * 8 + i % 2 * 4;
+    v[i] = vec<T, 4>(T(0));
+    if (col < width) {
+      v[i] = load4<T>(src + (row * uint(stride) + (width % 4 > 0 ? min(col, width - 4) : col)));
+    }
+  }
+}
+
+// Put the vectors that load_part took from before their place there, and zeros behind their row.
+template <typename T, int ROWS, int COLS, int THREADS>
+METAL_FUNC void align_part(const int begin, const int width, const int t, thread vec<T, 4>* v) {
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        v[i][e] = at[min(col + e, cols - 1)];
-      }
+  for (int i = 0; i < stage_vectors<ROWS, COLS, THREADS>(); i++) {
+    const int over = begin + t % (COLS / 8) * 8 + i % 2 * 4 - (width - 4);
+    if (over == 1 || over == 3) {
+      v[i] = vec<T, 4>(v[i][1], v[i][2], v[i][3], T(0));
+    }
+    if (over == 2 || over == 3) {
+      v[i] = vec<T, 4>(v[i][2], v[i][3], T(0), T(0));
     }
   }
 }
