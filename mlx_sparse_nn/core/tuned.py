@@ -51,6 +51,10 @@ MAX_ROUNDS = 64
 # Metal: threadgroups that keep a GPU busy with a weight gradient, and rows of x that each sums.
 METAL_GRADIENT_GROUPS = 256
 METAL_ROWS_PER_SPLIT = 256
+# Metal's tensor units: fewest rows of x, where a tile of 32 is half full, and most threads of a
+# threadgroup, as in MLX's own tiles. Never timed.
+METAL_TENSOR_ROWS = 17
+METAL_TENSOR_THREADS = 512
 # CUDA, the same for gradients by scalars.
 CUDA_GRADIENT_GROUPS = 1024
 CUDA_ROWS_PER_SPLIT = 64
