@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "calibrate":
         return calibration.run(options)
     if options.command == "check":
-        return check.run(options)
+        return check.run(options, __version__)
     return print_info() if options.command == "info" else build_all(options.dtypes)
 
 

@@ -4,6 +4,8 @@ import os
 import platform
 from collections import Counter
 
+os.environ["MLX_ENABLE_TF32"] = "0"  # float32 is compared within its own rounding
+
 import mlx.core as mx
 import pytest
 from hypothesis import HealthCheck, settings
@@ -89,8 +91,9 @@ def pytest_sessionfinish(session, exitstatus):
 def pytest_terminal_summary(terminalreporter, config):
     device = config.getoption("--device")
     if device != "default":
-        kernels = ", ".join(f"{name} {n}" for name, n in sorted(launched.items()))
-        terminalreporter.write_line(f"launches of kernels: {kernels or 'none'}")
+        each = "".join(f"\n  {name} {n}" for name, n in sorted(launched.items()))
+        total = f"{sum(launched.values())} launches of {len(launched)} kernels"
+        terminalreporter.write_line(f"on {device}: {total}{each}")
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,8 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -27,8 +28,15 @@ from mlx_sparse_nn.diagnostics.check_cases import (
     operands_of,
     quick_cases,
 )
-from mlx_sparse_nn.diagnostics.check_report import Outcome, complaint, markdown
-from mlx_sparse_nn.diagnostics.check_speed import ON_CPU, ON_GPU, time_layers
+from mlx_sparse_nn.diagnostics.check_report import Outcome, complaint, markdown, markdown_times
+from mlx_sparse_nn.diagnostics.check_speed import (
+    ON_CPU,
+    ON_GPU,
+    ON_TENSOR_UNITS,
+    LayerTiming,
+    Sizes,
+    time_layers,
+)
 from mlx_sparse_nn.diagnostics.products import dtype_name, matmul_uses_tf32
 from mlx_sparse_nn.diagnostics.rounding import to_numpy
 
@@ -47,58 +55,127 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("gpu", "cpu"), help="(default: the GPU, where there is one)")
     add("--quick", action="store_true", help="a third of the products, and no times")
     add("--only", nargs="+", metavar="NAME", help="these products alone, as the command names them")
+    add(
+        "--tensor-units",
+        action="store_true",
+        help="turn on the tensor units of an M5 here alone, compare and time them; exits 2 without",
+    )
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run the command; return the exit status: 0, 1 if a product is wrong, 2 if it cannot run."""
+def run(options: argparse.Namespace, version: str) -> int:
+    """Run the command; return the exit status: 0, 1 if a product is wrong, 2 if it cannot run.
+
+    Args:
+        options: What was typed.
+        version: Of this package, for the table.
+    """
     before = mx.default_device()
     kind = options.device or ("gpu" if metal.is_available() or cuda.is_available() else "cpu")
     try:
         cases = _chosen(options)
         if before.type != getattr(mx, kind):
             use_device(kind)
+        if options.tensor_units:
+            with metal.tensor_units():  # or an error that says why not
+                pass
     except (ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 2
+    timed = not (options.quick or options.only)
     try:
-        return _check(cases, timed=not (options.quick or options.only))
+        run_all = _check_tensor_units if options.tensor_units else _check
+        return run_all(cases, timed, version)
     finally:
         if mx.default_device() != before:
             mx.set_default_device(before)
 
 
 def _chosen(options: argparse.Namespace) -> list[Case]:
-    if not options.only:
-        return quick_cases() if options.quick else all_cases()
-    cases = {case.name: case for case in all_cases()}
-    for name in options.only:
-        if name not in cases:
-            like = next(iter(cases))
-            raise ValueError(f"[check] --only must name products such as {like}, got {name!r}")
-    return [cases[name] for name in options.only]
+    """Return the products that the options ask for.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if options.tensor_units and options.device == "cpu":
+        raise ValueError("[check] --tensor-units must be checked on a GPU, got --device cpu")
+    cases = quick_cases() if options.quick else all_cases()
+    if options.only:
+        by_name = {case.name: case for case in all_cases()}
+        for name in options.only:
+            if name not in by_name:
+                like = cases[0].name
+                raise ValueError(f"[check] --only must name products as {like}, got {name!r}")
+        cases = [by_name[name] for name in options.only]
+    if options.tensor_units:
+        cases = [case for case in cases if _is_for_tensor_units(case)]
+        if not cases:
+            raise ValueError("[check] --only must name products of blocks in 16 bits, and 17 rows")
+    return cases
 
 
-def _check(cases: Sequence[Case], timed: bool) -> int:
+def _check(cases: Sequence[Case], timed: bool, version: str) -> int:
     """Compute the products, print what is wrong and the tables, and return the exit status."""
+    began = time.perf_counter()
+    outcomes = _outcomes(cases)
+    seconds = time.perf_counter() - began
+    print(markdown(outcomes, seconds, version))
+    if any(outcome.wrong for outcome in outcomes):
+        print(complaint(outcomes), file=sys.stderr)
+        return 1
+    if timed:
+        sizes = ON_GPU if mx.default_device().type == mx.gpu else ON_CPU
+        print(f"\n{markdown_times(sizes.features, {'': _times(sizes)})}")
+    return 0
+
+
+def _check_tensor_units(cases: Sequence[Case], timed: bool, version: str) -> int:
+    """Do the same by the tensor units of an M5, and by the kernels that compute without them."""
+    began = time.perf_counter()
+    with metal.tensor_units():
+        outcomes = [_by_tensor_units(outcome) for outcome in _outcomes(cases)]
+    outcomes += _outcomes(cases)
+    seconds = time.perf_counter() - began
+    print(markdown(outcomes, seconds, version))
+    if any(outcome.wrong for outcome in outcomes):
+        print(complaint(outcomes, "--tensor-units "), file=sys.stderr)
+        return 1
+    if timed:
+        timings = {"": _times(ON_TENSOR_UNITS)}
+        with metal.tensor_units():
+            timings[" by tensor units"] = _times(ON_TENSOR_UNITS)
+        print(f"\n{markdown_times(ON_TENSOR_UNITS.features, timings)}")
+    return 0
+
+
+def _is_for_tensor_units(case: Case) -> bool:
+    is_dense_enough = case.rows > 16 and case.block_size % 16 == 0
+    return case.product in ("spmm", "spmm_t") and case.dtype != "float32" and is_dense_enough
+
+
+def _by_tensor_units(outcome: Outcome) -> Outcome:
+    """Return an outcome that is wrong if no tensor unit had a part in it."""
+    if outcome.wrong or any("/spmm_tensor(" in kernel for kernel in outcome.kernels):
+        return outcome
+    return replace(outcome, wrong="right, but not computed by the tensor units")
+
+
+def _outcomes(cases: Sequence[Case]) -> list[Outcome]:
     from tqdm import tqdm
 
-    began, tf32 = time.perf_counter(), matmul_uses_tf32()
-    sizes = ON_GPU if mx.default_device().type == mx.gpu else ON_CPU
-    timings, outcomes = [], []
-    with tqdm(total=len(cases), unit=" products", disable=None) as bar:
-        for case in cases:
-            bar.set_description(case.product)
+    tf32, outcomes = matmul_uses_tf32(), []
+    with tqdm(cases, unit=" products", disable=None) as bar:
+        for case in bar:
+            bar.set_description(case.product, refresh=False)
             outcomes.append(check_case(case, tf32))
-            bar.update()
-    seconds, is_wrong = time.perf_counter() - began, any(outcome.wrong for outcome in outcomes)
-    if is_wrong:
-        print(complaint(outcomes), file=sys.stderr)
-    elif timed:
-        with tqdm(total=len(sizes.dtypes) * len(sizes.rows), unit=" sizes", disable=None) as bar:
-            bar.set_description("times")
-            timings = time_layers(sizes, bar.update)
-    print(markdown(outcomes, timings, sizes.features, seconds))
-    return int(is_wrong)
+    return outcomes
+
+
+def _times(sizes: Sizes) -> list[LayerTiming]:
+    from tqdm import tqdm
+
+    total = len(sizes.dtypes) * len(sizes.rows)
+    with tqdm(total=total, desc="times", unit=" sizes", disable=None) as bar:
+        return time_layers(sizes, bar.update)
 
 
 def check_case(case: Case, tf32: bool = False) -> Outcome:
@@ -108,11 +185,11 @@ def check_case(case: Case, tf32: bool = False) -> Outcome:
         case: The product.
         tf32: Whether MLX's own products round float32 factors to TF32.
     """
-    given, launched = operands_of(case), []
+    given, launched = operands_of(case), {}
     layout, dtype = given.pattern.layout, DTYPES[case.dtype]
     backend = choose(case.product, layout, case.rows, dtype, bits=case.bits).NAME
     try:
-        with launch.observed(lambda kernel: launched.append(_described(kernel))):
+        with launch.observed(lambda kernel: launched.setdefault(_described(kernel))):
             results = [compute(case, given) for _ in range(2)]
             mx.eval(results)
         with mx.stream(mx.cpu):
@@ -120,7 +197,7 @@ def check_case(case: Case, tf32: bool = False) -> Outcome:
     except Exception as error:  # whatever MLX and its compilers raise is about this kernel
         wrong = f"raised {type(error).__name__}: {error}"
         return Outcome(case, backend, tuple(launched), math.inf, wrong)
-    exact, bound = expected(case, given, tf32 and backend == plain.NAME)
+    exact, bound = expected(case, given, backend == plain.NAME, tf32)
     found = results[0].shape, results[0].dtype
     if found != (exact.shape, dtype):
         wrong = f"is {found[0]} {dtype_name(found[1])}, not {exact.shape} {case.dtype}"
@@ -150,7 +227,7 @@ def _compared(values: np.ndarray, exact: np.ndarray, bound: np.ndarray) -> tuple
     )
 
 
-def _not_by_kernels(case: Case, backend: str, launched: Sequence[str]) -> str:
+def _not_by_kernels(case: Case, backend: str, launched: Collection[str]) -> str:
     """Return in words that another backend computed a product than should have, if one did."""
     if backend in (metal.NAME, cuda.NAME) and not launched:
         return f"right, but no kernel of {backend} was launched for it"

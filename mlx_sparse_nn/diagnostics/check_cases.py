@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -14,14 +15,21 @@ from mlx_sparse_nn.core import ops
 from mlx_sparse_nn.core.backends import naive
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.quantized import BITS, unpack
-from mlx_sparse_nn.diagnostics.rounding import TF32_EPS, to_numpy, tolerance, underflow
+from mlx_sparse_nn.diagnostics.rounding import (
+    ACCUMULATOR,
+    EPS,
+    TF32_EPS,
+    to_numpy,
+    tolerance,
+    underflow,
+)
 
 PRODUCTS = ("spmm", "spmm_t", "sddmm", "qspmm", "qspmm_t")
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 BLOCK_SIZES = (1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 # Rows of x with a pattern, so that every tile meets edges, and few rows a long block-row.
-ROWS = ((1, "long"), (3, "edges"), (8, "whole"), (12, "long"), (30, "edges"), (70, "whole"))
-ROWS = (*ROWS, (150, "edges"))
+ROWS = ((1, "long"), (2, "short"), (3, "edges"), (8, "whole"), (12, "long"), (30, "edges"))
+ROWS = (*ROWS, (70, "whole"), (150, "edges"))
 SCALAR_ROWS = ((1, "edges"), (6, "whole"), (40, "edges"))
 SAMPLED_ROWS = ((5, "edges"), (600, "whole"))  # so many are split, and summed in order
 QUANTIZED_ROWS = ((1, "long"), (6, "edges"), (40, "whole"))
@@ -40,7 +48,8 @@ class Case:
         dtype: Of all operands.
         rows: Rows of x.
         pattern: ``"whole"``, ``"edges"`` (the last blocks reach past the matrix, and hold nan
-            there), ``"long"`` (a block-row of 20 blocks), or ``"heavy"`` (thousands of values).
+            there), ``"short"`` and ``"long"`` (at most 3 blocks in a block-row, and 20), or
+            ``"heavy"`` (thousands of values in one).
         bias: Whether a bias is added.
         bits, group_size: Of quantized blocks; 0 of others.
     """
@@ -156,57 +165,78 @@ def compute(case: Case, given: Operands) -> mx.array:
     return product(*given.data, given.pattern, given.x, *bias)
 
 
-def expected(case: Case, given: Operands, tf32: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def expected(case: Case, given: Operands, by_plain: bool = False, tf32: bool = False) -> Expected:
     """Return the product by the oracle in float64 on the CPU, and the error of each element that
     rounding explains.
 
     Args:
         case: The case.
         given: Its operands.
-        tf32: Whether float32 factors may have been rounded to TF32.
+        by_plain: Whether plain MLX computes it, which rounds on the way. Kernels round sums once.
+        tf32: Whether it rounds float32 factors to TF32.
     """
-    pattern, dtype = given.pattern, DTYPES[case.dtype]
+    dtype = DTYPES[case.dtype]
     with mx.stream(mx.cpu):
-        data = _values(given)
-        sizes = _values(given, magnitude=True)
-        x, y, bias = (None if a is None else a.astype(mx.float64) for a in _dense(given))
-        assert x is not None
-        if y is not None:
-            value = naive.sddmm(pattern, y, x)
-            magnitude = naive.sddmm(pattern, mx.abs(y), mx.abs(x))
-            length = np.full(pattern.data_shape, case.rows)
-        elif case.product.endswith("_t"):
-            value = naive.spmm_t(data, pattern, x)
-            magnitude = naive.spmm_t(sizes, pattern, mx.abs(x))
-            length = _lengths(pattern.indices, pattern.grid[1], pattern, pattern.shape[1])
-        else:
-            value = naive.spmm(data, pattern, x, bias)
-            absolute = None if bias is None else mx.abs(bias)
-            magnitude = naive.spmm(sizes, pattern, mx.abs(x), absolute)
-            length = _lengths(pattern.row_indices, pattern.grid[0], pattern, pattern.shape[0]) + 1
-        exact, size = to_numpy(value), to_numpy(magnitude)
-    bound = tolerance(dtype, length, size) + underflow(dtype)
-    return exact, bound + 2 * TF32_EPS * size if tf32 and dtype == mx.float32 else bound
+        values, parts = _values(given)
+        value = to_numpy(_oracle(case, given, values, sizes=False))
+        size = to_numpy(_oracle(case, given, mx.abs(values), sizes=True))
+        # Sums of what quantized values are sums of: a scaled integer, and a bias.
+        wide = size if parts is values else to_numpy(_oracle(case, given, parts, sizes=True))
+    accumulated = tolerance(ACCUMULATOR.get(dtype, dtype), _terms(case, given.pattern), wide)
+    bound = accumulated + EPS[dtype] * np.abs(value) + underflow(dtype)
+    if case.bits:  # a value may be rounded to 16 bits before it is multiplied
+        bound += EPS[dtype] * size
+    if by_plain:
+        bound += EPS[dtype] * wide
+    if by_plain and tf32 and dtype == mx.float32:
+        bound += 2 * TF32_EPS * size
+    return Expected(value, bound)
 
 
-def _dense(given: Operands) -> tuple[mx.array, mx.array | None, mx.array | None]:
-    return given.x, given.y, given.bias
+class Expected(NamedTuple):
+    """A product, and the errors that it may have, in float64."""
+
+    value: np.ndarray
+    bound: np.ndarray
 
 
-def _values(given: Operands, magnitude: bool = False) -> mx.array:
-    """Return the stored values in float64, or the sizes of what they are sums of."""
-    size = mx.abs if magnitude else lambda a: a
+def _oracle(case: Case, given: Operands, values: mx.array, sizes: bool) -> mx.array:
+    """Return the product by the oracle, of these values; or of the sizes of all operands."""
+    operands = (given.x, given.y, given.bias)
+    x, y, bias = (None if a is None else a.astype(mx.float64) for a in operands)
+    if sizes:
+        x, y, bias = (None if a is None else mx.abs(a) for a in (x, y, bias))
+    assert x is not None
+    if y is not None:
+        return naive.sddmm(given.pattern, y, x)
+    if case.product.endswith("_t"):
+        return naive.spmm_t(values, given.pattern, x)
+    return naive.spmm(values, given.pattern, x, bias)
+
+
+def _values(given: Operands) -> tuple[mx.array, mx.array]:
+    """Return the stored values in float64, and the sizes of what they are sums of."""
     if len(given.data) == 1:
-        return size(given.data[0].astype(mx.float64))
+        values = given.data[0].astype(mx.float64)
+        return values, values
     packed, *scaling = given.data
     integers = mx.array(unpack(packed).astype(np.float64), mx.float64)
     group_size = packed.shape[-2] // scaling[0].shape[-1]
     scales, biases = (mx.repeat(a.astype(mx.float64), group_size, axis=-1) for a in scaling)
-    return size(scales * integers) + size(biases)
+    return scales * integers + biases, mx.abs(scales * integers) + mx.abs(biases)
+
+
+def _terms(case: Case, pattern: CSRPattern) -> np.ndarray | int:
+    """Return how many products each element sums up, and one for a bias."""
+    if case.product == "sddmm":
+        return case.rows
+    if case.product.endswith("_t"):
+        return _lengths(pattern.indices, pattern.grid[1], pattern, pattern.shape[1])
+    return _lengths(pattern.row_indices, pattern.grid[0], pattern, pattern.shape[0]) + 1
 
 
 def _lengths(places: np.ndarray, n: int, pattern: CSRPattern, size: int) -> np.ndarray:
-    """Return how many products each output sums up, by the block-row of each stored block."""
+    """Return how many stored values lie in each row, by the block-row of each block."""
     counts = np.bincount(places, minlength=n) * pattern.block_size
     return np.repeat(counts, pattern.block_size)[:size]
 
@@ -214,6 +244,7 @@ def _lengths(places: np.ndarray, n: int, pattern: CSRPattern, size: int) -> np.n
 def _pattern(case: Case, rng: np.random.Generator) -> CSRPattern:
     """Return a pattern with an empty block-row, columns out of order, and a repeated one."""
     size = case.block_size
+    rows: list[Any]
     if case.pattern == "heavy":
         n = HEAVY[size] // size
         rows = [rng.permutation(n), [3, 0], [], *([int(i)] for i in rng.integers(0, n, 9))]
@@ -225,6 +256,8 @@ def _pattern(case: Case, rng: np.random.Generator) -> CSRPattern:
         rows = [rng.permutation(n)[: 2 + i % 3] for i in range(max(4, 24 // size))]
         rows[0] = rng.permutation(n)[: 10 if case.pattern == "whole" else 6]
         rows[1], rows[2] = [], [n - 1, 0, n - 1]
+    if case.pattern == "short":
+        rows = [row[:3] for row in rows]
     row = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
     col = np.concatenate([np.asarray(r, dtype=np.int64) for r in rows])
     shape = [len(rows) * size, n * size]

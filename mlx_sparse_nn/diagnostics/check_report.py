@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -34,8 +34,13 @@ class Outcome:
     wrong: str = ""
 
 
-def complaint(outcomes: Sequence[Outcome]) -> str:
-    """Return what is wrong: the first product in full, with the line that computes it again."""
+def complaint(outcomes: Sequence[Outcome], options: str = "") -> str:
+    """Return what is wrong: the first product in full, with the line that computes it again.
+
+    Args:
+        outcomes: Of which one at least is wrong.
+        options: Of the command that found it, each with a space behind.
+    """
     wrong = [outcome for outcome in outcomes if outcome.wrong]
     first, others = wrong[0], [outcome.case.name for outcome in wrong[1:]]
     case = first.case
@@ -46,7 +51,7 @@ def complaint(outcomes: Sequence[Outcome]) -> str:
         f"row{'s' * (case.rows > 1)} of x, pattern {case.pattern}{', bias' * case.bias}",
         f"  by {' and '.join(dict.fromkeys(first.kernels)) or first.backend}",
         f"  {first.wrong}",
-        f"  again: python -m mlx_sparse_nn check --only {case.name}",
+        f"  again: python -m mlx_sparse_nn check {options}--only {case.name}",
     ]
     if others:
         more = f" and {len(others) - _MOST_NAMED} more" if len(others) > _MOST_NAMED else ""
@@ -54,27 +59,41 @@ def complaint(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def markdown(
-    outcomes: Sequence[Outcome], timings: Sequence[LayerTiming], features: int, seconds: float
-) -> str:
-    """Return the tables that a user can paste into an issue."""
+def markdown(outcomes: Sequence[Outcome], seconds: float, version: str) -> str:
+    """Return what was computed by whom, as tables that a user can paste into an issue."""
     n_wrong = sum(bool(outcome.wrong) for outcome in outcomes)
     worst = max(outcomes, key=lambda outcome: outcome.part)
     facts = [
         ("machine", f"{device_name()}, {_system()}"),
-        ("software", f"{_versions()}, Python {platform.python_version()}"),
+        (
+            "software",
+            f"mlx_sparse_nn {version}, MLX {build.MLX_VERSION}, Python {platform.python_version()}",
+        ),
         ("products", f"{len(outcomes)}, of which {n_wrong or 'none'} wrong, in {seconds:.0f} s"),
         ("computed by", "; ".join(_who(outcomes))),
         ("worst error", f"{worst.part:.2f} of its bound, {worst.case.name}"),
     ]
-    parts = [_table(["mlx_sparse_nn check", ""], facts), _table(*_by_product(outcomes))]
-    if timings:
-        parts.append(_table(*_by_layer(timings)))
-        parts.append(
-            f"Microseconds a call, medians: the layer / `nn.Linear` (how many times faster), "
-            f"{features} x {features}."
-        )
-    return "\n\n".join(parts)
+    return "\n\n".join([_table(["mlx_sparse_nn check", ""], facts), _by_kernel(outcomes)])
+
+
+def markdown_times(features: int, timings: Mapping[str, Sequence[LayerTiming]]) -> str:
+    """Return the times of layers as a table, with columns for each way to compute the sparse ones.
+
+    Args:
+        features: Of the layers.
+        timings: By the words that its columns end with; of the same layers, in the same order.
+    """
+    header = ["B", "density", "dtype", "rows"]
+    header += [f"{task}{words}" for words in timings for task in ("forward", "training")]
+    rows = [
+        [
+            *(str(ways[0].block_size), f"{ways[0].density:.0%}", ways[0].dtype, str(ways[0].rows)),
+            *(_beside(*pair) for way in ways for pair in (way.forward, way.training)),
+        ]
+        for ways in zip(*timings.values(), strict=True)
+    ]
+    unit = "Microseconds a call, medians: the layer / `nn.Linear` (times faster)"
+    return f"{_table(header, rows)}\n\n{unit}, {features} x {features}."
 
 
 def device_name() -> str:
@@ -89,19 +108,13 @@ def _system() -> str:
     return f"{system}, {platform.machine()}"
 
 
-def _versions() -> str:
-    from mlx_sparse_nn import __version__
-
-    return f"mlx_sparse_nn {__version__}, MLX {build.MLX_VERSION}"
-
-
 def _who(outcomes: Sequence[Outcome]) -> list[str]:
     """Return how many products each backend computed, and by how many kernels."""
     sentences = []
     for backend in dict.fromkeys(outcome.backend for outcome in outcomes):
         mine = [outcome for outcome in outcomes if outcome.backend == backend]
         variants = {kernel for outcome in mine for kernel in outcome.kernels}
-        names = {kernel.partition("(")[0] for kernel in variants}
+        names = {_name(kernel) for kernel in variants}
         kernels = f" by {len(variants)} variants of {len(names)} kernels" if variants else ""
         why = ""
         if backend == plain.NAME and mx.default_device().type == mx.cpu:
@@ -110,43 +123,35 @@ def _who(outcomes: Sequence[Outcome]) -> list[str]:
     return sentences
 
 
-def _by_product(outcomes: Sequence[Outcome]) -> tuple[list[str], list[tuple[str, ...]]]:
-    rows = []
-    for product in PRODUCTS:
-        mine = [outcome for outcome in outcomes if outcome.case.product == product]
-        for backend in dict.fromkeys(outcome.backend for outcome in mine):
-            by_it = [outcome for outcome in mine if outcome.backend == backend]
-            variants = {kernel for outcome in by_it for kernel in outcome.kernels}
-            n_wrong = sum(bool(outcome.wrong) for outcome in by_it)
-            rows.append(
-                (
-                    f"`{product}`",
-                    backend,
-                    str(len(by_it)),
-                    str(len(variants) or "-"),
-                    str(n_wrong),
-                    f"{max(outcome.part for outcome in by_it):.2f}",
-                )
-            )
-    header = ["product", "computed by", "products", "kernels", "wrong", "worst error / bound"]
-    return header, rows
-
-
-def _by_layer(timings: Sequence[LayerTiming]) -> tuple[list[str], list[tuple[str, ...]]]:
+def _by_kernel(outcomes: Sequence[Outcome]) -> str:
+    """Return the table of the products, by what computed them."""
+    groups: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        names = dict.fromkeys(_name(kernel) for kernel in outcome.kernels)
+        by = " and ".join(names) or outcome.backend
+        groups.setdefault((outcome.case.product, by), []).append(outcome)
     rows = [
         (
-            str(t.block_size),
-            f"{t.density:.0%}",
-            t.dtype,
-            str(t.rows),
-            *(
-                f"{_short(sparse * 1e6)} / {_short(dense * 1e6)} ({_short(dense / sparse)})"
-                for sparse, dense in (t.forward, t.training)
-            ),
+            f"`{product}`",
+            by,
+            str(len(mine)),
+            str(len({kernel for outcome in mine for kernel in outcome.kernels}) or "-"),
+            str(sum(bool(outcome.wrong) for outcome in mine)),
+            f"{max(outcome.part for outcome in mine):.2f}",
         )
-        for t in timings
+        for (product, by), mine in sorted(groups.items(), key=lambda g: PRODUCTS.index(g[0][0]))
     ]
-    return ["B", "density", "dtype", "rows", "forward", "training"], rows
+    header = ["product", "computed by", "products", "variants", "wrong", "worst error / bound"]
+    return _table(header, rows)
+
+
+def _name(kernel: str) -> str:
+    """Return a kernel without its constants: ``metal/spmm_few``."""
+    return kernel.partition("(")[0]
+
+
+def _beside(sparse: float, dense: float) -> str:
+    return f"{_short(sparse * 1e6)} / {_short(dense * 1e6)} ({_short(dense / sparse)})"
 
 
 def _short(value: float) -> str:

@@ -37,6 +37,7 @@ class Sizes:
 
 
 ON_GPU = Sizes(2048, ("float16", "float32"), (1, 16, 512))
+ON_TENSOR_UNITS = Sizes(2048, ("float16", "bfloat16"), (64, 512))
 ON_CPU = Sizes(1024, ("float32",), (1, 16, 128))  # MLX's 16-bit dense products take seconds there
 
 
