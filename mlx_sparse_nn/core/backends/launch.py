@@ -28,6 +28,7 @@ _BOUND = """#undef __global__
 """
 INPUTS = {
     "spmm": ("data", "indptr", "indices", "perm", "x", "bias"),
+    "spmm_few": ("data", "indptr", "indices", "perm", "x", "bias", "partial"),
     "spmm_csr": ("data", "indptr", "indices", "perm", "x", "bias", "partial"),
     "qspmm": ("packed", "scales", "biases", "indptr", "indices", "perm", "x", "bias"),
     "sddmm": ("y", "x", "indptr", "indices", "step"),
