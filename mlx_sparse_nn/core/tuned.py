@@ -62,6 +62,20 @@ COLUMNS_OF_BLOCKS = 17
 # Metal: threadgroups that keep a GPU busy with a weight gradient, and rows of x that each sums.
 METAL_GRADIENT_GROUPS = 256
 METAL_ROWS_PER_SPLIT = 256
+# Metal's tensor units: fewest rows of x, where a tile of 32 is half full, and most threads of a
+# threadgroup, as in MLX's own tiles. Never timed.
+METAL_TENSOR_ROWS = 17
+METAL_TENSOR_THREADS = 512
+# Metal: the smallest blocks that 8 x 8 products take, filled up with zeros, and the most outputs of
+# a block that a threadgroup has.
+METAL_SMALLEST_TILED = 4
+METAL_MAX_WIDTH = 128
+METAL_WIDE = 96  # outputs up to which it has 128 rows of x, and above 64
+# Up to this many rows of x, reading blocks is what a product by tiles waits for.
+METAL_SOME_ROWS = 32
+# Bytes of a row of a stage, and the most values of one: 15 KB in 16 bits, of 60 that a core has.
+METAL_DEPTH_BYTES = 64
+METAL_STAGE_VALUES = 7680
 # CUDA, the same for gradients by scalars.
 CUDA_GRADIENT_GROUPS = 1024
 CUDA_ROWS_PER_SPLIT = 64
@@ -89,6 +103,14 @@ class Tile(NamedTuple):
     warps_o: int  # along the outputs
     depth: int  # of a stage, in inputs
     stages: int
+
+
+class SimdTile(NamedTuple):
+    """How the simdgroups of Metal's ``spmm_tiles`` share the outputs of a block."""
+
+    tiles_n: int  # 8 x 8 products of a simdgroup along the rows of x
+    simds_o: int  # simdgroups along the outputs
+    tiles_o: int  # products of each of them along the outputs
 
 
 class GradientTile(NamedTuple):
@@ -122,6 +144,26 @@ GRADIENT_TILES = {
     32: GradientTile(4, 1, 4, 32, 4),
     64: GradientTile(2, 2, 2, 64, 3),
     128: GradientTile(1, 2, 4, 32, 4),
+}
+# By the outputs of a block over 8: at most 24 products a simdgroup, which bounds its registers, and
+# at most .5 loads a product from 48 outputs on, as in MLX's dense kernel.
+METAL_TILES = {
+    1: SimdTile(8, 1, 1),
+    2: SimdTile(8, 1, 2),
+    3: SimdTile(4, 1, 3),
+    4: SimdTile(4, 1, 4),
+    5: SimdTile(4, 1, 5),
+    6: SimdTile(8, 2, 3),
+    7: SimdTile(4, 2, 4),
+    8: SimdTile(4, 2, 4),
+    9: SimdTile(8, 3, 3),
+    10: SimdTile(4, 2, 5),
+    11: SimdTile(4, 3, 4),
+    12: SimdTile(4, 3, 4),
+    13: SimdTile(4, 3, 5),
+    14: SimdTile(4, 3, 5),
+    15: SimdTile(4, 3, 5),
+    16: SimdTile(4, 4, 4),
 }
 
 # The dtypes of kernels, ordered by use: membership is tested at every call.

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import platform
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
 import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
@@ -19,11 +24,55 @@ from mlx_sparse_nn.core.layout import Layout, Side
 
 NAME = "metal"
 TAKES_EDGES = False  # sizes are those of whole blocks: derivatives.py pads and crops
+_tensor_units = False  # whether products may use them: off until a run on an M5 is recorded
 
 
 def is_available() -> bool:
     """Return whether MLX has a Metal GPU."""
     return mx.metal.is_available()
+
+
+def has_tensor_units() -> bool:
+    """Return whether this GPU has tensor units that MLX's own products would use.
+
+    They are those of the M5 and later, and of phones one generation on, from macOS 26.2.
+    """
+    if not is_available():
+        return False
+    found = re.fullmatch(r".*?(\d+)([a-z])", str(mx.device_info()["architecture"]))
+    if found is None:
+        return False
+    generation, kind = found.groups()
+    major, minor = [int(part) for part in f"{platform.mac_ver()[0] or 0}.0".split(".")[:2]]
+    major = 26 if major == 16 else major  # what Python is told that was built before macOS 26
+    return int(generation) >= (18 if kind == "p" else 17) and (major, minor) >= (26, 2)
+
+
+def tensor_units() -> AbstractContextManager[None]:
+    """Return a context in which products of many rows use the tensor units, in this process alone.
+
+    Each product chooses anew, but what ``mx.compile`` has traced keeps the kernel that it chose.
+
+    Raises:
+        RuntimeError: If this machine has none.
+    """
+    if not has_tensor_units():
+        raise RuntimeError(
+            "[tensor_units] this machine must have a GPU of the M5 or later, and macOS 26.2 or "
+            f"later, got {mx.device_info()['architecture']} and macOS "
+            f"{platform.mac_ver()[0] or 'none'}; leave the tensor units off"
+        )
+    return _using_tensor_units()
+
+
+@contextmanager
+def _using_tensor_units() -> Iterator[None]:
+    global _tensor_units
+    before, _tensor_units = _tensor_units, True
+    try:
+        yield
+    finally:
+        _tensor_units = before
 
 
 def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, bits: int) -> bool:
@@ -74,9 +123,11 @@ def _product(
     """
     n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
     block_size = data.shape[-1] if data.ndim > 2 else 1
-    if block_size not in tuned.TILED_BLOCKS:
+    if block_size not in tuned.TILED_BLOCKS and not _takes_tiles(block_size, n_x):
         return scalars.product(NAME, data, side, x, n_out, inside, bias)
-    kernel = _product_kernel(side, block_size, n_x, n_out, n_matrices)
+    sizes = side, block_size, n_x, n_out, n_matrices
+    by_tensor_units = _tensor_units and _suits_tensor_units(block_size, n_x, x.dtype)
+    kernel = _by_tensor_units(*sizes) if by_tensor_units else _product_kernel(*sizes, x.itemsize)
     options = {
         "T": x.dtype,
         "B": block_size,
@@ -88,10 +139,18 @@ def _product(
     return launch_spmm(launched, data, side, x, n_out, bias)
 
 
-def _product_kernel(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
+def _takes_tiles(block_size: int, n_x: int) -> bool:
+    """Return whether there are rows of x enough for tiles, and blocks large enough."""
+    return n_x > tuned.METAL_FEW_ROWS and block_size >= tuned.METAL_SMALLEST_TILED
+
+
+def _product_kernel(
+    side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int, itemsize: int
+) -> Kernel:
     """Choose the kernel of ``spmm`` or ``spmm_t`` for blocks: of few rows of x, or by tiles."""
-    sizes = side, block_size, n_x, n_out, n_matrices
-    return _of_few_rows(*sizes) if n_x <= tuned.METAL_FEW_ROWS else _by_tiles(*sizes)
+    if _takes_tiles(block_size, n_x):
+        return _by_tiles(block_size, n_x, n_out, n_matrices, itemsize)
+    return _of_few_rows(side, block_size, n_x, n_out, n_matrices)
 
 
 def _of_few_rows(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
@@ -103,9 +162,69 @@ def _of_few_rows(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: 
     return Kernel("spmm_few", {"ROWS": rows, "GROUPS": simdgroups}, grid, threads)
 
 
-def _by_tiles(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
+def _by_tiles(block_size: int, n_x: int, n_out: int, n_matrices: int, itemsize: int) -> Kernel:
     """Return the kernel of blocks and many rows of x, by 8 x 8 products of simdgroups."""
-    rows = 16 if n_x <= 16 else 32 if n_x <= 32 or block_size == 128 else 64
-    threads = 64 if block_size == 8 else 128
+    template = _tile(block_size, n_x, itemsize)
+    threads = 32 * template["SIMD_N"] * template["SIMD_O"] * template["SIMD_K"]
+    strips = -(-block_size // template["WIDTH"])
+    width = n_out // block_size * strips * threads
+    grid = (width, -(-n_x // template["ROWS"]), n_matrices)
+    return Kernel("spmm_tiles", template, grid, threads)
+
+
+def _tile(block_size: int, n_x: int, itemsize: int) -> dict[str, int]:
+    """Return the tile of ``spmm_tiles``: how rows of x, outputs and k are shared."""
+    filled = round_up(block_size, 8)
+    tile = tuned.METAL_TILES[-(-filled // 8 // -(-filled // tuned.METAL_MAX_WIDTH))]
+    # Where rows are few, each simdgroup's outputs are a threadgroup's, whose simdgroups share k.
+    few = n_x <= tuned.METAL_SOME_ROWS
+    simds_o = 1 if few else tile.simds_o
+    width = 8 * tile.tiles_o * simds_o
+    most = 64 if width > tuned.METAL_WIDE else 128
+    rows = next((rows for rows in (16, 32, 64) if n_x <= rows), most)
+    simds_n = max(1, rows // (8 * tile.tiles_n))
+    simds_k = max(1, 4 // (simds_n * simds_o))
+    threads = 32 * simds_n * simds_o * simds_k
+    return {
+        "ROWS": rows,
+        "WIDTH": width,
+        "DEPTH": _depth(filled, rows + width, threads, itemsize, few),
+        "SIMD_N": simds_n,
+        "SIMD_O": simds_o,
+        "SIMD_K": simds_k,
+    }
+
+
+def _depth(filled: int, height: int, threads: int, itemsize: int, few: bool) -> int:
+    """Return how many k a stage has, of ``height`` rows of x and outputs.
+
+    Several whole blocks, or a divisor of a block that all threads can share, or what makes the
+    fewest stages of a block.
+    """
+    most = tuned.METAL_DEPTH_BYTES * (2 if few else 1) // itemsize
+    most = min(most, tuned.METAL_STAGE_VALUES // height // 8 * 8 - 8)
+    if 2 * filled <= most:
+        return filled * (power_of_two(most // filled + 1) // 2)
+    for depth in range(most, max(16, most // 2) - 1, -8):
+        if filled % depth == 0 and (few or threads % (depth // 8) == 0):
+            return depth
+    return round_up(-(-filled // -(-filled // most)), 8)
+
+
+def _suits_tensor_units(block_size: int, n_x: int, dtype: mx.Dtype) -> bool:
+    """Return whether the tensor units compute a product: of 16 bits, blocks and many rows of x."""
+    suits = block_size % 16 == 0 and 16 <= block_size <= 128 and dtype.size == 2
+    return suits and n_x >= tuned.METAL_TENSOR_ROWS
+
+
+def _by_tensor_units(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
+    """Return the kernel of blocks and many rows of x, by the tensor units of the M5 and later."""
+    # A simdgroup takes 32 rows of x, and 32 outputs where they divide the block: as MLX's own do.
+    cols = next(cols for cols in (32, 48, 16) if block_size % cols == 0)
+    rows = 32 if n_x <= 32 else 64 if n_x <= 64 else 128
+    while rows * block_size // cols > tuned.METAL_TENSOR_THREADS:
+        rows //= 2
+    threads = rows * block_size // cols
     grid = (n_out // block_size * threads, -(-n_x // rows), n_matrices)
-    return Kernel("spmm_tiles", {"ROWS": rows}, grid, threads)
+    template = {"ROWS": rows, "WHOLE": int(n_x % 32 == 0), "COLS": cols}
+    return Kernel("spmm_tensor", template, grid, threads)
