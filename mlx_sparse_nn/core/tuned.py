@@ -58,6 +58,10 @@ METAL_QUANTIZED_FEW_ROWS = 4
 METAL_QUANTIZED_ROWS = 32
 # For more, threadgroups that keep a GPU busy: four for each of 40 cores.
 METAL_QUANTIZED_GROUPS = 160
+# Metal's tensor units: fewest rows of x, where a tile of 32 is half full, and most threads of a
+# threadgroup, as in MLX's own tiles. Never timed.
+METAL_TENSOR_ROWS = 17
+METAL_TENSOR_THREADS = 512
 # CUDA, the same for gradients by scalars.
 CUDA_GRADIENT_GROUPS = 1024
 CUDA_ROWS_PER_SPLIT = 64

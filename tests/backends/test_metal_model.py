@@ -9,11 +9,12 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_flatten
-from support import computing
+from support import apple_gpu, computing
 from test_metal import BLOCK_SIZES, DTYPES
 
 import mlx_sparse_nn
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern, qspmm, qspmm_t, sddmm, spmm, spmm_t
+from mlx_sparse_nn.core.backends import metal as backend
 from mlx_sparse_nn.core.backends import plain
 from mlx_sparse_nn.core.quantized import BITS
 
@@ -118,6 +119,11 @@ def test_every_variant_compiles_from_the_source_that_mlx_would_compile(metal):
                 )
     mx.eval(sddmm(CSRPattern([0, 1], [0], (1, 1)), mx.ones((1030, 1)), mx.ones((1030, 1))))
     quantized_products()
+    pattern = CSRPattern([0, 1], [0], (16, 16), 16)
+    with apple_gpu(), backend.tensor_units():
+        mx.eval(
+            spmm(mx.ones(pattern.data_shape, mx.float16), pattern, mx.ones((17, 16), mx.float16))
+        )
     for launch in metal.launches:
         assert f"void custom_kernel_{launch.kernel}" in launch.source
         assert "[[kernel]]" in launch.source

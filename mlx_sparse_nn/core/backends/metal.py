@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import platform
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
 import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
@@ -20,11 +25,55 @@ from mlx_sparse_nn.core.quantized import bits_of
 
 NAME = "metal"
 TAKES_EDGES = False  # sizes are those of whole blocks: derivatives.py pads and crops
+_tensor_units = False  # whether products may use them: off until a run on an M5 is recorded
 
 
 def is_available() -> bool:
     """Return whether MLX has a Metal GPU."""
     return mx.metal.is_available()
+
+
+def has_tensor_units() -> bool:
+    """Return whether this GPU has tensor units that MLX's own products would use.
+
+    They are those of the M5 and later, and of phones one generation on, from macOS 26.2.
+    """
+    if not is_available():
+        return False
+    found = re.fullmatch(r".*?(\d+)([a-z])", str(mx.device_info()["architecture"]))
+    if found is None:
+        return False
+    generation, kind = found.groups()
+    major, minor = [int(part) for part in f"{platform.mac_ver()[0] or 0}.0".split(".")[:2]]
+    major = 26 if major == 16 else major  # what Python is told that was built before macOS 26
+    return int(generation) >= (18 if kind == "p" else 17) and (major, minor) >= (26, 2)
+
+
+def tensor_units() -> AbstractContextManager[None]:
+    """Return a context in which products of many rows use the tensor units, in this process alone.
+
+    Each product chooses anew, but what ``mx.compile`` has traced keeps the kernel that it chose.
+
+    Raises:
+        RuntimeError: If this machine has none.
+    """
+    if not has_tensor_units():
+        raise RuntimeError(
+            "[tensor_units] this machine must have a GPU of the M5 or later, and macOS 26.2 or "
+            f"later, got {mx.device_info()['architecture']} and macOS "
+            f"{platform.mac_ver()[0] or 'none'}; leave the tensor units off"
+        )
+    return _using_tensor_units()
+
+
+@contextmanager
+def _using_tensor_units() -> Iterator[None]:
+    global _tensor_units
+    before, _tensor_units = _tensor_units, True
+    try:
+        yield
+    finally:
+        _tensor_units = before
 
 
 def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, bits: int) -> bool:
@@ -75,7 +124,9 @@ def _product(
     """
     n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
     block_size = data.shape[-1] if data.ndim > 2 else 1
-    kernel = _product_kernel(side, block_size, n_x, n_out, n_matrices)
+    sizes = side, block_size, n_x, n_out, n_matrices
+    by_tensor_units = _tensor_units and _suits_tensor_units(block_size, n_x, x.dtype)
+    kernel = _by_tensor_units(*sizes) if by_tensor_units else _product_kernel(*sizes)
     options = {
         "T": x.dtype,
         "B": block_size,
@@ -218,3 +269,22 @@ def _by_quantized_tiles(block_size: int, n_x: int, n_out: int, n_matrices: int) 
         "GROUPS": tile.simdgroups,
     }
     return Kernel("qspmm_tiles", template, grid, threads)
+
+
+def _suits_tensor_units(block_size: int, n_x: int, dtype: mx.Dtype) -> bool:
+    """Return whether the tensor units compute a product: of 16 bits, blocks and many rows of x."""
+    suits = block_size % 16 == 0 and 16 <= block_size <= 128 and dtype.size == 2
+    return suits and n_x >= tuned.METAL_TENSOR_ROWS
+
+
+def _by_tensor_units(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
+    """Return the kernel of blocks and many rows of x, by the tensor units of the M5 and later."""
+    # A simdgroup takes 32 rows of x, and 32 outputs where they divide the block: as MLX's own do.
+    cols = next(cols for cols in (32, 48, 16) if block_size % cols == 0)
+    rows = 32 if n_x <= 32 else 64 if n_x <= 64 else 128
+    while rows * block_size // cols > tuned.METAL_TENSOR_THREADS:
+        rows //= 2
+    threads = rows * block_size // cols
+    grid = (n_out // block_size * threads, -(-n_x // rows), n_matrices)
+    template = {"ROWS": rows, "WHOLE": int(n_x % 32 == 0), "COLS": cols}
+    return Kernel("spmm_tensor", template, grid, threads)
