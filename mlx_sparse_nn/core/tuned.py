@@ -59,8 +59,6 @@ PIECES_TO_FILL_GPU = 1 << 13
 # x for up to 32 rows, not one for each. Blocks of 8 and more read whole lines along a row of x too.
 COLUMNS_OF_SCALARS = 4
 COLUMNS_OF_BLOCKS = 17
-# Metal: the smallest blocks that few rows of x take whole.
-METAL_SMALLEST_FEW = 4
 # Threadgroups of few rows of x that fill a GPU: four a core of 40. Where there are fewer, or a
 # block-row is this many times as long as the mean, long ones are cut into pieces, of no fewer
 # vectors of four values than two turns of 8 simdgroups.
