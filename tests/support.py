@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from mlx_sparse_nn import CSRPattern, sddmm, spmm, spmm_t
-from mlx_sparse_nn.core.backends import choose, cuda, launch, naive
+from mlx_sparse_nn.core.backends import choose, cuda, launch, naive, scalars
 from mlx_sparse_nn.diagnostics.rounding import to_numpy, tolerance
 
 ROOT = Path(__file__).parents[1]  # of the repository
@@ -79,9 +79,20 @@ def computing(*backends: ModuleType) -> Iterator[None]:
 
 
 @contextmanager
+def apple_gpu(architecture: str = "applegpu_g17s", macos: str = "26.2") -> Iterator[None]:
+    """Let MLX and Python say that this is such a GPU: by default an M5 that has tensor units."""
+    info = {"architecture": architecture, "device_name": "Apple"}
+    with (
+        mock.patch.object(mx, "device_info", return_value=info),
+        mock.patch("platform.mac_ver", return_value=(macos, ("", "", ""), "arm64")),
+    ):
+        yield
+
+
+@contextmanager
 def fresh_launches() -> Iterator[None]:
     """Forget the kernels and launches that are kept, before and after."""
-    caches = (launch._function, cuda._prepared, cuda._gradient_tile)
+    caches = (launch._function, cuda._prepared, cuda._gradient_tile, scalars._launches)
     for kept in caches:
         kept.cache_clear()
     yield
