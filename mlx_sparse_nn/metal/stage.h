@@ -54,8 +54,9 @@ METAL_FUNC void load_stage(const device T* src, const int stride, const int last
   }
 }
 
-// The same of a tile that begins at column `begin` of rows `width` wide, 4 at least, and zeros
-// behind them. A vector that would reach past its row is the row's last; align_part moves it back.
+// The same of a tile that begins at column `begin` of rows `width` wide, 4 at least. Behind them
+// are zeros, or anything where `width` is a multiple of 8. A vector that would reach past its row
+// is the row's last; align_part moves it back.
 template <typename T, int ROWS, int COLS, int THREADS>
 METAL_FUNC void load_part(const device T* src, const int stride, const int last, const int begin,
                           const int width, const int t, thread vec<T, 4>* v) {
@@ -64,9 +65,14 @@ METAL_FUNC void load_part(const device T* src, const int stride, const int last,
   for (int i = 0; i < stage_vectors<ROWS, COLS, THREADS>(); i++) {
     const uint row = min(t / (COLS / 8) + i / 2 * STEP, last);
     const int col = begin + t % (COLS / 8) * 8 + i % 2 * 4;
-    v[i] = vec<T, 4>(T(0));
-    if (col < width) {
-      v[i] = load4<T>(src + (row * uint(stride) + (width % 4 > 0 ? min(col, width - 4) : col)));
+    const device T* at = src + (row * uint(stride) + min(col, width - 4));
+    if (width % 8 == 0) {
+      v[i] = load4<T>(at);
+    } else {
+      v[i] = vec<T, 4>(T(0));
+      if (col < width) {
+        v[i] = load4<T>(at);
+      }
     }
   }
 }

@@ -25,7 +25,7 @@ from mlx_sparse_nn.core.backends import choose, cpu, naive, plain
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 BLOCK_SIZES = (1, 2, 3, 4, 8, 16, 32, 64, 128)
-ODD_SIZES = (12, 24, 48, 96, 136)  # filled up with zeros, stages of their own, strips
+ODD_SIZES = (12, 24, 33, 48, 96, 136)  # filled up with zeros, stages of their own, strips
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +99,7 @@ def test_every_kernel(block_size, n, dtype):
 
 
 @pytest.mark.parametrize("cut", [1, -1])
-@pytest.mark.parametrize("block_size", [2, 3, 4, 8, 12, 16, 24, 64, 136])
+@pytest.mark.parametrize("block_size", [2, 3, 4, 8, 12, 16, 24, 33, 64, 136])
 @pytest.mark.parametrize("n", [1, 5, 12, 70])
 def test_what_lies_outside_is_masked(metal, monkeypatch, block_size, n, cut):
     """Whatever the weight holds there, be it a nan; and it is not copied for that."""
