@@ -79,6 +79,17 @@ def computing(*backends: ModuleType) -> Iterator[None]:
 
 
 @contextmanager
+def apple_gpu(architecture: str = "applegpu_g17s", macos: str = "26.2") -> Iterator[None]:
+    """Let MLX and Python say that this is such a GPU: by default an M5 that has tensor units."""
+    info = {"architecture": architecture, "device_name": "Apple"}
+    with (
+        mock.patch.object(mx, "device_info", return_value=info),
+        mock.patch("platform.mac_ver", return_value=(macos, ("", "", ""), "arm64")),
+    ):
+        yield
+
+
+@contextmanager
 def fresh_launches() -> Iterator[None]:
     """Forget the kernels and launches that are kept, before and after."""
     caches = (

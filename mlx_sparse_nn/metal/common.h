@@ -65,19 +65,3 @@ METAL_FUNC float sum_lanes(float value) {
   }
   return value;
 }
-
-// The block-row of stored block j: the last one that begins at j or before it.
-template <typename Pointer>
-METAL_FUNC int row_of(Pointer indptr, const int R, const int j) {
-  int low = 0;
-  int high = R - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (indptr[middle] <= j) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
-}

@@ -34,13 +34,14 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
     """Return whether there is a kernel for a product.
 
     There is none for blocks of 8 and more and many rows of x, unless by tensor cores: MLX's own
-    batched products are made for these, and follow its own setting of TF32.
+    batched products are made for these, and follow its own setting of TF32. There is none for
+    quantized blocks yet.
     """
     block_size = layout.block_size
     by_tensor_cores = dtype != mx.float32 and (op != "sddmm" or block_size in tuned.GRADIENT_TILES)
-    if block_size >= 8 and n_x > tuned.CUDA_FEW_ROWS and not by_tensor_cores:
+    if bits or (block_size >= 8 and n_x > tuned.CUDA_FEW_ROWS and not by_tensor_cores):
         return False
-    return launch.takes(layout, n_x, dtype, n_matrices, bits)
+    return launch.takes(layout, n_x, dtype, n_matrices)
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:

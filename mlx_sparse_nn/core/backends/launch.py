@@ -7,7 +7,8 @@ from shapes and from the sizes of the layout, on the host.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ INPUTS = {
     "spmm": ("data", "indptr", "indices", "perm", "x", "bias"),
     "spmm_few": ("data", "indptr", "indices", "perm", "x", "bias", "partial"),
     "spmm_csr": ("data", "indptr", "indices", "perm", "x", "bias", "partial"),
+    "qspmm": ("packed", "scales", "biases", "indptr", "indices", "perm", "x", "bias"),
     "sddmm": ("y", "x", "indptr", "indices", "step"),
     "sum": ("partial",),
 }
@@ -36,13 +38,13 @@ MAX_THREADS = 2**31 - tuned.GROUP_THREADS  # of a grid's side, which is an int, 
 MAX_GROUPS = 2**16 - 1  # of CUDA, along a grid's second and third side
 
 
-def takes(layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, bits: int) -> bool:
+def takes(layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int) -> bool:
     """Return whether kernels can compute a product with ``n_x`` rows of x, of operands of a dtype.
 
     They can for float32, float16 and bfloat16, every block size, and every shape and pattern with
-    at least one element, unless what MLX traces refuses kernels. Quantized blocks have none yet.
+    at least one element, unless what MLX traces refuses kernels.
     """
-    if bits or dtype not in tuned.KERNEL_DTYPES or tracing.refuses_kernels:
+    if dtype not in tuned.KERNEL_DTYPES or tracing.refuses_kernels:
         return False
     return layout.data_shape[0] * n_x * n_matrices > 0
 
@@ -82,9 +84,10 @@ class KernelLaunch(NamedTuple):
     dtypes: list[mx.Dtype]
     grid: tuple[int, int, int]
     group: tuple[int, int, int]
+    name: str  # "metal/spmm_few"
 
     def __call__(self, arrays: list[mx.array], shape: tuple[int, ...]) -> mx.array:
-        function, template, dtypes, grid, group = self
+        function, template, dtypes, grid, group, _ = self
         (out,) = function(
             inputs=arrays,
             template=template,
@@ -114,7 +117,24 @@ def prepare(
     _check_grid(backend, inputs, kernel.grid)
     function = _function(backend, kernel.name, inputs, kernel.threads, kernel.shared_memory)
     template = list((types | kernel.template).items())
-    return KernelLaunch(function, template, [dtype], kernel.grid, (kernel.threads, 1, 1))
+    group, name = (kernel.threads, 1, 1), f"{backend}/{kernel.name}"
+    return KernelLaunch(function, template, [dtype], kernel.grid, group, name)
+
+
+@contextmanager
+def observed(see: Callable[[KernelLaunch], None]) -> Iterator[None]:
+    """Show ``see`` each kernel that is launched. Nobody else pays for it."""
+    run = KernelLaunch.__call__
+
+    def shown(self: KernelLaunch, arrays: list[mx.array], shape: tuple[int, ...]) -> mx.array:
+        see(self)
+        return run(self, arrays, shape)
+
+    KernelLaunch.__call__ = shown
+    try:
+        yield
+    finally:
+        KernelLaunch.__call__ = run
 
 
 def _check_grid(backend: str, inputs: str, grid: tuple[int, int, int]) -> None:
@@ -197,7 +217,7 @@ def _function(backend: str, name: str, inputs: str, threads: int, shared_memory:
     options: dict[str, Any] = {
         "name": f"mlx_sparse_nn_{name}",
         "input_names": list(INPUTS[inputs]),
-        "output_names": ["y" if inputs.startswith("spmm") else "out"],
+        "output_names": ["y" if "spmm" in inputs else "out"],
         "header": _short("".join(headers)),
         "source": _short(_INCLUDE.sub("", source)),
     }

@@ -60,6 +60,7 @@ class Emulator:
         count: count bytes of device memory (slower).
         single_writer: an output element that two threads write is a fault.
         seed: seeds the random schedule.
+        metal_version: the language that kernels are compiled as, 400 for Metal 4.0.
         launches: a record of each launch.
     """
 
@@ -67,6 +68,7 @@ class Emulator:
     count: bool = False
     single_writer: bool = True
     seed: int = 0
+    metal_version: int = 400
     launches: list[Launch] = field(default_factory=list)
 
     def __enter__(self) -> "Emulator":
@@ -152,7 +154,7 @@ class MetalKernel:
             **({"compile_options": compile_options} if compile_options else {}),
         )
         self._sources: dict[object, str] = {}
-        self._rewritten: dict[str, str] = {}
+        self._rewritten: dict[tuple[str, int], str] = {}
 
     def __call__(self, **call: Any) -> list[mx.array]:
         """Runs the kernel, with the keywords of MLX's; see `mx.fast.metal_kernel`."""
@@ -210,8 +212,9 @@ class MetalKernel:
         )
         if verbose:
             print(f"Generated source code for `{self.name}`:\n```\n{source}\n```")
-        if source not in self._rewritten:
-            self._rewritten[source] = rewrite(source)
+        text = source, emulator.metal_version
+        if text not in self._rewritten:
+            self._rewritten[text] = rewrite(*text)
 
         arguments = []
         for name, x in zip(self.input_names, inputs, strict=True):
@@ -230,7 +233,7 @@ class MetalKernel:
             counts.append(
                 run(
                     self.name,
-                    self._rewritten[source],
+                    self._rewritten[text],
                     arguments + outputs,
                     grid,
                     threadgroup,

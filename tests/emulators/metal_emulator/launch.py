@@ -23,6 +23,7 @@ FAULTS = (
     "threadgroup memory",
     "arithmetic",
     "not modelled",
+    "execution scope",
 )
 INPUT, OUTPUT = 0, 1
 

@@ -18,6 +18,10 @@ TYPES |= {f"{sign}int{bits}_t" for sign in ("", "u") for bits in (8, 16, 32, 64)
 TYPES |= {f"simdgroup_{number}8x8" for number in ("half", "bfloat", "float")}
 TYPES |= {*NUMBERS, "float16_t", "bfloat16_t", "size_t", "auto", "void", "signed", "unsigned"}
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+TENSORS = {
+    "metal_tensor": "tensor.h",
+    "MetalPerformancePrimitives/MetalPerformancePrimitives.h": "matmul2d.h",
+}
 INCLUDE = re.compile(r"^[ \t]*#[ \t]*include[ \t]*<metal_\w+>[^\n]*", re.MULTILINE)
 UNROLL = re.compile(r"^[ \t]*#[ \t]*pragma[^\n]*unroll[^\n]*", re.MULTILINE)
 TOKEN = re.compile(
@@ -64,11 +68,12 @@ def parse_signature(text: str) -> Signature:
     return Signature(function, instance.group(1) if instance else function, parameters)
 
 
-def rewrite(text: str) -> str:
+def rewrite(text: str, metal_version: int = 400) -> str:
     """Turns the Metal source that MLX generated into a C++ translation unit.
 
     Args:
         text: the source as MLX's `verbose=True` prints it, without its utilities.
+        metal_version: the language it is compiled as, as `__METAL_VERSION__` has it: 400 is 4.0.
 
     Returns:
         C++ with the kernel's lines numbered as in `text` and an `emu_entry` function that runs one
@@ -86,6 +91,7 @@ def rewrite(text: str) -> str:
         for i, p in enumerate(signature.parameters)
     )
     return (
+        f"#define __METAL_VERSION__ {metal_version}\n"
         '#include "metal.h"\n#line 1 "kernel.metal"\n'
         + "".join(_Rewriter(_clean(body), kernel_line).run())
         + '\nextern "C" __attribute__((visibility("default"))) void emu_entry('
@@ -97,6 +103,8 @@ def rewrite(text: str) -> str:
 def _clean(text: str) -> str:
     """Blanks comments, includes of the Metal library and unroll pragmas, keeping the lines."""
     text = COMMENT.sub(lambda m: " " + "\n" * m.group().count("\n"), text)
+    for name, header in TENSORS.items():
+        text = text.replace(f"#include <{name}>", f'#include "{header}"')
     return UNROLL.sub("", INCLUDE.sub("", text))
 
 
@@ -190,7 +198,9 @@ class _Rewriter:
             return
         kind, const = self._type(const)
         token = self._peek()
-        if token == "*":
+        if token in (",", ">"):
+            text = f"emu::in<emu::{space}_space, {'const ' if const else ''}{kind}>"
+        elif token == "*":
             self._advance()
             while self._peek() in ("restrict", "__restrict", "__restrict__"):
                 self._advance()

@@ -205,6 +205,14 @@ EXPORT void __ubsan_handle_divrem_overflow_minimal() {
   fault(kArithmetic, nullptr, -1, 0, "integer division by zero");
 }
 
+// `what` is a format of two numbers.
+[[noreturn]] void emu_tensor_fault(FaultKind kind, const Buffer* b, int line, const char* what,
+                                   int64_t got, int64_t limit) {
+  char message[256];
+  snprintf(message, sizeof message, what, long(got), long(limit));
+  fault(kind, b, -1, line, "%s", message);
+}
+
 void emu_not_modelled(const char* what, int line) {
   fault(kNotModelled, nullptr, -1, line, "%s", what);
 }

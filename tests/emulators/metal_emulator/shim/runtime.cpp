@@ -20,6 +20,7 @@ INLINE void* next_stack() {
   state.fiber = &fibers[state.thread];
   state.linear = state.group_first + state.thread;
   emu_self.lane = state.thread % kLanes;
+  emu_self.thread = state.thread;
   if (state.launch->count) visits.clear();
   return state.fiber->sp;
 }
@@ -67,6 +68,8 @@ bool together(Fiber& first, Fiber& other, const char* whose) {
   } else if (other.state != first.state || other.site != first.site) {
     snprintf(how, sizeof how, "another thread of the %s waits at %s, line %d", whose, other.what,
              other.line);
+  } else if (other.operands != first.operands) {
+    snprintf(how, sizeof how, "another thread of the %s multiplies other tensors", whose);
   } else if (other.trace != first.trace) {
     snprintf(how, sizeof how, "another thread of the %s did not execute the same %s before it",
              whose, first.mark ? first.mark : other.mark);
@@ -135,7 +138,7 @@ bool step(uint32_t simd, uint32_t threads) {
   (waiting->flags & kOperation ? counts.simd_operations : counts.simd_barriers)++;
   for (uint32_t i = 0; i < lanes; i++) {
     fibers[first + i].state = kReady;
-    fibers[first + i].trace = 0;
+    fibers[first + i].trace = fibers[first + i].operands = 0;
     fibers[first + i].mark = nullptr;
   }
   return true;
@@ -177,7 +180,7 @@ void run_threads(uint32_t threads) {
     }
     for (uint32_t i = 0; i < threads; i++) {
       fibers[i].state = kReady;
-      fibers[i].trace = 0;
+      fibers[i].trace = fibers[i].operands = 0;
       fibers[i].mark = nullptr;
     }
     state.launch->counts.barriers++;
@@ -223,7 +226,7 @@ uint32_t start_threads(uint3 group, uint3 groups) {
     Fiber& f = fibers[i];
     attributes[i] = a;
     f.state = kReady;
-    f.trace = 0;
+    f.trace = f.operands = 0;
     f.mark = nullptr;
     // The odd offset keeps the tops of the stacks out of one set of the cache.
     f.sp = fiber_stack(stacks + (i + 1) * kStackBytes - (i % 31) * 192 / 16 * 16, fiber_main);
@@ -252,6 +255,23 @@ void emu_simd_wait(Resolve resolve, const char* what, int line) {
   wait(kAtSimd, resolve, what, kOperation, line, __builtin_return_address(0));
 }
 
+// All threads of the execution scope meet: of one simdgroup, or of the whole threadgroup.
+void emu_tensor_wait(uint32_t simdgroups, uint64_t operands, const char* what, int line) {
+  uint32_t all = attributes[state.thread].simdgroups_per_threadgroup;
+  if (simdgroups != 1 && simdgroups != all) {
+    fault(kScope, nullptr, -1, line, "%s of %u simdgroups in a threadgroup of %u", what, simdgroups,
+          all);
+  }
+  if (emu_self.lanes != kLanes) emu_lane_fault(what, kLanes - 1, line);
+  state.fiber->operands = operands;
+  const void* site = __builtin_return_address(0);
+  if (simdgroups == 1) {
+    wait(kAtSimd, nullptr, what, kOperation, line, site);
+  } else {
+    wait(kAtBarrier, nullptr, what, 0, line, site);
+  }
+}
+
 void emu_multiply_accumulate(char* exchange, uint32_t) {
   MatrixProduct& p = *reinterpret_cast<MatrixProduct*>(exchange);
   for (int i = 0; i < 8; i++) {
@@ -272,6 +292,7 @@ EXPORT void emu_run(Launch* launch) {
   state.launch = launch;
   state.random = launch->seed * 0x9e3779b97f4a7c15u + 1;
   emu_self.macs = 0;
+  emu_self.layout = launch->seed + 101 * (launch->schedule + 1);
   shared.used = shared.used_marks = 0;
   for (Buffer& b : shared.variables) b = {};
   launch->counts = {};

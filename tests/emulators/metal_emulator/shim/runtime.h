@@ -20,6 +20,22 @@ struct Buffer {
   int64_t read, written;  // bytes counted
 };
 
+enum FaultKind : uint32_t {
+  kNone,
+  kOutOfBounds,
+  kMisaligned,
+  kReadOnly,
+  kUninitialised,
+  kWrittenTwice,
+  kRace,
+  kDivergence,
+  kUndefinedLane,
+  kThreadgroupMemory,
+  kArithmetic,
+  kNotModelled,
+  kScope,
+};
+
 enum BufferKind : uint32_t { kInput, kOutput, kThreadgroup };
 
 struct Attributes {
@@ -34,10 +50,12 @@ struct Attributes {
 
 // The running thread, kept up to date by the scheduler.
 struct Self {
-  uint32_t lane;   // thread_index_in_simdgroup
-  uint32_t lanes;  // threads in this simdgroup: 32 but for the last of a threadgroup
-  char* exchange;  // 1 KB that the lanes of the simdgroup share during one simdgroup operation
-  int64_t macs;    // multiply-accumulates counted, of the launch
+  uint32_t lane;    // thread_index_in_simdgroup
+  uint32_t lanes;   // threads in this simdgroup: 32 but for the last of a threadgroup
+  char* exchange;   // 1 KB that the lanes of the simdgroup share during one simdgroup operation
+  int64_t macs;     // multiply-accumulates counted, of the launch
+  uint32_t thread;  // thread_index_in_threadgroup
+  uint32_t layout;  // of cooperative tensors: another in each schedule
 };
 
 // Runs once all lanes have arrived at a simdgroup operation, on what they left in `exchange`.
@@ -59,6 +77,10 @@ EXPORT CONVERGENT void emu_simd_barrier(uint32_t flags, int line);
 EXPORT CONVERGENT void emu_simd_wait(Resolve, const char* what, int line);
 EXPORT void emu_multiply_accumulate(char* exchange, uint32_t lanes);
 EXPORT CONVERGENT void emu_simd_mark(const char* what, int line);
+EXPORT CONVERGENT void emu_tensor_wait(uint32_t simdgroups, uint64_t operands, const char* what,
+                                       int line);
+[[noreturn]] EXPORT void emu_tensor_fault(FaultKind, const Buffer*, int line, const char* what,
+                                          int64_t got, int64_t limit);
 [[noreturn]] EXPORT void emu_index_fault(Buffer*, int64_t index, int64_t length, int line);
 [[noreturn]] EXPORT void emu_not_modelled(const char* what, int line);
 [[noreturn]] EXPORT void emu_lane_fault(const char* what, int64_t lane, int line);

@@ -15,21 +15,6 @@ void free(void*);
 
 namespace emu {
 
-enum FaultKind : uint32_t {
-  kNone,
-  kOutOfBounds,
-  kMisaligned,
-  kReadOnly,
-  kUninitialised,
-  kWrittenTwice,
-  kRace,
-  kDivergence,
-  kUndefinedLane,
-  kThreadgroupMemory,
-  kArithmetic,
-  kNotModelled,
-};
-
 struct Fault {
   uint32_t kind;
   int32_t line;        // of the Metal source, 0 if unknown
@@ -63,10 +48,11 @@ enum FiberState : uint8_t { kReady, kAtSimd, kAtBarrier, kDone };
 struct Fiber {
   void* sp;
   FiberState state;
-  uint32_t flags;    // of the barrier it waits at
-  int line;          // of the operation it waits at
-  const char* what;  // its name
-  const void* site;  // its call's address
+  uint32_t flags;     // of the barrier it waits at
+  int line;           // of the operation it waits at
+  const char* what;   // its name
+  const void* site;   // its call's address
+  uint64_t operands;  // hash of the tensors that it multiplies, 0 for all else
   Resolve resolve;
   uint64_t trace;    // hash of the simdgroup operations that need no waiting
   const char* mark;  // the last of those
