@@ -74,7 +74,7 @@ int end = indptr[r + 1];
 const bool is_long = LONG && end - begin > PIECE;
 const int first_piece = begin / PIECE;
 const int last_piece = is_long ? (end - 1) / PIECE : first_piece - 1;
-const bool begins_within = begin > first_piece* PIECE;
+const bool begins_within = begin % PIECE > 0;
 if (OF_PIECES) {
   const bool is_other = unit % 2 == 0 || begin > cut;  // than that of the piece's other half
   begin = max(begin, cut);
@@ -92,7 +92,7 @@ const int x_slot = ROWS == 1 ? slot : pair;
 const int w_ahead = IN_STEP ? 0 : slot;
 const int w_k = 4 * (slot - w_ahead);
 const int x_ahead = IN_STEP ? 0 : x_slot;
-const device T* x_row = x + ((size_t)v * N + min(slot, N - 1)) * n_cols + 4 * (x_slot - x_ahead);
+auto x_row = x + ((size_t)v * N + min(slot, N - 1)) * n_cols + 4 * (x_slot - x_ahead);
 const device T* blocks = data + (size_t)v * n_blocks * (B * B);
 
 // Where its loads begin in a block. Past the last output they repeat another lane's.
