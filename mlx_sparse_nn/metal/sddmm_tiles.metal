@@ -111,6 +111,8 @@ for (int n0 = begin_n; n0 < end_n; n0 += DEPTH) {
   vec<T, 4> xs[stage_vectors<DEPTH, WIDTH, THREADS>()];
   load_panel<T, B, DEPTH, SIDE, THREADS>(y_rows, n_rows, valid, y_row, i, ys);
   load_panel<T, B, DEPTH, WIDTH, THREADS>(x_rows, n_cols, valid, x_row, k, xs);
+  align_panel<T, B, DEPTH, SIDE, THREADS>(i, ys);
+  align_panel<T, B, DEPTH, WIDTH, THREADS>(k, xs);
   y_rows += (size_t)DEPTH * n_rows;
   x_rows += (size_t)DEPTH * n_cols;
   threadgroup_barrier(mem_flags::mem_threadgroup);
