@@ -90,8 +90,8 @@ for (int ti = 0; ti < TILES_I; ti++) {
   }
 }
 
-// Where this thread stages. Columns behind a block's end are others of the block, since nothing is
-// stored of their products; threads that are left over load what others load.
+// Where this thread stages. Behind a block's end are others of its columns, or zeros, since nothing
+// is stored of their products; threads that are left over load what others load.
 const int y_row = min(thread_index / (SIDE / 8), stage_step<SIDE, THREADS>() - 1);
 const int x_row = min(thread_index / (WIDTH / 8), stage_step<WIDTH, THREADS>() - 1);
 const int col = thread_index % (WIDTH / 8) * 8;
