@@ -223,6 +223,11 @@ METAL_SAMPLING_TILES = {
     7: SamplingTile(2, 4, 7, 1),
     8: SamplingTile(2, 4, 4, 1),
 }
+# In float32, where tiles and what is staged take twice the registers.
+METAL_FLOAT_SAMPLING_TILES = METAL_SAMPLING_TILES | {
+    5: SamplingTile(1, 5, 3, 1),
+    7: SamplingTile(1, 7, 2, 1),
+}
 
 # The dtypes of kernels, ordered by use: membership is tested at every call.
 KERNEL_DTYPES = (mx.bfloat16, mx.float32, mx.float16)
