@@ -10,7 +10,7 @@ METAL_FUNC vec<T, 4> load_within(const device T* row, const int k) {
                    row[min(k + 3, B - 1)]);
 }
 
-// Load this thread's vectors as load_stage does, of columns k to k + 3 of a block: of rows `row`,
+// Load this thread's vectors as load_stage does, of columns k to k + 7 of a block: of rows `row`,
 // row + STEP, ... of a tile. At src begins the block's part of the first one, and rows are `stride`
 // apart. Rows from `valid` on are zeros.
 template <typename T, int B, int ROWS, int COLS, int THREADS>
@@ -21,16 +21,19 @@ METAL_FUNC void load_panel(const device T* src, const size_t stride, const int v
   if (valid >= ROWS) {
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
-      if ((i + 1) * STEP <= ROWS || row + i * STEP < ROWS) {
-        v[i] = load_within<T, B>(src + i * STEP * stride, k);
+      v[i] = vec<T, 4>(T(0));
+      const bool there = B % 8 == 0 || k + i % 2 * 4 < B;
+      if (there && ((i / 2 + 1) * STEP <= ROWS || row + i / 2 * STEP < ROWS)) {
+        v[i] = load_within<T, B>(src + i / 2 * STEP * stride, k + i % 2 * 4);
       }
     }
   } else {
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
       v[i] = vec<T, 4>(T(0));
-      if (row + i * STEP < valid) {
-        v[i] = load_within<T, B>(src + i * STEP * stride, k);
+      const bool there = B % 8 == 0 || k + i % 2 * 4 < B;
+      if (there && row + i / 2 * STEP < valid) {
+        v[i] = load_within<T, B>(src + i / 2 * STEP * stride, k + i % 2 * 4);
       }
     }
   }

@@ -92,10 +92,10 @@ for (int ti = 0; ti < TILES_I; ti++) {
 
 // Where this thread stages. Columns behind a block's end are others of the block, since nothing is
 // stored of their products; threads that are left over load what others load.
-const int y_row = min(thread_index / (SIDE / 4), stage_step<SIDE, THREADS>() - 1);
-const int x_row = min(thread_index / (WIDTH / 4), stage_step<WIDTH, THREADS>() - 1);
-const int col = thread_index % (WIDTH / 4) * 4;
-const int i = i0 + thread_index % (SIDE / 4) * 4;
+const int y_row = min(thread_index / (SIDE / 8), stage_step<SIDE, THREADS>() - 1);
+const int x_row = min(thread_index / (WIDTH / 8), stage_step<WIDTH, THREADS>() - 1);
+const int col = thread_index % (WIDTH / 8) * 8;
+const int i = i0 + thread_index % (SIDE / 8) * 8;
 const int strip = min(first + col / STRIP, end - 1);
 const int k = strip % CUTS * STRIP + col % STRIP;
 const int begin_n = split * step[0];
