@@ -1,4 +1,4 @@
-"""The commands of ``python -m mlx_sparse_nn``: ``info``, ``build`` and ``calibrate``."""
+"""The commands of ``python -m mlx_sparse_nn``: ``info``, ``check``, ``build``, ``calibrate``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mlx_sparse_nn.calibration import command as calibration
 from mlx_sparse_nn.core.backends import build, cpu, cuda, metal
 from mlx_sparse_nn.core.cores import n_cores
 from mlx_sparse_nn.core.quantized import BITS
+from mlx_sparse_nn.diagnostics import check
 
 _DTYPES = {name: getattr(mx, name) for name in ("float32", "bfloat16", "float16", "float64")}
 _SIZES = (*cpu.OWN_KERNELS, 3)  # 3 stands for all other sizes
@@ -26,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mlx_sparse_nn")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="say which backend computes on each device, and why")
+    checking = commands.add_parser("check", help="are the kernels right here, and fast?")
+    check.add_options(checking)
     building = commands.add_parser("build", help="compile the CPU's kernels now, not at first use")
     building.add_argument("--dtypes", nargs="+", choices=_DTYPES, default=list(_DTYPES))
     calibrating = commands.add_parser("calibrate", help="make a model of mlx-lm sparse, by text")
@@ -33,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.command == "calibrate":
         return calibration.run(options)
+    if options.command == "check":
+        return check.run(options, __version__)
     return print_info() if options.command == "info" else build_all(options.dtypes)
 
 

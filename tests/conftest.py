@@ -1,12 +1,17 @@
-"""Settings for all tests, and the emulated Metal backend."""
+"""Settings for all tests, the device that they run on, and the emulated Metal backend."""
 
 import os
 import platform
+from collections import Counter
+
+os.environ["MLX_ENABLE_TF32"] = "0"  # float32 is compared within its own rounding
 
 import mlx.core as mx
 import pytest
 from hypothesis import HealthCheck, settings
 from support import own_folder
+
+from mlx_sparse_nn.core.backends import launch
 
 settings.register_profile(
     "ci",
@@ -21,12 +26,85 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["TMPDIR"] = own_folder(os.environ["PYTEST_XDIST_WORKER"])
 
 if platform.system() == "Linux":
+    import devices
     import metal_emulator
 
     metal_emulator.install()  # before the package builds and caches its kernels
 else:
-    # The emulator runs on Linux. On a Mac, the other tests run the kernels themselves.
+    # The emulators run on Linux. On a Mac, the other tests run the kernels themselves. What is
+    # counted, memory too, is that of MLX for Linux.
     collect_ignore_glob = ["emulators/*", "backends/test_metal*.py"]
+    collect_ignore = ["backends/test_cuda.py", "backends/test_counts.py"]
+
+launched = Counter()  # launches of each kernel of a GPU, in this process
+EMULATED = pytest.StashKey[bool]()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        choices=["default", "gpu", "metal-emulator"],
+        default="default",
+        help="what the tests run on: MLX's default device, the GPU, of which they fail if it runs "
+        "no kernel, or the emulated GPU of a Mac, on Linux",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "not_emulated(reason): does not run on the emulated device")
+    device = config.getoption("--device")
+    config.stash[EMULATED] = device == "metal-emulator"
+    if device == "gpu":
+        mx.set_default_device(mx.Device(mx.gpu))
+    seen = launch.observed(lambda kernel: launched.update([kernel.name]))
+    seen.__enter__()
+    config.add_cleanup(lambda: seen.__exit__(None, None, None))
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        mark = item.get_closest_marker("not_emulated")
+        if mark and config.stash[EMULATED]:
+            item.add_marker(pytest.mark.skip(reason=f"not emulated: {mark.args[0]}"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    try:
+        return (yield)
+    except RuntimeError as error:
+        if item.config.stash[EMULATED] and "emulator runs kernels eagerly" in str(error):
+            pytest.skip("not emulated: kernels in what MLX compiles, maps or exports")
+        raise
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):  # a worker of pytest-xdist has ended
+    launched.update(node.workeroutput["launched"])
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["launched"] = dict(launched)
+    elif session.config.getoption("--device") == "gpu" and not launched and exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    device = config.getoption("--device")
+    if device != "default":
+        each = "".join(f"\n  {name} {n}" for name, n in sorted(launched.items()))
+        total = f"{sum(launched.values())} launches of {len(launched)} kernels"
+        terminalreporter.write_line(f"on {device}: {total}{each}")
+
+
+@pytest.fixture(autouse=True)
+def _on_device(request):
+    if not request.config.stash[EMULATED]:
+        yield
+        return
+    with devices.emulated_metal():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +115,8 @@ def _seed():
 @pytest.fixture
 def metal():
     """The Metal path on the emulator."""
+    if platform.system() != "Linux":
+        pytest.skip("the emulator runs on Linux")
     mx.disable_compile()
     with metal_emulator.Emulator() as emulator:
         yield emulator

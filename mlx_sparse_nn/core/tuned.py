@@ -59,6 +59,12 @@ PIECES_TO_FILL_GPU = 1 << 13
 # x for up to 32 rows, not one for each. Blocks of 8 and more read whole lines along a row of x too.
 COLUMNS_OF_SCALARS = 4
 COLUMNS_OF_BLOCKS = 17
+# Threadgroups of few rows of x that fill a GPU: four a core of 40. Where there are fewer, or a
+# block-row is this many times as long as the mean, long ones are cut into pieces, of no fewer
+# vectors of four values than two turns of 8 simdgroups.
+METAL_FEW_GROUPS = 160
+METAL_FEW_LONG = 4
+METAL_FEW_PIECE = 256
 # Metal: threadgroups that keep a GPU busy with a weight gradient, and rows of x that each sums.
 METAL_GRADIENT_GROUPS = 256
 METAL_ROWS_PER_SPLIT = 256

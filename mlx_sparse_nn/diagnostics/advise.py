@@ -23,6 +23,7 @@ from mlx_sparse_nn.diagnostics.products import (
     products_of,
     values_of,
 )
+from mlx_sparse_nn.diagnostics.timing import time_in_turns
 from mlx_sparse_nn.layers.dense_twin import dense_twin, why_not_quantized
 from mlx_sparse_nn.layers.linear import BlockSparseLinear, QuantizedBlockSparseLinear
 from mlx_sparse_nn.layers.lora import SparseLinear
@@ -31,9 +32,6 @@ METHODS = ("sparse", "mx.block_masked_mm", "nn.QuantizedLinear", "dense")
 SPARSE, MASKED, QUANTIZED, DENSE = METHODS
 TASKS = ("forward", "training step")
 
-_ROUNDS = 9
-_SAMPLE = 2e-3  # seconds that a sample takes at least, in several calls where one is shorter
-_CALLS = 50
 _EVEN = 1.05  # two methods are even where neither is faster by more than this
 
 
@@ -209,7 +207,10 @@ def advise(
         for j, task in enumerate(TASKS):
             left = max(0.0, end - time.perf_counter())
             until = time.perf_counter() + left / (len(TASKS) * (len(sizes) - i) - j)
-            timings += _time_in_turns(task, n, calls[task], until)
+            timings += [
+                MethodTiming(task, n, method, float(np.median(s)), min(s), max(s), len(s))
+                for method, s in time_in_turns(calls[task], until).items()
+            ]
     return AdviceReport(
         layer=repr(layer),
         device=str(mx.default_device()),
@@ -296,32 +297,6 @@ def _calls(
         task: {method: call(module) for method, module in contestants.items()}
         for task, call in zip(TASKS, (forward, step), strict=True)
     }
-
-
-def _time_in_turns(
-    task: str, rows: int, calls: dict[str, Callable[[], list[mx.array]]], until: float
-) -> list[MethodTiming]:
-    """Time the methods of a task in turns, until that many rounds are done or the time is over."""
-    repeats, samples = {}, {method: [] for method in calls}
-    for method, call in calls.items():
-        _seconds(call, 1)
-        repeats[method] = max(1, min(_CALLS, int(_SAMPLE / _seconds(call, 1))))
-    for _ in range(_ROUNDS):
-        for method, call in calls.items():
-            samples[method].append(_seconds(call, repeats[method]))
-        if time.perf_counter() > until:
-            break
-    return [
-        MethodTiming(task, rows, method, float(np.median(s)), min(s), max(s), len(s))
-        for method, s in samples.items()
-    ]
-
-
-def _seconds(call: Callable[[], list[mx.array]], repeats: int) -> float:
-    """Return the time of one of ``repeats`` calls that are evaluated together."""
-    began = time.perf_counter()
-    mx.eval([call() for _ in range(repeats)])
-    return (time.perf_counter() - began) / repeats
 
 
 def _enumerate(words: list[str]) -> str:

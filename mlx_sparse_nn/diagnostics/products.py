@@ -13,13 +13,9 @@ import numpy as np
 
 from mlx_sparse_nn.core.backends.choose import choose
 from mlx_sparse_nn.core.quantized import unpack
-from mlx_sparse_nn.diagnostics.rounding import EPS, to_numpy, tolerance
+from mlx_sparse_nn.diagnostics.rounding import EPS, TF32_EPS, to_numpy, tolerance, underflow
 from mlx_sparse_nn.layers.linear import QuantizedBlockSparseLinear
 from mlx_sparse_nn.layers.lora import SparseLinear
-
-# The absolute error of a result that is too small for its dtype, or that a device flushes to zero.
-_UNDERFLOW = {mx.float16: 2.0**-24, mx.float64: 0.0}
-_TF32_EPS = 2.0**-10
 
 _OPS = {"forward": "spmm", "input gradient": "spmm_t", "weight gradient": "sddmm"}
 _QUANTIZED_OPS = {"forward": "qspmm", "input gradient": "qspmm_t"}
@@ -173,9 +169,9 @@ def dense_products(layer: SparseLinear, x: mx.array, cotangent: mx.array) -> Den
         if like.dtype != computed:
             bound = bound + EPS[like.dtype] * magnitude
         expected[name] = value.reshape(like.shape)
-        bounds[name] = (bound + _UNDERFLOW.get(like.dtype, 2.0**-126)).reshape(like.shape)
+        bounds[name] = (bound + underflow(like.dtype)).reshape(like.shape)
         if name in _OPS and computed == mx.float32:  # a bias gradient has no factors
-            tf32_errors[name] = (2 * _TF32_EPS * magnitude).reshape(like.shape)
+            tf32_errors[name] = (2 * TF32_EPS * magnitude).reshape(like.shape)
 
     bias = to_numpy(layer.bias) if "bias" in layer else np.zeros(n_out)
     length = np.repeat(counts, block_size)[:n_out] * block_size + 1

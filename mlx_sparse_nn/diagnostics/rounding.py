@@ -12,6 +12,7 @@ EPS = {
     mx.complex64: 2.0**-23,
     mx.float64: 2.0**-52,
 }
+TF32_EPS = 2.0**-10  # of the factors of a product
 ACCUMULATOR = {mx.float16: mx.float32, mx.bfloat16: mx.float32}
 
 
@@ -29,6 +30,12 @@ def tolerance(dtype: mx.Dtype, length, magnitude):
     """
     terms = (4 if dtype == mx.complex64 else 1) * (length + 2)
     return (terms * EPS[ACCUMULATOR.get(dtype, dtype)] + EPS[dtype]) * magnitude
+
+
+def underflow(dtype: mx.Dtype) -> float:
+    """Return the error of a result that is too small for its dtype, or that a device flushes to
+    zero."""
+    return {mx.float16: 2.0**-24, mx.float64: 0.0}.get(dtype, 2.0**-126)
 
 
 def to_numpy(a: mx.array) -> np.ndarray:

@@ -1,8 +1,12 @@
 // Loads of a stage of which neighbouring columns lie in a block. Needs common.h and stage.h.
 
-// Elements k to k + 3 of a row of a block; in place of those behind its end, some within it.
+// Elements k to k + 3 of a row of a block; in place of those behind its end, some within it, or
+// zeros where all are.
 template <typename T, int B>
 METAL_FUNC vec<T, 4> load_within(const device T* row, const int k) {
+  if (B % 8 > 0 && B % 8 <= 4 && k >= B) {
+    return vec<T, 4>(T(0));
+  }
   if (B % 4 == 0) {
     return load4<T>(row + min(k, B - 4));
   }
@@ -21,18 +25,16 @@ METAL_FUNC void load_panel(const device T* src, const size_t stride, const int v
   if (valid >= ROWS) {
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
-      v[i] = vec<T, 4>(T(0));
-      const bool there = B % 8 == 0 || k + i % 2 * 4 < B;
-      if (there && ((i / 2 + 1) * STEP <= ROWS || row + i / 2 * STEP < ROWS)) {
-        v[i] = load_within<T, B>(src + i / 2 * STEP * stride, k + i % 2 * 4);
+      const int m = i / 2 * STEP;
+      if (m + STEP <= ROWS || row + m < ROWS) {
+        v[i] = load_within<T, B>(src + m * stride, k + i % 2 * 4);
       }
     }
   } else {
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
       v[i] = vec<T, 4>(T(0));
-      const bool there = B % 8 == 0 || k + i % 2 * 4 < B;
-      if (there && row + i / 2 * STEP < valid) {
+      if (row + i / 2 * STEP < valid) {
         v[i] = load_within<T, B>(src + i / 2 * STEP * stride, k + i % 2 * 4);
       }
     }

@@ -46,9 +46,10 @@ const int N = WIDTH > 1 ? x_shape[x_ndim - 1] : x_shape[x_ndim - 2];
 const int n_cols = WIDTH > 1 ? x_shape[x_ndim - 2] : x_shape[x_ndim - 1];
 const int n_inside = n_cols - B + INSIDE;
 
-// Threads past the last row, of the matrix or of x, repeat it, and store nothing.
-const bool stores = lane == 0 && position / SHARING < (size_t)n_units;
-const int unit = position / SHARING < (size_t)n_units ? position / SHARING : n_units - 1;
+// Threads past the last row of the matrix have nothing to do; those past the last one of x repeat
+// it. Neither store.
+const bool is_unit = position / SHARING < (size_t)n_units;
+const int unit = is_unit ? position / SHARING : n_units - 1;
 const int o = unit % B;
 const size_t col_step = WIDTH > 1 ? N : 1;
 int ns[HELD];
@@ -69,7 +70,7 @@ for (int part = 0; part < (OF_PIECES ? 2 : 1); part++) {
     r = search_row(indptr, R, part == 0 ? cut : cut_end - 1, thread_index_in_simdgroup);
   }
   int begin = indptr[r];
-  int end = indptr[r + 1];
+  int end = is_unit ? indptr[r + 1] : begin;
   float acc[HELD];
 #pragma unroll
   for (int i = 0; i < HELD; i++) {
@@ -115,7 +116,7 @@ for (int part = 0; part < (OF_PIECES ? 2 : 1); part++) {
   for (int i = 0; i < HELD; i++) {
     acc[i] = sum_lanes<WIDTH, SHARING>(acc[i]);
     const int n = n0 + i * WIDTH;
-    if (stores && n < N) {
+    if (is_unit && lane == 0 && n < N) {
       size_t place = ((size_t)v * N + n) * n_units + unit;
       if (OF_PIECES) {
         const size_t half_piece = ((size_t)v * n_pieces + unit / B) * 2 + part;

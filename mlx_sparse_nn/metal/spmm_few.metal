@@ -1,23 +1,37 @@
 // The product of spmm_tiles.metal for up to 8 rows of x, which is bound by reading the stored
 // values: each is read once, for all rows. B is any number from 4 on.
 //
-// Inputs, output: as there; y is (S, V, N, n_rows) where the blocks of a block-row are split.
+// One launch, or two where some block-row is long: has more than PIECE blocks. As in
+// spmm_csr.metal, the first one, OF_PIECES, sums what each piece of PIECE stored blocks holds of
+// long block-rows, and the second adds up these sums.
+//
+// Inputs
+//   data, indptr, indices, perm, x, bias: as there
+//   partial  (V, n_pieces, 2, N, B) float32, what the first launch gave; unread in that one, and
+//            where no block-row is LONG. Of the two, the second is of one that begins in the piece.
+// Output
+//   y        as there; OF_PIECES, `partial`
 // Launch
-//   (ceil(B / STRIP) R 32 GROUPS, S, V) threads in groups of (32 GROUPS, 1, 1). One group owns
-//   STRIP outputs of a block-row, all rows of x, and one of S parts of the block-row's blocks.
+//   (R STRIPS 32 GROUPS, 1, V) threads in groups of (32 GROUPS, 1, 1), STRIPS = ceil(B / STRIP).
+//   OF_PIECES, 2 n_pieces in place of R. One group owns STRIP outputs of a block-row, or of what a
+//   piece holds of one, and all rows of x. Its simdgroups take steps in turn.
 // Template
-//   T float, half or bfloat; OUT T, or float where S > 1; B; INSIDE columns of the last
-//   block-column, 1 to B; ROWS of x, 1, or 8 for 2 to 8; STRIP, a multiple of 8, 48 at most; GROUPS
-//   simdgroups; TRANSPOSED and BIAS 0 or 1.
-// A block-row is read as one row of vectors of four k, VECTORS from each block. A step takes 8 of
-// them, for all outputs of the strip, and the loads of STEPS steps wait for each other in none. A
-// lane holds what simdgroup products want of it: vector `slot` of w for two outputs of every 8, and
-// vectors `pair` and `pair + 1` of x for row `slot`. One row of x is multiplied by the lanes
-// themselves, with vector `slot`. Past the end, a lane reads the last vector again, times zeros.
-// Sums in float32: each simdgroup its steps in order, as the hardware adds 8 products (one row of
-// x: each lane k ascending, then over lanes), then over simdgroups, then the bias.
+//   T float, half or bfloat; OUT, T, or float OF_PIECES; B; INSIDE columns of the last
+//   block-column, 1 to B; ROWS of x, 1, or 8 for 2 to 8; STRIP, a multiple of 8; STEPS; GROUPS
+//   simdgroups; PIECE blocks; LONG, OF_PIECES, TRANSPOSED and BIAS 0 or 1.
+//
+// A block-row is read as one row of vectors of four k, VECTORS of them from a block. A step is 8 of
+// these, for all outputs of the strip. All loads of STEPS steps are on their way at once. A lane
+// holds what simdgroup products take of it: of w vector `slot` for two of every 8 outputs, of x
+// vectors `pair` and `pair + 1` for row `slot`. One row of x is multiplied lane by lane, vector
+// `slot` by vector `slot`. Where there is no vector, row or output, a lane repeats another's, as
+// zeros, or stores nothing.
+// Sums in float32: each simdgroup its steps in order, k modulo 4 ascending, as the hardware adds 8
+// products (one row of x: each lane its vectors in order, then over lanes), then over simdgroups,
+// or over pieces, then the bias.
 
 #include "common.h"
+#include "search.h"
 
 constexpr int VECTORS = (B + 3) / 4;
 constexpr int STRIPS = (B + STRIP - 1) / STRIP;
@@ -27,14 +41,13 @@ constexpr int LOADS = TRANSPOSED && !WIDE ? 4 : 2 * TILES;
 constexpr bool RAGGED = B % 4 > 0;
 constexpr int AT_ONCE = 8 * STEPS;
 constexpr int X_LOADS = ROWS == 1 ? 1 : 2;
-constexpr bool IN_STEP = B % 32 == 0;  // a step lies in one block
-constexpr bool PAIRS = ROWS > 1 && B % 8 == 0;
-constexpr bool WHOLE = VECTORS % AT_ONCE == 0;
-threadgroup float partial[GROUPS * ROWS * STRIP];
+constexpr bool IN_STEP = B % 32 == 0;           // a step lies in one block
+constexpr bool PAIRS = ROWS > 1 && B % 8 == 0;  // and so do two vectors of x
+constexpr bool WHOLE = VECTORS % AT_ONCE == 0;  // and all that is loaded at once
+threadgroup float group_sums[GROUPS * ROWS * STRIP];
 
-const int r = threadgroup_position_in_grid.x / STRIPS;
+const int unit = threadgroup_position_in_grid.x / STRIPS;
 const int o0 = threadgroup_position_in_grid.x % STRIPS * STRIP;
-const int split = threadgroup_position_in_grid.y;
 const int v = threadgroup_position_in_grid.z;
 const int thread_index = thread_index_in_threadgroup;
 const int lane = thread_index_in_simdgroup;
@@ -43,21 +56,38 @@ const int slot = (lane / 4 & 4) + lane / 2 % 4;
 const int pair = (lane / 4 & 2) * 2 + lane % 2 * 2;
 const int N = x_shape[x_ndim - 2];
 const int n_cols = x_shape[x_ndim - 1];
+const int R = indptr_shape[0] - 1;
 const int n_blocks = indices_shape[0];
-const int n_rows = (indptr_shape[0] - 1) * B;
+const int n_pieces = (n_blocks - 1) / PIECE + 1;
 const int n_inside = n_cols - B + INSIDE;
 const int n_outputs = B % STRIP == 0 ? STRIP : min(STRIP, B - o0);
 
-const int begin = indptr[r];
-const int n_vectors = (indptr[r + 1] - begin) * VECTORS;
+// The blocks of the block-row, or those of them in the piece.
+const int cut = OF_PIECES ? unit / 2 * PIECE : 0;
+const int cut_end = OF_PIECES ? cut + min(PIECE, n_blocks - cut) : 0;
+int r = unit;
+if (OF_PIECES) {
+  r = search_row(indptr, R, unit % 2 == 0 ? cut : cut_end - 1, lane);
+}
+int begin = indptr[r];
+int end = indptr[r + 1];
+const bool is_long = LONG && end - begin > PIECE;
+const int first_piece = begin / PIECE;
+const int last_piece = is_long ? (end - 1) / PIECE : first_piece - 1;
+const bool begins_within = begin > first_piece* PIECE;
+if (OF_PIECES) {
+  const bool is_other = unit % 2 == 0 || begin > cut;  // than that of the piece's other half
+  begin = max(begin, cut);
+  end = is_long && is_other ? min(end, cut_end) : begin;
+} else if (is_long) {
+  end = begin;
+}
+const int n_vectors = (end - begin) * VECTORS;
 const int first = min(begin, n_blocks - 1);
 const int last = max(n_vectors - (IN_STEP ? 8 : 1), 0);
 const int x_last = max(n_vectors - (IN_STEP ? 8 : PAIRS ? 2 : 1), 0);
-const int stride = threadgroups_per_grid.y * GROUPS * AT_ONCE;
-int e = (split * GROUPS + simd_group) * AT_ONCE;
 
-// The first vectors that a lane takes are at e + w_slot and e + x_slot, or 4 w_slot and 4 x_slot
-// elements behind vector e.
+// Where a step lies in one block, a lane counts its vectors from that of lane 0, 4 elements each.
 const int x_slot = ROWS == 1 ? slot : pair;
 const int w_ahead = IN_STEP ? 0 : slot;
 const int w_k = 4 * (slot - w_ahead);
@@ -65,7 +95,7 @@ const int x_ahead = IN_STEP ? 0 : x_slot;
 const device T* x_row = x + ((size_t)v * N + min(slot, N - 1)) * n_cols + 4 * (x_slot - x_ahead);
 const device T* blocks = data + (size_t)v * n_blocks * (B * B);
 
-// What a lane loads of a block: row or column of the outputs, and how far along it, for each load.
+// Where its loads begin in a block. Past the last output they repeat another lane's.
 int w_at[LOADS];
 #pragma unroll
 for (int i = 0; i < LOADS; i++) {
@@ -73,7 +103,6 @@ for (int i = 0; i < LOADS; i++) {
     const int o = WIDE ? i / 4 * 16 + pair / 2 * 4 : pair / 4 * 4;
     w_at[i] = (w_k + i % 4) * B + o0 + min(o, n_outputs - 4);
   } else {
-    // Past the last output, that of another lane.
     const int o = i / 2 * 8 + pair + i % 2;
     const int beyond = max(o - n_outputs + 1, 0);
     w_at[i] = (o0 + o - (beyond + 1) / 2 * 2) * B + w_k;
@@ -90,6 +119,7 @@ for (int t = 0; t < TILES; t++) {
   sums[2 * t + 1] = 0.0f;
 }
 
+int e = simd_group * AT_ONCE;  // the first vector of the simdgroup's steps
 int x_cols[STEPS][X_LOADS];
 int w_cols[STEPS];
 int stored[STEPS];
@@ -103,7 +133,7 @@ for (int s = 0; s < STEPS; s++) {
     x_cols[s][i] = indices[first + min(e + 8 * s + x_ahead + (PAIRS ? 0 : i), x_last) / VECTORS];
   }
 }
-for (; e < n_vectors; e += stride) {
+for (; e < n_vectors; e += GROUPS * AT_ONCE) {
   vec<T, 4> w[STEPS][LOADS];
   vec<T, 4> xs[STEPS][X_LOADS];
   int w_from[STEPS];
@@ -140,7 +170,7 @@ for (; e < n_vectors; e += stride) {
   // The indices of the next steps are on their way during these.
 #pragma unroll
   for (int s = 0; s < STEPS; s++) {
-    const int next = e + stride + 8 * s;
+    const int next = e + GROUPS * AT_ONCE + 8 * s;
     const int j = first + min(next + w_ahead, last) / VECTORS;
     stored[s] = TRANSPOSED ? perm[j] : j;
     w_cols[s] = INSIDE < B ? indices[j] : 0;
@@ -199,7 +229,7 @@ for (; e < n_vectors; e += stride) {
   }
 }
 
-threadgroup float* mine = partial + (simd_group * ROWS + (ROWS == 1 ? 0 : slot)) * STRIP;
+threadgroup float* mine = group_sums + (simd_group * ROWS + (ROWS == 1 ? 0 : slot)) * STRIP;
 #pragma unroll
 for (int t = 0; t < TILES; t++) {
 #pragma unroll
@@ -223,17 +253,29 @@ for (int t = 0; t < TILES; t++) {
 }
 
 threadgroup_barrier(mem_flags::mem_threadgroup);
-for (int i = thread_index; i < min(ROWS, N) * STRIP; i += 32 * GROUPS) {
-  const int o = i % STRIP;
-  if (o < n_outputs) {
-    const int row = r * B + o0 + o;
-    float sum = partial[i];
-    for (int other = 1; other < GROUPS; other++) {
-      sum += partial[other * (ROWS * STRIP) + i];
-    }
-    if (BIAS && split == 0) {
-      sum += float(bias[row]);
-    }
-    y[(((size_t)split * threadgroups_per_grid.z + v) * N + i / STRIP) * n_rows + row] = OUT(sum);
+for (int i = thread_index; i < N * STRIP; i += 32 * GROUPS) {
+  const int n = i / STRIP;
+  const int o = o0 + i % STRIP;
+  if (o >= o0 + n_outputs) {
+    continue;
   }
+  float sum = group_sums[i];
+  for (int other = 1; other < GROUPS; other++) {
+    sum += group_sums[other * (ROWS * STRIP) + i];
+  }
+  if (OF_PIECES) {
+    y[(((size_t)v * 2 * n_pieces + unit) * N + n) * B + o] = OUT(sum);
+    continue;
+  }
+  if (LONG) {
+#pragma unroll 4
+    for (int p = first_piece; p <= last_piece; p++) {
+      const int half_piece = 2 * p + (p == first_piece && begins_within ? 1 : 0);
+      sum += float(partial[(((size_t)v * 2 * n_pieces + half_piece) * N + n) * B + o]);
+    }
+  }
+  if (BIAS) {
+    sum += float(bias[r * B + o]);
+  }
+  y[(((size_t)v * N + n) * R + r) * B + o] = OUT(sum);
 }

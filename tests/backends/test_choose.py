@@ -106,6 +106,7 @@ def test_a_fifth_backend_is_a_module_in_the_list():
 
 @pytest.mark.parametrize("block_size", [1, 8])
 @pytest.mark.parametrize("n", [1, 20])
+@pytest.mark.not_emulated("needs mx.compile")
 def test_a_step_compiled_before_a_load_uses_the_buckets_of_the_new_pattern(block_size, n):
     """Of the same sizes, so that MLX runs the graph that it traced for the old one."""
     lists = [[0, 1, 2], [3], [], [1, 2]]

@@ -92,6 +92,7 @@ def _code(source):
 
 
 @pytest.mark.parametrize("n", [1, 16])
+@pytest.mark.not_emulated("needs mx.compile")
 def test_a_layer_call_is_few_operations(launches, tmp_path, n):
     """MLX takes microseconds for each: as much as a product of few rows takes on the GPU."""
     layer = BlockSparseLinear(64, 64, block_size=32, density=1.0)
@@ -268,6 +269,7 @@ def flat(tree):
     return [tree] if isinstance(tree, mx.array) else [a for branch in tree for a in flat(branch)]
 
 
+@pytest.mark.not_emulated("needs mx.compile")
 def test_transforming_is_of_this_thread_and_now():
     seen = []
 

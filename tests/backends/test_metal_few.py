@@ -119,6 +119,46 @@ def test_random_numbers_are_within_rounding(block_size, dtype):
         assert_close(spmm(data, pattern, x), exact @ dense.T, pattern.shape[1], magnitude)
 
 
+def long_rows(block_size, lengths):
+    """Return a pattern of such block-rows, and its transpose, whose columns are as long."""
+    n_cols = max(lengths)
+    pattern = pattern_of([range(n_cols - length, n_cols) for length in lengths], n_cols, block_size)
+    columns = [np.flatnonzero(n_cols - np.array(lengths) <= c) for c in range(n_cols)]
+    return pattern, pattern_of(columns, len(lengths), block_size)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "lengths"),
+    [
+        (4, [2, 600, 0, 513, 1, 0]),  # a piece ends one long block-row, and begins another
+        (16, [130, 150, 128]),  # all are long: there are too few to fill a GPU
+        (17, [1] * 200 + [300]),  # one of 100 times the mean
+        (128, [16, 0, 1]),
+    ],
+)
+def test_long_block_rows_are_cut_into_pieces(metal, block_size, lengths):
+    for pattern in long_rows(block_size, lengths):
+        pattern = trimmed(pattern, 1, 2)
+        data, x, y, bias = operands(pattern, 1 if block_size == 17 else 3, mx.float32)
+        actual = spmm(data, pattern, x, bias), spmm_t(data, pattern, y)
+        expected = naive.spmm(data, pattern, x, bias), naive.spmm_t(data, pattern, y)
+        assert_equal(actual[0], expected[0])
+        assert_equal(actual[1], expected[1])
+    cut = [dict(launch.template)["OF_PIECES"] for launch in metal.launches]
+    assert sum(cut) >= 2  # for each of the sides that are long
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pieces_of_matrices_that_share_a_pattern(dtype):
+    pattern, _ = long_rows(16, [3, 150, 1, 140])
+    for n in (1, 8):
+        data, x = integers((2, *pattern.data_shape), 1), integers((2, n, pattern.shape[1]), 2)
+        data, x = (mx.clip(a, -1, 1).astype(dtype) for a in (data, x))
+        y = mx.vmap(lambda d, z: spmm(d, pattern, z))(data, x)
+        for v in range(2):
+            assert_equal(y[v], naive.spmm(data[v], pattern, x[v]))
+
+
 @pytest.mark.parametrize("n", [1, 8])
 @pytest.mark.parametrize("block_size", [4, 5, 6, 9, 12, 16, 20, 33, 48, 64, 136])
 def test_each_stored_value_is_read_once(metal, block_size, n):

@@ -104,6 +104,14 @@ class TestLongRows:
         assert pieces["PIECE"] == rows["PIECE"] == 256
         assert metal.launches[0].grid[0] == launch.round_up(-(-pattern.n_blocks // 256) * 32, 256)
 
+    def test_no_value_is_multiplied_twice(self, metal):
+        """Of a piece, only what is long: the rows in which it begins and ends may be short."""
+        lengths = np.zeros(504, int)
+        lengths[10:30], lengths[31] = 200, 300
+        pattern = pattern_of([np.arange(m) for m in lengths], 300, 1)
+        spmm(integers(pattern.data_shape, 1), pattern, integers((1, 300), 2))
+        assert [launched.counts.macs for launched in metal.launches] == [300, 4000]
+
     @pytest.mark.parametrize("in_axes", [(0, None), (None, 0), (0, 0)])
     @pytest.mark.parametrize("n", [1, 5])
     def test_vmap(self, metal, short_pieces, in_axes, n):

@@ -1,5 +1,7 @@
 """The oracle, and what it is for: it notices a fault in what all backends read."""
 
+import sys
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -119,12 +121,19 @@ class TestFaultsAreNoticed:
             with pytest.raises(AssertionError):
                 products(n, block_size)
 
+    def test_on_what_computes_here(self, monkeypatch, fault, block_size, n):
+        products(n, block_size)
+        fault(monkeypatch)
+        with pytest.raises(AssertionError):
+            products(n, block_size)
+
     def test_on_metal(self, metal, monkeypatch, fault, block_size, n):
         fault(monkeypatch)
         with pytest.raises(AssertionError):
             products(n, block_size)
         assert metal.launches
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="the emulator runs on Linux")
     def test_on_cuda(self, monkeypatch, fault, block_size, n):
         from cuda_emulator import emulated
 

@@ -389,6 +389,7 @@ def test_a_damaged_folder_names_the_file(model, tmp_path):
         calibrate(model, batches(), **options)
 
 
+@pytest.mark.not_emulated("needs mx.compile")
 def test_a_call_that_does_not_call_the_layers_says_so(model):
     for call in (lambda m, x: x, mx.compile(lambda m, x: x)):
         with pytest.raises(ValueError, match="call must run the layers on tokens that count"):

@@ -385,6 +385,7 @@ class TestEveryShape:
                 assert_equal(a, b)
         assert dense not in seen
 
+    @pytest.mark.not_emulated("needs mx.compile")
     def test_of_values_that_are_no_constants(self, file):
         layer, x = whole_layer(8), integers((4, 64))
         says = r"^\[spmm\] with shapeless=True, .* constants.* densify\(model\)"
@@ -403,6 +404,7 @@ class TestEveryShape:
         step = mx.compile(lambda x: gradients(model, x)[0], shapeless=True)
         assert_equal(step(x), expected[0])
 
+    @pytest.mark.not_emulated("needs mx.compile")
     def test_notes_it_in_this_thread_and_trace_alone(self):
         seen = []
         mx.compile(lambda x: seen.append(tracing.graph) or x, shapeless=True)(mx.ones(3))

@@ -311,6 +311,7 @@ def test_checkpointed_functions():
         assert_equal(actual, expected)
 
 
+@pytest.mark.not_emulated("needs mx.compile")
 def test_products_stay_lazy(monkeypatch):
     """No evaluation on the way: a function traced for export needs no values."""
     pattern = PATTERNS["blocks"]

@@ -161,6 +161,7 @@ def test_sparse_linear_layer_refuses(arguments: tuple, message: str, tmp_path: P
     fail(["sparse_linear_layer.py", *arguments], tmp_path, message)
 
 
+@pytest.mark.not_emulated("runs another process")
 def test_the_gpu_is_used_or_said_to_be_missing(tmp_path: Path):
     arguments = ["sparse_linear_layer.py", "--device", "gpu"]
     if mx.metal.is_available() or mx.cuda.is_available():

@@ -84,6 +84,7 @@ def test_a_bad_argument_is_one_line_and_status_2(arguments, message):
     assert_one_line_error(run(*arguments), message)
 
 
+@pytest.mark.not_emulated("runs another process")
 def test_a_gpu_is_used_or_its_absence_is_one_line_and_status_2():
     result = run_alone(HAMILTONIAN, "--device", "gpu")
     if mx.metal.is_available() or mx.cuda.is_available():

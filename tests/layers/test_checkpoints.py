@@ -35,6 +35,7 @@ mx.save(sys.argv[2], predict(x))
 
 
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+@pytest.mark.not_emulated("runs another process")
 def test_another_process_with_another_pattern_gives_identical_outputs(tmp_path, load):
     model = make_model(seed=0)
     weights, outputs = str(tmp_path / "m.safetensors"), str(tmp_path / "y.npy")
@@ -343,6 +344,7 @@ def test_other_integer_types_are_read(dtype):
     assert model.layers[0].indices.dtype == mx.int32
 
 
+@pytest.mark.not_emulated("needs mx.compile")
 def test_indices_that_are_traced_are_refused():
     """A functional update under compile would pair new weights with the old layout."""
     model = make_model(seed=0)
@@ -355,6 +357,7 @@ def test_indices_that_are_traced_are_refused():
         mx.compile(predict)(model.parameters(), mx.ones((2, 32)))
 
 
+@pytest.mark.not_emulated("needs mx.compile")
 def test_averages_of_traced_indices_are_refused():
     model, other = make_model(seed=0), make_model(seed=0)
 

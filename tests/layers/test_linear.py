@@ -221,6 +221,7 @@ class TestCompiledTraining:
             mx.eval(state, losses)
         return [loss.item() for loss in losses], model, len(traces)
 
+    @pytest.mark.not_emulated("needs mx.compile")
     def test_it_gives_the_losses_of_eager_training_and_compiles_once(self):
         eager, model_a, _ = self.training(compiled=False)
         compiled, model_b, traces = self.training(compiled=True)

@@ -314,6 +314,7 @@ def test_the_table_has_every_function():
     ],
 )
 @pytest.mark.parametrize("value", [0.0, NAN, INF])
+@pytest.mark.not_emulated("needs mx.compile")
 def test_a_transform_makes_nan_of_a_state_without_a_norm(function, name, value):
     """Nothing is evaluated under a transform: what is traced has no numbers yet."""
 

@@ -132,6 +132,7 @@ class TestSetPattern:
             layer.set_pattern(pattern)
         assert layer.pattern == block_diagonal(16, 4)
 
+    @pytest.mark.not_emulated("needs mx.compile")
     def test_a_compiled_step_follows_without_being_compiled_again(self):
         """The same shapes everywhere: one block per row and column, in another order."""
         layer, x = layer_of(block_diagonal(16, 4)), integers((3, 16), 2)

@@ -325,6 +325,7 @@ class TestActivations:
             for a, b in zip(pair, again[path], strict=True):
                 assert_equal(a, b)
 
+    @pytest.mark.not_emulated("needs mx.compile")
     def test_a_compiled_loss_is_refused(self):
         model = layer_of(block_diagonal(16, 4))
         loss = mx.compile(lambda x: model(x).sum())

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
-from mlx_sparse_nn.core.backends import launch, scalars
+from mlx_sparse_nn.core.backends import few_rows, launch, scalars
 from mlx_sparse_nn.core.backends.launch import (
     Kernel,
     launch_sddmm,
@@ -154,9 +154,13 @@ def _product(
     block_size = data.shape[-1] if data.ndim > 2 else 1
     if block_size < tuned.METAL_SMALLEST_TILED:
         return scalars.product(NAME, data, side, x, n_out, inside, bias)
-    sizes = side, block_size, n_x, n_out, n_matrices
-    by_tensor_units = _tensor_units and _suits_tensor_units(block_size, n_x, x.dtype)
-    kernel = _by_tensor_units(*sizes) if by_tensor_units else _product_kernel(*sizes, x.dtype)
+    if n_x <= tuned.METAL_FEW_ROWS:
+        return few_rows.product(NAME, data, side, x, n_out, inside, bias)
+    sizes = block_size, n_x, n_out, n_matrices
+    if _tensor_units and _suits_tensor_units(block_size, n_x, x.dtype):
+        kernel = _by_tensor_units(*sizes)
+    else:
+        kernel = _by_tiles(*sizes, x.itemsize)
     options = {
         "T": x.dtype,
         "B": block_size,
@@ -166,46 +170,6 @@ def _product(
     }
     launched = prepare(NAME, "spmm", kernel, x.dtype, **options)
     return launch_spmm(launched, data, side, x, n_out, bias)
-
-
-def _product_kernel(
-    side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int, dtype: mx.Dtype
-) -> Kernel:
-    """Choose the kernel of ``spmm`` or ``spmm_t`` for blocks: of few rows of x, or by tiles."""
-    if n_x > tuned.METAL_FEW_ROWS:
-        return _by_tiles(block_size, n_x, n_out, n_matrices, dtype.size)
-    return _of_few_rows(side, block_size, n_x, n_matrices, dtype)
-
-
-def _of_few_rows(side: Side, block_size: int, n_x: int, n_matrices: int, dtype: mx.Dtype) -> Kernel:
-    """Return the kernel of blocks and few rows of x, which is bound by reading the blocks."""
-    vectors = side.longest_row * -(-block_size // 4)  # of four values, in the longest block-row
-    # One simdgroup for every 32 of them, 8 at most.
-    simdgroups = min(8, power_of_two(-(-vectors // 32)))
-    strip, steps = _few_rows_strip(block_size, dtype.size, side.perm is not None)
-    template = {
-        "OUT": dtype,
-        "ROWS": 1 if n_x == 1 else 8,
-        "STRIP": strip,
-        "STEPS": steps if vectors > 8 else 1,
-        "GROUPS": simdgroups,
-    }
-    threads = 32 * simdgroups
-    grid = (side.n_block_rows * -(-block_size // strip) * threads, 1, n_matrices)
-    return Kernel("spmm_few", template, grid, threads)
-
-
-def _few_rows_strip(block_size: int, itemsize: int, transposed: bool) -> tuple[int, int]:
-    """Return the outputs of a threadgroup of ``spmm_few``, and the steps that it loads at once.
-
-    As many as leave a lane below 104 registers, by the counts of clang's amdgcn output. Outputs are
-    a multiple of 8.
-    """
-    strips = -(-block_size // (40 if itemsize == 4 else 48))
-    strip = 32 if block_size % 32 == 0 else round_up(-(-block_size // strips), 8)
-    loads = strip // 4 if not transposed else max(4, round_up(strip, 16) // 4)  # of a step
-    most = 4 if itemsize == 4 or block_size % 4 else 8
-    return strip, 2 if loads <= most else 1
 
 
 def _by_tiles(block_size: int, n_x: int, n_out: int, n_matrices: int, itemsize: int) -> Kernel:
@@ -263,7 +227,7 @@ def _suits_tensor_units(block_size: int, n_x: int, dtype: mx.Dtype) -> bool:
     return suits and n_x >= tuned.METAL_TENSOR_ROWS
 
 
-def _by_tensor_units(side: Side, block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
+def _by_tensor_units(block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
     """Return the kernel of blocks and many rows of x, by the tensor units of the M5 and later."""
     # A simdgroup takes 32 rows of x, and 32 outputs where they divide the block: as MLX's own do.
     cols = next(cols for cols in (32, 48, 16) if block_size % cols == 0)

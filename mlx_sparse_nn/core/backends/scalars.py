@@ -133,27 +133,29 @@ def share(
     Args:
         n_x: Rows of x.
         block_size: Side of the blocks.
-        n_block_rows, n_blocks, longest: Of the side; ``longest`` in blocks.
+        n_block_rows: Of the side.
+        n_blocks: Blocks of the side.
+        longest: Those of its longest block-row.
         lanes: As many as the mean row asks for.
     """
     least = tuned.COLUMNS_OF_SCALARS if block_size < 8 else tuned.COLUMNS_OF_BLOCKS
     width = min(32, power_of_two(n_x)) if n_x >= least else 1
     # Each lane holds up to 4 rows of x, evenly.
     held = -(-n_x // (width * -(-n_x // (4 * width)))) if width > 1 else min(4, n_x)
-    root, n_rows = isqrt(longest * block_size), n_block_rows * block_size
-    if longest * block_size > tuned.MAX_ROUNDS * lanes and width == 1:
-        lanes = max(lanes, 4, power_of_two(root // 128))
+    # As long a piece as the square root of a row leaves as many partial sums as it has values.
+    root, n_rows = power_of_two(isqrt(longest * block_size) + 1) // 2, n_block_rows * block_size
+    if longest * block_size > tuned.MAX_ROUNDS * lanes:
+        lanes = max(lanes, tuned.MIN_PIECE // tuned.MAX_ROUNDS, root // tuned.MAX_ROUNDS)
     lanes = min(32 // width, lanes)
     while n_rows * lanes * width > MAX_THREADS and lanes * width > 1:
         lanes, width = (lanes // 2, width) if lanes > 1 else (lanes, width // 2)
     rows = held * width
-    # As long a piece as the square root of the row leaves as many partial sums as it has values.
-    limit = max(tuned.MIN_PIECE, tuned.MAX_ROUNDS * lanes, power_of_two(root + 1) // 2)
+    limit = max(tuned.MIN_PIECE, tuned.MAX_ROUNDS * lanes, root)
     if n_rows * lanes * width * -(-n_x // rows) >= tuned.THREADS_TO_FILL_GPU:
+        # Even rows may be longer: no lane waits for others.
         even = max(tuned.MAX_EVEN_PIECE, 4 * tuned.MAX_ROUNDS * lanes)
-        piece = limit = max(
-            limit, min(even, power_of_two(2 * n_blocks // n_block_rows * block_size))
-        )
+        twice_mean = power_of_two(2 * n_blocks // n_block_rows * block_size)
+        piece = limit = max(limit, min(even, twice_mean))
     else:
         filling = power_of_two(n_blocks * block_size**2 // tuned.PIECES_TO_FILL_GPU)
         piece = min(limit, max(tuned.MIN_PIECE, filling))
