@@ -35,6 +35,7 @@ ROWS = (1, 16, 4096)
 BLOCK_SIZES = (16, 32, 64, 128)
 DENSITIES = (0.05, 0.1, 0.2, 0.5)
 QUBITS = (16, 20, 24)
+COLUMNS = (1, 4, 16, 64)  # of X, beside a graph
 
 
 def call_ms(run: Callable[[int], Any], synchronize: Callable[[], None], calls: int) -> float:
@@ -104,13 +105,26 @@ def mlx_times(f: Callable, x: Any, following: Callable = lambda y: y) -> dict[st
     }
 
 
-def torch_times(f: Callable, inputs: list) -> dict[str, float]:
-    """Return the replay and kernel times of a PyTorch function over ready inputs, one by one."""
+def torch_times(f: Callable, inputs: list, replay: bool = True) -> dict[str, float]:
+    """Return the replay and kernel times of a PyTorch function over ready inputs, one by one.
+
+    Without ``replay``, its plain calls: where kernels take so long that launches do not count.
+    """
     import torch  # pyright: ignore[reportMissingImports]
 
     calls = 100 if inputs[0].numel() < 2**20 else 16
     f(inputs[0])
     torch.cuda.synchronize()
+    if not replay:
+
+        def plain(calls):
+            for i in range(calls):
+                f(inputs[i % len(inputs)])
+
+        return {
+            "call": call_ms(plain, torch.cuda.synchronize, calls),
+            "kernel": kernel_ms(plain, torch.cuda.synchronize, calls),
+        }
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for i in range(calls):
@@ -277,6 +291,94 @@ def measure_ising() -> list[dict]:
     return results
 
 
+def graph(kind: str) -> tuple[Any, Any]:
+    """Return ``indptr`` and ``indices`` of a square matrix: rows of equal lengths, or a power law.
+
+    Of the power law, half of 10^6 rows have one value or two, the mean 7, and the longest 10^5.
+    """
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    if kind == "equal":
+        lengths = np.full(2**20, 16)
+    else:
+        n = 10**6
+        lengths = rng.permutation(np.maximum(1, 1e5 / np.arange(1, n + 1) ** 0.8).astype(np.int64))
+    indptr = np.concatenate([[0], np.cumsum(lengths)])
+    columns = rng.integers(0, lengths.size, indptr[-1])
+    order = np.argsort(np.repeat(np.arange(lengths.size), lengths) * lengths.size + columns)
+    return indptr, columns[order]
+
+
+def measure_graphs() -> list[dict]:
+    """Time float32 graphs times columns, forward and with both gradients, beside cuSPARSE."""
+    import mlx.core as mx
+    import numpy as np
+    import torch  # pyright: ignore[reportMissingImports]
+
+    from mlx_sparse_nn import CSRPattern, spmm
+
+    results = []
+    for kind in ("equal", "power law"):
+        indptr, indices = graph(kind)
+        n, nnz = indptr.size - 1, indices.size
+        pattern = CSRPattern(indptr, indices, (n, n))
+        means = np.repeat(np.diff(indptr), np.diff(indptr))  # so that no product overflows
+        values = (np.random.default_rng(1).random(nnz) / means).astype(np.float32)
+        data = mx.array(values)
+        rows, columns = (torch.from_numpy(a.astype(np.int32)) for a in (indptr, indices))
+        sparse = torch.sparse_csr_tensor(rows, columns, torch.from_numpy(values), (n, n)).cuda()
+        turned = sparse.to_sparse_coo().t().coalesce().to_sparse_csr()
+        parts = turned.crow_indices().int(), turned.col_indices().int(), turned.values()
+        transposed = torch.sparse_csr_tensor(*parts, (n, n))
+        for p in COLUMNS:
+            X, G = mx.random.normal((n, p)), mx.random.normal((n, p))
+            mx.eval(X, G, data)
+            tX, tG = (torch.from_numpy(np.array(a)).cuda() for a in (X, G))
+
+            def product(data, X):
+                return spmm(data, pattern, X.T).T  # noqa: B023
+
+            def gradients(X):
+                outputs, found = mx.vjp(product, [data, X], [G])  # noqa: B023
+                return *outputs, *found
+
+            def torch_gradients(X):
+                y, d_X = sparse @ X, transposed @ tG  # noqa: B023
+                return y, torch.sparse.sampled_addmm(sparse, tG, X.t(), beta=0.0), d_X  # noqa: B023
+
+            y, d_data, d_X = (np.array(a) for a in gradients(X))
+            ty, td_data, td_X = torch_gradients(tX)
+            for ours, theirs in ((y, ty), (d_data, td_data.values()), (d_X, td_X)):
+                error = np.abs(ours - theirs.cpu().numpy()).max()
+                if not error < 1e-3:
+                    raise SystemExit(f"{kind}, {p} columns: wrong by {error}")
+            cell = {"graph": kind, "rows": n, "nnz": nnz, "longest": int(np.diff(indptr).max())}
+            cell |= {"columns": p, "ours": mlx_times(lambda X: product(data, X), X)}  # noqa: B023
+            cell["cusparse"] = torch_times(lambda X: sparse @ X, [tX], replay=False)  # noqa: B023
+            cell["ours, gradients"] = mlx_times(gradients, X, following=lambda found: found[2])
+            cell["cusparse, gradients"] = torch_times(torch_gradients, [tX], replay=False)
+            results.append(cell)
+            print(cell, flush=True)
+    return results
+
+
+def graphs(cells: list[dict]) -> str:
+    """Return the table of graphs."""
+    lines = [
+        "| graph | longest row | columns | forward, ms | cuSPARSE | and gradients | cuSPARSE |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    kinds = ("ours", "cusparse", "ours, gradients", "cusparse, gradients")
+    for c in cells:
+        times = " | ".join(f"{c[kind]['kernel']:.3f}" for kind in kinds)
+        lines.append(
+            f"| {c['graph']}, {c['rows']:,} rows, {c['nnz'] / c['rows']:.0f} values a row "
+            f"| {c['longest']:,} | {c['columns']} | {times} |"
+        )
+    return "\n".join(lines)
+
+
 def table(results: dict) -> str:
     """Return the README's table."""
     lines = [
@@ -409,17 +511,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--readme", action="store_true", help="only make table and plot")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--only", choices=["layers", "training", "ising"], action="append")
+    parser.add_argument(
+        "--only", choices=["layers", "training", "ising", "graphs"], action="append"
+    )
     args = parser.parse_args()
     if args.readme:
         results = json.loads(RESULTS.read_text())
         write_table("gpu", table(results))
         write_table("gpu_aims", aims(results), "benchmarks/README.md")
+        write_table("gpu_graphs", graphs(results.get("graphs", [])), "benchmarks/README.md")
         plot(results)
         return
     import torch  # pyright: ignore[reportMissingImports]
 
-    parts = {"layers": measure_layers, "training": measure_training, "ising": measure_ising}
+    parts = {
+        "layers": measure_layers,
+        "training": measure_training,
+        "ising": measure_ising,
+        "graphs": measure_graphs,
+    }
     results: dict[str, Any] = {"device": torch.cuda.get_device_name()}
     for name, measure in parts.items():
         if args.only is None or name in args.only:

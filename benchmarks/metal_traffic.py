@@ -43,8 +43,8 @@ def measure(density: float, block_size: int, n: int) -> dict[str, Any]:
     rows = template["ROWS"]
     few = launch.kernel.endswith("few")
     row_tiles = math.ceil(n / rows)
-    # A group of the few-rows kernel owns 16 outputs, one of the tiled kernel a whole block-row.
-    strips = block_size // 16 if few else 1
+    # A group of the few-rows kernel owns 16 outputs, one of the tiled kernel those of its tile.
+    strips = block_size // (16 if few else template["WIDTH"])
     expected = (
         data.nbytes * row_tiles
         + x.itemsize * pattern.n_blocks * block_size * n * strips

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from mlx_sparse_nn import CSRPattern, sddmm, spmm, spmm_t
-from mlx_sparse_nn.core.backends import choose, cuda, launch, naive
+from mlx_sparse_nn.core.backends import choose, cuda, few_rows, launch, naive, scalars
 from mlx_sparse_nn.diagnostics.rounding import to_numpy, tolerance
 
 ROOT = Path(__file__).parents[1]  # of the repository
@@ -92,7 +92,13 @@ def apple_gpu(architecture: str = "applegpu_g17s", macos: str = "26.2") -> Itera
 @contextmanager
 def fresh_launches() -> Iterator[None]:
     """Forget the kernels and launches that are kept, before and after."""
-    caches = (launch._function, cuda._prepared, cuda._gradient_tile)
+    caches = (
+        launch._function,
+        cuda._prepared,
+        cuda._gradient_tile,
+        few_rows._launches,
+        scalars._launches,
+    )
     for kept in caches:
         kept.cache_clear()
     yield

@@ -46,8 +46,25 @@ GROUP_THREADS = 256  # of a thread block, where the kernel leaves it open
 # Up to this many rows of x, reading the stored values is what bounds a product of blocks.
 METAL_FEW_ROWS = 8
 CUDA_FEW_ROWS = 16
-# Rounds of 32 values after which a long row of values is shared by a whole thread block.
+# Scalars. Values that a lane takes one after the other; a row of more is long, and cut into pieces.
+# A piece of MIN_PIECE values is worth the search for its row. Where rows are even and fill a GPU, a
+# second launch gains nothing: up to twice the mean row, there may be four times as many rounds, or
+# MAX_EVEN_PIECE values where all lanes lie along rows of x. Where they do not, pieces shall.
 MAX_ROUNDS = 64
+MIN_PIECE = 256
+MAX_EVEN_PIECE = 1024
+THREADS_TO_FILL_GPU = 1 << 17
+PIECES_TO_FILL_GPU = 1 << 13
+# Rows of x from which lanes lie along them, and x by columns: a value then reads one cache line of
+# x for up to 32 rows, not one for each. Blocks of 8 and more read whole lines along a row of x too.
+COLUMNS_OF_SCALARS = 4
+COLUMNS_OF_BLOCKS = 17
+# Threadgroups of few rows of x that fill a GPU: four a core of 40. Where there are fewer, or a
+# block-row is this many times as long as the mean, long ones are cut into pieces, of no fewer
+# vectors of four values than two turns of 8 simdgroups.
+METAL_FEW_GROUPS = 160
+METAL_FEW_LONG = 4
+METAL_FEW_PIECE = 256
 # Metal: threadgroups that keep a GPU busy with a weight gradient, and rows of x that each sums.
 METAL_GRADIENT_GROUPS = 256
 METAL_ROWS_PER_SPLIT = 256
@@ -55,6 +72,27 @@ METAL_ROWS_PER_SPLIT = 256
 # threadgroup, as in MLX's own tiles. Never timed.
 METAL_TENSOR_ROWS = 17
 METAL_TENSOR_THREADS = 512
+# Metal: the smallest blocks that 8 x 8 products take, filled up with zeros, and the most outputs of
+# a block that a threadgroup has.
+METAL_SMALLEST_TILED = 4
+METAL_MAX_WIDTH = 128
+METAL_WIDE = 96  # outputs up to which it has 128 rows of x, and above 64
+# Up to this many rows of x, reading blocks is what a product by tiles waits for.
+METAL_SOME_ROWS = 32
+# Bytes of a row of a stage, and the most values of one: 15 KB in 16 bits, of 60 that a core has.
+METAL_DEPTH_BYTES = 64
+METAL_STAGE_VALUES = 7680
+# Blocks of one block-row whose gradients a thread sums, by block size: it holds up to 49 sums. From
+# so many rows of x on, 8 threads share them, and read x and y by columns.
+METAL_SAMPLED_BLOCKS = {1: 4, 2: 4, 3: 2, 4: 2, 5: 1, 6: 1, 7: 1}
+METAL_SAMPLED_COLUMNS = 8
+# Metal, quantized blocks. Up to so many rows of x by scalar products: 8 x 8 products would take as
+# long as 8 rows, 1.4 times the time of reading 4 bits.
+METAL_QUANTIZED_FEW_ROWS = 4
+# Up to so many, factors go from device memory to registers, and blocks are read once.
+METAL_QUANTIZED_ROWS = 32
+# For more, threadgroups that keep a GPU busy: four for each of 40 cores.
+METAL_QUANTIZED_GROUPS = 160
 # CUDA, the same for gradients by scalars.
 CUDA_GRADIENT_GROUPS = 1024
 CUDA_ROWS_PER_SPLIT = 64
@@ -84,6 +122,14 @@ class Tile(NamedTuple):
     stages: int
 
 
+class SimdTile(NamedTuple):
+    """How the simdgroups of Metal's ``spmm_tiles`` share the outputs of a block."""
+
+    tiles_n: int  # 8 x 8 products of a simdgroup along the rows of x
+    simds_o: int  # simdgroups along the outputs
+    tiles_o: int  # products of each of them along the outputs
+
+
 class GradientTile(NamedTuple):
     """A thread block of ``sddmm_tiles``."""
 
@@ -93,6 +139,34 @@ class GradientTile(NamedTuple):
     depth: int  # of a stage, in rows of x
     stages: int
 
+
+class SamplingTile(NamedTuple):
+    """A threadgroup of Metal's ``sddmm_tiles``, of 4 simdgroups."""
+
+    simds_i: int  # simdgroups along the rows of a block
+    tiles_i: int  # 8 x 8 tiles of a simdgroup along them
+    tiles_k: int  # and along a strip: some columns of a block
+    strips: int  # of a simdgroup
+
+
+class QuantizedTile(NamedTuple):
+    """A threadgroup of ``qspmm_tiles``."""
+
+    side: int  # outputs
+    rows: int  # of x
+    across: int  # simdgroups along the outputs
+    simdgroups: int
+
+
+# The largest first. A simdgroup has 32 x 32 sums, half a load from threadgroup memory for a product
+# of 8 x 8, and 100 registers a lane; in the last one 16 x 32, and three quarters of a load.
+METAL_QUANTIZED_TILES = (
+    QuantizedTile(128, 64, 4, 8),
+    QuantizedTile(64, 128, 2, 8),
+    QuantizedTile(64, 64, 2, 4),
+    QuantizedTile(32, 128, 1, 4),
+    QuantizedTile(32, 64, 1, 4),
+)
 
 # By block size: for over 64 rows of x where a thread block may have 160 KB of shared memory, and
 # for all else, within 48 KB.
@@ -115,6 +189,38 @@ GRADIENT_TILES = {
     32: GradientTile(4, 1, 4, 32, 4),
     64: GradientTile(2, 2, 2, 64, 3),
     128: GradientTile(1, 2, 4, 32, 4),
+}
+# By the outputs of a block over 8: at most 24 products a simdgroup, which bounds its registers, and
+# at most .5 loads a product from 48 outputs on, as in MLX's dense kernel.
+METAL_TILES = {
+    1: SimdTile(8, 1, 1),
+    2: SimdTile(8, 1, 2),
+    3: SimdTile(4, 1, 3),
+    4: SimdTile(4, 1, 4),
+    5: SimdTile(4, 1, 5),
+    6: SimdTile(8, 2, 3),
+    7: SimdTile(4, 2, 4),
+    8: SimdTile(4, 2, 4),
+    9: SimdTile(8, 3, 3),
+    10: SimdTile(4, 2, 5),
+    11: SimdTile(4, 3, 4),
+    12: SimdTile(4, 3, 4),
+    13: SimdTile(4, 3, 5),
+    14: SimdTile(4, 3, 5),
+    15: SimdTile(4, 3, 5),
+    16: SimdTile(4, 4, 4),
+}
+# Metal, by block size over 8, rounded up; larger blocks are cut. As many tiles for each load as
+# leave a thread within 104 registers and a threadgroup within 16 KB.
+METAL_SAMPLING_TILES = {
+    1: SamplingTile(1, 1, 1, 4),
+    2: SamplingTile(1, 2, 2, 2),
+    3: SamplingTile(1, 3, 3, 1),
+    4: SamplingTile(1, 4, 4, 1),
+    5: SamplingTile(1, 5, 5, 1),
+    6: SamplingTile(2, 3, 6, 1),
+    7: SamplingTile(2, 4, 7, 1),
+    8: SamplingTile(2, 4, 4, 1),
 }
 
 # The dtypes of kernels, ordered by use: membership is tested at every call.

@@ -21,12 +21,12 @@ METAL_FUNC vec<T, 4> load4(const device T* p) {
   return *(const device typename packed4<T>::type*)p;
 }
 
-// The first `count` of four elements, and zeros behind them.
+// The elements of four from `from` on and before `end`, and zeros elsewhere.
 template <typename T>
-METAL_FUNC vec<T, 4> cut4(vec<T, 4> v, const int count) {
+METAL_FUNC vec<T, 4> cut4(vec<T, 4> v, const int end, const int from = 0) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    if (i >= count) {
+    if (i < from || i >= end) {
       v[i] = T(0);
     }
   }
@@ -64,20 +64,4 @@ METAL_FUNC float sum_lanes(float value) {
     value += simd_shuffle_xor(value, bit);
   }
   return value;
-}
-
-// The block-row of stored block j: the last one that begins at j or before it.
-template <typename Pointer>
-METAL_FUNC int row_of(Pointer indptr, const int R, const int j) {
-  int low = 0;
-  int high = R - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (indptr[middle] <= j) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
 }

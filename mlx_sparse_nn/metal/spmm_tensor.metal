@@ -16,21 +16,24 @@
 //   One group owns one block-row and ROWS rows of x, one simdgroup of it 32 rows and COLS outputs.
 // Template
 //   T half or bfloat; B a multiple of 16, 16 to 128; INSIDE columns of the last block-column, 1 to
-//   B; ROWS of x in a tile, a multiple of 32; COLS 16, 32, 48 or 64, a divisor of B; TRANSPOSED and
-//   BIAS 0 or 1.
+//   B; ROWS of x in a tile, a multiple of 32; WHOLE 1 where N is a multiple of 32, else 0; COLS 16,
+//   32 or 48, a divisor of B; TRANSPOSED and BIAS 0 or 1.
 // Sums in float32: blocks in stored order, those of a block in the order of the hardware, then the
 // bias.
 //
 // Specification: Metal Shading Language 4, sections 2.21 and 7.2. Tensors of half and bfloat have
-// the alignment of an element, so x and data may begin at any. Extents bound what is read: rows of
-// x past the last one leave sums that are not stored, and columns outside the matrix are not part
-// of the product (K is dynamic), since a nan there times zero would be nan. A tensor begins at the
-// slice itself, because slice() of a large tensor goes wrong from 2 GB on (llama.cpp #28748).
+// the alignment of an element, so x and data may begin at any. Extents bound what is read, and are
+// static where nothing is cut: then the operation looks at no bound. Rows of x past the last one
+// leave sums that are not stored. Columns outside the matrix are not part of the product, since a
+// nan there times zero would be nan. Tensors begin at the slice itself, because slice() of a large
+// one goes wrong from 2 GB on (llama.cpp #28748).
 
 #include "tensor_units.h"
 
-constexpr int TILE = 32;           // rows of x of a simdgroup
-constexpr int TILES_O = B / COLS;  // simdgroups side by side over the outputs
+constexpr int TILE = 32;                                 // rows of x of a simdgroup
+constexpr int TILES_O = B / COLS;                        // simdgroups side by side over the outputs
+constexpr size_t WIDTH = WHOLE ? TILE : dynamic_extent;  // rows of x,
+constexpr size_t DEPTH = INSIDE < B ? dynamic_extent : B;  // and k, of a product
 
 const int r = threadgroup_position_in_grid.x;
 const int v = threadgroup_position_in_grid.z;
@@ -49,7 +52,7 @@ if (n0 >= N) {
 // contiguous axis.
 typedef tensor<device T, dextents<int, 2>, tensor_inline> Operand;
 constexpr auto form = mpp::tensor_ops::matmul2d_descriptor(
-    TILE, COLS, static_cast<int>(dynamic_extent), false, !TRANSPOSED, false,
+    TILE, COLS, static_cast<int>(DEPTH), false, !TRANSPOSED, false,
     mpp::tensor_ops::matmul2d_descriptor::mode::multiply_accumulate);
 mpp::tensor_ops::matmul2d<form, execution_simdgroup> product;
 auto acc = product.template get_destination_cooperative_tensor<Operand, Operand, float>();
@@ -67,10 +70,13 @@ for (int j = indptr[r]; j < end; j++) {
   const device T* block = data + ((size_t)v * indices_shape[0] + stored) * (B * B);
   const int col = indices[j] * B;
   const int depth = INSIDE < B ? min(B, n_inside - col) : B;  // k in the matrix
-  Operand xs((device T*)(x_panel + col), dextents<int, 2>(depth, N - n0), array<int, 2>{1, n_cols});
-  Operand ws((device T*)(block + (TRANSPOSED ? o0 : o0 * B)),
-             TRANSPOSED ? dextents<int, 2>(COLS, depth) : dextents<int, 2>(depth, COLS),
-             array<int, 2>{1, B});
+  Operand x_part((device T*)(x_panel + col), dextents<int, 2>(depth, N - n0),
+                 array<int, 2>{1, n_cols});
+  Operand w_part((device T*)(block + (TRANSPOSED ? o0 : o0 * B)),
+                 TRANSPOSED ? dextents<int, 2>(COLS, depth) : dextents<int, 2>(depth, COLS),
+                 array<int, 2>{1, B});
+  auto xs = x_part.template slice<DEPTH, WIDTH>(0, 0);
+  auto ws = w_part.template slice<TRANSPOSED ? COLS : DEPTH, TRANSPOSED ? DEPTH : COLS>(0, 0);
   product.run(xs, ws, acc);
 }
 
@@ -80,7 +86,7 @@ for (ushort i = 0; i < acc.get_capacity(); i++) {
     const auto at = acc.get_multidimensional_index(i);  // output, row of x
     const int row = r * B + o0 + at[0];
     const int n = n0 + at[1];
-    if (n < N) {
+    if (WHOLE || n < N) {
       const float b = BIAS ? float(bias[row]) : 0.0f;
       y[((size_t)v * N + n) * n_rows + row] = T(acc[i] + b);
     }

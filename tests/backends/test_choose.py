@@ -57,9 +57,13 @@ def test_metal_takes_its_dtypes_and_whatever_has_elements(op):
 
 
 @pytest.mark.parametrize("op", ["qspmm", "qspmm_t"])
-def test_quantized_blocks_have_no_kernel_on_a_gpu_yet(op):
-    with computing(metal, cuda, plain):
-        assert name_of(op, 32, 4, mx.bfloat16, bits=4) == "plain"
+def test_quantized_blocks_have_kernels_on_metal_and_none_on_cuda_yet(op):
+    for backend, name in ((metal, "metal"), (cuda, "plain")):
+        with computing(backend, plain):
+            for n_x in (1, 100):
+                assert name_of(op, 96, n_x, mx.bfloat16, bits=4) == name
+            assert name_of(op, 32, 0, mx.bfloat16, bits=4) == "plain"
+            assert name_of(op, 32, 4, mx.bfloat16, n_blocks=0, bits=4) == "plain"
 
 
 def test_a_kernel_is_not_chosen_while_vmap_traces():

@@ -171,6 +171,63 @@ def test_several_matrices_of_one_pattern(filled, block_size):
         assert_equal(y, naive.spmm(data, pattern, x))
 
 
+@pytest.fixture
+def short_pieces(monkeypatch):
+    """Cut pieces so short that small patterns have many."""
+    monkeypatch.setattr(tuned, "MIN_PIECE", 32)
+    monkeypatch.setattr(tuned, "MAX_EVEN_PIECE", 32)
+    monkeypatch.setattr(tuned, "MAX_ROUNDS", 2)
+
+
+def skewed(kind, block_size=1):
+    """Return a pattern with long rows, beside which rows are short or empty."""
+    heavy, n_cols = 330 // block_size + 1, 340 // block_size
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(0, 5, 60)
+    if kind == "heavy":
+        lengths[7], lengths[50] = heavy, heavy - 13
+    if kind == "neighbours":  # which meet within a piece, an empty row between them
+        lengths[30:34] = heavy, 0, heavy, heavy
+    if kind == "all":
+        lengths = np.array([n_cols] * 5)
+    if kind == "one":
+        lengths = np.array([n_cols])
+    return pattern_of([rng.permutation(n_cols)[:m] for m in lengths], n_cols, block_size)
+
+
+@pytest.mark.parametrize("n", [1, 3, 6, 33])
+@pytest.mark.parametrize("kind", ["heavy", "neighbours", "all", "one"])
+def test_long_rows(short_pieces, kind, n):
+    """They are summed in pieces, wherever these are cut; their columns, transposed, too."""
+    pattern = skewed(kind)
+    assert check(pattern, n, mx.float32).count("spmm_csr") >= 4  # with a bias, and without
+    check(pattern.T, n, mx.bfloat16)
+
+
+@pytest.mark.parametrize("n", [1, 2, 9])
+@pytest.mark.parametrize("block_size", [3, 8])
+def test_long_rows_of_blocks_that_reach_past_the_matrix(short_pieces, block_size, n):
+    pattern = trimmed(skewed("neighbours", block_size), 1, 1)
+    assert check(pattern, n, mx.float32).count("spmm_csr") >= 4
+
+
+@pytest.mark.parametrize("n", [4, 31, 32, 33, 65, 100, 129])
+@pytest.mark.parametrize("block_size", [1, 3, 12])
+def test_many_rows_of_x_by_scalars(block_size, n):
+    """Lanes lie along them: their last ones may have none, and x may begin anywhere."""
+    pattern = random_pattern(3, 4, block_size, density=0.7)
+    check(pattern, n, mx.float16, ["spmm_csr"], offset=1)
+
+
+def test_long_rows_of_several_matrices(short_pieces):
+    pattern = skewed("heavy")
+    data, x = integers((2, pattern.n_blocks), 1), integers((2, 5, pattern.shape[1]), 2)
+    with emulated() as emulation:
+        y = mx.vmap(lambda data, x: spmm(data, pattern, x))(data, x)
+        assert_equal(y, naive.spmm(data, pattern, x))
+    assert emulation.names == ["spmm_csr", "spmm_csr"]
+
+
 FAULTS = {
     "spmm_tiles": [("wait_copies<STAGES - 2>();", ""), ("__syncthreads();", "")],
     "spmm_wgmma": [

@@ -5,12 +5,14 @@ The kernels themselves run on an emulator in ``test_cuda.py``, and on an NVIDIA 
 ``make test-device``.
 """
 
+import math
 import re
 import subprocess
 import sys
 import threading
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from support import (
     assert_equal,
@@ -150,6 +152,34 @@ def test_a_panel_has_room_for_its_blocks(launches, full):
     assert name == "mlx_sparse_nn_sddmm_panels"
     shares = grid[0] // group[0] // 4  # thread blocks of each of the 4 panels
     assert shares * 128 >= max(sum(map(len, lists[i : i + 16])) for i in range(0, 64, 16))
+
+
+@pytest.mark.parametrize("n", [1, 4, 16])
+@pytest.mark.parametrize("architecture", ["sm_90"], indirect=True)
+def test_threads_follow_the_stored_values_of_a_graph(launches, n):
+    """A power law: the longest of 10^6 rows, of 10^5 values, does not decide for the others."""
+    lengths = np.maximum(1, 1e5 / np.arange(1, 10**6 + 1) ** 0.7).astype(np.int64)
+    indptr = np.concatenate([[0], np.cumsum(lengths)])
+    indices = np.random.default_rng(0).integers(0, 10**6, indptr[-1], dtype=np.int32)
+    pattern = CSRPattern(indptr, indices, (10**6, 10**6), 1)
+    data, x = mx.ones(pattern.data_shape), mx.zeros((n, 10**6))
+    for product in (lambda: spmm(data, pattern, x), lambda: sddmm(pattern, x, x)):
+        launches.clear()
+        product()
+        assert sum(math.prod(launch[2]) for launch in launches) <= 2 * pattern.n_blocks * n
+        assert all(launch[1]["LONG"] for launch in launches)
+
+
+@pytest.mark.parametrize("architecture", ["sm_90"], indirect=True)
+def test_a_long_row_among_8_million_fits_the_grid(launches):
+    """Its 256 threads for each row made a TypeError of MLX's."""
+    indptr = np.zeros(2**23 + 1, np.int32)
+    indptr[6:] = 2049
+    pattern = CSRPattern(indptr, np.arange(2049, dtype=np.int32), (2**23, 4096), 1)
+    spmm(mx.ones(2049), pattern, mx.zeros((1, 4096)))
+    sddmm(pattern, mx.zeros((1, 2**23)), mx.zeros((1, 4096)))
+    assert len(launches) == 3
+    assert all(max(launch[2]) < 2**31 for launch in launches)
 
 
 @pytest.fixture

@@ -13,9 +13,10 @@ from support import apple_gpu, computing
 from test_metal import BLOCK_SIZES, DTYPES
 
 import mlx_sparse_nn
-from mlx_sparse_nn import BlockSparseLinear, CSRPattern, sddmm, spmm, spmm_t
+from mlx_sparse_nn import BlockSparseLinear, CSRPattern, qspmm, qspmm_t, sddmm, spmm, spmm_t
 from mlx_sparse_nn.core.backends import metal as backend
 from mlx_sparse_nn.core.backends import plain
+from mlx_sparse_nn.core.quantized import BITS
 
 
 def make_model():
@@ -74,6 +75,31 @@ def test_a_training_step_is_traced_through_mlx_without_values(tmp_path):
     assert graph.read_text().count("CustomKernel") == 4 + 4 + 3
 
 
+def test_a_step_through_a_quantized_layer_is_traced_too(tmp_path):
+    graph = tmp_path / "step.dot"
+    with metal_emulator.metal_available():
+        layer = BlockSparseLinear(64, 96, density=0.5).to_quantized()
+
+        def step(x):
+            outputs = mx.value_and_grad(lambda x: (layer(x) ** 2).sum())(x)
+            mx.export_to_dot(str(graph), *outputs)
+            return outputs
+
+        with pytest.raises(ValueError, match="Unable to get state for primitive CustomTransforms"):
+            inspect.unwrap(mx.export_function)(lambda _: None, step, mx.ones((20, 64)))
+    assert graph.read_text().count("CustomKernel") == 2
+
+
+def quantized_products():
+    """Every bits, dtype and kernel; test_metal_quantized.py compiles many more."""
+    pattern = CSRPattern([0, 1, 3], [1, 0, 1], (64, 64), 32)
+    for bits in BITS:
+        for dtype, n in zip(DTYPES, (1, 8, 40), strict=True):
+            matrix = mx.quantize(mx.ones(pattern.data_shape, dtype), 32, bits)
+            x = mx.ones((n, 64), dtype)
+            mx.eval(qspmm(*matrix, pattern, x, x[0]), qspmm_t(*matrix, pattern, x))
+
+
 def test_every_variant_compiles_from_the_source_that_mlx_would_compile(metal):
     """Each launch compiles MLX's own text: signature, attributes and template arguments."""
     seen = set()
@@ -97,6 +123,7 @@ def test_every_variant_compiles_from_the_source_that_mlx_would_compile(metal):
         mx.eval(
             spmm(mx.ones(pattern.data_shape, mx.float16), pattern, mx.ones((17, 16), mx.float16))
         )
+    quantized_products()
     for launch in metal.launches:
         assert f"void custom_kernel_{launch.kernel}" in launch.source
         assert "[[kernel]]" in launch.source

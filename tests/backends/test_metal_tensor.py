@@ -11,6 +11,8 @@ import metal_emulator
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support import (
     ROOT,
     apple_gpu,
@@ -81,6 +83,34 @@ def test_products(m5, block_size, n, dtype):
     assert m5.launches[0].schedules == metal_emulator.SCHEDULES
 
 
+@st.composite
+def cases(draw):
+    """Draw a pattern (empty rows, repeats), a number of rows of x around every tile, a dtype."""
+    block = draw(st.sampled_from((16, 32, 48, 96)))
+    n_rows, n_cols = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    row = st.lists(st.integers(0, n_cols - 1), max_size=n_cols + 1)
+    rows = draw(st.lists(row, min_size=n_rows, max_size=n_rows).filter(any))
+    # Edges are always at the same place: each other is one more compilation.
+    below, behind = (draw(st.sampled_from([0, block // 2 | 1])) for _ in range(2))
+    n = draw(st.sampled_from([17, 31, 32, 33, 64, 65, 96, 97, 128, 130]))
+    return trimmed(pattern_of(rows, n_cols, block), below, behind), n, draw(st.sampled_from(DTYPES))
+
+
+@settings(max_examples=max(20, settings().max_examples // 2))
+@given(cases(), st.booleans())
+def test_drawn_products(m5, case, with_bias):
+    """Of small whole numbers, whose sums are exact: bit for bit."""
+    pattern, n, dtype = case
+    shapes = (pattern.data_shape, (n, pattern.shape[1]), (n, pattern.shape[0]), pattern.shape[:1])
+    small = (mx.clip(integers(shape, i), -1, 1).astype(dtype) for i, shape in enumerate(shapes))
+    data, x, y, bias = small
+    data = spoiled(pattern, data)
+    rest = (bias,) * with_bias
+    assert_equal(spmm(data, pattern, x, *rest), naive.spmm(data, pattern, x, *rest))
+    assert_equal(spmm_t(data, pattern, y), naive.spmm_t(data, pattern, y))
+    assert kernels(m5) == {KERNEL}
+
+
 @pytest.mark.parametrize("block_size", [80, 112])
 def test_sizes_that_32_does_not_divide(m5, block_size):
     pattern = pattern_of(ROWS, 3, block_size)
@@ -146,25 +176,26 @@ def test_gradients(m5):
     assert {name for name in kernels(m5) if "spmm" in name} == {KERNEL}
 
 
-def test_each_value_is_read_once_for_every_row_tile(m5):
-    """A simdgroup reads its share of a block once, and its rows of x once a block."""
+def test_bytes_of_a_product(m5):
+    """A simdgroup reads each part once: .125 bytes a multiply-accumulate, as MLX's own tiles do."""
     m5.count = True
     pattern = pattern_of([[0, 1]], 2, 64)
     data, x = mx.ones(pattern.data_shape, mx.float16), mx.ones((64, 128), mx.float16)
     mx.eval(spmm(data, pattern, x))
     counts = m5.launches[-1].counts
-    assert counts.read["data"] == 2 * data.nbytes  # two simdgroups of 32 rows
-    assert counts.read["x"] == x.nbytes
+    assert counts.read["data"] == 2 * data.nbytes  # for each 32 rows
+    assert counts.read["x"] == 2 * x.nbytes  # for each 32 outputs
     assert counts.macs == 64 * 64 * 128
     assert counts.barriers == counts.threadgroup_memory == 0
 
 
 FAULTS = {
     "columns outside are multiplied": ("min(B, n_inside - col)", "B"),
-    "K is static": ("static_cast<int>(dynamic_extent)", "B"),
+    "K is static": ("static_cast<int>(DEPTH)", "B"),
+    "all tiles are taken for whole": ("WHOLE ? TILE : dynamic_extent", "TILE"),
     "sums begin with anything": ("acc[i] = 0.0f;", ""),
     "sums begin anew": ("mode::multiply_accumulate", "mode::multiply"),
-    "rows past the last are stored": ("if (n < N)", "if (n < N + 1)"),
+    "rows past the last are stored": ("n < N)", "n < N + 1)"),
     "simdgroups past the last row go on": ("if (n0 >= N)", "if (n0 > N + B)"),
     "outputs and rows change places": ("at[0];", "at[1];"),
     "the elements of a thread are taken for a row": (

@@ -145,11 +145,18 @@ class TestFaultsAreNoticed:
 
 @pytest.mark.parametrize("n", [1, 12])
 @pytest.mark.parametrize("fault", [reversed_perm, columns_of_the_next_block, a_row_too_early])
-def test_faults_are_noticed_by_quantized_blocks(monkeypatch, fault, n):
-    quantized_products(n)
-    fault(monkeypatch)
-    with pytest.raises(AssertionError):
+class TestFaultsAreNoticedByQuantizedBlocks:
+    def test_on_the_chosen_backend(self, monkeypatch, fault, n):
         quantized_products(n)
+        fault(monkeypatch)
+        with pytest.raises(AssertionError):
+            quantized_products(n)
+
+    def test_on_metal(self, metal, monkeypatch, fault, n):
+        fault(monkeypatch)
+        with pytest.raises(AssertionError):
+            quantized_products(n)
+        assert metal.launches
 
 
 @given(

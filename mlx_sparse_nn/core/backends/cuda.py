@@ -8,13 +8,14 @@ from functools import cache, lru_cache
 import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
-from mlx_sparse_nn.core.backends import launch
+from mlx_sparse_nn.core.backends import launch, scalars
 from mlx_sparse_nn.core.backends.launch import (
     Kernel,
     KernelLaunch,
     lanes_per_row,
     launch_sddmm,
     launch_spmm,
+    power_of_two,
     prepare,
     round_up,
 )
@@ -33,13 +34,14 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
     """Return whether there is a kernel for a product.
 
     There is none for blocks of 8 and more and many rows of x, unless by tensor cores: MLX's own
-    batched products are made for these, and follow its own setting of TF32.
+    batched products are made for these, and follow its own setting of TF32. There is none for
+    quantized blocks yet.
     """
     block_size = layout.block_size
     by_tensor_cores = dtype != mx.float32 and (op != "sddmm" or block_size in tuned.GRADIENT_TILES)
-    if block_size >= 8 and n_x > tuned.CUDA_FEW_ROWS and not by_tensor_cores:
+    if bits or (block_size >= 8 and n_x > tuned.CUDA_FEW_ROWS and not by_tensor_cores):
         return False
-    return launch.takes(layout, n_x, dtype, n_matrices, bits)
+    return launch.takes(layout, n_x, dtype, n_matrices)
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
@@ -64,7 +66,8 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
         side = layout.rows
         arrays = [y, x, side.indptr, side.indices, side.indptr]  # the last one is not read
         return launched(arrays, (*x.shape[:-2], *layout.data_shape))
-    return launch_sddmm(NAME, kernel, layout, y, x, n_splits)
+    by_columns = kernel.template.get("WIDTH", 1) > 1
+    return launch_sddmm(NAME, kernel, layout, y, x, n_splits, by_columns)
 
 
 def _product(
@@ -85,8 +88,7 @@ def _product(
     elif _takes_streaming(side, block_size, n_x):
         choice = _streaming, n_matrices, n_out
     else:
-        lanes = lanes_per_row(side, block_size)
-        choice = _by_scalars, n_x, n_matrices, block_size, inside, n_out, transposed, lanes
+        return scalars.product(NAME, data, side, x, n_out, inside, bias)
     launched = _prepared(dtype, bias is not None, *choice)
     return launch_spmm(launched, data, side, x, n_out, bias)
 
@@ -109,23 +111,6 @@ def _streaming(n_matrices: int, n_out: int) -> Kernel:
     """Return the kernel of one row of x and short rows of scalars."""
     grid = (round_up(n_out, 64), 1, n_matrices)
     return Kernel("spmm_stream", {"ROWS": 64, "HELD": 1664}, grid, 64)
-
-
-def _by_scalars(
-    n_x: int,
-    n_matrices: int,
-    block_size: int,
-    inside: int,
-    n_out: int,
-    transposed: bool,
-    lanes: int,
-) -> Kernel:
-    """Return the kernel of all else, which reads blocks by scalars."""
-    rows, threads = 1 if n_x == 1 else 4, tuned.GROUP_THREADS
-    grid = (round_up(n_out * lanes, threads), -(-n_x // rows), n_matrices)
-    template = {"B": block_size, "INSIDE": inside, "ROWS": rows, "LANES": lanes}
-    template["TRANSPOSED"] = int(transposed)
-    return Kernel("spmm_csr", template, grid, threads)
 
 
 def _is_even(side: Side) -> bool:
@@ -190,11 +175,18 @@ def _by_tensor_cores(
 
 def _gradient_by_scalars(layout: Layout, n_x: int, n_matrices: int) -> tuple[Kernel, int]:
     """Return the kernel of weight gradients by scalars, and in how many parts the rows go."""
-    lanes, threads = min(32, lanes_per_row(layout.rows, layout.block_size)), tuned.GROUP_THREADS
-    width = round_up(layout.full_shape[0] * lanes, threads)
+    block_size, side, threads = layout.block_size, layout.rows, tuned.GROUP_THREADS
+    by_columns = block_size < 8 and n_x >= tuned.COLUMNS_OF_SCALARS
+    columns = min(8, power_of_two(n_x)) if by_columns else 1
+    lanes = min(32 // columns, lanes_per_row(side, block_size))
+    piece = max(1, max(tuned.MIN_PIECE, tuned.MAX_ROUNDS * lanes) // block_size)
+    width = round_up(layout.full_shape[0] * lanes * columns, threads)
+    if is_long := side.longest_row > piece:
+        width += round_up(-(-side.n_blocks // piece) * block_size * 32, threads)
     groups = width // threads * n_matrices
     n_splits = max(1, min(tuned.CUDA_GRADIENT_GROUPS // groups, n_x // tuned.CUDA_ROWS_PER_SPLIT))
-    template = {"B": layout.block_size, "LANES": lanes}
+    template = {"B": block_size, "LANES": lanes, "WIDTH": columns}
+    template |= {"PIECE": piece if is_long else 1, "LONG": int(is_long)}
     return Kernel("sddmm_csr", template, (width, 1, n_matrices), threads), n_splits
 
 

@@ -28,18 +28,23 @@ _BOUND = """#undef __global__
 """
 INPUTS = {
     "spmm": ("data", "indptr", "indices", "perm", "x", "bias"),
+    "spmm_few": ("data", "indptr", "indices", "perm", "x", "bias", "partial"),
+    "spmm_csr": ("data", "indptr", "indices", "perm", "x", "bias", "partial"),
+    "qspmm": ("packed", "scales", "biases", "indptr", "indices", "perm", "x", "bias"),
     "sddmm": ("y", "x", "indptr", "indices", "step"),
     "sum": ("partial",),
 }
+MAX_THREADS = 2**31 - tuned.GROUP_THREADS  # of a grid's side, which is an int, in whole groups
+MAX_GROUPS = 2**16 - 1  # of CUDA, along a grid's second and third side
 
 
-def takes(layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, bits: int) -> bool:
+def takes(layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int) -> bool:
     """Return whether kernels can compute a product with ``n_x`` rows of x, of operands of a dtype.
 
     They can for float32, float16 and bfloat16, every block size, and every shape and pattern with
-    at least one element, unless what MLX traces refuses kernels. Quantized blocks have none yet.
+    at least one element, unless what MLX traces refuses kernels.
     """
-    if bits or dtype not in tuned.KERNEL_DTYPES or tracing.refuses_kernels:
+    if dtype not in tuned.KERNEL_DTYPES or tracing.refuses_kernels:
         return False
     return layout.data_shape[0] * n_x * n_matrices > 0
 
@@ -47,13 +52,13 @@ def takes(layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, bits: int)
 def lanes_per_row(side: Side, block_size: int) -> int:
     """Threads that share a scalar row: one for every two values of the mean row, 32 at most.
 
-    Where the longest row would keep 32 threads at work for too many rounds, a whole thread block
-    takes each row.
+    There are fewer where the grid of all rows would be too large.
     """
     mean = side.n_blocks * block_size / side.n_block_rows
     lanes = min(32, power_of_two(int(mean) // 2))
-    rounds = side.longest_row * block_size / 32
-    return tuned.GROUP_THREADS if rounds > tuned.MAX_ROUNDS else lanes
+    while lanes > 1 and side.n_block_rows * block_size * lanes > MAX_THREADS:
+        lanes //= 2
+    return lanes
 
 
 def power_of_two(value: int) -> int:
@@ -105,7 +110,11 @@ def prepare(
         kernel: The kernel.
         dtype: Of its output.
         types: Further template arguments, dtypes first.
+
+    Raises:
+        ValueError: The grid is larger than a launch can be.
     """
+    _check_grid(backend, inputs, kernel.grid)
     function = _function(backend, kernel.name, inputs, kernel.threads, kernel.shared_memory)
     template = list((types | kernel.template).items())
     group, name = (kernel.threads, 1, 1), f"{backend}/{kernel.name}"
@@ -128,6 +137,18 @@ def observed(see: Callable[[KernelLaunch], None]) -> Iterator[None]:
         KernelLaunch.__call__ = run
 
 
+def _check_grid(backend: str, inputs: str, grid: tuple[int, int, int]) -> None:
+    """Refuse a grid that does not fit: MLX says nothing of it, or that a type is wrong."""
+    others = MAX_THREADS if backend == "metal" else MAX_GROUPS
+    if grid[0] <= MAX_THREADS and max(grid[1:]) <= others:
+        return
+    owner = {"sum": "sddmm"}.get(inputs, inputs.split("_")[0])
+    raise ValueError(
+        f"[{owner}] a launch must have at most {MAX_THREADS} x {others} x {others} threads, got "
+        f"{' x '.join(map(str, grid))}; multiply by fewer rows of x or of the matrix at a time"
+    )
+
+
 def launch_spmm(
     launch: KernelLaunch,
     data: mx.array,
@@ -143,7 +164,13 @@ def launch_spmm(
 
 
 def launch_sddmm(
-    backend: str, kernel: Kernel, layout: Layout, y: mx.array, x: mx.array, n_splits: int
+    backend: str,
+    kernel: Kernel,
+    layout: Layout,
+    y: mx.array,
+    x: mx.array,
+    n_splits: int,
+    by_columns: bool = False,
 ) -> mx.array:
     """Launch a kernel of ``sddmm`` over about ``n_splits`` parts of the rows, summed in order.
 
@@ -154,6 +181,7 @@ def launch_sddmm(
         y: ``(N, n_rows)`` or ``(V, N, n_rows)``.
         x: ``(N, n_cols)`` or ``(V, N, n_cols)``.
         n_splits: Parts that the N rows are cut into.
+        by_columns: Whether the kernel reads y and x transposed.
     """
     n_x, side, dtype = x.shape[-2], layout.rows, x.dtype
     rows_per_split = -(-n_x // n_splits)
@@ -162,6 +190,8 @@ def launch_sddmm(
     out_dtype = dtype if n_splits == 1 else mx.float32
     kernel = kernel._replace(grid=(kernel.grid[0], n_splits, kernel.grid[2]))
     launch = prepare(backend, "sddmm", kernel, out_dtype, T=dtype, OUT=out_dtype)
+    if by_columns:
+        y, x = y.swapaxes(-1, -2), x.swapaxes(-1, -2)
     arrays = [y, x, side.indptr, side.indices, mx.array([rows_per_split], dtype=mx.int32)]
     out = launch(arrays, (n_splits, *shape))
     if n_splits == 1:
@@ -187,7 +217,7 @@ def _function(backend: str, name: str, inputs: str, threads: int, shared_memory:
     options: dict[str, Any] = {
         "name": f"mlx_sparse_nn_{name}",
         "input_names": list(INPUTS[inputs]),
-        "output_names": ["y" if inputs == "spmm" else "out"],
+        "output_names": ["y" if "spmm" in inputs else "out"],
         "header": _short("".join(headers)),
         "source": _short(_INCLUDE.sub("", source)),
     }

@@ -217,6 +217,7 @@ def test_a_partial_simdgroup(metal: Emulator) -> None:
         ("(24, 32)", "(25, 32)", "b"),  # K of both must agree
         ("(16, 24)", "(16, 20)", "b"),
         ("(half*)b", "(half*)b + 1", "b"),  # past the end of the array
+        ("array<int, 2>{1, 24}", "array<int, 2>{1, 1 << 20}", "a"),
         ("array<int, 2>{1, 24}", "array<int, 2>{1, 25}", "a"),
         ("dextents<int, 2>(24, 32)", "dextents<int, 2>(-1, 32)", "a"),
     ],
