@@ -21,12 +21,6 @@ METAL_FUNC vec<T, 4> load4(const device T* p) {
   return *(const device typename packed4<T>::type*)p;
 }
 
-// The same from an input of fewer than 8 elements, which MLX passes in constant memory.
-template <typename T>
-METAL_FUNC vec<T, 4> load4(const constant T* p) {
-  return *(const constant typename packed4<T>::type*)p;
-}
-
 // The elements of four from `from` on and before `end`, and zeros elsewhere.
 template <typename T>
 METAL_FUNC vec<T, 4> cut4(vec<T, 4> v, const int end, const int from = 0) {

@@ -92,7 +92,7 @@ const int x_slot = ROWS == 1 ? slot : pair;
 const int w_ahead = IN_STEP ? 0 : slot;
 const int w_k = 4 * (slot - w_ahead);
 const int x_ahead = IN_STEP ? 0 : x_slot;
-auto x_row = x + ((size_t)v * N + min(slot, N - 1)) * n_cols + 4 * (x_slot - x_ahead);
+const device T* x_row = x + ((size_t)v * N + min(slot, N - 1)) * n_cols + 4 * (x_slot - x_ahead);
 const device T* blocks = data + (size_t)v * n_blocks * (B * B);
 
 // Where its loads begin in a block. Past the last output they repeat another lane's.

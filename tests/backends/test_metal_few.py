@@ -62,17 +62,6 @@ def test_nothing_outside_the_matrix_counts(block_size, n):
     assert_equal(spmm_t(data, pattern, y), naive.spmm_t(data, pattern, y))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("block_size", [4, 5])
-def test_a_row_of_fewer_than_8_elements(block_size, dtype):
-    """MLX passes an input that small in constant memory."""
-    pattern = pattern_of([[0]], 1, block_size)
-    for n in (1, 2):
-        data, x, y, bias = operands(pattern, n, dtype)
-        assert_equal(spmm(data, pattern, x, bias), naive.spmm(data, pattern, x, bias))
-        assert_equal(spmm_t(data, pattern, y), naive.spmm_t(data, pattern, y))
-
-
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("block_size", [4, 5, 16, 31, 48])
 def test_an_infinite_value_stays_one(block_size, n):
