@@ -28,13 +28,23 @@ PRODUCTS = ("spmm", "spmm_t", "sddmm", "qspmm", "qspmm_t")
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 BLOCK_SIZES = (1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 # Rows of x with a pattern, so that every tile meets edges, and few rows a long block-row.
-ROWS = ((1, "long"), (2, "short"), (3, "edges"), (8, "whole"), (12, "long"), (30, "edges"))
-ROWS = (*ROWS, (70, "whole"), (150, "edges"))
-SCALAR_ROWS = ((1, "edges"), (6, "whole"), (40, "edges"))
-SAMPLED_ROWS = ((5, "edges"), (600, "whole"))  # so many are split, and summed in order
-QUANTIZED_ROWS = ((1, "long"), (6, "edges"), (40, "whole"))
+ROWS = ((1, "long"), (3, "whole"), (7, "edges"), (12, "long"), (30, "edges"), (50, "whole"))
+ROWS = (*ROWS, (150, "edges"))
+SCALAR_ROWS = ((1, "edges"), (2, "whole"), (3, "edges"), (4, "whole"), (7, "edges"), (12, "whole"))
+SCALAR_ROWS = (*SCALAR_ROWS, (30, "edges"), (40, "whole"), (90, "edges"), (120, "whole"))
+QUANTIZED_TILES = (  # block size, group, rows of x: some fill a GPU, some are one simdgroup's
+    (32, 32, 3, "even"),
+    (32, 32, 20, "even"),
+    (128, 128, 640, "narrow"),
+    (64, 64, 1280, "narrow"),
+    (64, 32, 640, "narrow"),
+    (32, 32, 1280, "narrow"),
+)
+SCALAR_BLOCKS = (1, 2, 3)
+SAMPLED_ROWS = ((5, "edges"), (20, "even"), (600, "whole"))  # the last are summed in parts
+QUANTIZED_ROWS = ((1, "long"), (2, "even"), (4, "edges"), (7, "whole"), (12, "long"), (30, "edges"))
+QUANTIZED_ROWS = (*QUANTIZED_ROWS, (50, "whole"), (150, "edges"))
 PACKINGS = ((32, 32), (64, 32), (64, 64), (128, 32), (128, 64), (128, 128), (96, 32))  # B, group
-TILED = (8, 16, 32, 64, 128)
 HEAVY = {1: 20_000, 3: 2_500, 16: 2_500}  # values in the longest row, by block size
 
 
@@ -48,8 +58,8 @@ class Case:
         dtype: Of all operands.
         rows: Rows of x.
         pattern: ``"whole"``, ``"edges"`` (the last blocks reach past the matrix, and hold nan
-            there), ``"short"`` and ``"long"`` (at most 3 blocks in a block-row, and 20), or
-            ``"heavy"`` (thousands of values in one).
+            there), ``"even"`` (3 blocks in each block-row), ``"narrow"`` (one block-column),
+            ``"long"`` (20 blocks in one block-row), or ``"heavy"`` (thousands of values in one).
         bias: Whether a bias is added.
         bits, group_size: Of quantized blocks; 0 of others.
     """
@@ -96,36 +106,35 @@ class Operands:
 
 
 def all_cases() -> list[Case]:
-    """Return what reaches every kernel and every tile; dtypes alternate fastest."""
-    found = [
-        Case(product, size, dtype, rows, pattern, bias=product == "spmm" and pattern != "whole")
-        for size in BLOCK_SIZES
-        for product in ("spmm", "spmm_t", "sddmm")
-        for rows, pattern in _rows(product, size)
-        for dtype in DTYPES
-    ]
-    packings = cycle(PACKINGS)
-    for bits in BITS:
-        for rows, pattern in QUANTIZED_ROWS:
-            for dtype in DTYPES:
-                size, group_size = next(packings)
-                for product in ("qspmm", "qspmm_t"):
-                    bias = product == "qspmm" and pattern == "edges"
-                    case = Case(product, size, dtype, rows, pattern, bias, bits, group_size)
-                    found.append(case)
+    """Return what reaches every kernel and every tile: in float32, and in float16 or bfloat16."""
+    found, of_16_bits = [], cycle(("float16", "bfloat16"))
+    for size in BLOCK_SIZES:
+        for product in ("spmm", "spmm_t", "sddmm"):
+            for rows, pattern in _rows(product, size):
+                bias = product == "spmm" and pattern != "whole"
+                for dtype in ("float32", next(of_16_bits)):
+                    found.append(Case(product, size, dtype, rows, pattern, bias))
+    packings, dtypes = cycle(PACKINGS), cycle(DTYPES)
+    sizes = [(bits, *next(packings), *row) for bits in BITS for row in QUANTIZED_ROWS]
+    sizes += [(bits, *more) for bits, more in zip(BITS, QUANTIZED_TILES, strict=True)]
+    for bits, size, group_size, rows, pattern in sizes:
+        dtype = next(dtypes)
+        for product in ("qspmm", "qspmm_t"):
+            bias = product == "qspmm" and pattern == "edges"
+            found.append(Case(product, size, dtype, rows, pattern, bias, bits, group_size))
     return found
 
 
 def quick_cases() -> list[Case]:
-    """Return a third of :func:`all_cases`, the dtypes in turn."""
-    return [case for i, case in enumerate(all_cases()) if (i // 3 + i) % 3 == 0]
+    """Return a third of :func:`all_cases`, of every product and dtype."""
+    return all_cases()[::3]
 
 
 def _rows(product: str, block_size: int) -> Iterator[tuple[int, str]]:
     if product == "sddmm":
         yield from SAMPLED_ROWS
     else:
-        yield from ROWS if block_size in TILED else SCALAR_ROWS
+        yield from SCALAR_ROWS if block_size in SCALAR_BLOCKS else ROWS
     if block_size in HEAVY:
         yield from ((1, "heavy"), (6, "heavy"))
 
@@ -242,12 +251,15 @@ def _lengths(places: np.ndarray, n: int, pattern: CSRPattern, size: int) -> np.n
 
 
 def _pattern(case: Case, rng: np.random.Generator) -> CSRPattern:
-    """Return a pattern with an empty block-row, columns out of order, and a repeated one."""
+    """Return a pattern with columns out of order, and unless it is even, an empty block-row and a
+    repeated block."""
     size = case.block_size
     rows: list[Any]
     if case.pattern == "heavy":
         n = HEAVY[size] // size
         rows = [rng.permutation(n), [3, 0], [], *([int(i)] for i in rng.integers(0, n, 9))]
+    elif case.pattern == "narrow":
+        rows, n = [[0]] * 16, 1
     elif case.pattern == "long":
         rows = [[1, 23], rng.permutation(24)[:20], [], [5, 0, 5]]
         n = 24
@@ -256,8 +268,8 @@ def _pattern(case: Case, rng: np.random.Generator) -> CSRPattern:
         rows = [rng.permutation(n)[: 2 + i % 3] for i in range(max(4, 24 // size))]
         rows[0] = rng.permutation(n)[: 10 if case.pattern == "whole" else 6]
         rows[1], rows[2] = [], [n - 1, 0, n - 1]
-    if case.pattern == "short":
-        rows = [row[:3] for row in rows]
+    if case.pattern == "even":
+        rows = [rng.permutation(n)[:3] for _ in rows]
     row = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
     col = np.concatenate([np.asarray(r, dtype=np.int64) for r in rows])
     shape = [len(rows) * size, n * size]

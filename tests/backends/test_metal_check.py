@@ -8,17 +8,17 @@ import mlx.core as mx
 import pytest
 from support import ROOT, apple_gpu, fresh_launches, pattern_of
 
-from mlx_sparse_nn import sddmm, spmm, spmm_t
+from mlx_sparse_nn import qspmm, qspmm_t, sddmm, spmm, spmm_t
 from mlx_sparse_nn.__main__ import main
 from mlx_sparse_nn.core.backends import launch, naive
 from mlx_sparse_nn.core.backends import metal as kernels
 from mlx_sparse_nn.diagnostics import check, check_speed
-from mlx_sparse_nn.diagnostics.check_cases import DTYPES, all_cases, compute, operands_of
+from mlx_sparse_nn.diagnostics.check_cases import DTYPES, PACKINGS, all_cases, compute, operands_of
 
-FEW = "spmm-16-float16-3-edges-bias"
+FEW = "spmm-16-float16-7-edges-bias"
 TILES = "spmm_t-32-bfloat16-30-edges"
 SAMPLED = "sddmm-8-float32-5-edges"
-SCALARS = "spmm-3-float32-6-whole"
+SCALARS = "spmm-3-float32-3-edges-bias"
 
 
 @pytest.fixture
@@ -115,14 +115,20 @@ def test_the_oracle_computes_on_the_cpu(emulated, monkeypatch):
     assert all(device == mx.cpu for device in used)
 
 
+# Constants that follow from the lengths of block-rows: each value is tried at some block size.
+OF_LENGTHS = ("GROUPS", "STEPS", "EVEN", "STRIPS", "LONG", "OF_PIECES")
+
+
 def constants_of(launched):
-    """Return each kernel with each of its constants, but those that many values may have."""
-    return {
-        (kernel.name, dict(kernel.template).get("B"), name, str(value))
-        for kernel in launched
-        for name, value in kernel.template
-        if name not in ("INSIDE", "LANES")
-    }
+    """Return each kernel with each of its constants, by block size; of quantized ones at any."""
+    found = set()
+    for kernel in launched:
+        for name, value in kernel.template:
+            if name not in ("INSIDE", "LANES", "PIECE"):  # which take many values
+                at_any = name in OF_LENGTHS or "/qspmm" in kernel.name
+                size = "any" if at_any else str(dict(kernel.template).get("B"))
+                found.add((kernel.name, size, name, str(value)))
+    return found
 
 
 @pytest.fixture
@@ -162,11 +168,21 @@ def test_the_cases_reach_every_kernel(reached):
                     spmm(typed[0], pattern, typed[1])
                     spmm_t(typed[0], pattern, typed[2])
                     sddmm(pattern, typed[2], typed[1])
+    for block_size, group_size in PACKINGS:
+        for length in (1, 5, 40):
+            pattern = pattern_of([range(length), [0]], length, block_size)
+            packed, *scaling = mx.quantize(mx.zeros(pattern.data_shape), group_size, 4)
+            for n in rows:
+                x, y = (mx.zeros((n, size)) for size in reversed(pattern.shape))
+                for dtype in (mx.float32, mx.float16):
+                    scales, biases = (a.astype(dtype) for a in scaling)
+                    qspmm(packed, scales, biases, pattern, x.astype(dtype))
+                    qspmm_t(packed, scales, biases, pattern, y.astype(dtype))
     unchecked = constants_of(reached) - checked
     assert not unchecked, "\n".join(map(str, sorted(unchecked)))
 
 
-UNITS = "spmm-64-bfloat16-30-edges-bias"
+UNITS = "spmm-64-float16-30-edges-bias"
 
 
 def test_tensor_units_are_compared_with_the_other_kernels(emulated, monkeypatch, capsys):

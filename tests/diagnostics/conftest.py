@@ -1,5 +1,6 @@
 """A CUDA backend without a GPU."""
 
+import mlx.core as mx
 import pytest
 from support import computing
 
@@ -10,7 +11,8 @@ from mlx_sparse_nn.core.backends import cuda, plain
 def cuda_calls(monkeypatch):
     """Let CUDA's kernels take what they take on a GPU, and return the ops that they are given.
 
-    Plain MLX computes in their place.
+    Plain MLX computes in their place, on the CPU: a GPU's would round float32 to TF32, as they may
+    not.
     """
     calls = []
 
@@ -19,11 +21,13 @@ def cuda_calls(monkeypatch):
 
         def call(*args):
             calls.append(op)
-            return right(*args)
+            with mx.stream(mx.cpu):
+                return right(*args)
 
         return call
 
     for op in ("spmm", "spmm_t", "sddmm"):
         monkeypatch.setattr(cuda, op, recorded(op))
+    monkeypatch.setattr(cuda, "_allows_tf32", lambda: True)
     with computing(cuda, plain):
         yield calls

@@ -9,7 +9,7 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from support import assert_close, assert_equal, flatten, integers, random_pattern, to_numpy, untyped
+from support import assert_equal, flatten, integers, random_pattern, to_numpy, untyped
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern
 from mlx_sparse_nn.layers.linear import QuantizedBlockSparseLinear
@@ -173,15 +173,17 @@ class TestFuse:
         adapted.lora_b = mx.random.normal(adapted.lora_b.shape)
         fused = adapted.fuse(keep_pattern=True)
         assert isinstance(fused, BlockSparseLinear)
-        assert mx.abs(fused.todense() - adapted.fuse()["weight"]).max() <= 1e-5
+        assert np.abs(to_numpy(fused.todense()) - dense_of_adapted(adapted)).max() <= 1e-5
 
     def test_repeated_blocks_are_refused_by_the_pattern_and_exact_when_dense(self):
         pattern = CSRPattern([0, 2], [0, 0], (8, 8), 8)
-        adapted = BlockSparseLinear(8, 8, pattern).to_lora()
+        layer = BlockSparseLinear(8, 8, pattern)
+        layer.weight, layer.bias = integers(pattern.data_shape, 1), integers((8,), 2)
+        adapted = layer.to_lora()
         with pytest.raises(ValueError, match=r"\[LoRABlockSparseLinear.fuse\].*more than once"):
             adapted.fuse(keep_pattern=True)
         x = integers((2, 8))
-        assert_close(adapted.fuse()(x), to_numpy(adapted(x)), 16, 100)
+        assert_equal(adapted.fuse()(x), adapted(x))
 
 
 class TestOverAQuantizedLayer:
@@ -206,6 +208,10 @@ class TestOverAQuantizedLayer:
         ],
     )
     def test_fuse(self, dequantize, keep_pattern, kind):
+        with mx.stream(mx.cpu):  # a GPU may round dense factors to TF32
+            self.check_fuse(dequantize, keep_pattern, kind)
+
+    def check_fuse(self, dequantize, keep_pattern, kind):
         adapted = self.adapted()
         rounds = "rounded to 8 bits again, .*; dequantize=True keeps it"
         with nullcontext() if dequantize else pytest.warns(UserWarning, match=rounds) as warned:
