@@ -42,6 +42,7 @@ MIN_PARALLEL_MULTIPLIES = 1 << 18
 
 # Kernels on a GPU. Block sizes that have kernels of their own; others are read as scalars.
 TILED_BLOCKS = (8, 16, 32, 64, 128)
+MAX_TILED_BLOCK = 128  # of CUDA's tiles, which take every multiple of 8
 GROUP_THREADS = 256  # of a thread block, where the kernel leaves it open
 # Up to this many rows of x, reading the stored values is what bounds a product of blocks.
 METAL_FEW_ROWS = 8
@@ -221,6 +222,11 @@ METAL_SAMPLING_TILES = {
     6: SamplingTile(2, 3, 6, 1),
     7: SamplingTile(2, 4, 7, 1),
     8: SamplingTile(2, 4, 4, 1),
+}
+# In float32, where tiles and what is staged take twice the registers.
+METAL_FLOAT_SAMPLING_TILES = METAL_SAMPLING_TILES | {
+    5: SamplingTile(1, 5, 3, 1),
+    7: SamplingTile(1, 7, 2, 1),
 }
 
 # The dtypes of kernels, ordered by use: membership is tested at every call.

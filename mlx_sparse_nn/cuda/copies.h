@@ -96,18 +96,30 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(COUNT));
 }
 
-// The place of 16-byte chunk `chunk` of row `row` in a tile whose rows have CHUNKS of them. They
-// are permuted so that the 8 rows that ldmatrix reads together lie in different banks.
+// Chunks of 16 bytes from one row of a tile to the next, where a row has CHUNKS of them.
+template <int CHUNKS>
+constexpr __device__ int row_stride() {
+  return (CHUNKS & (CHUNKS - 1)) == 0 ? CHUNKS : CHUNKS | 1;
+}
+// The same where four neighbouring rows are read together, 8 floats of each.
+template <int CHUNKS>
+constexpr __device__ int column_stride() {
+  return CHUNKS + (6 - CHUNKS % 4) % 4;
+}
+
+// The place of 16-byte chunk `chunk` of row `row` in a tile whose rows have CHUNKS of them. The 8
+// rows that ldmatrix reads together lie in different banks: chunks of a row are permuted where
+// their number is a power of two, and rows are an odd number of chunks apart where it is not.
 template <int CHUNKS>
 __device__ __forceinline__ int swizzle(int row, int chunk) {
+  if (CHUNKS == 1 || (CHUNKS & (CHUNKS - 1)) != 0) {
+    return row * row_stride<CHUNKS>() + chunk;
+  }
   if (CHUNKS >= 8) {
     return row * CHUNKS + (chunk ^ (row & 7));
   }
   if (CHUNKS == 4) {
     return row * 4 + (chunk ^ ((row >> 1) & 3));
   }
-  if (CHUNKS == 2) {
-    return row * 2 + (chunk ^ ((row >> 2) & 1));
-  }
-  return row;
+  return row * 2 + (chunk ^ ((row >> 2) & 1));
 }

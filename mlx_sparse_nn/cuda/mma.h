@@ -32,7 +32,35 @@ __device__ __forceinline__ void load_matrix2(unsigned (&fragment)[2], const T* p
   }
 }
 
-// acc (16 x 8, float32) += a (16 x 16) b (16 x 8).
+// Round floats to the nearest TF32, or the one farther from 0, as tensor cores take them: they
+// would cut them off. Other types are taken as they are.
+__device__ __forceinline__ unsigned to_tf32(unsigned value) {
+  unsigned rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(value)));
+  return rounded;
+}
+template <typename T, int COUNT>
+__device__ __forceinline__ void round_factors(unsigned (&fragment)[COUNT]) {
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+      fragment[i] = to_tf32(fragment[i]);
+    }
+  }
+}
+
+// COUNT fragments of 4 x 8 floats each, one below the other, of a tile that lies with its rows
+// STRIDE apart: what ldmatrix gives where it transposes 16 bits.
+template <int STRIDE, int COUNT, typename T>
+__device__ __forceinline__ void load_columns(unsigned (&fragment)[COUNT], const T* p) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) {
+    fragment[i] = __float_as_uint(p[(lane % 4 + 4 * i) * STRIDE + lane / 4]);
+  }
+}
+
+// acc (16 x 8, float32) += a (16 x K) b (K x 8): K is 16, or 8 for float.
 template <typename T>
 __device__ __forceinline__ void multiply(float (&acc)[4], unsigned a0, unsigned a1, unsigned a2,
                                          unsigned a3, unsigned b0, unsigned b1);
@@ -52,6 +80,16 @@ __device__ __forceinline__ void multiply<__half>(float (&acc)[4], unsigned a0, u
                                                  unsigned b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+template <>
+__device__ __forceinline__ void multiply<float>(float (&acc)[4], unsigned a0, unsigned a1,
+                                                unsigned a2, unsigned a3, unsigned b0,
+                                                unsigned b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));

@@ -14,12 +14,12 @@
 //   (R THREADS, shares, V) threads in groups of (THREADS, 1, 1), THREADS = 32 WARPS_N WARPS_O. One
 //   group owns one block-row and an equal share of the tiles of ROWS rows of x, which it takes one
 //   after the other. Neighbours share their rows of x in L2.
-//   Shared memory: STAGES (ROWS + B) DEPTH elements.
+//   Shared memory: STAGES stages of ROWS DEPTH + W_ROWS W_STRIDE elements.
 // Template
-//   T half or bfloat16; B 8, 16, 32, 64 or 128; INSIDE columns of the last block-column, 1 to B;
-//   ROWS of x in a tile; WARPS_N and WARPS_O warps over rows of x and outputs; DEPTH of k in a
-//   stage; STAGES; TRANSPOSED and BIAS 0 or 1.
-// Sums in float32: the bias, then blocks in stored order, k ascending by 16.
+//   T half, bfloat16 or float, which is rounded to TF32; B a multiple of 8, at most 128; INSIDE
+//   columns of the last block-column, 1 to B; ROWS of x in a tile; WARPS_N and WARPS_O warps over
+//   rows of x and outputs; DEPTH of k in a stage; STAGES; TRANSPOSED and BIAS 0 or 1.
+// Sums in float32: the bias, then blocks in stored order, k ascending by STEP.
 
 #include "copies.h"
 #include "mma.h"
@@ -28,10 +28,14 @@
 constexpr int THREADS = 32 * WARPS_N * WARPS_O;
 constexpr int TILES_N = ROWS / (16 * WARPS_N);  // 16 x 8 tiles of a warp over the rows of x,
 constexpr int TILES_O = B / (8 * WARPS_O);      // and over the outputs
-constexpr int CHUNKS = DEPTH / 8;               // 16-byte chunks in DEPTH elements
-constexpr int W_CHUNKS = TRANSPOSED ? B / 8 : CHUNKS;
+constexpr int STEP = 32 / sizeof(T);            // of k in a product of a warp: 2 chunks
+constexpr int CHUNK = 16 / sizeof(T);           // elements
+constexpr int CHUNKS = DEPTH / CHUNK;
+constexpr int W_CHUNKS = TRANSPOSED ? B / CHUNK : CHUNKS;
 constexpr int W_ROWS = TRANSPOSED ? DEPTH : B;
-constexpr int STAGE = (ROWS + B) * DEPTH;
+constexpr bool BY_COLUMNS = TRANSPOSED && sizeof(T) == 4;  // no ldmatrix transposes these
+constexpr int W_STRIDE = (BY_COLUMNS ? column_stride<W_CHUNKS>() : row_stride<W_CHUNKS>()) * CHUNK;
+constexpr int STAGE = ROWS * DEPTH + W_ROWS * W_STRIDE;
 extern __shared__ __align__(128) char shared[];
 T* tiles = reinterpret_cast<T*>(shared);
 
@@ -58,31 +62,39 @@ const int n_stages = ((end - begin) * B + DEPTH - 1) / DEPTH;
 
 // Copies run ahead, through all tiles. A thread copies the same chunk of k of every row, so it
 // needs one block index a stage, which is read a stage ahead. A stage spans several blocks, or lies
-// in one.
+// in one. Where it spans two of W transposed, and a thread copies of both, it needs two.
+constexpr bool TWO_BLOCKS = TRANSPOSED && W_ROWS * W_CHUNKS > THREADS&& B % DEPTH != 0;
 static_assert(THREADS % CHUNKS == 0, "a thread keeps to one chunk");
-static_assert(!TRANSPOSED || B >= DEPTH || W_ROWS * W_CHUNKS <= THREADS, "and to one block");
+static_assert(!TWO_BLOCKS || B >= DEPTH, "a stage spans no third block");
 const int x_row = thread / CHUNKS;
-const int x_k = thread % CHUNKS * 8;
-const int w_k = TRANSPOSED ? thread / W_CHUNKS % DEPTH : x_k;
+const int x_k = thread % CHUNKS * CHUNK;
+const int w_k = TWO_BLOCKS ? 0 : TRANSPOSED ? thread / W_CHUNKS % DEPTH : x_k;
 const T* x_mine = x + ((size_t)v * N + n0 + x_row) * n_cols;
-const T* w_mine = blocks + (TRANSPOSED ? thread % W_CHUNKS * 8 : thread / CHUNKS * B);
+const T* w_mine = blocks + (TRANSPOSED ? 0 : thread / CHUNKS * B);
 // Of the stage to copy next: its tile, its place in the tile, its buffer, where its blocks lie, and
 // how many k of this thread's block of W lie in the matrix.
 int next_tile = 0;
 int next_stage = 0;
 int next_buffer = 0;
 int next_col;
-int next_stored;
-int next_inside = B;
+int next_stored[TWO_BLOCKS + 1];
+int next_inside[TWO_BLOCKS + 1];
 auto read_indices = [&]() {
   const int k = next_stage * DEPTH;
   const int j = begin + (k + x_k) / B;
   next_col = j < end ? indices[j] * B + (k + x_k) % B : -1;
-  const int w_j = begin + (k + w_k) / B;
-  next_stored = w_j >= end ? -1 : TRANSPOSED ? perm[w_j] : w_j;
-  if (INSIDE < B) {
-    next_inside = w_j < end ? n_inside - indices[w_j] * B : 0;
+#pragma unroll
+  for (int i = 0; i <= TWO_BLOCKS; i++) {
+    const int w_j = begin + (k + w_k) / B + i;
+    next_stored[i] = w_j >= end ? -1 : TRANSPOSED ? perm[w_j] : w_j;
+    if (INSIDE < B) {
+      next_inside[i] = w_j < end ? n_inside - indices[w_j] * B : 0;
+    }
   }
+};
+// Where a chunk lies in a tile of W.
+auto w_place = [](int row, int chunk) {
+  return BY_COLUMNS ? row * W_STRIDE + chunk * CHUNK : swizzle<W_CHUNKS>(row, chunk) * CHUNK;
 };
 auto copy_stage_as = [&](auto alignment) {
   constexpr bool ALIGNED = alignment.value;
@@ -95,24 +107,27 @@ auto copy_stage_as = [&](auto alignment) {
 #pragma unroll UNROLL
     for (int i = 0; i < ROWS; i += THREADS / CHUNKS) {
       const T* src = i < n_valid ? x_src + (size_t)i * n_cols : x;
-      copy16<ALIGNED>(x_tile + swizzle<CHUNKS>(x_row + i, thread % CHUNKS) * 8, src, i < n_valid);
+      copy16<ALIGNED>(x_tile + swizzle<CHUNKS>(x_row + i, thread % CHUNKS) * CHUNK, src,
+                      i < n_valid);
     }
-    const bool valid = next_stored >= 0;
-    const T* w_src = w_mine + (size_t)(valid ? next_stored : 0) * (B * B);
     const int k = next_stage * DEPTH;
 #pragma unroll UNROLL
     for (int i = thread; i < W_ROWS * W_CHUNKS; i += THREADS) {
       const int w_row = i / W_CHUNKS;
-      const int skipped = (i - thread) / W_CHUNKS;
-      const int w_k0 = TRANSPOSED ? (B < DEPTH ? w_row % B : k % B + w_row) : (k + x_k) % B;
-      const T* src = TRANSPOSED ? w_src + w_k0 * B : w_src + skipped * B + w_k0;
-      T* dst = w_tile + swizzle<W_CHUNKS>(w_row, i % W_CHUNKS) * 8;
+      const bool second = TWO_BLOCKS && k % B + w_row >= B;
+      const int stored = second ? next_stored[TWO_BLOCKS] : next_stored[0];
+      const int inside = second ? next_inside[TWO_BLOCKS] : next_inside[0];
+      const T* block = w_mine + (size_t)max(0, stored) * (B * B);
+      const int w_k0 = (k + (TRANSPOSED ? w_row : x_k)) % B;
+      const T* src = TRANSPOSED ? block + w_k0 * B + i % W_CHUNKS * CHUNK
+                                : block + (i - thread) / W_CHUNKS * B + w_k0;
+      T* dst = w_tile + w_place(w_row, i % W_CHUNKS);
       if (INSIDE == B) {
-        copy16<ALIGNED>(dst, src, valid);
+        copy16<ALIGNED>(dst, src, stored >= 0);
       } else if (TRANSPOSED) {
-        copy16<ALIGNED>(dst, src, w_k0 < next_inside);
+        copy16<ALIGNED>(dst, src, w_k0 < inside);
       } else {
-        copy_first<ALIGNED>(dst, src, next_inside - w_k0);
+        copy_first<ALIGNED>(dst, src, inside - w_k0);
       }
     }
     next_buffer = next_buffer + 1 == STAGES ? 0 : next_buffer + 1;
@@ -157,41 +172,49 @@ for (int tile = 0; tile < n_tiles; tile++, n0 += ROWS) {
     const T* w_tile = x_tile + ROWS * DEPTH;
     used = used + 1 == STAGES ? 0 : used + 1;
 #pragma unroll
-    for (int k = 0; k < DEPTH; k += 16) {
+    for (int k = 0; k < DEPTH; k += STEP) {
+      const int k_chunk = k / CHUNK;
       unsigned xs[TILES_N][4];
       unsigned ws[TILES_O][2];
 #pragma unroll
       for (int tn = 0; tn < TILES_N; tn++) {
         const int m = warp_n + 16 * tn + lane % 16;
-        load_matrix4<false>(xs[tn], x_tile + swizzle<CHUNKS>(m, k / 8 + lane / 16) * 8);
+        load_matrix4<false>(xs[tn], x_tile + swizzle<CHUNKS>(m, k_chunk + lane / 16) * CHUNK);
+        round_factors<T>(xs[tn]);
       }
-      if constexpr (TILES_O % 2 == 0) {
+      if constexpr (BY_COLUMNS) {
 #pragma unroll
-        for (int to = 0; to < TILES_O; to += 2) {
+        for (int to = 0; to < TILES_O; to++) {
+          load_columns<W_STRIDE>(ws[to], w_tile + k * W_STRIDE + warp_o + 8 * to);
+          round_factors<T>(ws[to]);
+        }
+      } else {
+        // By twos, and the last one alone where they are odd.
+#pragma unroll
+        for (int to = 0; to < TILES_O - 1; to += 2) {
           unsigned pair[4];
           const int o0 = warp_o + 8 * to;
           if (TRANSPOSED) {
-            const int place = swizzle<W_CHUNKS>(k + lane % 16, o0 / 8 + lane / 16);
-            load_matrix4<true>(pair, w_tile + place * 8);
+            load_matrix4<true>(pair, w_tile + w_place(k + lane % 16, o0 / 8 + lane / 16));
           } else {
             const int o = o0 + lane / 16 * 8 + lane % 8;
-            load_matrix4<false>(pair, w_tile + swizzle<W_CHUNKS>(o, k / 8 + lane / 8 % 2) * 8);
+            load_matrix4<false>(pair, w_tile + w_place(o, k_chunk + lane / 8 % 2));
           }
+          round_factors<T>(pair);
           ws[to][0] = pair[0];
           ws[to][1] = pair[1];
           ws[to + 1][0] = pair[2];
           ws[to + 1][1] = pair[3];
         }
-      } else {
-#pragma unroll
-        for (int to = 0; to < TILES_O; to++) {
-          const int o0 = warp_o + 8 * to;
+        if constexpr (TILES_O % 2 == 1) {
+          const int o0 = warp_o + 8 * (TILES_O - 1);
           if (TRANSPOSED) {
-            load_matrix2<true>(ws[to], w_tile + swizzle<W_CHUNKS>(k + lane % 16, o0 / 8) * 8);
+            load_matrix2<true>(ws[TILES_O - 1], w_tile + w_place(k + lane % 16, o0 / 8));
           } else {
             const int o = o0 + lane % 8;
-            load_matrix2<false>(ws[to], w_tile + swizzle<W_CHUNKS>(o, k / 8 + lane / 8 % 2) * 8);
+            load_matrix2<false>(ws[TILES_O - 1], w_tile + w_place(o, k_chunk + lane / 8 % 2));
           }
+          round_factors<T>(ws[TILES_O - 1]);
         }
       }
 #pragma unroll
@@ -206,7 +229,13 @@ for (int tile = 0; tile < n_tiles; tile++, n0 += ROWS) {
   }
   const int n = n0 + warp_n;
   const int row = r * B + warp_o;
-  store_tiles<T, 2 * TILES_N, TILES_O>(
-      y + ((size_t)v * N + n) * n_rows + row, n_rows, N - n, 8 * TILES_O,
-      [&](int row_tile, int to, int e) { return acc[row_tile / 2][to][row_tile % 2 * 2 + e]; });
+  T* y_tile = y + ((size_t)v * N + n) * n_rows + row;
+  auto sum = [&](int row_tile, int to, int e) {
+    return acc[row_tile / 2][to][row_tile % 2 * 2 + e];
+  };
+  if constexpr (sizeof(T) == 2 && 2 * TILES_N * TILES_O % 4 == 0) {
+    store_tiles<T, 2 * TILES_N, TILES_O>(y_tile, n_rows, N - n, 8 * TILES_O, sum);
+  } else {
+    store_pairs<T, 2 * TILES_N, TILES_O>(y_tile, n_rows, N - n, 8 * TILES_O, sum);
+  }
 }

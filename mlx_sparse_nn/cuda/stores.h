@@ -51,3 +51,27 @@ __device__ __forceinline__ void store_tiles(T* y, size_t width, int rows, int co
     }
   }
 }
+
+// Store the same two elements at a time, whatever their type and the number of tiles.
+template <typename T, int ROW_TILES, int COL_TILES, typename Sum>
+__device__ __forceinline__ void store_pairs(T* y, size_t width, int rows, int cols, Sum sum) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int row_tile = 0; row_tile < ROW_TILES; row_tile++) {
+#pragma unroll
+    for (int col_tile = 0; col_tile < COL_TILES; col_tile++) {
+      const int row = 8 * row_tile + lane / 4;
+      const int col = 8 * col_tile + lane % 4 * 2;
+      const float a = sum(row_tile, col_tile, 0);
+      const float b = sum(row_tile, col_tile, 1);
+      if (row < rows && col < cols) {
+        T* place = y + row * width + col;
+        if constexpr (sizeof(T) == 4) {
+          *reinterpret_cast<float2*>(place) = make_float2(a, b);
+        } else {
+          *reinterpret_cast<unsigned*>(place) = pack2(T(), a, b);
+        }
+      }
+    }
+  }
+}

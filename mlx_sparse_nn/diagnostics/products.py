@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_sparse_nn.core.backends import cuda, plain
 from mlx_sparse_nn.core.backends.choose import choose
 from mlx_sparse_nn.core.quantized import unpack
 from mlx_sparse_nn.diagnostics.rounding import EPS, TF32_EPS, to_numpy, tolerance, underflow
@@ -260,6 +261,21 @@ def matmul_uses_tf32() -> bool:
     beyond = 1 + 2.0**-12  # TF32 keeps 10 binary digits
     product = mx.full((256, 256), beyond) @ mx.ones((256, 256))
     return product[0, 0].item() != 256 * beyond
+
+
+def may_round(backend: str, layer: SparseLinear, n_x: int, dtype: mx.Dtype) -> bool:
+    """Return whether a product may round float32 factors to TF32, where MLX's own products do.
+
+    Args:
+        backend: What computes it, as :func:`backends_of` says.
+        layer: The layer.
+        n_x: Rows of x.
+        dtype: Of x.
+    """
+    if backend == cuda.NAME:
+        computed = mx.result_type(values_of(layer), dtype)
+        return cuda.has_tiles(layer.pattern.block_size, n_x, computed)
+    return backend in (plain.NAME, MLX)
 
 
 def dtype_name(dtype: mx.Dtype) -> str:

@@ -12,6 +12,7 @@
 
 #include "common.h"
 #include "quantized.h"
+#include "stage.h"
 
 typedef typename Packing<BITS>::pack Pack;
 
@@ -28,10 +29,8 @@ constexpr int W_ROWS = TRANSPOSED ? DEPTH : SIDE;  // of W in a stage, as it is 
 constexpr int W_COLS = TRANSPOSED ? SIDE : DEPTH;
 constexpr int LDX = DEPTH + PAD;
 constexpr int LDW = W_COLS + PAD;
-constexpr int X_STEP = THREADS / (DEPTH / 4);  // rows of x, and of W, that are staged at once
-constexpr int W_STEP = THREADS / (W_COLS / 8);
-constexpr int X_COUNT = ROWS / X_STEP;  // vectors of x, and packs of W, of a thread
-constexpr int W_COUNT = W_ROWS < W_STEP ? 1 : W_ROWS / W_STEP;
+constexpr int W_STEP = THREADS / (W_COLS / 8);                  // rows of W that are staged at once
+constexpr int W_COUNT = W_ROWS < W_STEP ? 1 : W_ROWS / W_STEP;  // packs of a thread
 threadgroup vec<T, 4> x_mem[ROWS * LDX / 4];
 threadgroup vec<T, 4> w_mem[W_ROWS * LDW / 4];
 
@@ -60,19 +59,12 @@ for (int tn = 0; tn < TILES_N; tn++) {
   }
 }
 
-// Where this thread stages. Rows of x past the last one repeat it, and are never stored.
-const int x_row = thread_index / (DEPTH / 4);
-const int x_col = thread_index % (DEPTH / 4) * 4;
+// Rows of x past the last one repeat it, and are never stored.
+const device T* x_panel = x + ((size_t)v * N + n0) * n_cols;
+// Where this thread stages W.
 const bool stages_w = W_ROWS >= W_STEP || thread_index < W_ROWS * (W_COLS / 8);
 const int w_row = thread_index / (W_COLS / 8);
 const int w_col = thread_index % (W_COLS / 8) * 8;
-const device T* x_panel = x + ((size_t)v * N + n0) * n_cols + x_col;
-int x_at[X_COUNT];
-#pragma unroll
-for (int i = 0; i < X_COUNT; i++) {
-  x_at[i] = min(x_row + i * X_STEP, N - 1 - n0) * n_cols;
-}
-threadgroup vec<T, 4>* x_to = x_mem + (x_row * LDX + x_col) / 4;
 threadgroup vec<T, 4>* w_to = w_mem + (w_row * LDW + w_col) / 4;
 
 const int end = indptr[r + 1];
@@ -86,14 +78,12 @@ for (int j = indptr[r]; j < end; j++) {
     const device uint* packs = packed + row * WORDS;
     const device T* scale_at = scales + row * SCALES + col / GROUP_SIZE;
     const device T* bias_at = biases + row * SCALES + col / GROUP_SIZE;
-    vec<T, 4> xs[X_COUNT];
+    vec<T, 4> xs[stage_vectors<ROWS, DEPTH, THREADS>()];
     Pack ws[W_COUNT];
     T scale[W_COUNT];
     T offset[W_COUNT];
-#pragma unroll
-    for (int i = 0; i < X_COUNT; i++) {
-      xs[i] = load4<T>(x_panel + x_at[i] + col0 + k0);
-    }
+    const device T* x_at = x_panel + col0 + k0;
+    load_stage<T, ROWS, DEPTH, THREADS>(x_at, n_cols, N - 1 - n0, thread_index, xs);
     if (stages_w) {
 #pragma unroll
       for (int i = 0; i < W_COUNT; i++) {
@@ -103,10 +93,7 @@ for (int j = indptr[r]; j < end; j++) {
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-#pragma unroll
-    for (int i = 0; i < X_COUNT; i++) {
-      x_to[i * (X_STEP * LDX / 4)] = xs[i];
-    }
+    store_stage<T, ROWS, DEPTH, LDX, THREADS>(xs, thread_index, x_mem);
     if (stages_w) {
       const int k = col0 + k0 + (TRANSPOSED ? w_row : w_col);
 #pragma unroll

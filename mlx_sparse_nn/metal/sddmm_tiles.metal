@@ -90,8 +90,8 @@ for (int ti = 0; ti < TILES_I; ti++) {
   }
 }
 
-// Where this thread stages. Columns behind a block's end are others of the block, since nothing is
-// stored of their products; threads that are left over load what others load.
+// Where this thread stages. Behind a block's end are others of its columns, or zeros, since nothing
+// is stored of their products; threads that are left over load what others load.
 const int y_row = min(thread_index / (SIDE / 8), stage_step<SIDE, THREADS>() - 1);
 const int x_row = min(thread_index / (WIDTH / 8), stage_step<WIDTH, THREADS>() - 1);
 const int col = thread_index % (WIDTH / 8) * 8;
@@ -111,6 +111,8 @@ for (int n0 = begin_n; n0 < end_n; n0 += DEPTH) {
   vec<T, 4> xs[stage_vectors<DEPTH, WIDTH, THREADS>()];
   load_panel<T, B, DEPTH, SIDE, THREADS>(y_rows, n_rows, valid, y_row, i, ys);
   load_panel<T, B, DEPTH, WIDTH, THREADS>(x_rows, n_cols, valid, x_row, k, xs);
+  align_panel<T, B, DEPTH, SIDE, THREADS>(i, ys);
+  align_panel<T, B, DEPTH, WIDTH, THREADS>(k, xs);
   y_rows += (size_t)DEPTH * n_rows;
   x_rows += (size_t)DEPTH * n_cols;
   threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -143,6 +143,16 @@ for (; e < n_vectors; e += GROUPS * AT_ONCE) {
   bool is_cut = false;
 #pragma unroll
   for (int s = 0; s < STEPS; s++) {
+#pragma unroll
+    for (int i = 0; i < X_LOADS; i++) {
+      const int x_at = e + 8 * s + x_ahead + (PAIRS ? 0 : i);
+      const int x_place = min(x_at, x_last) % VECTORS * 4;
+      const int x_k = RAGGED ? min(x_place, B - 4) : x_place;
+      xs[s][i] = load4<T>(x_row + x_cols[s][i] * B + x_k + (PAIRS ? 4 * i : 0));
+      x_from[s][i] = x_place - x_k;
+      x_end[s][i] = !WHOLE && x_at > x_last ? 0 : 4;
+      is_cut = is_cut || x_from[s][i] > 0 || x_end[s][i] < 4;
+    }
     const int at = e + 8 * s + w_ahead;
     const int place = min(at, last) % VECTORS * 4;
     const int k = RAGGED ? min(place, B - 4) : place;
@@ -156,16 +166,6 @@ for (; e < n_vectors; e += GROUPS * AT_ONCE) {
     }
     w_end[s] = !WHOLE && at > last ? 0 : INSIDE < B ? n_inside - w_cols[s] * B - k - w_k : 4;
     is_cut = is_cut || w_from[s] > 0 || w_end[s] < 4;
-#pragma unroll
-    for (int i = 0; i < X_LOADS; i++) {
-      const int x_at = e + 8 * s + x_ahead + (PAIRS ? 0 : i);
-      const int x_place = min(x_at, x_last) % VECTORS * 4;
-      const int x_k = RAGGED ? min(x_place, B - 4) : x_place;
-      xs[s][i] = load4<T>(x_row + x_cols[s][i] * B + x_k + (PAIRS ? 4 * i : 0));
-      x_from[s][i] = x_place - x_k;
-      x_end[s][i] = !WHOLE && x_at > x_last ? 0 : 4;
-      is_cut = is_cut || x_from[s][i] > 0 || x_end[s][i] < 4;
-    }
   }
   // The indices of the next steps are on their way during these.
 #pragma unroll

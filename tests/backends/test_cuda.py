@@ -112,6 +112,39 @@ def test_tiles(block_size, architecture, offset):
     check(pattern, 150, mx.bfloat16, architecture=architecture, offset=offset)
 
 
+@pytest.mark.parametrize(("n", "cut", "offset"), [(20, 0, 1), (150, 5, 0)])
+@pytest.mark.parametrize("block_size", [8, 16, 32, 64, 128])
+def test_tiles_of_float32(block_size, n, cut, offset):
+    """Whole numbers are exact in TF32; stages, strides and fragments are those of 4 bytes."""
+    pattern = trimmed(random_pattern(3, 4, block_size, density=0.7), cut, -cut)
+    names = check(pattern, n, mx.float32, offset=offset)
+    assert set(names) == {"spmm_tiles", "sddmm_tiles"}
+
+
+@pytest.mark.parametrize(("n", "cut"), [(20, 5), (150, 0)])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("block_size", [24, 40, 48, 72, 96, 120])
+def test_tiles_between_the_powers_of_two(block_size, dtype, n, cut):
+    """A stage begins and ends in the middle of a block."""
+    pattern = trimmed(random_pattern(3, 4, block_size, density=0.7), cut, -cut)
+    assert set(check(pattern, n, dtype)) == {"spmm_tiles", "sddmm_tiles"}
+
+
+def test_float32_is_rounded_to_the_nearest_tf32():
+    """Tensor cores would cut off what they do not read: all errors on one side."""
+    pattern = CSRPattern([0, 1], [0], (16, 16), 16)
+    data = mx.eye(16)[None]
+    x = mx.broadcast_to(1 + mx.array([3, 5]).reshape(2, 1) * 2.0**-12, (2, 16))
+    x = mx.repeat(x, 16, axis=0)
+    with emulated():
+        y = spmm(data, pattern, x)
+    assert_equal(y, mx.repeat(1 + mx.array([[1.0], [1.0]]) * 2.0**-10, 16, axis=0) + mx.zeros(16))
+
+
+def test_without_tf32_float32_goes_to_plain_mlx():
+    assert not check(random_pattern(3, 4, 16, density=0.7), 20, mx.float32, tf32=False)
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("block_size", [64, 128])

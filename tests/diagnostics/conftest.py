@@ -28,5 +28,6 @@ def cuda_calls(monkeypatch):
 
     for op in ("spmm", "spmm_t", "sddmm"):
         monkeypatch.setattr(cuda, op, recorded(op))
+    monkeypatch.setattr(cuda, "_allows_tf32", lambda: True)
     with computing(cuda, plain):
         yield calls

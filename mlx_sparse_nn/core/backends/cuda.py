@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache, lru_cache
 
@@ -33,15 +34,25 @@ def is_available() -> bool:
 def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, bits: int) -> bool:
     """Return whether there is a kernel for a product.
 
-    There is none for blocks of 8 and more and many rows of x, unless by tensor cores: MLX's own
-    batched products are made for these, and follow its own setting of TF32. There is none for
-    quantized blocks yet.
+    There is none for large blocks without tiles and many rows of x, in float32 or for a weight
+    gradient: MLX's own batched products are made for these. Nor for quantized blocks yet.
     """
     block_size = layout.block_size
-    by_tensor_cores = dtype != mx.float32 and (op != "sddmm" or block_size in tuned.GRADIENT_TILES)
-    if bits or (block_size >= 8 and n_x > tuned.CUDA_FEW_ROWS and not by_tensor_cores):
+    by_scalars = dtype != mx.float32 and op != "sddmm"
+    large = block_size >= 8 and n_x > tuned.CUDA_FEW_ROWS
+    if bits or (large and not by_scalars and not has_tiles(block_size, n_x, dtype)):
         return False
     return launch.takes(layout, n_x, dtype, n_matrices)
+
+
+def has_tiles(block_size: int, n_x: int, dtype: mx.Dtype) -> bool:
+    """Return whether tensor cores multiply such blocks.
+
+    They do of 16 bits, and of float32 with many rows of x where MLX's own products are TF32 too.
+    """
+    if block_size % 8 or block_size > tuned.MAX_TILED_BLOCK:
+        return False
+    return dtype != mx.float32 or (n_x > tuned.CUDA_FEW_ROWS and _allows_tf32())
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
@@ -57,12 +68,13 @@ def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``plain.sddmm``."""
     n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
-    if layout.block_size not in tuned.GRADIENT_TILES or x.dtype == mx.float32:
+    if not has_tiles(layout.block_size, n_x, x.dtype):
         kernel, n_splits = _gradient_by_scalars(layout, n_x, n_matrices)
-    elif _takes_gradient_panels(layout, n_x):
+    elif x.dtype != mx.float32 and _takes_gradient_panels(layout, n_x):
         kernel, n_splits = _gradient_panels(layout, n_x, n_matrices)
     else:
-        launched = prepare(NAME, "sddmm", _gradient_tiles(layout, n_matrices), x.dtype, T=x.dtype)
+        kernel = _gradient_tiles(layout, x.itemsize, n_matrices)
+        launched = prepare(NAME, "sddmm", kernel, x.dtype, T=x.dtype)
         side = layout.rows
         arrays = [y, x, side.indptr, side.indices, side.indptr]  # the last one is not read
         return launched(arrays, (*x.shape[:-2], *layout.data_shape))
@@ -80,11 +92,12 @@ def _product(
     shape, dtype, transposed = x.shape, x.dtype, side.perm is not None
     n_x, n_matrices = shape[-2], shape[0] if len(shape) == 3 else 1
     block_size = data.shape[-1] if data.ndim > 2 else 1
-    if block_size in tuned.TILED_BLOCKS and dtype != mx.float32:
+    if has_tiles(block_size, n_x, dtype):
         even = n_x > tuned.CUDA_FEW_ROWS and _is_even(side)
-        panels = n_x > tuned.CUDA_FEW_ROWS and _takes_panels(side, block_size, n_out, shape[-1])
+        panels = n_x > tuned.CUDA_FEW_ROWS and dtype != mx.float32
+        panels = panels and _takes_panels(side, block_size, n_out, shape[-1])
         sizes = n_x, n_matrices, block_size, inside, n_out
-        choice = _by_tensor_cores, *sizes, transposed, even, panels
+        choice = _by_tensor_cores, *sizes, dtype.size, transposed, even, panels
     elif _takes_streaming(side, block_size, n_x):
         choice = _streaming, n_matrices, n_out
     else:
@@ -113,6 +126,12 @@ def _streaming(n_matrices: int, n_out: int) -> Kernel:
     return Kernel("spmm_stream", {"ROWS": 64, "HELD": 1664}, grid, 64)
 
 
+@cache
+def _allows_tf32() -> bool:
+    """Return MLX's setting of TF32, which it reads once."""
+    return os.environ.get("MLX_ENABLE_TF32", "1").strip() != "0"
+
+
 def _is_even(side: Side) -> bool:
     """Return whether no block-row is more than twice as long as the mean."""
     return side.longest_row * side.n_block_rows <= 2 * side.n_blocks
@@ -135,13 +154,14 @@ def _by_tensor_cores(
     block_size: int,
     inside: int,
     n_out: int,
+    itemsize: int,
     transposed: bool,
     even: bool,
     panels: bool,
 ) -> Kernel:
-    """Return the kernel of 16-bit blocks: few rows of x, many on Hopper, or many."""
+    """Return the kernel of blocks by tensor cores: few rows of x, many on Hopper, or many."""
     n_block_rows, filling = n_out // block_size, tuned.BLOCKS_TO_FILL_GPU
-    if n_x <= tuned.CUDA_FEW_ROWS and not transposed:
+    if n_x <= tuned.CUDA_FEW_ROWS and not transposed and block_size in tuned.TILED_BLOCKS:
         # Enough thread blocks to fill the GPU: strips of 16 outputs, and 8 warps along k.
         grid = (n_out // min(16, block_size) * 256, -(-n_x // 16), n_matrices)
         return Kernel("spmm_few", {"B": block_size, "INSIDE": inside}, grid, 256)
@@ -150,19 +170,22 @@ def _by_tensor_cores(
         rows, stages, threads, width = 128, 4, 640, -(-n_out // 256)
         name, template = "spmm_panels", {}
         shared_memory = stages * 32_768 + 65_536 + 1024
-    elif hopper and n_x > 64 and block_size in tuned.WGMMA_STAGES:
+    elif hopper and n_x > 64 and itemsize == 2 and block_size in tuned.WGMMA_STAGES:
         rows = 256 if n_block_rows * -(-n_x // 256) * n_matrices >= filling else 128
         stages, threads = tuned.WGMMA_STAGES[block_size][rows], 384
         name, template = "spmm_wgmma", {"ROWS": rows}
         shared_memory = stages * (rows + block_size) * 128 + 1024
     else:
         many = n_x > 64 and _architecture() in tuned.LARGE_SHARED_MEMORY
-        tile = (tuned.MANY_ROWS_TILES if many else tuned.SOME_ROWS_TILES)[block_size]
+        tile = _tile(block_size, many)
         rows, stages, threads = tile.rows, tile.stages, 32 * tile.warps_n * tile.warps_o
+        depth = 2 * tile.depth // itemsize
         name = "spmm_tiles"
-        template = {"WARPS_N": tile.warps_n, "WARPS_O": tile.warps_o, "DEPTH": tile.depth}
+        template = {"WARPS_N": tile.warps_n, "WARPS_O": tile.warps_o, "DEPTH": depth}
         template["ROWS"] = rows
-        shared_memory = 2 * stages * (rows + block_size) * tile.depth
+        chunks, w_rows = (block_size, depth) if transposed else (depth, block_size)
+        w_tile = w_rows * _stride(chunks * itemsize // 16, transposed and itemsize == 4)
+        shared_memory = stages * (rows * depth * itemsize + 16 * w_tile)
     # A thread block takes up to 8 tiles of rows, fewer where that would leave the GPU idle, and one
     # where some block-row would keep it busy much longer than others.
     tiles = -(-n_x // rows)
@@ -171,6 +194,25 @@ def _by_tensor_cores(
     template |= {"B": block_size, "INSIDE": inside, "STAGES": stages}
     template["TRANSPOSED"] = int(transposed)
     return Kernel(name, template, (width * threads, shares, n_matrices), threads, shared_memory)
+
+
+def _tile(block_size: int, many: bool) -> tuned.Tile:
+    """Return the tile of a thread block; depths are those of 16 bits."""
+    tiles = tuned.MANY_ROWS_TILES if many else tuned.SOME_ROWS_TILES
+    if block_size in tiles:
+        return tiles[block_size]
+    if block_size < 64:
+        depth = 64 if many and block_size < 32 else 32
+        return tuned.Tile(256, 8, 1, depth, 3) if many else tuned.Tile(64, 4, 1, 32, 4)
+    warps = 2 if block_size % 16 == 0 else 1
+    return tuned.Tile(128, 4, warps, 64, 3) if many else tuned.Tile(64, 2, warps, 32, 4)
+
+
+def _stride(chunks: int, by_columns: bool) -> int:
+    """Return the chunks of 16 bytes from one row of a tile to the next; see ``copies.h``."""
+    if by_columns:
+        return chunks + (6 - chunks % 4) % 4
+    return chunks if chunks & (chunks - 1) == 0 else chunks | 1
 
 
 def _gradient_by_scalars(layout: Layout, n_x: int, n_matrices: int) -> tuple[Kernel, int]:
@@ -226,28 +268,43 @@ def _most_blocks(side: Side, n_block_rows: int) -> int:
     return total
 
 
-def _gradient_tiles(layout: Layout, n_matrices: int) -> Kernel:
+def _gradient_tiles(layout: Layout, itemsize: int, n_matrices: int) -> Kernel:
     """Return the kernel of weight gradients of blocks by tensor cores."""
     side = layout.rows
-    group, kernel = _gradient_tile(layout.block_size)
+    group, kernel = _gradient_tile(layout.block_size, itemsize)
     width = side.n_block_rows * -(-side.longest_row // group)
     return kernel._replace(grid=(width * kernel.threads, 1, n_matrices))
 
 
 @cache
-def _gradient_tile(block_size: int) -> tuple[int, Kernel]:
+def _gradient_tile(block_size: int, itemsize: int) -> tuple[int, Kernel]:
     """Return the blocks that a thread block of ``sddmm`` takes, and the kernel, without a grid."""
-    if block_size in tuned.WGMMA_STAGES and _architecture() == tuned.HOPPER:
+    hopper = itemsize == 2 and _architecture() == tuned.HOPPER
+    if hopper and block_size in tuned.WGMMA_STAGES:
         group, stages = 256 // block_size, tuned.WGMMA_STAGES[block_size][256]
         template = {"B": block_size, "STAGES": stages}
         shared_memory = stages * (1 + group) * block_size * 128 + 1024
         return group, Kernel("sddmm_wgmma", template, (0, 1, 1), 384, shared_memory)
-    tile = tuned.GRADIENT_TILES[block_size]
+    tile = tuned.GRADIENT_TILES.get(block_size) or _between_tiles(block_size)
+    depth = 2 * tile.depth // itemsize
     template = {"B": block_size, "GROUP": tile.group, "WARPS_I": tile.warps_i}
-    template |= {"WARPS_K": tile.warps_k, "DEPTH": tile.depth, "STAGES": tile.stages}
-    shared_memory = 2 * block_size * tile.stages * tile.depth * (1 + tile.group)
+    template |= {"WARPS_K": tile.warps_k, "DEPTH": depth, "STAGES": tile.stages}
+    strides = (
+        _stride(width * itemsize // 16, itemsize == 4)
+        for width in (block_size, block_size * tile.group)
+    )
+    shared_memory = tile.stages * depth * 16 * sum(strides)
     threads = 32 * tile.warps_i * tile.warps_k
     return tile.group, Kernel("sddmm_tiles", template, (0, 1, 1), threads, shared_memory)
+
+
+def _between_tiles(block_size: int) -> tuned.GradientTile:
+    """Return the tile of a block size that has none of its own: warps side by side over blocks."""
+    group = max(1, 96 // block_size)
+    if (group * block_size) % 16:
+        group += 1
+    width = group * block_size
+    return tuned.GradientTile(group, 1, width // (32 if width % 32 == 0 else 16), 32, 4)
 
 
 @cache

@@ -96,7 +96,7 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     if layout.block_size < 8:
         kernel = _sampling_by_scalars(layout, n_x, n_matrices)
     else:
-        kernel = _sampling_by_tiles(layout, n_matrices)
+        kernel = _sampling_by_tiles(layout, n_matrices, x.itemsize)
     # Few groups and many rows: split the rows, so that the whole GPU has work, and sum in order.
     groups = kernel.grid[0] // kernel.threads * n_matrices
     n_splits = max(1, min(tuned.METAL_GRADIENT_GROUPS // groups, n_x // tuned.METAL_ROWS_PER_SPLIT))
@@ -115,10 +115,10 @@ def _sampling_by_scalars(layout: Layout, n_x: int, n_matrices: int) -> Kernel:
     return Kernel("sddmm_csr", template, grid, threads)
 
 
-def _sampling_by_tiles(layout: Layout, n_matrices: int) -> Kernel:
+def _sampling_by_tiles(layout: Layout, n_matrices: int, itemsize: int) -> Kernel:
     """Return the kernel of ``sddmm`` for blocks of 8 and more, by 8 x 8 products of simdgroups."""
     block_size, side = layout.block_size, layout.rows
-    tile = _sampling_tile(block_size, side.longest_row)
+    tile = _sampling_tile(block_size, side.longest_row, itemsize)
     # Of a block: how many parts along its rows, and how many strips.
     parts = -(-block_size // (8 * tile.simds_i * tile.tiles_i))
     cuts = -(-block_size // (8 * tile.tiles_k))
@@ -132,14 +132,15 @@ def _sampling_by_tiles(layout: Layout, n_matrices: int) -> Kernel:
     return Kernel("sddmm_tiles", template, (groups * parts * 128, 1, n_matrices), 128)
 
 
-def _sampling_tile(block_size: int, longest_row: int) -> tuned.SamplingTile:
+def _sampling_tile(block_size: int, longest_row: int, itemsize: int) -> tuned.SamplingTile:
     """Return the tile of ``sddmm`` for a block size of at least 8.
 
     Larger blocks than 64 are cut into equal parts. Small ones share a simdgroup only where there
     are more than enough for four.
     """
     tiles = -(-block_size // 8)
-    tile = tuned.METAL_SAMPLING_TILES[-(-tiles // -(-tiles // 8))]
+    table = tuned.METAL_FLOAT_SAMPLING_TILES if itemsize == 4 else tuned.METAL_SAMPLING_TILES
+    tile = table[-(-tiles // -(-tiles // 8))]
     return tile._replace(strips=min(tile.strips, power_of_two(-(-longest_row // 4))))
 
 

@@ -344,6 +344,14 @@ template <bool TRANS, typename T>
 void load_matrix2(unsigned (&r)[2], const T* p) {
   load_matrices<TRANS>(r, p);
 }
+unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
+float __uint_as_float(unsigned u) { return __builtin_bit_cast(float, u); }
+// Cuts off what tensor cores do not read.
+float as_tf32(unsigned u) { return __uint_as_float(u & ~0x1fffu); }
+unsigned to_tf32(unsigned u) {
+  const bool finite = (u & 0x7f800000) != 0x7f800000;
+  return finite ? (u + 0x1000) & ~0x1fffu : u;
+}
 static unsigned fragments[32][32][6];
 template <typename T>
 void multiply(float (&acc)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
@@ -354,10 +362,18 @@ void multiply(float (&acc)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a
   __syncwarp();
   for (int i = 0; i < 4; i++) {
     const int row = lane / 4 + i / 2 * 8, col = lane % 4 * 2 + i % 2;
-    for (int k = 0; k < 16; k++) {
-      const unsigned a = fragments[warp][row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
-      const unsigned b = fragments[warp][col * 4 + k % 8 / 2][4 + k / 8];
-      acc[i] += element<T>(a, k % 2) * element<T>(b, k % 2);
+    // A word holds one element of k, or two neighbours.
+    constexpr int HELD = 4 / sizeof(T);
+    for (int word = 0; word < 8; word++) {
+      const unsigned a = fragments[warp][row % 8 * 4 + word % 4][row / 8 + word / 4 * 2];
+      const unsigned b = fragments[warp][col * 4 + word % 4][4 + word / 4];
+      for (int e = 0; e < HELD; e++) {
+        if constexpr (HELD == 2) {
+          acc[i] += element<T>(a, e) * element<T>(b, e);
+        } else {
+          acc[i] += as_tf32(a) * as_tf32(b);
+        }
+      }
     }
   }
   __syncwarp();

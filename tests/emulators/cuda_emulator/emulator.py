@@ -41,6 +41,7 @@ class Emulation:
     Attributes:
         seed: Of the order in which warps run and copies land.
         offset: Elements by which floating inputs lie off a 16-byte boundary.
+        tf32: Whether MLX's own float32 products round to TF32, as they do by default.
         edit: A text of a kernel's body and what to replace it by, to see a fault found.
         names: The kernels that were launched.
         conflicts: Of banks of shared memory, in ldmatrix.
@@ -48,6 +49,7 @@ class Emulation:
 
     seed: int = 1
     offset: int = 0
+    tf32: bool = True
     edit: tuple[str, str] | None = None
     names: list[str] = field(default_factory=list)
     conflicts: int = 0
@@ -65,6 +67,7 @@ def emulated(architecture: str = "sm_90", **settings: Any) -> Iterator[Emulation
         computing(cuda, plain),
         mock.patch.object(mx.fast, "cuda_kernel", functools.partial(_Kernel, emulation)),
         mock.patch.object(cuda, "_architecture", return_value=architecture),
+        mock.patch.object(cuda, "_allows_tf32", return_value=emulation.tf32),
     ):
         yield emulation
 
