@@ -49,7 +49,7 @@ def cases(draw):
     return pattern, n, draw(st.sampled_from(DTYPES))
 
 
-@settings(max_examples=5 * settings().max_examples)
+@settings(max_examples=4 * settings().max_examples)
 @given(cases(), st.booleans())
 def test_forward_gradients_and_second_order(metal, case, with_bias):
     pattern, n, dtype = case
