@@ -64,7 +64,7 @@ const int n_outputs = B % STRIP == 0 ? STRIP : min(STRIP, B - o0);
 
 // The blocks of the block-row, or those of them in the piece.
 const int cut = OF_PIECES ? unit / 2 * PIECE : 0;
-const int cut_end = OF_PIECES ? cut + min(PIECE, n_blocks - cut) : 0;
+const int cut_end = OF_PIECES ? cut + PIECE : 0;
 int r = unit;
 if (OF_PIECES) {
   r = search_row(indptr, R, unit % 2 == 0 ? cut : cut_end - 1, lane);
