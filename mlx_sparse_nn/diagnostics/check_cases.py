@@ -58,8 +58,9 @@ class Case:
         dtype: Of all operands.
         rows: Rows of x.
         pattern: ``"whole"``, ``"edges"`` (the last blocks reach past the matrix, and hold nan
-            there), ``"even"`` (3 blocks in each block-row), ``"narrow"`` (one block-column),
-            ``"long"`` (20 blocks in one block-row), or ``"heavy"`` (thousands of values in one).
+            there), ``"one"`` (block alone), ``"even"`` (3 blocks in each block-row), ``"narrow"``
+            (one block-column), ``"long"`` (20 blocks in one block-row), or ``"heavy"`` (thousands
+            of values in one).
         bias: Whether a bias is added.
         bits, group_size: Of quantized blocks; 0 of others.
     """
@@ -107,12 +108,13 @@ class Operands:
 
 def all_cases() -> list[Case]:
     """Return what reaches every kernel and every tile: in float32, and in float16 or bfloat16."""
-    found, of_16_bits = [], cycle(("float16", "bfloat16"))
+    found = []
     for size in BLOCK_SIZES:
         for product in ("spmm", "spmm_t", "sddmm"):
             for rows, pattern in _rows(product, size):
                 bias = product == "spmm" and pattern != "whole"
-                for dtype in ("float32", next(of_16_bits)):
+                drawn = ("float16", "bfloat16")[zlib.crc32(f"{product}{size}{rows}".encode()) % 2]
+                for dtype in DTYPES if product == "sddmm" else ("float32", drawn):
                     found.append(Case(product, size, dtype, rows, pattern, bias))
     packings, dtypes = cycle(PACKINGS), cycle(DTYPES)
     sizes = [(bits, *next(packings), *row) for bits in BITS for row in QUANTIZED_ROWS]
@@ -135,6 +137,8 @@ def _rows(product: str, block_size: int) -> Iterator[tuple[int, str]]:
         yield from SAMPLED_ROWS
     else:
         yield from SCALAR_ROWS if block_size in SCALAR_BLOCKS else ROWS
+    if block_size < 8:
+        yield 1, "one"
     if block_size in HEAVY:
         yield from ((1, "heavy"), (6, "heavy"))
 
@@ -258,6 +262,8 @@ def _pattern(case: Case, rng: np.random.Generator) -> CSRPattern:
     if case.pattern == "heavy":
         n = HEAVY[size] // size
         rows = [rng.permutation(n), [3, 0], [], *([int(i)] for i in rng.integers(0, n, 9))]
+    elif case.pattern == "one":
+        rows, n = [[0]], 1
     elif case.pattern == "narrow":
         rows, n = [[0]] * 16, 1
     elif case.pattern == "long":

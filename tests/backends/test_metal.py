@@ -98,6 +98,17 @@ def test_every_kernel(block_size, n, dtype):
     check_products(pattern, data, x, y, bias)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block_size", range(1, 10))
+def test_operands_of_a_few_elements(block_size, dtype):
+    """MLX passes fewer than 8 in another address space: what reads them has to compile."""
+    for rows, n_cols in (([[0]], 1), ([[1]], 2), ([[0], [0]], 1)):
+        pattern = pattern_of(rows, n_cols, block_size)
+        data, bias = integers(pattern.data_shape, 1, dtype), integers(pattern.shape[:1], 4, dtype)
+        x, y = (integers((1, size), 2, dtype) for size in reversed(pattern.shape))
+        check_products(pattern, data, x, y, bias)
+
+
 @pytest.mark.parametrize("cut", [1, -1])
 @pytest.mark.parametrize("block_size", [2, 3, 4, 8, 12, 16, 24, 33, 64, 136])
 @pytest.mark.parametrize("n", [1, 5, 12, 70])
