@@ -58,8 +58,13 @@ THREADS_TO_FILL_GPU = 1 << 17
 PIECES_TO_FILL_GPU = 1 << 13
 # Rows of x from which lanes lie along them, and x by columns: a value then reads one cache line of
 # x for up to 32 rows, not one for each. Blocks of 8 and more read whole lines along a row of x too.
+# On an H200, 2^20 columns and 16 rows of x: 0.68 ms against 1.85. On CUDA, lines of an x of fewer
+# columns than NARROW_COLUMNS stay in the cache: 1,024 columns and 16 rows take 9.4 microseconds
+# against 5.7, and 4,096 columns and 64 rows 79 against 86.
 COLUMNS_OF_SCALARS = 4
+COLUMNS_OF_NARROW = 64
 COLUMNS_OF_BLOCKS = 17
+NARROW_COLUMNS = 2**16
 # Threadgroups of few rows of x that fill a GPU: four a core of 40. Where there are fewer, or a
 # block-row is this many times as long as the mean, long ones are cut into pieces, of no fewer
 # vectors of four values than two turns of 8 simdgroups.
@@ -77,6 +82,7 @@ METAL_TENSOR_THREADS = 512
 # a block that a threadgroup has.
 METAL_SMALLEST_TILED = 4
 METAL_MAX_WIDTH = 128
+METAL_MAX_COLUMNS = 2**25  # of x, 128 rows of which are a tile: 32 bits count the elements
 METAL_WIDE = 96  # outputs up to which it has 128 rows of x, and above 64
 # Up to this many rows of x, reading blocks is what a product by tiles waits for.
 METAL_SOME_ROWS = 32

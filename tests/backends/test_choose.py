@@ -38,9 +38,17 @@ def test_cuda_takes_what_it_has_kernels_for(op, block_size, n_x, dtype, name):
         assert name_of(op, block_size, n_x, dtype) == name
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_float32_blocks_go_to_tensor_cores_where_mlx_allows_tf32(monkeypatch, op):
+    monkeypatch.setattr(cuda, "_allows_tf32", lambda: True)
+    with computing(cuda, plain):
+        for block_size, name in ((8, "cuda"), (12, "plain"), (48, "cuda"), (136, "plain")):
+            assert name_of(op, block_size, 17, mx.float32) == name
+
+
 def test_gradients_of_16_bit_blocks_need_a_kernel_of_their_size():
     with computing(cuda, plain):
-        for block_size, name in ((8, "plain"), (16, "cuda"), (48, "plain"), (128, "cuda")):
+        for block_size, name in ((8, "cuda"), (12, "plain"), (48, "cuda"), (136, "plain")):
             assert name_of("sddmm", block_size, 64, mx.float16) == name
             assert name_of("spmm", block_size, 64, mx.float16) == "cuda"
 
@@ -53,6 +61,13 @@ def test_metal_takes_its_dtypes_and_whatever_has_elements(op):
                 assert name_of(op, block_size, 100, dtype) == "metal"
         assert name_of(op, 1, 5, mx.complex64) == "plain"
         assert name_of(op, 8, 0, mx.float32) == "plain"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_metal_takes_no_tiles_of_x_whose_places_overflow(op):
+    wide = CSRPattern([0, 1], [3], (8, 2**25), 8)
+    with computing(metal, plain):
+        assert choose.choose(op, wide.layout, 100, mx.float32).NAME == "plain"
         assert name_of(op, 8, 5, mx.float32, n_blocks=0) == "plain"
 
 

@@ -210,6 +210,7 @@ def short_pieces(monkeypatch):
     monkeypatch.setattr(tuned, "MIN_PIECE", 32)
     monkeypatch.setattr(tuned, "MAX_EVEN_PIECE", 32)
     monkeypatch.setattr(tuned, "MAX_ROUNDS", 2)
+    monkeypatch.setattr(tuned, "NARROW_COLUMNS", 0)  # x by columns, as of large matrices
 
 
 def skewed(kind, block_size=1):

@@ -313,3 +313,12 @@ thread.join()
 """
     for _ in range(5):
         subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(("n_cols", "n", "by_columns"), [(64, 16, 0), (64, 64, 1), (2**16, 4, 1)])
+def test_wide_rows_of_x_are_read_by_columns(launches, n_cols, n, by_columns):
+    """A narrow x stays in the cache, and few rows of it are not worth a transposed copy."""
+    pattern = CSRPattern([0, 1], [3], (1, n_cols))
+    spmm(mx.ones(1), pattern, mx.ones((n, n_cols)))
+    sddmm(pattern, mx.ones((n, 1)), mx.ones((n, n_cols)))
+    assert [template["WIDTH"] > 1 for _, template, *_ in launches] == [by_columns] * 2

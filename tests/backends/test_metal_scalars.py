@@ -323,7 +323,9 @@ def test_no_lane_works_long_and_every_grid_fits(n_x, block_size, n_rows, mean, s
     n_blocks = min(n_block_rows * mean, 2**31 // block_size)
     longest = min(n_blocks, mean * skew, 2**22 // block_size)
     lanes = min(32, launch.power_of_two(n_blocks * block_size // n_block_rows // 2))
-    how = scalars.share(n_x, block_size, n_block_rows, n_blocks, longest, lanes)
+    how = scalars.share(
+        n_x, block_size, n_block_rows, n_blocks, longest, lanes, n_x >= tuned.COLUMNS_OF_SCALARS
+    )
     rows_of_a_lane, rest = divmod(how.rows, how.width)
     assert rest == 0
     assert 1 <= rows_of_a_lane <= 4

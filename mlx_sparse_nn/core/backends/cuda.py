@@ -101,7 +101,8 @@ def _product(
     elif _takes_streaming(side, block_size, n_x):
         choice = _streaming, n_matrices, n_out
     else:
-        return scalars.product(NAME, data, side, x, n_out, inside, bias)
+        by_columns = _takes_columns(n_x, block_size, shape[-1])
+        return scalars.product(NAME, data, side, x, n_out, inside, bias, by_columns)
     launched = _prepared(dtype, bias is not None, *choice)
     return launch_spmm(launched, data, side, x, n_out, bias)
 
@@ -112,6 +113,17 @@ def _prepared(
 ) -> KernelLaunch:
     """Return what ``choose_kernel`` says of these sizes, kept: that takes longer than to launch."""
     return prepare(NAME, "spmm", choose_kernel(*sizes), dtype, T=dtype, BIAS=int(has_bias))
+
+
+def _takes_columns(n_x: int, block_size: int, n_cols: int) -> bool:
+    """Return whether scalars read x by columns.
+
+    Where x is narrow, its lines stay in the cache, and few rows are not worth the transposes.
+    """
+    if block_size >= 8:
+        return n_x >= tuned.COLUMNS_OF_BLOCKS
+    is_narrow = n_cols < tuned.NARROW_COLUMNS
+    return n_x >= (tuned.COLUMNS_OF_NARROW if is_narrow else tuned.COLUMNS_OF_SCALARS)
 
 
 def _takes_streaming(side: Side, block_size: int, n_x: int) -> bool:
@@ -218,7 +230,7 @@ def _stride(chunks: int, by_columns: bool) -> int:
 def _gradient_by_scalars(layout: Layout, n_x: int, n_matrices: int) -> tuple[Kernel, int]:
     """Return the kernel of weight gradients by scalars, and in how many parts the rows go."""
     block_size, side, threads = layout.block_size, layout.rows, tuned.GROUP_THREADS
-    by_columns = block_size < 8 and n_x >= tuned.COLUMNS_OF_SCALARS
+    by_columns = block_size < 8 and _takes_columns(n_x, block_size, layout.full_shape[1])
     columns = min(8, power_of_two(n_x)) if by_columns else 1
     lanes = min(32 // columns, lanes_per_row(side, block_size))
     piece = max(1, max(tuned.MIN_PIECE, tuned.MAX_ROUNDS * lanes) // block_size)

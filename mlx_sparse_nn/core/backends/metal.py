@@ -76,7 +76,13 @@ def _using_tensor_units() -> Iterator[None]:
 
 
 def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, bits: int) -> bool:
-    """Return whether there is a kernel for a product: for all that kernels can do."""
+    """Return whether there is a kernel for a product.
+
+    There is for all that kernels can do, but blocks of a matrix so wide that the places of a tile
+    of x would not fit 32 bits.
+    """
+    if layout.block_size > 1 and max(layout.full_shape) >= tuned.METAL_MAX_COLUMNS:
+        return False
     return launch.takes(layout, n_x, dtype, n_matrices)
 
 
@@ -155,7 +161,8 @@ def _product(
     block_size = data.shape[-1] if data.ndim > 2 else 1
     # MLX passes fewer than 8 elements in constant memory, where scalars alone are loaded.
     if block_size < tuned.METAL_SMALLEST_TILED or x.size < 8:
-        return scalars.product(NAME, data, side, x, n_out, inside, bias)
+        by_columns = n_x >= tuned.COLUMNS_OF_SCALARS
+        return scalars.product(NAME, data, side, x, n_out, inside, bias, by_columns)
     if n_x <= tuned.METAL_FEW_ROWS:
         return few_rows.product(NAME, data, side, x, n_out, inside, bias)
     sizes = block_size, n_x, n_out, n_matrices

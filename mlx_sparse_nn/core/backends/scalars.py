@@ -59,6 +59,7 @@ def product(
     n_out: int,
     inside: int,
     bias: mx.array | None,
+    by_columns: bool,
 ) -> mx.array:
     """Return the product with a side of the matrix, ``(..., N, n_out)``.
 
@@ -70,6 +71,8 @@ def product(
         n_out: Rows of the side, in scalars.
         inside: How many columns of the last block-column lie in the matrix.
         bias: ``(n_out,)``, or None.
+        by_columns: Whether lanes lie along rows of x, and x by columns: a value then reads one
+            cache line of x for up to 32 rows, not one for each.
     """
     shape, block_size = x.shape, data.shape[-1] if data.ndim > 2 else 1
     launches = _launches(
@@ -79,6 +82,7 @@ def product(
         (shape[-2], shape[0] if len(shape) == 3 else 1),
         (side.n_block_rows, side.n_blocks, side.longest_row),
         lanes_per_row(side, block_size),
+        by_columns,
     )
     if launches.by_columns:
         x = x.swapaxes(-1, -2)
@@ -102,11 +106,12 @@ def _launches(
     x_sizes: tuple[int, int],
     side_sizes: tuple[int, int, int],
     lanes: int,
+    by_columns: bool,
 ) -> Launches:
     """Return the launches of these sizes, kept: to choose takes longer than to launch."""
     (block_size, inside, transposed, has_bias), (n_x, n_matrices) = blocks, x_sizes
     n_block_rows, n_blocks, longest = side_sizes
-    how = share(n_x, block_size, n_block_rows, n_blocks, longest, lanes)
+    how = share(n_x, block_size, n_block_rows, n_blocks, longest, lanes, by_columns)
     template = {"B": block_size, "INSIDE": inside, "TRANSPOSED": int(transposed)}
     template |= {"ROWS": how.rows, "WIDTH": how.width, "PIECE": max(1, how.piece)}
     template["LONG"] = int(how.piece > 0)
@@ -126,7 +131,13 @@ def _launches(
 
 
 def share(
-    n_x: int, block_size: int, n_block_rows: int, n_blocks: int, longest: int, lanes: int
+    n_x: int,
+    block_size: int,
+    n_block_rows: int,
+    n_blocks: int,
+    longest: int,
+    lanes: int,
+    by_columns: bool,
 ) -> Sharing:
     """Return how threads share a product.
 
@@ -137,9 +148,9 @@ def share(
         n_blocks: Blocks of the side.
         longest: Those of its longest block-row.
         lanes: As many as the mean row asks for.
+        by_columns: Whether lanes lie along rows of x.
     """
-    least = tuned.COLUMNS_OF_SCALARS if block_size < 8 else tuned.COLUMNS_OF_BLOCKS
-    width = min(32, power_of_two(n_x)) if n_x >= least else 1
+    width = min(32, power_of_two(n_x)) if by_columns else 1
     # Each lane holds up to 4 rows of x, evenly.
     held = -(-n_x // (width * -(-n_x // (4 * width)))) if width > 1 else min(4, n_x)
     # As long a piece as the square root of a row leaves as many partial sums as it has values.
