@@ -40,7 +40,7 @@ STEPS_IN_FLIGHT = 8
 MAX_STREAMS = 4
 MIN_PARALLEL_MULTIPLIES = 1 << 18
 
-# Kernels on a GPU. Block sizes that have kernels of their own; others are read as scalars.
+# Kernels on a GPU. Block sizes that have kernels of their own on CUDA; others are read as scalars.
 TILED_BLOCKS = (8, 16, 32, 64, 128)
 MAX_TILED_BLOCK = 128  # of CUDA's tiles, which take every multiple of 8
 GROUP_THREADS = 256  # of a thread block, where the kernel leaves it open

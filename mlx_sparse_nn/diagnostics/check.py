@@ -162,7 +162,7 @@ def _outcomes(cases: Sequence[Case]) -> list[Outcome]:
     tf32, outcomes = matmul_uses_tf32(), []
     with tqdm(cases, unit=" products", disable=None) as bar:
         for case in bar:
-            bar.set_description(case.product, refresh=False)
+            bar.set_description(case.name)  # which a GPU that hangs would leave on the screen
             outcomes.append(check_case(case, tf32))
     return outcomes
 

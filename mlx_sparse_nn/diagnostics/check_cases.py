@@ -28,7 +28,7 @@ PRODUCTS = ("spmm", "spmm_t", "sddmm", "qspmm", "qspmm_t")
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 BLOCK_SIZES = (1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 # Rows of x with a pattern, so that every tile meets edges, and few rows a long block-row.
-ROWS = ((1, "long"), (3, "whole"), (7, "edges"), (12, "long"), (30, "edges"), (50, "whole"))
+ROWS = ((1, "long"), (3, "whole"), (7, "edges"), (12, "long"), (30, "edges"), (64, "whole"))
 ROWS = (*ROWS, (150, "edges"))
 SCALAR_ROWS = ((1, "edges"), (2, "whole"), (3, "edges"), (4, "whole"), (7, "edges"), (12, "whole"))
 SCALAR_ROWS = (*SCALAR_ROWS, (30, "edges"), (40, "whole"), (90, "edges"), (120, "whole"))

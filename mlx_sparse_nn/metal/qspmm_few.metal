@@ -72,9 +72,9 @@ if (TRANSPOSED) {
       acc[n][i] = 0.0f;
     }
   }
-  for (int e = simd_group; e < n_pieces; e += GROUPS) {
-    const int j = begin + e / PIECES;
-    const int k0 = e % PIECES * DEPTH + k;
+  for (int piece = simd_group; piece < n_pieces; piece += GROUPS) {
+    const int j = begin + piece / PIECES;
+    const int k0 = piece % PIECES * DEPTH + k;
     const int col = indices[j] * B + k0;
     const size_t row = (first + perm[j]) * B + k0;
     const device uint* packs = packed + row * WORDS;
@@ -85,26 +85,26 @@ if (TRANSPOSED) {
     T offset[4];
     vec<T, 4> xs[ROWS];
 #pragma unroll
-    for (int t = 0; t < 4; t++) {
-      ws[t] = load_pack<BITS>(packs + t * WORDS, o0 + o);
-      scale[t] = scale_at[t * SCALES];
-      offset[t] = bias_at[t * SCALES];
+    for (int turn = 0; turn < 4; turn++) {
+      ws[turn] = load_pack<BITS>(packs + turn * WORDS, o0 + o);
+      scale[turn] = scale_at[turn * SCALES];
+      offset[turn] = bias_at[turn * SCALES];
     }
 #pragma unroll
     for (int n = 0; n < ROWS; n++) {
       xs[n] = load4<T>(x_rows + x_at[n] + col);
     }
 #pragma unroll
-    for (int t = 0; t < 4; t++) {
-      const bool inside = INSIDE == B || col + t < n_inside;
-      const float s = inside ? float(scale[t]) : 0.0f;
-      const float b = inside ? float(offset[t]) : 0.0f;
+    for (int turn = 0; turn < 4; turn++) {
+      const bool inside = INSIDE == B || col + turn < n_inside;
+      const float s = inside ? float(scale[turn]) : 0.0f;
+      const float b = inside ? float(offset[turn]) : 0.0f;
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        const float w = fma(s, integer<BITS>(ws[t], i), b);
+        const float w = fma(s, integer<BITS>(ws[turn], i), b);
 #pragma unroll
         for (int n = 0; n < ROWS; n++) {
-          acc[n][i] = fma(w, float(xs[n][t]), acc[n][i]);
+          acc[n][i] = fma(w, float(xs[n][turn]), acc[n][i]);
         }
       }
     }
@@ -134,13 +134,13 @@ if (TRANSPOSED) {
 #pragma unroll
   for (int n = 0; n < ROWS; n++) {
 #pragma unroll
-    for (int p = 0; p < 4; p++) {
-      acc[n][p] = 0.0f;
+    for (int e = 0; e < 4; e++) {
+      acc[n][e] = 0.0f;
     }
   }
-  for (int e = simd_group; e < n_pieces; e += GROUPS) {
-    const int j = begin + e / PIECES;
-    const int group = e % PIECES;
+  for (int piece = simd_group; piece < n_pieces; piece += GROUPS) {
+    const int j = begin + piece / PIECES;
+    const int group = piece % PIECES;
     const int col0 = indices[j] * B + group * GROUP_SIZE;
     const size_t row = (first + j) * B + o0 + o;
     const device uint* packs = packed + row * WORDS;
@@ -149,9 +149,9 @@ if (TRANSPOSED) {
     T scale[4];
     T offset[4];
 #pragma unroll
-    for (int p = 0; p < 4; p++) {
-      scale[p] = scale_at[8 * p * SCALES];
-      offset[p] = bias_at[8 * p * SCALES];
+    for (int e = 0; e < 4; e++) {
+      scale[e] = scale_at[8 * e * SCALES];
+      offset[e] = bias_at[8 * e * SCALES];
     }
 #pragma clang loop unroll(disable)
     for (int k0 = 0; k0 < GROUP_SIZE; k0 += 32) {
@@ -159,8 +159,8 @@ if (TRANSPOSED) {
       Pack ws[4];
       vec<T, 4> xs[ROWS][2];
 #pragma unroll
-      for (int p = 0; p < 4; p++) {
-        ws[p] = load_pack<BITS>(packs + 8 * p * WORDS, group * GROUP_SIZE + k0 + k);
+      for (int e = 0; e < 4; e++) {
+        ws[e] = load_pack<BITS>(packs + 8 * e * WORDS, group * GROUP_SIZE + k0 + k);
       }
 #pragma unroll
       for (int n = 0; n < ROWS; n++) {
@@ -168,14 +168,14 @@ if (TRANSPOSED) {
         xs[n][1] = load4<T>(x_rows + x_at[n] + col0 + k0 + k + 4);
       }
 #pragma unroll
-      for (int p = 0; p < 4; p++) {
+      for (int e = 0; e < 4; e++) {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-          float w = fma(float(scale[p]), integer<BITS>(ws[p], i), float(offset[p]));
+          float w = fma(float(scale[e]), integer<BITS>(ws[e], i), float(offset[e]));
           w = i < n_valid ? w : 0.0f;
 #pragma unroll
           for (int n = 0; n < ROWS; n++) {
-            acc[n][p] = fma(w, float(xs[n][i / 4][i % 4]), acc[n][p]);
+            acc[n][e] = fma(w, float(xs[n][i / 4][i % 4]), acc[n][e]);
           }
         }
       }

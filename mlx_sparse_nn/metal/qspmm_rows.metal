@@ -49,7 +49,7 @@ const int col8 = (lane / 4 & 2) * 2 + lane % 2 * 2;
 
 if (TRANSPOSED) {
   // x times W: of x rows are n and columns k, of W rows are k and columns o. A piece is 32 stored
-  // rows of the strip. Column i of product t is stored row 4 i + t.
+  // rows of the strip. Column i of product turn is stored row 4 i + turn.
   constexpr int PANELS = STRIP / 32;
   simdgroup_float8x8 acc[PANELS][4][TILES_N];
 #pragma unroll
@@ -67,9 +67,9 @@ if (TRANSPOSED) {
   for (int tn = 0; tn < TILES_N; tn++) {
     x_at[tn] = min(8 * tn + row8, N - 1 - n0) * n_cols + 4 * col8;
   }
-  for (int e = simd_group; e < n_pieces; e += GROUPS) {
-    const int j = begin + e / PIECES;
-    const int k0 = e % PIECES * 32;
+  for (int piece = simd_group; piece < n_pieces; piece += GROUPS) {
+    const int j = begin + piece / PIECES;
+    const int k0 = piece % PIECES * 32;
     const int col = indices[j] * B + k0;
     const size_t row = (first + perm[j]) * B + k0 + 4 * row8;
     const device uint* packs = packed + row * WORDS;
@@ -85,30 +85,30 @@ if (TRANSPOSED) {
     T offset[4];
     Pack ws[4][PANELS];
 #pragma unroll
-    for (int t = 0; t < 4; t++) {
-      scale[t] = scale_at[t * SCALES];
-      offset[t] = bias_at[t * SCALES];
+    for (int turn = 0; turn < 4; turn++) {
+      scale[turn] = scale_at[turn * SCALES];
+      offset[turn] = bias_at[turn * SCALES];
 #pragma unroll
       for (int p = 0; p < PANELS; p++) {
-        ws[t][p] = load_pack<BITS>(packs + t * WORDS, o0 + 32 * p + 4 * col8);
+        ws[turn][p] = load_pack<BITS>(packs + turn * WORDS, o0 + 32 * p + 4 * col8);
       }
     }
 #pragma unroll
-    for (int t = 0; t < 4; t++) {
-      const bool inside = INSIDE == B || col + 4 * row8 + t < n_inside;
-      const float s = inside ? float(scale[t]) : 0.0f;
-      const float b = inside ? float(offset[t]) : 0.0f;
+    for (int turn = 0; turn < 4; turn++) {
+      const bool inside = INSIDE == B || col + 4 * row8 + turn < n_inside;
+      const float s = inside ? float(scale[turn]) : 0.0f;
+      const float b = inside ? float(offset[turn]) : 0.0f;
       simdgroup_matrix<T, 8, 8> left[TILES_N];
 #pragma unroll
       for (int tn = 0; tn < TILES_N; tn++) {
-        left[tn] = matrix_of<T>(xs[tn][0][t], xs[tn][1][t]);
+        left[tn] = matrix_of<T>(xs[tn][0][turn], xs[tn][1][turn]);
       }
 #pragma unroll
       for (int p = 0; p < PANELS; p++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          const float w_0 = fma(s, integer<BITS>(ws[t][p], 2 * i), b);
-          const float w_1 = fma(s, integer<BITS>(ws[t][p], 2 * i + 1), b);
+          const float w_0 = fma(s, integer<BITS>(ws[turn][p], 2 * i), b);
+          const float w_1 = fma(s, integer<BITS>(ws[turn][p], 2 * i + 1), b);
           const simdgroup_matrix<T, 8, 8> right = matrix_of<T>(T(w_0), T(w_1));
 #pragma unroll
           for (int tn = 0; tn < TILES_N; tn++) {
@@ -132,14 +132,14 @@ if (TRANSPOSED) {
   }
 } else {
   // W times the transpose of x: of W rows are o and columns k, of x rows are k and columns n. A
-  // piece is a group of columns of the strip, taken 32 at a time. Column i of product t is column
-  // 4 i + t of these.
+  // piece is a group of columns of the strip, taken 32 at a time. Column i of product turn is
+  // column 4 i + turn of these.
   simdgroup_float8x8 acc[4][TILES_N];
 #pragma unroll
-  for (int p = 0; p < 4; p++) {
+  for (int to = 0; to < 4; to++) {
 #pragma unroll
     for (int tn = 0; tn < TILES_N; tn++) {
-      acc[p][tn] = matrix_of<float>(0.0f, 0.0f);
+      acc[to][tn] = matrix_of<float>(0.0f, 0.0f);
     }
   }
   int x_at[TILES_N][2];
@@ -148,9 +148,9 @@ if (TRANSPOSED) {
     x_at[tn][0] = min(8 * tn + col8, N - 1 - n0) * n_cols + 4 * row8;
     x_at[tn][1] = min(8 * tn + col8 + 1, N - 1 - n0) * n_cols + 4 * row8;
   }
-  for (int e = simd_group; e < n_pieces; e += GROUPS) {
-    const int j = begin + e / PIECES;
-    const int group = e % PIECES;
+  for (int piece = simd_group; piece < n_pieces; piece += GROUPS) {
+    const int j = begin + piece / PIECES;
+    const int group = piece % PIECES;
     const int col0 = indices[j] * B + group * GROUP_SIZE;
     const size_t row = (first + j) * B + o0 + row8;
     const device uint* packs = packed + row * WORDS;
@@ -159,9 +159,9 @@ if (TRANSPOSED) {
     T scale[4];
     T offset[4];
 #pragma unroll
-    for (int p = 0; p < 4; p++) {
-      scale[p] = scale_at[8 * p * SCALES];
-      offset[p] = bias_at[8 * p * SCALES];
+    for (int to = 0; to < 4; to++) {
+      scale[to] = scale_at[8 * to * SCALES];
+      offset[to] = bias_at[8 * to * SCALES];
     }
 #pragma clang loop unroll(disable)
     for (int k0 = 0; k0 < GROUP_SIZE; k0 += 32) {
@@ -174,39 +174,39 @@ if (TRANSPOSED) {
         xs[tn][1] = load4<T>(x_rows + x_at[tn][1] + col0 + k0);
       }
 #pragma unroll
-      for (int p = 0; p < 4; p++) {
-        ws[p] = load_pack<BITS>(packs + 8 * p * WORDS, group * GROUP_SIZE + k0 + 4 * col8);
+      for (int to = 0; to < 4; to++) {
+        ws[to] = load_pack<BITS>(packs + 8 * to * WORDS, group * GROUP_SIZE + k0 + 4 * col8);
       }
 #pragma unroll
-      for (int t = 0; t < 4; t++) {
+      for (int turn = 0; turn < 4; turn++) {
         simdgroup_matrix<T, 8, 8> right[TILES_N];
 #pragma unroll
         for (int tn = 0; tn < TILES_N; tn++) {
-          right[tn] = matrix_of<T>(xs[tn][0][t], xs[tn][1][t]);
+          right[tn] = matrix_of<T>(xs[tn][0][turn], xs[tn][1][turn]);
         }
 #pragma unroll
-        for (int p = 0; p < 4; p++) {
-          const float s = float(scale[p]);
-          const float b = float(offset[p]);
-          const float w_0 = fma(s, integer<BITS>(ws[p], t), b);
-          const float w_1 = fma(s, integer<BITS>(ws[p], 4 + t), b);
+        for (int to = 0; to < 4; to++) {
+          const float s = float(scale[to]);
+          const float b = float(offset[to]);
+          const float w_0 = fma(s, integer<BITS>(ws[to], turn), b);
+          const float w_1 = fma(s, integer<BITS>(ws[to], 4 + turn), b);
           const simdgroup_matrix<T, 8, 8> left =
-              matrix_of<T>(T(t < n_valid ? w_0 : 0.0f), T(4 + t < n_valid ? w_1 : 0.0f));
+              matrix_of<T>(T(turn < n_valid ? w_0 : 0.0f), T(4 + turn < n_valid ? w_1 : 0.0f));
 #pragma unroll
           for (int tn = 0; tn < TILES_N; tn++) {
-            simdgroup_multiply_accumulate(acc[p][tn], left, right[tn], acc[p][tn]);
+            simdgroup_multiply_accumulate(acc[to][tn], left, right[tn], acc[to][tn]);
           }
         }
       }
     }
   }
 #pragma unroll
-  for (int p = 0; p < 4; p++) {
+  for (int to = 0; to < 4; to++) {
 #pragma unroll
     for (int tn = 0; tn < TILES_N; tn++) {
-      const int at = (8 * tn + col8) * STRIP + 8 * p + row8;
-      mine[at] = acc[p][tn].thread_elements()[0];
-      mine[at + STRIP] = acc[p][tn].thread_elements()[1];
+      const int at = (8 * tn + col8) * STRIP + 8 * to + row8;
+      mine[at] = acc[to][tn].thread_elements()[0];
+      mine[at + STRIP] = acc[to][tn].thread_elements()[1];
     }
   }
 }

@@ -105,9 +105,9 @@ for (int j = indptr[r]; j < end; j++) {
                                                         : 0;
         vec<T, 4> w[2];
 #pragma unroll
-        for (int e = 0; e < 8; e++) {
-          const float value = fma(float(scale[i]), integer<BITS>(ws[i], e), float(offset[i]));
-          w[e / 4][e % 4] = T(e < n_valid ? value : 0.0f);
+        for (int place = 0; place < 8; place++) {
+          const float value = fma(float(scale[i]), integer<BITS>(ws[i], place), float(offset[i]));
+          w[place / 4][place % 4] = T(place < n_valid ? value : 0.0f);
         }
         w_to[i * (W_STEP * LDW / 4)] = w[0];
         w_to[i * (W_STEP * LDW / 4) + 1] = w[1];

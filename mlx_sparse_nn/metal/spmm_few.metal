@@ -74,7 +74,7 @@ int end = indptr[r + 1];
 const bool is_long = LONG && end - begin > PIECE;
 const int first_piece = begin / PIECE;
 const int last_piece = is_long ? (end - 1) / PIECE : first_piece - 1;
-const bool begins_within = begin > first_piece* PIECE;
+const bool begins_within = begin % PIECE > 0;
 if (OF_PIECES) {
   const bool is_other = unit % 2 == 0 || begin > cut;  // than that of the piece's other half
   begin = max(begin, cut);

@@ -49,7 +49,7 @@ def cases(draw):
     return pattern, n, draw(st.sampled_from(DTYPES))
 
 
-@settings(max_examples=5 * settings().max_examples)
+@settings(max_examples=4 * settings().max_examples)
 @given(cases(), st.booleans())
 def test_forward_gradients_and_second_order(metal, case, with_bias):
     pattern, n, dtype = case
@@ -230,3 +230,13 @@ def test_a_layer_may_change_device_and_pattern(metal):
     on_both(layer, patterns[1])
     layer.set_pattern(patterns[0])
     on_both(layer, patterns[0])
+
+
+@pytest.mark.parametrize("block_size", [4, 7])
+def test_a_row_of_x_of_fewer_than_8_elements(block_size):
+    """MLX passes an input that small in constant memory, where no kernel may load a vector."""
+    pattern = CSRPattern([0, 1, 2], [0, 0], (2 * block_size, block_size), block_size)
+    for dtype in DTYPES:
+        data, x = integers(pattern.data_shape, 1, dtype), integers((1, block_size), 2, dtype)
+        y, bias = (integers((2 * block_size,), i, dtype) for i in (3, 4))
+        check_products(pattern, data, x, y[None], bias)

@@ -55,11 +55,11 @@ def test_both_products_are_exact(block_size, dtype):
 @pytest.mark.parametrize("block_size", [*BLOCK_SIZES, 6, 7, 9, 33])
 def test_nothing_outside_the_matrix_counts(block_size, n):
     """The last blocks reach past it, and hold nans there."""
-    for below, behind in ((1, block_size - 1), (block_size - 1, 2)):
-        pattern = trimmed(pattern_of(ROWS, 3, block_size), below, behind)
-        data, x, y, _ = operands(pattern, n, mx.float32)
-        assert_equal(spmm(data, pattern, x), naive.spmm(data, pattern, x))
-        assert_equal(spmm_t(data, pattern, y), naive.spmm_t(data, pattern, y))
+    below, behind = (1, block_size - 1) if n == 1 else (block_size - 1, 2)
+    pattern = trimmed(pattern_of(ROWS, 3, block_size), below, behind)
+    data, x, y, _ = operands(pattern, n, mx.float32)
+    assert_equal(spmm(data, pattern, x), naive.spmm(data, pattern, x))
+    assert_equal(spmm_t(data, pattern, y), naive.spmm_t(data, pattern, y))
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -100,6 +100,26 @@ def quantized_products():
             mx.eval(qspmm(*matrix, pattern, x, x[0]), qspmm_t(*matrix, pattern, x))
 
 
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("n", [9, 17, 33, 65])
+def test_every_block_size_has_a_tile_that_fits(n, itemsize):
+    """Else a layer of that size would not compile on a Mac, or miss outputs."""
+    for block_size in range(4, 400):
+        tile = backend._tile(block_size, n, itemsize)
+        rows, width, depth, simds_n, simds_o, simds_k = tile.values()
+        filled = -(-block_size // 8) * 8
+        threads = 32 * simds_n * simds_o * simds_k
+        blocks = max(1, depth // filled)
+        assert rows % (8 * simds_n) == width % (8 * simds_o) == depth % 8 == 0
+        assert depth == blocks * filled or depth < filled
+        assert threads % blocks == 0
+        assert threads // blocks >= max(width, depth // blocks) // 8, "some columns go uncopied"
+        assert (rows + width) * (depth + 8) <= 8192  # 16 KB in 16 bits
+        # Partial sums of one row of 8 x 8 products lie where the stage did.
+        stage = min(width * (depth + 8), depth * (width + 8)) + rows * (depth + 8)
+        assert (simds_k - 1) * simds_n * width * 32 <= stage * itemsize
+
+
 def test_every_variant_compiles_from_the_source_that_mlx_would_compile(metal):
     """Each launch compiles MLX's own text: signature, attributes and template arguments."""
     seen = set()

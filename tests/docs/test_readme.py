@@ -111,8 +111,8 @@ def test_the_table_of_backends_is_true():
     assert sorted(dtypes.strip().split(", ")) == sorted(
         str(d).rpartition(".")[2] for d in tuned.KERNEL_DTYPES
     )
-    assert re.findall(r"all: (.*) by tiles", blocks)[0] == "8, 16, 32, 64 and 128"
-    assert tuned.TILED_BLOCKS == (8, 16, 32, 64, 128)
+    assert re.findall(r"all: (.*) by tiles", blocks)[0] == "4 and more"
+    assert tuned.METAL_SMALLEST_TILED == 4
 
 
 @pytest.mark.parametrize("code", CODE)

@@ -153,7 +153,8 @@ def _product(
     """
     n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
     block_size = data.shape[-1] if data.ndim > 2 else 1
-    if block_size < tuned.METAL_SMALLEST_TILED:
+    # MLX passes fewer than 8 elements in constant memory, where scalars alone are loaded.
+    if block_size < tuned.METAL_SMALLEST_TILED or x.size < 8:
         return scalars.product(NAME, data, side, x, n_out, inside, bias)
     if n_x <= tuned.METAL_FEW_ROWS:
         return few_rows.product(NAME, data, side, x, n_out, inside, bias)
