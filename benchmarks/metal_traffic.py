@@ -1,9 +1,12 @@
-"""Count what the Metal kernels move, on the emulator, and put the table in benchmarks/README.md.
+"""Count what the Metal kernels move, on the emulator, and put the tables in benchmarks/README.md.
+
+``python -m benchmarks.metal_traffic`` makes all tables of Metal: this one, those of
+``benchmarks.metal_counts`` and of ``benchmarks.metal_holes``.
 
 For ``BlockSparseLinear``'s forward product with a 512 x 512 weight in float32: bytes read from
 device memory over the bytes that must be read once (stored values, indices, x, bias), what the
 tile should read over the same, measured over expected, and multiply-accumulates over those needed.
-Writes ``benchmarks/results/metal_traffic.json``; with ``--readme`` alone it only makes the table.
+Writes ``benchmarks/results/metal_traffic.json``; with ``--readme`` alone it only makes the tables.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ import sys
 from typing import Any
 
 import mlx.core as mx
-from char_lm import ROOT, write_table
+
+from benchmarks import metal_counts, metal_holes
+from benchmarks.char_lm import ROOT, write_table
 
 sys.path.insert(0, str(ROOT / "tests/emulators"))
 import metal_emulator
@@ -43,8 +48,9 @@ def measure(density: float, block_size: int, n: int) -> dict[str, Any]:
     rows = template["ROWS"]
     few = launch.kernel.endswith("few")
     row_tiles = math.ceil(n / rows)
-    # A group of the few-rows kernel owns 16 outputs, one of the tiled kernel those of its tile.
-    strips = block_size // (16 if few else template["WIDTH"])
+    # Outputs that a threadgroup owns: by the kernel's template, or a block-row's.
+    width = template.get("STRIP", template.get("WIDTH", 16 if few else block_size))
+    strips = -(-block_size // width)
     expected = (
         data.nbytes * row_tiles
         + x.itemsize * pattern.n_blocks * block_size * n * strips
@@ -83,11 +89,17 @@ def table(results: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--readme", action="store_true", help="count nothing, only write the table")
+    parser.add_argument(
+        "--readme", action="store_true", help="count nothing, only write the tables"
+    )
     if not parser.parse_args().readme:
         results = [measure(d, b, n) for b in BLOCK_SIZES for d in DENSITIES for n in ROWS]
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+        metal_counts.run()
+        metal_holes.run(again=True)
     write_table("metal_traffic", table(json.loads(RESULTS.read_text())), "benchmarks/README.md")
+    metal_counts.write()
+    metal_holes.write()
 
 
 if __name__ == "__main__":

@@ -56,10 +56,13 @@ class Emulator:
     Options may be changed between launches.
 
     Attributes:
-        schedules: the orders to run each launch in; their outputs must agree bit for bit.
+        schedules: the orders to run each launch in; their outputs must agree bit for bit. Where
+            there are none, launches are only recorded, and outputs are zeros.
         count: count bytes of device memory (slower).
         single_writer: an output element that two threads write is a fault.
         seed: seeds the random schedule.
+        sample: run this many threadgroups of each launch, far apart, in one schedule, to count what
+            they move; all if 0. What the others would write is undefined.
         metal_version: the language that kernels are compiled as, 400 for Metal 4.0.
         launches: a record of each launch.
     """
@@ -68,6 +71,7 @@ class Emulator:
     count: bool = False
     single_writer: bool = True
     seed: int = 0
+    sample: int = 0
     metal_version: int = 400
     launches: list[Launch] = field(default_factory=list)
 
@@ -212,6 +216,10 @@ class MetalKernel:
         )
         if verbose:
             print(f"Generated source code for `{self.name}`:\n```\n{source}\n```")
+        known = self.name, source, grid, threadgroup, list(template or ())
+        if not emulator.schedules:
+            emulator.launches.append(Launch(*known, (), Counts(), time.perf_counter() - start))
+            return [mx.zeros(s, d) for s, d in zip(output_shapes, output_dtypes, strict=True)]
         text = source, emulator.metal_version
         if text not in self._rewritten:
             self._rewritten[text] = rewrite(*text)
@@ -241,21 +249,13 @@ class MetalKernel:
                     seed=emulator.seed,
                     count=emulator.count and not counts,
                     single_writer=emulator.single_writer,
+                    sample=emulator.sample,
                 )
             )
             results.append([b.array for b in outputs])
             self._compare(emulator.schedules[0], results[0], schedule, results[-1])
         emulator.launches.append(
-            Launch(
-                self.name,
-                source,
-                grid,
-                threadgroup,
-                list(template or ()),
-                tuple(emulator.schedules),
-                counts[0],
-                time.perf_counter() - start,
-            )
+            Launch(*known, tuple(emulator.schedules), counts[0], time.perf_counter() - start)
         )
         return [
             memory.to_mlx(array, dtype)

@@ -93,14 +93,14 @@ def rewrite(text: str, metal_version: int = 400) -> str:
     return (
         f"#define __METAL_VERSION__ {metal_version}\n"
         '#include "metal.h"\n#line 1 "kernel.metal"\n'
-        + "".join(_Rewriter(_clean(body), kernel_line).run())
+        + "".join(Rewriter(clean(body), kernel_line).run())
         + '\nextern "C" __attribute__((visibility("default"))) void emu_entry('
         + "emu::Buffer* const* buffers, const emu::Attributes* attributes) {\n"
         + f"  (void)attributes;\n  {signature.instance}({arguments});\n}}\n"
     )
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """Blanks comments, includes of the Metal library and unroll pragmas, keeping the lines."""
     text = COMMENT.sub(lambda m: " " + "\n" * m.group().count("\n"), text)
     for name, header in TENSORS.items():
@@ -108,7 +108,7 @@ def _clean(text: str) -> str:
     return UNROLL.sub("", INCLUDE.sub("", text))
 
 
-class _Rewriter:
+class Rewriter:
     """One pass over the tokens, copying them to `out` but for declarations."""
 
     def __init__(self, text: str, kernel_line: int):

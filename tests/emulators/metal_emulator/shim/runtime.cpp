@@ -291,7 +291,7 @@ EXPORT void emu_run(Launch* launch) {
   if (!stacks) stacks = static_cast<char*>(calloc(kMaxThreads, kStackBytes));
   state.launch = launch;
   state.random = launch->seed * 0x9e3779b97f4a7c15u + 1;
-  emu_self.macs = 0;
+  emu_self.macs = emu_self.matrix_loads = emu_self.matrix_products = 0;
   emu_self.layout = launch->seed + 101 * (launch->schedule + 1);
   shared.used = shared.used_marks = 0;
   for (Buffer& b : shared.variables) b = {};
@@ -304,9 +304,10 @@ EXPORT void emu_run(Launch* launch) {
   uint32_t n = groups.x * groups.y * groups.z;
   uint32_t* order = static_cast<uint32_t*>(calloc(n, sizeof(uint32_t)));
   shuffle(order, n);
+  uint32_t sample = launch->sample && launch->sample < n ? launch->sample : n;
   state.group_first = 1;
-  for (uint32_t i = 0; i < n && !failed(); i++) {
-    uint32_t g = order[i];
+  for (uint32_t i = 0; i < sample && !failed(); i++) {
+    uint32_t g = order[uint64_t(i) * n / sample];
     uint32_t threads = start_threads(
         uint3(g % groups.x, g / groups.x % groups.y, g / (groups.x * groups.y)), groups);
     run_threads(threads);
@@ -316,6 +317,8 @@ EXPORT void emu_run(Launch* launch) {
 
   Counts& counts = launch->counts;
   counts.macs = emu_self.macs;
+  counts.matrix_loads = emu_self.matrix_loads / kLanes;
+  counts.matrix_products = emu_self.matrix_products / kLanes;
   counts.threadgroup_memory = shared.used;
   for (const Buffer& b : shared.variables) {
     counts.threadgroup_read += b.read;

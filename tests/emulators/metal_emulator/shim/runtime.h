@@ -53,9 +53,10 @@ struct Self {
   uint32_t lane;    // thread_index_in_simdgroup
   uint32_t lanes;   // threads in this simdgroup: 32 but for the last of a threadgroup
   char* exchange;   // 1 KB that the lanes of the simdgroup share during one simdgroup operation
-  int64_t macs;     // multiply-accumulates counted, of the launch
   uint32_t thread;  // thread_index_in_threadgroup
   uint32_t layout;  // of cooperative tensors: another in each schedule
+  // Of the launch: multiply-accumulates, and lanes that loaded or multiplied a matrix.
+  int64_t macs, matrix_loads, matrix_products;
 };
 
 // Runs once all lanes have arrived at a simdgroup operation, on what they left in `exchange`.

@@ -147,6 +147,7 @@ COLLECTIVE void simdgroup_load(simdgroup_matrix<T, 8, 8>& d, emu::ptr<S, const T
                                ulong elements_per_row = 8, ulong2 origin = ulong2(0),
                                bool transpose = false, LINE) {
   emu::emu_simd_mark("simdgroup_load", line);
+  emu_self.matrix_loads++;
   int64_t next, offset = matrix_offset<T>(elements_per_row, origin, transpose, next, line);
   d.elements.x = emu::load<T>(src.buffer, src.offset + offset, line);
   d.elements.y = emu::load<T>(src.buffer, src.offset + offset + next, line);
@@ -178,6 +179,7 @@ COLLECTIVE void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d,
   }
   emu::emu_simd_wait(emu::emu_multiply_accumulate, "simdgroup_multiply_accumulate", line);
   emu_self.macs += 16;
+  emu_self.matrix_products++;
   for (int k = 0; k < 2; k++) d.elements[k] = D(p.d[i][j + k]);
 }
 

@@ -25,8 +25,8 @@ struct Fault {
 };
 
 struct Counts {
-  int64_t threadgroup_read, threadgroup_written, macs, barriers, simd_barriers, simd_operations,
-      threadgroup_memory;
+  int64_t threadgroup_read, threadgroup_written, macs, matrix_loads, matrix_products, barriers,
+      simd_barriers, simd_operations, threadgroup_memory;
 };
 
 enum Schedule : uint32_t { kForward, kBackward, kRandom };
@@ -37,6 +37,7 @@ struct Launch {
   uint32_t grid[3], threadgroup[3];
   uint32_t schedule, seed;
   uint32_t count, single_writer;
+  uint32_t sample;  // threadgroups to run, 0 for all
   Fault fault;
   Counts counts;
 };
