@@ -15,7 +15,7 @@ from test_metal import BLOCK_SIZES, DTYPES
 import mlx_sparse_nn
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern, qspmm, qspmm_t, sddmm, spmm, spmm_t
 from mlx_sparse_nn.core.backends import metal as backend
-from mlx_sparse_nn.core.backends import plain
+from mlx_sparse_nn.core.backends import metal_tiles, plain
 from mlx_sparse_nn.core.quantized import BITS
 
 
@@ -105,7 +105,7 @@ def quantized_products():
 def test_every_block_size_has_a_tile_that_fits(n, itemsize):
     """Else a layer of that size would not compile on a Mac, or miss outputs."""
     for block_size in range(4, 400):
-        tile = backend._tile(block_size, n, itemsize)
+        tile = metal_tiles.product_tile(block_size, n, itemsize)
         rows, width, depth, simds_n, simds_o, simds_k = tile.values()
         filled = -(-block_size // 8) * 8
         threads = 32 * simds_n * simds_o * simds_k
