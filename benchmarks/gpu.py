@@ -36,6 +36,8 @@ BLOCK_SIZES = (16, 32, 64, 128)
 DENSITIES = (0.05, 0.1, 0.2, 0.5)
 QUBITS = (16, 20, 24)
 COLUMNS = (1, 4, 16, 64)  # of X, beside a graph
+ALL_BLOCKS = (8, 16, 24, 32, 48, 64, 96, 128)
+SOME_ROWS = (64, 256, 1024, 4096)
 
 
 def call_ms(run: Callable[[int], Any], synchronize: Callable[[], None], calls: int) -> float:
@@ -363,6 +365,79 @@ def measure_graphs() -> list[dict]:
     return results
 
 
+def measure_blocks() -> list[dict]:
+    """Time the three products of a ``SIZE x SIZE`` weight at 10%, of every block size that has
+    tiles, beside the dense product: float32 by TF32, as MLX's own, and bfloat16."""
+    import mlx.core as mx
+
+    from mlx_sparse_nn import CSRArray, patterns, sddmm, spmm, spmm_t
+
+    results = []
+    for dtype in (mx.float32, mx.bfloat16):
+        for n in SOME_ROWS:
+            x = mx.random.normal((n, SIZE)).astype(dtype)
+            w = (mx.random.normal((SIZE, SIZE)) / SIZE**0.5).astype(dtype)
+            mx.eval(x, w)
+            row = {"dtype": str(dtype).rpartition(".")[2], "rows": n}
+            row["dense"] = busy_ms(lambda x: x @ w.T, x)  # noqa: B023
+            for block_size in ALL_BLOCKS:
+                pattern = patterns.random(SIZE, SIZE, 0.1, block_size, seed=1)
+                data = mx.random.normal(pattern.data_shape) / (0.1 * SIZE) ** 0.5
+                data = data.astype(dtype)
+                masked = CSRArray(data, pattern).todense()
+                products = {
+                    "forward": lambda a: spmm(data, pattern, a),  # noqa: B023
+                    "gradient of x": lambda a: spmm_t(data, pattern, a),  # noqa: B023
+                }
+                for name, weight in (("forward", masked.T), ("gradient of x", masked)):
+                    difference = mx.abs(products[name](x) - x @ weight).max().item()
+                    if not difference < 0.1:  # both round factors to TF32, or sums to bfloat16
+                        raise SystemExit(f"{row}, B = {block_size}: {name} off by {difference}")
+                times = {name: busy_ms(f, x) for name, f in products.items()}
+                times["gradient of the weight"] = busy_ms(
+                    lambda y: sddmm(pattern, y, x),  # noqa: B023
+                    x,
+                    following=lambda _: x,  # noqa: B023
+                )
+                row[str(block_size)] = times
+            results.append(row)
+            print(row, flush=True)
+    return results
+
+
+def busy_ms(f: Callable, x: Any, following: Callable = lambda y: y) -> float:
+    """Return milliseconds a call of an MLX function in which the GPU is at work."""
+    import mlx.core as mx
+
+    def run(calls):
+        results, argument = [], x
+        for _ in range(calls):
+            results.append(f(argument))
+            argument = following(results[-1])
+        mx.eval(results)
+
+    return kernel_ms(run, mx.synchronize, 8)
+
+
+def blocks(rows: list[dict]) -> str:
+    """Return the table of block sizes: how many times as fast as the dense product."""
+    lines = [
+        "| dtype | rows of x | MLX dense, ms | "
+        + " | ".join(f"B = {b}" for b in ALL_BLOCKS)
+        + " |",
+        "| --- | --- | --- |" + " --- |" * len(ALL_BLOCKS),
+    ]
+    for row in rows:
+        cells = []
+        for block_size in ALL_BLOCKS:
+            times = row[str(block_size)]
+            forward, mean = times["forward"], sum(times.values()) / 3
+            cells.append(f"{row['dense'] / forward:.2f}, {row['dense'] / mean:.2f}")
+        start = f"| {row['dtype']} | {row['rows']:,} | {row['dense']:.3f} | "
+        lines.append(start + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def graphs(cells: list[dict]) -> str:
     """Return the table of graphs."""
     lines = [
@@ -512,7 +587,7 @@ def main() -> None:
     parser.add_argument("--readme", action="store_true", help="only make table and plot")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument(
-        "--only", choices=["layers", "training", "ising", "graphs"], action="append"
+        "--only", choices=["layers", "training", "ising", "graphs", "blocks"], action="append"
     )
     args = parser.parse_args()
     if args.readme:
@@ -520,6 +595,7 @@ def main() -> None:
         write_table("gpu", table(results))
         write_table("gpu_aims", aims(results), "benchmarks/README.md")
         write_table("gpu_graphs", graphs(results.get("graphs", [])), "benchmarks/README.md")
+        write_table("gpu_blocks", blocks(results.get("blocks", [])), "benchmarks/README.md")
         plot(results)
         return
     import torch  # pyright: ignore[reportMissingImports]
@@ -529,6 +605,7 @@ def main() -> None:
         "training": measure_training,
         "ising": measure_ising,
         "graphs": measure_graphs,
+        "blocks": measure_blocks,
     }
     results: dict[str, Any] = {"device": torch.cuda.get_device_name()}
     for name, measure in parts.items():
