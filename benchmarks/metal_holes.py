@@ -111,8 +111,7 @@ def _groups(launch: metal_emulator.Launch) -> int:
 def law(cell: Cell) -> float:
     """Bytes a multiply-accumulate that tiles of blocks need: operands, results and indices.
 
-    Rows are shared by 128 at most, and the sides of a block by 64 outputs at most. Products read
-    blocks of less than 4 as scalars, which share nothing.
+    Rows are shared by 128 at most, and the sides of a block by 64 outputs at most.
     """
     side, rows = min(cell.block_size, 64), min(cell.rows, 128)
     itemsize = mx.zeros(0, getattr(mx, cell.dtype)).itemsize
@@ -121,7 +120,6 @@ def law(cell: Cell) -> float:
         elements = 2 / side + 1 / cell.rows
         index = 4 / (cell.block_size**2 * cell.rows)
     else:
-        side = side if side >= 4 else 1
         elements = 1 / side + 1 / rows + 1 / per_row
         index = 4 / (cell.block_size**2 * rows)
         index *= 2 if cell.product == "gradient of x" else 1

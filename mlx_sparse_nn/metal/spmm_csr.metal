@@ -1,4 +1,6 @@
-// The product of spmm_tiles.metal for scalars (B = 1), and for block sizes without tiles.
+// The product of spmm_tiles.metal for scalars (B = 1), and for blocks too small for tiles.
+//
+// A lane has all B rows of a block-row, so that it multiplies what it reads of x B times.
 //
 // One launch, or two where some row is long: has more than PIECE blocks. The first one is
 // OF_PIECES. It cuts all stored blocks, in stored order, into pieces of PIECE, wherever rows begin,
@@ -17,15 +19,16 @@
 // Output
 //   y        (V, N, n_rows), or (V, n_rows, N) where WIDTH > 1; OF_PIECES, `partial`
 // Launch
-//   (ceil(n_rows LANES WIDTH / 256) 256, ceil(N / ROWS), V) threads in groups of (256, 1, 1).
-//   OF_PIECES, n_pieces B in place of n_rows, and LANES WIDTH = 32. LANES WIDTH neighbouring
-//   threads own one scalar row, or of a piece one row of blocks, and ROWS rows of x: WIDTH lie side
-//   by side along x, LANES take stored values in turn.
+//   (ceil(R LANES WIDTH / 256) 256, ceil(N / ROWS), V) threads in groups of (256, 1, 1).
+//   OF_PIECES, n_pieces in place of R, and LANES WIDTH = 32. LANES WIDTH neighbouring threads own
+//   one block-row, or one piece, and ROWS rows of x: WIDTH lie side by side along x, LANES take
+//   columns of blocks in turn.
 // Template
 //   T float, half or bfloat; OUT, T, or float OF_PIECES; B; INSIDE columns of the last
 //   block-column, 1 to B; ROWS of x, a multiple of WIDTH; WIDTH and LANES powers of two, at most 32
-//   together; PIECE blocks; LONG, OF_PIECES, TRANSPOSED and BIAS 0 or 1.
-// Sums in float32: each lane its values, or partial sums, in stored order, then over lanes, then
+//   together; PIECE blocks; LONG, OF_PIECES, TRANSPOSED and BIAS 0 or 1. A lane holds
+//   B ROWS / WIDTH sums.
+// Sums in float32: each lane its columns, or partial sums, in stored order, then over lanes, then
 // the bias.
 
 #include "common.h"
@@ -41,16 +44,16 @@ const int v = threadgroup_position_in_grid.z;
 const int R = indptr_shape[0] - 1;
 const int n_blocks = indices_shape[0];
 const int n_pieces = (n_blocks - 1) / PIECE + 1;
-const int n_units = (OF_PIECES ? n_pieces : R) * B;
+const int n_units = OF_PIECES ? n_pieces : R;
+const int n_rows = R * B;
 const int N = WIDTH > 1 ? x_shape[x_ndim - 1] : x_shape[x_ndim - 2];
 const int n_cols = WIDTH > 1 ? x_shape[x_ndim - 2] : x_shape[x_ndim - 1];
 const int n_inside = n_cols - B + INSIDE;
 
-// Threads past the last row of the matrix have nothing to do; those past the last one of x repeat
+// Threads past the last block-row have nothing to do; those past the last one of x repeat
 // it. Neither store.
 const bool is_unit = position / SHARING < (size_t)n_units;
 const int unit = is_unit ? position / SHARING : n_units - 1;
-const int o = unit % B;
 const size_t col_step = WIDTH > 1 ? N : 1;
 int ns[HELD];
 size_t x_at[HELD];
@@ -63,18 +66,21 @@ auto xv = x + (size_t)v * N * n_cols;
 auto blocks = data + (size_t)v * n_blocks * (B * B);
 
 for (int part = 0; part < (OF_PIECES ? 2 : 1); part++) {
-  const int cut = OF_PIECES ? unit / B * PIECE : 0;
+  const int cut = OF_PIECES ? unit * PIECE : 0;
   const int cut_end = OF_PIECES ? cut + min(PIECE, n_blocks - cut) : 0;
-  int r = unit / B;
+  int r = unit;
   if (OF_PIECES) {
     r = search_row(indptr, R, part == 0 ? cut : cut_end - 1, thread_index_in_simdgroup);
   }
   int begin = indptr[r];
   int end = is_unit ? indptr[r + 1] : begin;
-  float acc[HELD];
+  float acc[B][HELD];
 #pragma unroll
-  for (int i = 0; i < HELD; i++) {
-    acc[i] = 0.0f;
+  for (int o = 0; o < B; o++) {
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+      acc[o][i] = 0.0f;
+    }
   }
   if (OF_PIECES) {
     const bool is_long = end - begin > PIECE;
@@ -86,45 +92,58 @@ for (int part = 0; part < (OF_PIECES ? 2 : 1); part++) {
 #pragma unroll 4
     for (int p = begin / PIECE + lane; p <= last; p += LANES) {
       const size_t half_piece = ((size_t)v * n_pieces + p) * 2 + (begin > p * PIECE ? 1 : 0);
-      auto sums = partial + (half_piece * B + o) * N;
+      auto sums = partial + half_piece * B * N;
 #pragma unroll
-      for (int i = 0; i < HELD; i++) {
-        acc[i] += float(sums[ns[i]]);
+      for (int o = 0; o < B; o++) {
+#pragma unroll
+        for (int i = 0; i < HELD; i++) {
+          acc[o][i] += float(sums[(size_t)o * N + ns[i]]);
+        }
       }
     }
     end = begin;
   }
-  const int n_values = (end - begin) * B;
+  const int n_block_cols = (end - begin) * B;
 #pragma unroll 4
-  for (int e = lane; e < n_values; e += LANES) {
+  for (int e = lane; e < n_block_cols; e += LANES) {
     const int j = begin + e / B;
     const int k = e % B;
-    const size_t place =
-        TRANSPOSED ? ((size_t)perm[j] * B + k) * B + o : ((size_t)j * B + o) * B + k;
-    float w = float(blocks[place]);
+    const size_t block = (size_t)(TRANSPOSED ? perm[j] : j) * (B * B);
     const int col = indices[j] * B + k;
-    if (INSIDE < B && col >= n_inside) {
-      w = 0.0f;
+    const bool inside = INSIDE == B || col < n_inside;
+    float w[B];
+#pragma unroll
+    for (int o = 0; o < B; o++) {
+      w[o] = float(blocks[block + (TRANSPOSED ? k * B + o : o * B + k)]);
+      w[o] = inside ? w[o] : 0.0f;
     }
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
-      acc[i] = fma(w, float(xv[col * col_step + x_at[i]]), acc[i]);
+      const float x_value = float(xv[col * col_step + x_at[i]]);
+#pragma unroll
+      for (int o = 0; o < B; o++) {
+        acc[o][i] = fma(w[o], x_value, acc[o][i]);
+      }
     }
   }
-  const float bias_row = BIAS ? float(bias[unit]) : 0.0f;
 #pragma unroll
-  for (int i = 0; i < HELD; i++) {
-    acc[i] = sum_lanes<WIDTH, SHARING>(acc[i]);
-    const int n = n0 + i * WIDTH;
-    if (is_unit && lane == 0 && n < N) {
-      size_t place = ((size_t)v * N + n) * n_units + unit;
-      if (OF_PIECES) {
-        const size_t half_piece = ((size_t)v * n_pieces + unit / B) * 2 + part;
-        place = (half_piece * B + o) * N + n;
-      } else if (WIDTH > 1) {
-        place = ((size_t)v * n_units + unit) * N + n;
+  for (int o = 0; o < B; o++) {
+    const float bias_row = BIAS ? float(bias[unit * B + o]) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+      const float sum = sum_lanes<WIDTH, SHARING>(acc[o][i]);
+      const int n = n0 + i * WIDTH;
+      if (is_unit && lane == 0 && n < N) {
+        const size_t row = (size_t)unit * B + o;
+        size_t place = ((size_t)v * N + n) * n_rows + row;
+        if (OF_PIECES) {
+          const size_t half_piece = ((size_t)v * n_pieces + unit) * 2 + part;
+          place = (half_piece * B + o) * N + n;
+        } else if (WIDTH > 1) {
+          place = ((size_t)v * n_rows + row) * N + n;
+        }
+        y[place] = OUT(sum + bias_row);
       }
-      y[place] = OUT(acc[i] + bias_row);
     }
   }
 }

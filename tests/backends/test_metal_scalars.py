@@ -73,7 +73,7 @@ class TestLongRows:
         check(skewed(kind), n)
         assert any(t["OF_PIECES"] for t in templates(metal))
 
-    @pytest.mark.parametrize("n", [1, 2, 9])
+    @pytest.mark.parametrize("n", [1, 2, 9, 40])
     @pytest.mark.parametrize("block_size", [2, 3])
     @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
     def test_of_small_blocks_that_reach_past_the_matrix(
@@ -114,9 +114,11 @@ class TestLongRows:
 
     @pytest.mark.parametrize("in_axes", [(0, None), (None, 0), (0, 0)])
     @pytest.mark.parametrize("n", [1, 5])
-    def test_vmap(self, metal, short_pieces, in_axes, n):
-        pattern = skewed("heavy")
-        data, x = integers((2, pattern.n_blocks), 1), integers((2, n, pattern.shape[1]), 2)
+    @pytest.mark.parametrize("block_size", [1, 3])
+    def test_vmap(self, metal, short_pieces, block_size, in_axes, n):
+        pattern = skewed("heavy", block_size)
+        data = integers((2, *pattern.data_shape), 1)
+        x = integers((2, n, pattern.shape[1]), 2)
         args = [a if axis == 0 else a[0] for a, axis in zip((data, x), in_axes, strict=True)]
         y = mx.vmap(lambda d, z: spmm(d, pattern, z), in_axes)(*args)
         for i in range(2):
@@ -133,9 +135,10 @@ class TestLongRows:
         assert_equal(grads[1], naive.spmm_t(data, pattern, w))
 
     @pytest.mark.parametrize("n", [1, 5])
-    def test_results_are_the_same_bit_for_bit(self, metal, short_pieces, n):
+    @pytest.mark.parametrize("block_size", [1, 2])
+    def test_results_are_the_same_bit_for_bit(self, metal, short_pieces, block_size, n):
         """In the three schedules of each launch on the emulator, and from call to call."""
-        pattern = skewed("neighbours")
+        pattern = skewed("neighbours", block_size)
         data, x = mx.random.normal(pattern.data_shape), mx.random.normal((n, pattern.shape[1]))
         y = spmm(data, pattern, x)
         assert_equal(spmm(data, pattern, x), y)
@@ -168,15 +171,26 @@ class TestManyRowsOfX:
         check(pattern, n)
 
     @pytest.mark.parametrize("n", [32, 64, 96, 128])
-    def test_a_value_is_read_once(self, metal, n):
-        """For all of them, and each of x where it is a neighbour of the last."""
-        pattern = skewed("none")
+    @pytest.mark.parametrize("block_size", [1, 2, 3])
+    def test_a_value_is_read_once(self, metal, block_size, n):
+        """For all of them, and each of x for all rows of a block: it is a neighbour of the last."""
+        pattern = skewed("none", block_size)
         data, x = integers(pattern.data_shape, 1), integers((n, pattern.shape[1]), 2)
         metal.count = True
         assert_equal(spmm(data, pattern, x), naive.spmm(data, pattern, x))
         read = metal.launches[-1].counts.read
         assert read["data"] == data.nbytes
-        assert read["x"] == 4 * n * pattern.n_blocks
+        assert read["x"] == 4 * n * pattern.n_blocks * block_size
+
+    @pytest.mark.parametrize("block_size", [2, 3])
+    def test_one_row_is_read_once_for_all_rows_of_a_block(self, metal, block_size):
+        pattern = pattern_of([range(64)] * 4, 64, block_size)
+        data, x = integers(pattern.data_shape, 1), integers((1, pattern.shape[1]), 2)
+        metal.count = True
+        assert_equal(spmm(data, pattern, x), naive.spmm(data, pattern, x))
+        read = metal.launches[-1].counts.read
+        assert read["data"] == data.nbytes
+        assert read["x"] == 4 * pattern.n_blocks * block_size
 
     def test_columns_are_not_copied(self, metal):
         """``A @ X`` of a sparse array: X and the result lie as the kernel reads and writes them."""
@@ -315,24 +329,27 @@ class TestLaunches:
     n_rows=st.integers(0, 30).map(lambda bits: 2**bits),
     mean=st.integers(0, 12).map(lambda bits: 2**bits),
     skew=st.integers(0, 20).map(lambda bits: 2**bits),
+    has_blocks=st.booleans(),
 )
-def test_no_lane_works_long_and_every_grid_fits(n_x, block_size, n_rows, mean, skew):
+def test_no_lane_works_long_and_every_grid_fits(n_x, block_size, n_rows, mean, skew, has_blocks):
     """Up to a longest row of 4 million values; beyond, what a lane takes grows as its root."""
     n_block_rows = -(-n_rows // block_size)
     n_rows = n_block_rows * block_size
     n_blocks = min(n_block_rows * mean, 2**31 // block_size)
     longest = min(n_blocks, mean * skew, 2**22 // block_size)
     lanes = min(32, launch.power_of_two(n_blocks * block_size // n_block_rows // 2))
+    by_columns = n_x >= tuned.COLUMNS_OF_SCALARS
+    outputs = block_size if has_blocks and block_size < tuned.METAL_SMALLEST_TILED else 1
     how = scalars.share(
-        n_x, block_size, n_block_rows, n_blocks, longest, lanes, n_x >= tuned.COLUMNS_OF_SCALARS
+        n_x, block_size, n_block_rows, n_blocks, longest, lanes, by_columns, outputs
     )
     rows_of_a_lane, rest = divmod(how.rows, how.width)
     assert rest == 0
     assert 1 <= rows_of_a_lane <= 4
     sharing = how.lanes * how.width
     assert sharing <= 32
-    assert launch.round_up(n_rows * sharing, 256) < 2**31
-    if n_rows > 2**25:  # then there are fewer lanes than are wanted
+    assert launch.round_up(n_rows // outputs * sharing, 256) < 2**31
+    if n_rows // outputs > 2**25:  # then there are fewer lanes than are wanted
         return
     assert how.rows >= min(n_x, 32) or how.width == 1
     walked = (how.piece or longest) * block_size  # values of a short row, or of a piece

@@ -115,7 +115,7 @@ def _product(
     # MLX passes fewer than 8 elements in constant memory, where scalars alone are loaded.
     if block_size < tuned.METAL_SMALLEST_TILED or x.size < 8:
         by_columns = n_x >= tuned.COLUMNS_OF_SCALARS
-        return scalars.product(NAME, data, side, x, n_out, inside, bias, by_columns)
+        return scalars.product(NAME, data, side, x, n_out, inside, bias, by_columns, block_size)
     if n_x <= tuned.METAL_FEW_ROWS:
         return few_rows.product(NAME, data, side, x, n_out, inside, bias)
     sizes = block_size, n_x, n_out, n_matrices

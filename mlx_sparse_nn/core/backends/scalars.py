@@ -1,7 +1,8 @@
 """The product by scalars, for Metal and CUDA alike: how lanes share rows, and rows lie in pieces.
 
 Scalars are the blocks of B = 1, and those of every size that has no tiles. The kernel is
-``spmm_csr`` of each backend, which says what its template arguments mean.
+``spmm_csr`` of each backend, which says what its template arguments mean. On CUDA a lane has one
+scalar row, on Metal, where blocks are small, all rows of a block.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def product(
     inside: int,
     bias: mx.array | None,
     by_columns: bool,
+    outputs: int = 1,
 ) -> mx.array:
     """Return the product with a side of the matrix, ``(..., N, n_out)``.
 
@@ -73,6 +75,7 @@ def product(
         bias: ``(n_out,)``, or None.
         by_columns: Whether lanes lie along rows of x, and x by columns: a value then reads one
             cache line of x for up to 32 rows, not one for each.
+        outputs: Rows of a block that a lane of this backend's kernel has: 1, or all of them.
     """
     shape, block_size = x.shape, data.shape[-1] if data.ndim > 2 else 1
     launches = _launches(
@@ -83,6 +86,7 @@ def product(
         (side.n_block_rows, side.n_blocks, side.longest_row),
         lanes_per_row(side, block_size),
         by_columns,
+        outputs,
     )
     if launches.by_columns:
         x = x.swapaxes(-1, -2)
@@ -107,18 +111,19 @@ def _launches(
     side_sizes: tuple[int, int, int],
     lanes: int,
     by_columns: bool,
+    outputs: int,
 ) -> Launches:
     """Return the launches of these sizes, kept: to choose takes longer than to launch."""
     (block_size, inside, transposed, has_bias), (n_x, n_matrices) = blocks, x_sizes
     n_block_rows, n_blocks, longest = side_sizes
-    how = share(n_x, block_size, n_block_rows, n_blocks, longest, lanes, by_columns)
+    how = share(n_x, block_size, n_block_rows, n_blocks, longest, lanes, by_columns, outputs)
     template = {"B": block_size, "INSIDE": inside, "TRANSPOSED": int(transposed)}
     template |= {"ROWS": how.rows, "WIDTH": how.width, "PIECE": max(1, how.piece)}
     template["LONG"] = int(how.piece > 0)
 
     def launch(n_units: int, lanes: int, out: mx.Dtype, **options: int) -> KernelLaunch:
-        width, threads = n_units * block_size * lanes * how.width, tuned.GROUP_THREADS
-        grid = (round_up(width, threads), -(-n_x // how.rows), n_matrices)
+        n_owned, threads = n_units * block_size // outputs, tuned.GROUP_THREADS
+        grid = (round_up(n_owned * lanes * how.width, threads), -(-n_x // how.rows), n_matrices)
         kernel = Kernel("spmm_csr", template | options | {"LANES": lanes}, grid, threads)
         return prepare(backend, "spmm_csr", kernel, out, T=dtype, OUT=out)
 
@@ -138,6 +143,7 @@ def share(
     longest: int,
     lanes: int,
     by_columns: bool,
+    outputs: int = 1,
 ) -> Sharing:
     """Return how threads share a product.
 
@@ -149,26 +155,28 @@ def share(
         longest: Those of its longest block-row.
         lanes: As many as the mean row asks for.
         by_columns: Whether lanes lie along rows of x.
+        outputs: Rows of a block that a lane has.
     """
     width = min(32, power_of_two(n_x)) if by_columns else 1
     # Each lane holds up to 4 rows of x, evenly.
     held = -(-n_x // (width * -(-n_x // (4 * width)))) if width > 1 else min(4, n_x)
     # As long a piece as the square root of a row leaves as many partial sums as it has values.
-    root, n_rows = power_of_two(isqrt(longest * block_size) + 1) // 2, n_block_rows * block_size
+    root = power_of_two(isqrt(longest * block_size) + 1) // 2
+    n_owned = n_block_rows * block_size // outputs
     if longest * block_size > tuned.MAX_ROUNDS * lanes:
         lanes = max(lanes, tuned.MIN_PIECE // tuned.MAX_ROUNDS, root // tuned.MAX_ROUNDS)
     lanes = min(32 // width, lanes)
-    while n_rows * lanes * width > MAX_THREADS and lanes * width > 1:
+    while n_owned * lanes * width > MAX_THREADS and lanes * width > 1:
         lanes, width = (lanes // 2, width) if lanes > 1 else (lanes, width // 2)
     rows = held * width
     limit = max(tuned.MIN_PIECE, tuned.MAX_ROUNDS * lanes, root)
-    if n_rows * lanes * width * -(-n_x // rows) >= tuned.THREADS_TO_FILL_GPU:
+    if n_owned * lanes * width * -(-n_x // rows) >= tuned.THREADS_TO_FILL_GPU:
         # Even rows may be longer: no lane waits for others.
         even = max(tuned.MAX_EVEN_PIECE, 4 * tuned.MAX_ROUNDS * lanes)
         twice_mean = power_of_two(2 * n_blocks // n_block_rows * block_size)
         piece = limit = max(limit, min(even, twice_mean))
     else:
-        filling = power_of_two(n_blocks * block_size**2 // tuned.PIECES_TO_FILL_GPU)
+        filling = power_of_two(n_blocks * block_size**2 // outputs // tuned.PIECES_TO_FILL_GPU)
         piece = min(limit, max(tuned.MIN_PIECE, filling))
     is_long = longest * block_size > limit
     return Sharing(rows, width, lanes, max(1, piece // block_size) if is_long else 0)
