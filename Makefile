@@ -17,7 +17,7 @@ KERNELS = $(shell find mlx_sparse_nn tests benchmarks -name '*.metal' -o -name '
 help:
 	@echo "make demo         train a small sparse language model (two minutes on two CPU cores)"
 	@echo "make test         run the tests"
-	@echo "make test-metal   run the Metal kernels on their emulator, with 2000 drawn cases"
+	@echo "make test-metal   run the Metal kernels on their emulator, with thousands of drawn cases"
 	@echo "make test-macos   cross-compile the CPU's C++ for a Mac"
 	@echo "make test-device  run the tests and a benchmark on this machine's GPU"
 	@echo "make bench        measure products on this machine beside their peers (15 minutes)"

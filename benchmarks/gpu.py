@@ -390,7 +390,7 @@ def measure_blocks() -> list[dict]:
                     "gradient of x": lambda a: spmm_t(data, pattern, a),  # noqa: B023
                 }
                 for name, weight in (("forward", masked.T), ("gradient of x", masked)):
-                    difference = mx.abs(products[name](x) - x @ weight).max().item()
+                    difference = float(mx.abs(products[name](x) - x @ weight).max())
                     if not difference < 0.1:  # both round factors to TF32, or sums to bfloat16
                         raise SystemExit(f"{row}, B = {block_size}: {name} off by {difference}")
                 times = {name: busy_ms(f, x) for name, f in products.items()}

@@ -40,9 +40,11 @@ STEPS_IN_FLIGHT = 8
 MAX_STREAMS = 4
 MIN_PARALLEL_MULTIPLIES = 1 << 18
 
-# Kernels on a GPU. Block sizes that have kernels of their own on CUDA; others are read as scalars.
+# Kernels on a GPU. Block sizes that have kernels of few rows of x on CUDA, and of many by panels or
+# warpgroups; MAX_TILED_BLOCK says which have tiles.
 TILED_BLOCKS = (8, 16, 32, 64, 128)
 MAX_TILED_BLOCK = 128  # of CUDA's tiles, which take every multiple of 8
+MAX_EMPTY_GROUPS = 1 << 20  # thread blocks that may be without work
 GROUP_THREADS = 256  # of a thread block, where the kernel leaves it open
 # Up to this many rows of x, reading the stored values is what bounds a product of blocks.
 METAL_FEW_ROWS = 8
@@ -176,7 +178,7 @@ METAL_QUANTIZED_TILES = (
 )
 
 # By block size: for over 64 rows of x where a thread block may have 160 KB of shared memory, and
-# for all else, within 48 KB.
+# for all else, within 50 KB.
 MANY_ROWS_TILES = {
     8: Tile(256, 8, 1, 64, 3),
     16: Tile(256, 8, 1, 64, 3),

@@ -1,5 +1,5 @@
-// The product of spmm_tiles.cu for scalars (B = 1), for float32, and for block sizes without
-// tiles.
+// The product of spmm_tiles.cu for scalars (B = 1), for float32 where tiles are not for it, and for
+// block sizes without tiles.
 //
 // One launch, or two where some row is long: has more than PIECE blocks. The first one is
 // OF_PIECES. It cuts all stored blocks, in stored order, into pieces of PIECE, wherever rows begin,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -107,7 +108,10 @@ class Operands:
 
 
 def all_cases() -> list[Case]:
-    """Return what reaches every kernel and every tile: in float32, and in float16 or bfloat16."""
+    """Return what reaches every kernel and tile of Metal: in float32, and in a 16-bit dtype.
+
+    Of CUDA, it leaves out the panels, which take large products alone.
+    """
     found = []
     for size in BLOCK_SIZES:
         for product in ("spmm", "spmm_t", "sddmm"):
@@ -128,8 +132,9 @@ def all_cases() -> list[Case]:
 
 
 def quick_cases() -> list[Case]:
-    """Return a third of :func:`all_cases`, of every product and dtype."""
-    return all_cases()[::3]
+    """Return about a third of :func:`all_cases`, drawn, the same ones each time."""
+    draw = random.Random(0)
+    return [case for case in all_cases() if draw.random() < 1 / 3]
 
 
 def _rows(product: str, block_size: int) -> Iterator[tuple[int, str]]:
@@ -186,7 +191,7 @@ def expected(case: Case, given: Operands, by_plain: bool = False, tf32: bool = F
         case: The case.
         given: Its operands.
         by_plain: Whether plain MLX computes it, which rounds on the way. Kernels round sums once.
-        tf32: Whether it rounds float32 factors to TF32.
+        tf32: Whether its float32 factors are rounded to TF32.
     """
     dtype = DTYPES[case.dtype]
     with mx.stream(mx.cpu):
@@ -201,7 +206,7 @@ def expected(case: Case, given: Operands, by_plain: bool = False, tf32: bool = F
         bound += EPS[dtype] * size
     if by_plain:
         bound += EPS[dtype] * wide
-    if by_plain and tf32 and dtype == mx.float32:
+    if tf32 and dtype == mx.float32:
         bound += 2 * TF32_EPS * size
     return Expected(value, bound)
 

@@ -272,9 +272,15 @@ def may_round(backend: str, layer: SparseLinear, n_x: int, dtype: mx.Dtype) -> b
         n_x: Rows of x.
         dtype: Of x.
     """
+    return rounds_factors(
+        backend, layer.pattern.block_size, n_x, mx.result_type(values_of(layer), dtype)
+    )
+
+
+def rounds_factors(backend: str, block_size: int, n_x: int, dtype: mx.Dtype) -> bool:
+    """Return the same of a product with blocks of a size, computed in ``dtype``."""
     if backend == cuda.NAME:
-        computed = mx.result_type(values_of(layer), dtype)
-        return cuda.has_tiles(layer.pattern.block_size, n_x, computed)
+        return cuda.has_tiles(block_size, n_x, dtype)
     return backend in (plain.NAME, MLX)
 
 

@@ -141,6 +141,25 @@ def test_float32_is_rounded_to_the_nearest_tf32():
     assert_equal(y, mx.repeat(1 + mx.array([[1.0], [1.0]]) * 2.0**-10, 16, axis=0) + mx.zeros(16))
 
 
+@pytest.mark.parametrize("size", [16, 48])
+def test_the_check_allows_for_tf32_where_kernels_round_to_it(size):
+    from mlx_sparse_nn.diagnostics.check import all_cases, check_case
+
+    case = next(c for c in all_cases() if c.name == f"spmm-{size}-float32-30-edges-bias")
+    with emulated() as emulation:
+        assert check_case(case, tf32=True).wrong == ""
+        assert "beyond it" in check_case(case, tf32=False).wrong
+    assert set(emulation.names) == {"spmm_tiles"}
+
+
+def test_weight_gradients_of_a_long_block_row_go_by_scalars(monkeypatch):
+    """A grid of tiles would have as many thread blocks for each block-row as the longest needs."""
+    monkeypatch.setattr(tuned, "MAX_EMPTY_GROUPS", 100)
+    rows = [[0], range(60), [], *[[1]] * 60]
+    names = check(pattern_of(rows, 60, 8), 3, mx.float16)
+    assert names[-1] == "sddmm_csr"
+
+
 def test_without_tf32_float32_goes_to_plain_mlx():
     assert not check(random_pattern(3, 4, 16, density=0.7), 20, mx.float32, tf32=False)
 

@@ -322,3 +322,25 @@ def test_wide_rows_of_x_are_read_by_columns(launches, n_cols, n, by_columns):
     spmm(mx.ones(1), pattern, mx.ones((n, n_cols)))
     sddmm(pattern, mx.ones((n, 1)), mx.ones((n, n_cols)))
     assert [template["WIDTH"] > 1 for _, template, *_ in launches] == [by_columns] * 2
+
+
+def test_weight_gradients_of_power_laws_fit_the_grid(launches):
+    lengths = np.ones(100_000, np.int64)
+    lengths[7] = 3000
+    indptr, indices = np.r_[0, lengths.cumsum()], np.zeros(lengths.sum(), np.int64)
+    indices[indptr[7] : indptr[8]] = range(3000)
+    pattern = CSRPattern(indptr, indices, (800_000, 24_000), 8)
+    sddmm(pattern, mx.zeros((17, 800_000)), mx.zeros((17, 24_000)))
+    (_, _, grid, *_), *_ = launches
+    assert grid[0] <= 64 * pattern.n_blocks * 8
+
+
+@pytest.mark.parametrize(
+    ("value", "allows"),
+    [(None, True), ("1", True), (" 2", True), ("0", False), ("", False), ("off", False)],
+)
+def test_tf32_is_allowed_as_mlx_reads_its_variable(monkeypatch, value, allows):
+    monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
+    if value is not None:
+        monkeypatch.setenv("MLX_ENABLE_TF32", value)
+    assert cuda._allows_tf32.__wrapped__() is allows

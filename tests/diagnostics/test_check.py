@@ -1,5 +1,6 @@
 """``python -m mlx_sparse_nn check``: it finds a wrong product, and names it."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 from support import backend, dense_of
 
+from mlx_sparse_nn import CSRPattern
 from mlx_sparse_nn.__main__ import main
-from mlx_sparse_nn.diagnostics import check, check_cases, check_speed
+from mlx_sparse_nn.core.backends import cpu
+from mlx_sparse_nn.diagnostics import check, check_speed
 from mlx_sparse_nn.diagnostics.check_cases import all_cases, expected, operands_of, quick_cases
 from mlx_sparse_nn.diagnostics.rounding import to_numpy
 
@@ -43,7 +46,9 @@ def test_the_package_alone_is_enough():
 import sys
 for name in ("scipy", "pytest", "hypothesis", "matplotlib", "mlx_lm", "support"):
     sys.modules[name] = None
+from mlx_sparse_nn import CSRPattern
 from mlx_sparse_nn.__main__ import main
+from mlx_sparse_nn.core.backends import cpu
 sys.exit(main(["check", "--quick"]))
 """
     command = [sys.executable, "-W", "error", "-c", script]
@@ -221,8 +226,8 @@ def test_the_oracle_and_its_bounds(case):
 def test_cases_have_names_of_their_own_and_the_same_operands_each_time():
     cases = all_cases()
     assert len({case.name for case in cases}) == len(cases)
-    assert {case.dtype for case in quick_cases()} == set(check_cases.DTYPES)
-    assert {case.product for case in quick_cases()} == set(check_cases.PRODUCTS)
+    kinds = {(case.product, case.dtype) for case in quick_cases()}
+    assert kinds == {(case.product, case.dtype) for case in cases}
     assert 0.3 < len(quick_cases()) / len(cases) < 0.36
     first, again = operands_of(cases[0]), operands_of(cases[0])
     assert mx.array_equal(first.x, again.x).item()
@@ -254,3 +259,36 @@ def test_a_full_check_prints_times(monkeypatch, capsys):
     assert len(re.findall(r"^\| \d+ \| \d+% \| float32 \| 2 \|", out, re.M)) == 5
     assert "Microseconds a call, medians" in out
     assert "128 x 128" in out
+
+
+def test_plain_mlx_in_place_of_a_broken_kernel_is_wrong(monkeypatch, capsys):
+    """The C++ kernel failed its own test: a right result does not make it right."""
+    if check.choose("spmm", one_block().layout, 1, mx.float32) is not cpu:
+        pytest.skip("the C++ kernels do not compute here")
+    monkeypatch.setattr(cpu, "takes", lambda *_: False)
+    assert main(["check", "--device", "cpu", "--only", NAMES[0]]) == 1
+    assert "the C++ kernel was not built, or failed its own test" in capsys.readouterr().err
+
+
+def one_block():
+    return CSRPattern([0, 1], [0], (8, 8), 8)
+
+
+def test_ctrl_c_ends_in_one_line(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "check_case", interrupted)
+    assert main(["check", "--only", NAMES[0]]) == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("[check] stopped")
+
+
+@pytest.mark.skipif(not mx.cuda.is_available(), reason="an NVIDIA GPU rounds to TF32")
+def test_products_by_tf32_are_checked_on_a_gpu():
+    """The other tests have ``MLX_ENABLE_TF32=0``, and so never launch these kernels there."""
+    names = [case.name for case in all_cases() if case.dtype == "float32" and case.rows > 16]
+    blocks = [name for name in names if int(name.split("-")[1]) in (8, 16, 48, 64, 128)]
+    command = [sys.executable, "-m", "mlx_sparse_nn", "check", "--only", *blocks]
+    environment = {**os.environ, "MLX_ENABLE_TF32": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr

@@ -113,6 +113,9 @@ def test_the_table_of_backends_is_true():
     )
     assert re.findall(r"all: (.*) by tiles", blocks)[0] == "4 and more"
     assert tuned.METAL_SMALLEST_TILED == 4
+    (row,) = re.findall(r"\| CUDA kernels .*", README)
+    assert f"with over {tuned.CUDA_FEW_ROWS} rows of x" in row
+    assert f"multiples of 8 up to {tuned.MAX_TILED_BLOCK} by tiles" in row
 
 
 @pytest.mark.parametrize("code", CODE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from functools import cache, lru_cache
 
@@ -68,7 +69,7 @@ def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``plain.sddmm``."""
     n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
-    if not has_tiles(layout.block_size, n_x, x.dtype):
+    if not has_tiles(layout.block_size, n_x, x.dtype) or _is_skewed(layout.rows):
         kernel, n_splits = _gradient_by_scalars(layout, n_x, n_matrices)
     elif x.dtype != mx.float32 and _takes_gradient_panels(layout, n_x):
         kernel, n_splits = _gradient_panels(layout, n_x, n_matrices)
@@ -140,8 +141,9 @@ def _streaming(n_matrices: int, n_out: int) -> Kernel:
 
 @cache
 def _allows_tf32() -> bool:
-    """Return MLX's setting of TF32, which it reads once."""
-    return os.environ.get("MLX_ENABLE_TF32", "1").strip() != "0"
+    """Return MLX's setting of TF32, which it reads once, by C's ``atoi``."""
+    number = re.match(r"\s*[+-]?\d+", os.environ.get("MLX_ENABLE_TF32", "1"))
+    return number is not None and int(number[0]) != 0
 
 
 def _is_even(side: Side) -> bool:
@@ -242,6 +244,15 @@ def _gradient_by_scalars(layout: Layout, n_x: int, n_matrices: int) -> tuple[Ker
     template = {"B": block_size, "LANES": lanes, "WIDTH": columns}
     template |= {"PIECE": piece if is_long else 1, "LONG": int(is_long)}
     return Kernel("sddmm_csr", template, (width, 1, n_matrices), threads), n_splits
+
+
+def _is_skewed(side: Side) -> bool:
+    """Return whether a long block-row would leave most of a large grid of tiles empty.
+
+    Each block-row has as many thread blocks as the longest one.
+    """
+    groups = side.n_block_rows * side.longest_row
+    return groups > max(tuned.MAX_EMPTY_GROUPS, 16 * side.n_blocks)
 
 
 def _takes_gradient_panels(layout: Layout, n_x: int) -> bool:
