@@ -55,7 +55,7 @@ def spmm_bias(layout: Layout, data: mx.array, x: mx.array, bias: mx.array) -> mx
         return d_data, d_x, _sum_rows(cotangent)
 
     jvp = partial(_bias_jvp, spmm, _bilinear_jvp, layout)
-    vmap = partial(_map_with_bias, spmm, layout)
+    vmap = partial(_map_with_bias, spmm, spmm_bias, layout)
     return _with_rules(_spmm, layout, vjp, jvp, vmap)(data, x, bias)
 
 
@@ -130,7 +130,7 @@ def qspmm_bias(
         return *_matrix_vjp(layout, packed, scales, cotangent, x), d_x, _sum_rows(cotangent)
 
     jvp = partial(_bias_jvp, qspmm, _quantized_jvp, layout)
-    vmap = partial(_map_with_bias, qspmm, layout)
+    vmap = partial(_map_with_bias, qspmm, qspmm_bias, layout)
     function = _with_rules(_qspmm, layout, vjp, jvp, vmap)
     return function(_constant(packed), scales, biases, x, bias)
 
@@ -390,15 +390,18 @@ def _map_matrices(product: Callable, layout: Layout, operands: Arrays, axes: Axe
     return mx.unflatten(out, 0, (sizes[0], -1))
 
 
-def _map_with_bias(product: Callable, layout: Layout, operands: Arrays, axes: Axes) -> Arrays:
-    """Map a product plus a bias, whatever is mapped."""
+def _map_with_bias(
+    product: Callable, with_bias: Callable, layout: Layout, operands: Arrays, axes: Axes
+) -> Arrays:
+    """Map a product plus a bias, whatever is mapped. One that is mapped is added to what has been
+    rounded."""
     (*operands, bias), (*axes, bias_axis) = operands, axes
+    if bias_axis is None:
+        return _map_matrix(lambda *all_but: with_bias(*all_but, bias), layout, operands, axes)
     if all(axis is None for axis in axes):
         y, axis = product(layout, *operands)[None], 0
     else:
         y, axis = _map_matrix(product, layout, operands, axes)
-    if bias_axis is None:
-        return y + bias, axis
     bias = mx.moveaxis(bias, bias_axis, 0)  # (M, n_rows)
     return y + mx.expand_dims(bias, tuple(range(1, y.ndim - 1 - axis))), axis
 

@@ -244,6 +244,17 @@ class TestBias:
         check(lambda f: mx.vmap(f, in_axes, 1), *self.functions(pattern), *args)
 
 
+@pytest.mark.parametrize("in_axes", [(0, None), (None, 0), (0, 0)])
+def test_a_mapped_product_adds_its_bias_before_it_is_rounded(in_axes):
+    """257 + 1: bfloat16 has 256 or 258, and rounds 257 to 256."""
+    pattern = CSRPattern([0, 1], [0], (8, 8), 8)
+    data, bias = mx.ones((1, 8, 8), mx.bfloat16), mx.ones(8, mx.bfloat16)
+    x = mx.array([[32.0] * 7 + [33.0]]).astype(mx.bfloat16)
+    args = [a[None] if axis == 0 else a for a, axis in zip((data, x), in_axes, strict=True)]
+    mapped = mx.vmap(lambda data, x: spmm(data, pattern, x, bias), in_axes)(*args)
+    assert_equal(mapped[0], mx.full((1, 8), 258.0, mx.bfloat16))
+
+
 def test_bias_of_a_wider_dtype_promotes():
     pattern = PATTERNS["blocks"]
     data, x = (a.astype(mx.bfloat16) for a in operands(pattern, "spmm"))
