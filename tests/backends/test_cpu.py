@@ -334,6 +334,7 @@ INTERRUPTED = """
 import mlx.core as mx, os, signal, threading
 from mlx_sparse_nn import patterns, spmm
 mx.set_default_device(mx.cpu)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job may ignore it
 pattern = patterns.random(2048, 2048, 0.5, 32, seed=0)
 data = mx.ones(pattern.data_shape)
 mx.eval(spmm(data, pattern, mx.ones((1, 2048))))
