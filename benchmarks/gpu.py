@@ -88,18 +88,26 @@ def kernel_ms(run: Callable[[int], Any], synchronize: Callable[[], None], calls:
     return busy / calls / 1e3
 
 
-def mlx_times(f: Callable, x: Any, following: Callable = lambda y: y) -> dict[str, float]:
-    """Return the call and kernel times of an MLX function, called again on ``following`` of what it
-    returned: MLX runs calls that do not wait for one another side by side."""
+def chained(f: Callable, x: Any, following: Callable) -> Callable[[int], None]:
+    """Return what calls an MLX function so many times, each on ``following`` of what it returned:
+    MLX runs calls that do not wait for one another side by side."""
     import mlx.core as mx
 
-    def run(calls):
+    def run(calls: int) -> None:
         results, argument = [], x
         for _ in range(calls):
             results.append(f(argument))
             argument = following(results[-1])
         mx.eval(results)
 
+    return run
+
+
+def mlx_times(f: Callable, x: Any, following: Callable = lambda y: y) -> dict[str, float]:
+    """Return the call and kernel times of an MLX function; ``following`` as in :func:`chained`."""
+    import mlx.core as mx
+
+    run = chained(f, x, following)
     calls = 100 if x.size < 2**20 else 16
     return {
         "call": call_ms(run, mx.synchronize, calls),
@@ -409,14 +417,7 @@ def busy_ms(f: Callable, x: Any, following: Callable = lambda y: y) -> float:
     """Return milliseconds a call of an MLX function in which the GPU is at work."""
     import mlx.core as mx
 
-    def run(calls):
-        results, argument = [], x
-        for _ in range(calls):
-            results.append(f(argument))
-            argument = following(results[-1])
-        mx.eval(results)
-
-    return kernel_ms(run, mx.synchronize, 8)
+    return kernel_ms(chained(f, x, following), mx.synchronize, 8)
 
 
 def blocks(rows: list[dict]) -> str:

@@ -7,7 +7,6 @@ template arguments mean.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -16,19 +15,13 @@ from mlx_sparse_nn.core.backends.launch import (
     MAX_THREADS,
     Kernel,
     KernelLaunch,
+    Launches,
+    launch_in_pieces,
     power_of_two,
     prepare,
     round_up,
 )
 from mlx_sparse_nn.core.layout import Side
-
-
-class Launches(NamedTuple):
-    """The launches of one product: that of the rows, and before it that of pieces, or None."""
-
-    of_rows: KernelLaunch
-    of_pieces: KernelLaunch | None
-    partial_shape: tuple[int, ...]
 
 
 def product(
@@ -59,12 +52,7 @@ def product(
         (shape[-2], shape[0] if len(shape) == 3 else 1),
         (side.n_block_rows, side.n_blocks, side.longest_row),
     )
-    unread = side.indptr
-    perm = unread if side.perm is None else side.perm
-    arrays = [data, side.indptr, side.indices, perm, x, unread if bias is None else bias, unread]
-    if launches.of_pieces is not None:
-        arrays[-1] = launches.of_pieces(arrays, (*shape[:-2], *launches.partial_shape))
-    return launches.of_rows(arrays, (*shape[:-1], n_out))
+    return launch_in_pieces(launches, data, side, x, bias, (*shape[:-1], n_out))
 
 
 @lru_cache(4096)
@@ -94,7 +82,7 @@ def _launches(
         threads = 32 * simdgroups
         grid = (n_units * strips * threads, 1, n_matrices)
         kernel = Kernel("spmm_few", template | options, grid, threads)
-        return prepare(backend, "spmm_few", kernel, out, T=dtype, OUT=out)
+        return prepare(backend, "spmm_in_pieces", kernel, out, T=dtype, OUT=out)
 
     of_rows = launch(n_block_rows, dtype, OF_PIECES=0, BIAS=int(has_bias))
     of_pieces, n_pieces = None, 0

@@ -28,8 +28,7 @@ _BOUND = """#undef __global__
 """
 INPUTS = {
     "spmm": ("data", "indptr", "indices", "perm", "x", "bias"),
-    "spmm_few": ("data", "indptr", "indices", "perm", "x", "bias", "partial"),
-    "spmm_csr": ("data", "indptr", "indices", "perm", "x", "bias", "partial"),
+    "spmm_in_pieces": ("data", "indptr", "indices", "perm", "x", "bias", "partial"),
     "qspmm": ("packed", "scales", "biases", "indptr", "indices", "perm", "x", "bias"),
     "sddmm": ("y", "x", "indptr", "indices", "step"),
     "sum": ("partial",),
@@ -99,6 +98,14 @@ class KernelLaunch(NamedTuple):
         return out
 
 
+class Launches(NamedTuple):
+    """The launches of one product: that of the rows, and before it that of pieces, or None."""
+
+    of_rows: KernelLaunch
+    of_pieces: KernelLaunch | None
+    partial_shape: tuple[int, ...]
+
+
 def prepare(
     backend: str, inputs: str, kernel: Kernel, dtype: mx.Dtype, **types: mx.Dtype | int
 ) -> KernelLaunch:
@@ -161,6 +168,23 @@ def launch_spmm(
     perm = side.indices if side.perm is None else side.perm
     arrays = [data, side.indptr, side.indices, perm, x, x if bias is None else bias]
     return launch(arrays, (*x.shape[:-1], n_out))
+
+
+def launch_in_pieces(
+    launches: Launches,
+    data: mx.array,
+    side: Side,
+    x: mx.array,
+    bias: mx.array | None,
+    shape: tuple[int, ...],
+) -> mx.array:
+    """Launch kernels of ``spmm`` or ``spmm_t``, of which the first, if any, sums long rows."""
+    unread = side.indptr
+    perm = unread if side.perm is None else side.perm
+    arrays = [data, side.indptr, side.indices, perm, x, unread if bias is None else bias, unread]
+    if launches.of_pieces is not None:
+        arrays[-1] = launches.of_pieces(arrays, (*x.shape[:-2], *launches.partial_shape))
+    return launches.of_rows(arrays, shape)
 
 
 def launch_sddmm(

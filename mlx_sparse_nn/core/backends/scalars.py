@@ -18,7 +18,9 @@ from mlx_sparse_nn.core.backends.launch import (
     MAX_THREADS,
     Kernel,
     KernelLaunch,
+    Launches,
     lanes_per_row,
+    launch_in_pieces,
     power_of_two,
     prepare,
     round_up,
@@ -41,15 +43,6 @@ class Sharing(NamedTuple):
     width: int
     lanes: int
     piece: int
-
-
-class Launches(NamedTuple):
-    """The launches of one product: that of the rows, and before it that of pieces, or None."""
-
-    of_rows: KernelLaunch
-    of_pieces: KernelLaunch | None
-    partial_shape: tuple[int, ...]
-    by_columns: bool
 
 
 def product(
@@ -78,7 +71,7 @@ def product(
         outputs: Rows of a block that a lane of this backend's kernel has: 1, or all of them.
     """
     shape, block_size = x.shape, data.shape[-1] if data.ndim > 2 else 1
-    launches = _launches(
+    launches, by_columns = _launches(
         backend,
         x.dtype,
         (block_size, inside, side.perm is not None, bias is not None),
@@ -88,18 +81,13 @@ def product(
         by_columns,
         outputs,
     )
-    if launches.by_columns:
+    if by_columns:
         x = x.swapaxes(-1, -2)
         # MLX copies what has gaps before each launch, and for each input of it.
         x = x if tracing.graph is not None or launches.of_pieces is None else mx.contiguous(x)
-    unread = side.indptr
-    perm = unread if side.perm is None else side.perm
-    arrays = [data, side.indptr, side.indices, perm, x, unread if bias is None else bias, unread]
-    if launches.of_pieces is not None:
-        arrays[-1] = launches.of_pieces(arrays, (*shape[:-2], *launches.partial_shape))
-    if launches.by_columns:
-        return launches.of_rows(arrays, (*shape[:-2], n_out, shape[-2])).swapaxes(-1, -2)
-    return launches.of_rows(arrays, (*shape[:-1], n_out))
+        shape = (*shape[:-2], n_out, shape[-2])
+        return launch_in_pieces(launches, data, side, x, bias, shape).swapaxes(-1, -2)
+    return launch_in_pieces(launches, data, side, x, bias, (*shape[:-1], n_out))
 
 
 @lru_cache(4096)
@@ -112,8 +100,11 @@ def _launches(
     lanes: int,
     by_columns: bool,
     outputs: int,
-) -> Launches:
-    """Return the launches of these sizes, kept: to choose takes longer than to launch."""
+) -> tuple[Launches, bool]:
+    """Return the launches of these sizes, and whether x lies by columns after all.
+
+    They are kept: to choose takes longer than to launch.
+    """
     (block_size, inside, transposed, has_bias), (n_x, n_matrices) = blocks, x_sizes
     n_block_rows, n_blocks, longest = side_sizes
     how = share(n_x, block_size, n_block_rows, n_blocks, longest, lanes, by_columns, outputs)
@@ -125,14 +116,14 @@ def _launches(
         n_owned, threads = n_units * block_size // outputs, tuned.GROUP_THREADS
         grid = (round_up(n_owned * lanes * how.width, threads), -(-n_x // how.rows), n_matrices)
         kernel = Kernel("spmm_csr", template | options | {"LANES": lanes}, grid, threads)
-        return prepare(backend, "spmm_csr", kernel, out, T=dtype, OUT=out)
+        return prepare(backend, "spmm_in_pieces", kernel, out, T=dtype, OUT=out)
 
     of_rows = launch(n_block_rows, how.lanes, dtype, OF_PIECES=0, BIAS=int(has_bias))
     of_pieces, n_pieces = None, 0
     if how.piece:
         n_pieces = -(-n_blocks // how.piece)
         of_pieces = launch(n_pieces, 32 // how.width, mx.float32, OF_PIECES=1, BIAS=0)
-    return Launches(of_rows, of_pieces, (n_pieces, 2, block_size, n_x), how.width > 1)
+    return Launches(of_rows, of_pieces, (n_pieces, 2, block_size, n_x)), how.width > 1
 
 
 def share(
