@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from mlx_sparse_nn import CSRPattern, sddmm, spmm, spmm_t
-from mlx_sparse_nn.core.backends import choose, cuda, few_rows, launch, naive, scalars
+from mlx_sparse_nn.core.backends import (
+    choose,
+    cuda,
+    cuda_gradients,
+    few_rows,
+    launch,
+    naive,
+    scalars,
+)
 from mlx_sparse_nn.diagnostics.rounding import to_numpy, tolerance
 
 ROOT = Path(__file__).parents[1]  # of the repository
@@ -95,7 +103,7 @@ def fresh_launches() -> Iterator[None]:
     caches = (
         launch._function,
         cuda._prepared,
-        cuda._gradient_tile,
+        cuda_gradients._tile,
         few_rows._launches,
         scalars._launches,
     )

@@ -8,7 +8,7 @@ import pytest
 from support import assert_equal, computing, flatten, integers, pattern_of, random_pattern, trimmed
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern, sddmm, spmm, spmm_t
-from mlx_sparse_nn.core.backends import choose, cuda, metal, naive, plain
+from mlx_sparse_nn.core.backends import choose, cuda, cuda_tiles, metal, naive, plain
 
 OPS = ("spmm", "spmm_t", "sddmm")
 
@@ -40,7 +40,7 @@ def test_cuda_takes_what_it_has_kernels_for(op, block_size, n_x, dtype, name):
 
 @pytest.mark.parametrize("op", OPS)
 def test_float32_blocks_go_to_tensor_cores_where_mlx_allows_tf32(monkeypatch, op):
-    monkeypatch.setattr(cuda, "_allows_tf32", lambda: True)
+    monkeypatch.setattr(cuda_tiles, "allows_tf32", lambda: True)
     with computing(cuda, plain):
         for block_size, name in ((8, "cuda"), (12, "plain"), (48, "cuda"), (136, "plain")):
             assert name_of(op, block_size, 17, mx.float32) == name

@@ -23,7 +23,7 @@ import pytest
 from support import computing, fresh_launches, pattern_of
 
 from mlx_sparse_nn import BlockSparseLinear, csr_array, physics
-from mlx_sparse_nn.core.backends import cuda, launch, metal, plain, schedule
+from mlx_sparse_nn.core.backends import cuda, cuda_tiles, launch, metal, plain, schedule
 
 RECORD = Path(__file__).with_name("counts.json")
 SLACK = 1.25  # of the peak
@@ -149,7 +149,7 @@ def no_gpu(backend):
         stack.enter_context(fresh_launches())
         stack.enter_context(computing({"metal": metal, "cuda": cuda}[backend], plain))
         stack.enter_context(mock.patch.object(launch, "_function", kernel))
-        stack.enter_context(mock.patch.object(cuda, "_architecture", return_value="sm_90"))
+        stack.enter_context(mock.patch.object(cuda_tiles, "architecture", return_value="sm_90"))
         yield names
 
 

@@ -25,7 +25,7 @@ from support import (
 )
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern, sddmm, spmm, spmm_t
-from mlx_sparse_nn.core.backends import cuda, plain
+from mlx_sparse_nn.core.backends import cuda, cuda_tiles, plain
 from mlx_sparse_nn.core.transforms import transforming
 
 # Bytes of shared memory that a thread block may have, by raising the limit.
@@ -53,8 +53,8 @@ def launches(monkeypatch, architecture):
         return call
 
     monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel)
-    monkeypatch.setattr(cuda, "_architecture", lambda: architecture)
-    monkeypatch.setattr(cuda, "_allows_tf32", lambda: True)
+    monkeypatch.setattr(cuda_tiles, "architecture", lambda: architecture)
+    monkeypatch.setattr(cuda_tiles, "allows_tf32", lambda: True)
     with fresh_launches(), computing(cuda, plain):
         yield recorded
 
@@ -343,4 +343,4 @@ def test_tf32_is_allowed_as_mlx_reads_its_variable(monkeypatch, value, allows):
     monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
     if value is not None:
         monkeypatch.setenv("MLX_ENABLE_TF32", value)
-    assert cuda._allows_tf32.__wrapped__() is allows
+    assert cuda_tiles.allows_tf32.__wrapped__() is allows

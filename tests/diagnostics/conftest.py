@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 from support import computing
 
-from mlx_sparse_nn.core.backends import cuda, plain
+from mlx_sparse_nn.core.backends import cuda, cuda_tiles, plain
 
 
 @pytest.fixture
@@ -28,6 +28,6 @@ def cuda_calls(monkeypatch):
 
     for op in ("spmm", "spmm_t", "sddmm"):
         monkeypatch.setattr(cuda, op, recorded(op))
-    monkeypatch.setattr(cuda, "_allows_tf32", lambda: True)
+    monkeypatch.setattr(cuda_tiles, "allows_tf32", lambda: True)
     with computing(cuda, plain):
         yield calls

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 from support import computing, fresh_launches
 
-from mlx_sparse_nn.core.backends import cuda, plain
+from mlx_sparse_nn.core.backends import cuda, cuda_tiles, plain
 
 MODEL = Path(__file__).with_name("cuda.h")
 FLAGS = ["-O1", "-Wno-everything"]
@@ -66,8 +66,8 @@ def emulated(architecture: str = "sm_90", **settings: Any) -> Iterator[Emulation
         fresh_launches(),
         computing(cuda, plain),
         mock.patch.object(mx.fast, "cuda_kernel", functools.partial(_Kernel, emulation)),
-        mock.patch.object(cuda, "_architecture", return_value=architecture),
-        mock.patch.object(cuda, "_allows_tf32", return_value=emulation.tf32),
+        mock.patch.object(cuda_tiles, "architecture", return_value=architecture),
+        mock.patch.object(cuda_tiles, "allows_tf32", return_value=emulation.tf32),
     ):
         yield emulation
 
