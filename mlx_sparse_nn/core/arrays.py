@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from numbers import Number
-from typing import Any
+from typing import Any, TypeGuard
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core import derivatives, edges, index, ops
+from mlx_sparse_nn.core import algebra, edges, index, ops
 from mlx_sparse_nn.core.checks import (
     ArrayLike,
     check_block_dtype,
@@ -20,6 +20,7 @@ from mlx_sparse_nn.core.checks import (
 )
 from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
 from mlx_sparse_nn.core.transforms import defer_to
+from mlx_sparse_nn.core.value_maps import Gather, SumOfRuns
 
 
 class CSRArray:
@@ -88,7 +89,7 @@ class CSRArray:
     @property
     def T(self) -> CSRArray:
         """The transpose, on the cached transposed pattern."""
-        data = _take(self.data, self.pattern.transpose_perm)
+        data = Gather(self.pattern.transpose_perm, self.pattern.n_blocks)(self.data)
         return CSRArray(data.swapaxes(1, 2) if data.ndim == 3 else data, self.pattern.T)
 
     @property
@@ -116,9 +117,11 @@ class CSRArray:
         data = self.data.reshape(-1)
         if self.nnz < data.size:
             inside = np.flatnonzero((row < self.shape[0]) & (col < self.shape[1]))
-            row, col, data = row[inside], col[inside], _pick(data, inside)
+            row, col, data = row[inside], col[inside], Gather(inside, data.size)(data)
         indptr, indices, order = index.sort_rows(row, col, self.shape)
-        return CSRArray(_take(data, order), CSRPattern._of(indptr, indices, self.shape))
+        return CSRArray(
+            Gather(order, order.size)(data), CSRPattern._of(indptr, indices, self.shape)
+        )
 
     def tocoo(self) -> COOArray:
         """Return the same matrix as coordinates, rows in order."""
@@ -128,6 +131,13 @@ class CSRArray:
     def astype(self, dtype: mx.Dtype) -> CSRArray:
         """Return a copy whose values are cast to ``dtype``."""
         return CSRArray(self.data.astype(dtype), self.pattern)
+
+    def canonical(self) -> CSRArray:
+        """Return the same matrix with the columns of each row sorted, and none repeated."""
+        if self.pattern.is_canonical:
+            return self
+        merged = algebra.canonical(self.pattern)
+        return CSRArray(merged.sums(self.data), merged.pattern)
 
     def sum(self, axis: int | None = None) -> mx.array:
         """Sum all values, or over rows (``axis=0``, ``(n_cols,)``) or columns (``axis=1``).
@@ -161,10 +171,16 @@ class CSRArray:
         order = np.argsort(rows, kind="stable")
         counts = np.bincount(rows, minlength=length)[:length]
         order = places.reshape(-1)[order[: counts.sum()]]  # what lies outside comes last
-        return _sum_runs(self.data.reshape(-1), order, np.cumsum(counts) - counts)
+        return SumOfRuns(order, np.cumsum(counts) - counts, self.data.size)(self.data.reshape(-1))
 
-    def __matmul__(self, x: ArrayLike) -> mx.array:
-        return _matmul("A @ x", self, x)
+    def __matmul__(self, x: Any) -> Any:
+        """Multiply by a dense vector or matrix, or by a sparse matrix, which gives a sparse one."""
+        if not is_sparse(x):
+            return _matmul("A @ x", self, x)
+        if x.shape[0] != self.shape[1]:
+            raise ValueError(f"[A @ B] A is {self.shape}, B is {x.shape}: inner sizes differ")
+        a, b = _of_one_block_size(self, x)
+        return CSRArray(*algebra.matmul(a.data, a.pattern, b.data, b.pattern))
 
     def __rmatmul__(self, x: ArrayLike) -> mx.array:
         x = _dense("x @ A", x)
@@ -174,20 +190,73 @@ class CSRArray:
             )
         return ops.spmm_t(self.data, self.pattern, x)
 
-    def __mul__(self, scalar: complex | np.generic | mx.array) -> CSRArray:
-        if not isinstance(scalar, Number | np.generic) and not (
-            isinstance(scalar, mx.array) and scalar.ndim == 0
-        ):
+    def __add__(self, other: CSRArray | COOArray | ArrayLike | complex) -> Any:
+        """Add a sparse matrix; or a dense one, which gives a dense one; or 0, as ``sum`` does."""
+        if is_sparse(other):
+            a, b = _alike("A + B", self, other)
+            return CSRArray(*algebra.add(a.data, a.pattern, b.data, b.pattern))
+        if _is_scalar(other):
+            if isinstance(other, Number) and other == 0:
+                return self
             raise TypeError(
-                f"[CSRArray] * takes a scalar, got {_describe(scalar)}; a matrix product is A @ x"
+                "[A + s] a sparse matrix plus a scalar is dense; use A.todense() + s, or "
+                "CSRArray(A.data + s, A.pattern) for the stored values alone"
             )
-        value: Any = scalar.item() if isinstance(scalar, np.generic) else scalar
-        return CSRArray(self.data * value, self.pattern)
+        return self.todense() + _fitting("A + D", self, other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: CSRArray | COOArray | ArrayLike | complex) -> Any:
+        """Subtract what can be added."""
+        return self + (-_operand("A - B", other))
+
+    def __rsub__(self, other: ArrayLike | complex) -> Any:
+        return -self + other
+
+    def __mul__(self, other: CSRArray | COOArray | ArrayLike | complex) -> CSRArray:
+        """Multiply by a scalar, or elementwise: :meth:`multiply`. A matrix product is ``A @ x``."""
+        if _is_scalar(other):
+            return CSRArray(self.data * _weak(other), self.pattern)
+        return self.multiply(other)
 
     __rmul__ = __mul__
 
+    def __truediv__(self, other: ArrayLike | complex) -> CSRArray:
+        """Divide by a scalar; or elementwise by a dense array, as :meth:`multiply` multiplies."""
+        if is_sparse(other):
+            raise TypeError("[A / B] has no value where B stores nothing; divide by B.todense()")
+        if _is_scalar(other):
+            return CSRArray(self.data / _weak(other), self.pattern)
+        return CSRArray(self.data / self._values_of("A / D", other), self.pattern)
+
+    def multiply(self, other: CSRArray | COOArray | ArrayLike | complex) -> CSRArray:
+        """Multiply elementwise, by what broadcasts to the shape of this matrix.
+
+        Args:
+            other: A sparse or dense matrix of this shape; ``(n_rows, 1)``, a number for each row;
+                ``(1, n_cols)`` or ``(n_cols,)``, one for each column; or a scalar.
+
+        Returns:
+            Of a sparse ``other``, what both store; otherwise the pattern of this matrix.
+        """
+        if _is_scalar(other):
+            return self * other
+        if is_sparse(other) and other.shape == self.shape:
+            a, b = (array.canonical() for array in _alike("A.multiply", self, other))
+            return CSRArray(*algebra.multiply(a.data, a.pattern, b.data, b.pattern))
+        if is_sparse(other):
+            other = other.todense()  # a row or column
+        return CSRArray(self.data * self._values_of("A.multiply", other), self.pattern)
+
+    def _values_of(self, owner: str, other: object) -> mx.array:
+        """Return a dense array, broadcast to this shape, where this matrix stores values."""
+        return algebra.values_at(self.pattern, _fitting(owner, self, other))
+
     def __neg__(self) -> CSRArray:
         return CSRArray(-self.data, self.pattern)
+
+    def __pos__(self) -> CSRArray:
+        return self
 
     def __len__(self) -> int:
         raise TypeError("sparse array length is ambiguous; use nnz or shape[0]")
@@ -214,6 +283,8 @@ class CSRArray:
 class COOArray:
     """A sparse matrix as coordinates, to build a :class:`CSRArray` from.
 
+    Whatever it is asked to compute, its :meth:`tocsr` computes, and gives a CSRArray.
+
     Args:
         data: ``(nnz,)`` stored values.
         row: ``(nnz,)`` integers in ``[0, n_rows)``.
@@ -228,6 +299,7 @@ class COOArray:
     __array_ufunc__ = None
 
     def __init__(self, data: ArrayLike, row: ArrayLike, col: ArrayLike, shape: tuple[int, int]):
+        defer_to(COOArray)
         self.data = check_data("COOArray", data)
         self.shape = check_shape("COOArray", shape)
         self.row = _coordinates("row", row, self.shape[0])
@@ -260,20 +332,78 @@ class COOArray:
         Args:
             canonical: Also sort the columns of each row and add up repeated entries.
         """
-        sort = index.sort_coordinates if canonical else index.sort_rows
-        indptr, indices, order = sort(self.row, self.col, self.shape)
-        data = _take(self.data, order)
-        if canonical and not index.ascends(indptr, indices):
-            rows = index.rows_of(indptr)
-            first = np.concatenate([[True], (np.diff(rows) != 0) | (np.diff(indices) != 0)])
-            data = _sum_runs(data, np.arange(rows.size), np.flatnonzero(first))
-            indptr = np.concatenate([[0], np.cumsum(first)]).astype(np.int32)[indptr]
-            indices = indices[first]
-        return CSRArray(data, CSRPattern._of(indptr, indices, self.shape))
+        if canonical:
+            merged = algebra.Merged(self.row, self.col, self.shape)
+            return CSRArray(merged.sums(self.data), merged.pattern)
+        indptr, indices, order = index.sort_rows(self.row, self.col, self.shape)
+        pattern = CSRPattern._of(indptr, indices, self.shape)
+        return CSRArray(Gather(order, self.nnz)(self.data), pattern)
 
     def todense(self) -> mx.array:
         """Return the dense ``(n_rows, n_cols)`` array; repeated entries add up."""
         return self.tocsr(canonical=False).todense()
+
+    @property
+    def T(self) -> COOArray:
+        """The transpose."""
+        return COOArray(self.data, self.col, self.row, (self.shape[1], self.shape[0]))
+
+    @property
+    def H(self) -> COOArray:
+        """The conjugate transpose."""
+        data = mx.conjugate(self.data) if self.dtype == mx.complex64 else self.data
+        return COOArray(data, self.col, self.row, (self.shape[1], self.shape[0]))
+
+    def tocoo(self) -> COOArray:
+        """Return the array itself."""
+        return self
+
+    def astype(self, dtype: mx.Dtype) -> COOArray:
+        """Return a copy whose values are cast to ``dtype``."""
+        return COOArray(self.data.astype(dtype), self.row, self.col, self.shape)
+
+    def sum(self, axis: int | None = None) -> mx.array:
+        """See :meth:`CSRArray.sum`."""
+        return self.tocsr(canonical=False).sum(axis)
+
+    def diagonal(self) -> mx.array:
+        """See :meth:`CSRArray.diagonal`."""
+        return self.tocsr(canonical=False).diagonal()
+
+    def multiply(self, other: CSRArray | COOArray | ArrayLike | complex) -> CSRArray:
+        """See :meth:`CSRArray.multiply`."""
+        return self.tocsr(canonical=False).multiply(other)
+
+    def __matmul__(self, x: Any) -> Any:
+        return self.tocsr(canonical=False) @ x
+
+    def __rmatmul__(self, x: ArrayLike) -> mx.array:
+        return x @ self.tocsr(canonical=False)
+
+    def __add__(self, other: CSRArray | COOArray | ArrayLike | complex) -> Any:
+        return self.tocsr(canonical=False) + other
+
+    __radd__ = __add__
+
+    def __sub__(self, other: CSRArray | COOArray | ArrayLike | complex) -> Any:
+        return self.tocsr(canonical=False) - other
+
+    def __rsub__(self, other: ArrayLike | complex) -> Any:
+        return other - self.tocsr(canonical=False)
+
+    def __mul__(self, other: CSRArray | COOArray | ArrayLike | complex) -> Any:
+        return self.tocsr(canonical=False) * other
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: ArrayLike | complex) -> CSRArray:
+        return self.tocsr(canonical=False) / other
+
+    def __neg__(self) -> COOArray:
+        return COOArray(-self.data, self.row, self.col, self.shape)
+
+    def __pos__(self) -> COOArray:
+        return self
 
     def __len__(self) -> int:
         raise TypeError("sparse array length is ambiguous; use nnz or shape[0]")
@@ -327,29 +457,48 @@ def _coordinates(name: str, values: ArrayLike, size: int) -> np.ndarray:
     return indices
 
 
-def _take(data: mx.array, order: np.ndarray) -> mx.array:
-    """Return ``data[order]`` along the first axis, for an order that names each place once."""
-    return derivatives.take(mx.array(order.view(np.uint32)), data)
+def is_sparse(x: object) -> TypeGuard[CSRArray | COOArray]:
+    """Return whether ``x`` is a sparse array of this package."""
+    return isinstance(x, CSRArray | COOArray)
 
 
-def _pick(data: mx.array, order: np.ndarray) -> mx.array:
-    """Return ``data[order]``, for an order that names some of the places."""
-    return _sum_runs(data, order, np.arange(order.size))
+def _of_one_block_size(a: CSRArray | COOArray, b: CSRArray | COOArray) -> tuple[CSRArray, CSRArray]:
+    """Return both as CSR with the same size of blocks: scalars, unless they share one."""
+    a, b = (array.tocsr() if isinstance(array, COOArray) else array for array in (a, b))
+    return (a, b) if a.block_size == b.block_size else (a.tocsr(), b.tocsr())
 
 
-def _sum_runs(data: mx.array, order: np.ndarray, starts: np.ndarray) -> mx.array:
-    """Return the sums of the runs of ``data[order]`` that begin at ``starts``.
+def _alike(owner: str, a: CSRArray | COOArray, b: CSRArray | COOArray) -> tuple[CSRArray, CSRArray]:
+    """Return both as :func:`_of_one_block_size` does, or raise where shapes differ."""
+    if a.shape != b.shape:
+        raise ValueError(f"[{owner}] A is {a.shape}, B is {b.shape}: shapes differ")
+    return _of_one_block_size(a, b)
 
-    They are a product with a sparse matrix of ones: the order of sums is fixed, and they can be
-    differentiated to any order. MLX's own gather has no second derivative.
-    """
-    indptr = np.append(starts, order.size)
-    if not mx.issubdtype(data.dtype, mx.inexact):
-        segment = np.repeat(np.arange(starts.size, dtype=np.int32), np.diff(indptr))
-        out = mx.zeros(starts.size, data.dtype)
-        return out.at[mx.array(segment)].add(data[mx.array(order.astype(np.int32))])
-    selector = CSRPattern(indptr, order, (starts.size, data.size))
-    return ops.spmm(mx.ones(order.size, data.dtype), selector, data)
+
+def _is_scalar(x: object) -> bool:
+    """Return whether ``x`` is a number, or an array of no axes."""
+    return isinstance(x, Number) or (hasattr(x, "dtype") and getattr(x, "ndim", 1) == 0)
+
+
+def _weak(x: Any) -> Any:
+    """Return a scalar so that NumPy's dtype does not decide that of the result."""
+    return x.item() if isinstance(x, np.generic | np.ndarray) else x
+
+
+def _operand(owner: str, x: Any) -> Any:
+    """Return what has a negative: numbers and arrays as they are, lists as an array."""
+    return x if is_sparse(x) or _is_scalar(x) else _dense(owner, x)
+
+
+def _fitting(owner: str, a: CSRArray, x: object) -> mx.array:
+    """Return a dense array that broadcasts to the shape of ``a``, or raise."""
+    x = _dense(owner, x)
+    shape = (1,) * (2 - x.ndim) + tuple(x.shape)
+    if len(shape) == 2 and all(n in (1, size) for n, size in zip(shape, a.shape, strict=True)):
+        return x.reshape(shape)
+    raise ValueError(
+        f"[{owner}] A is {a.shape}, and shape {tuple(x.shape)} does not broadcast to it"
+    )
 
 
 def _dense(operation: str, x: object) -> mx.array:
