@@ -79,10 +79,16 @@ def canonical(pattern: CSRPattern) -> Merged:
 
 
 @_kept
-def _gathers(pattern: CSRPattern) -> tuple[Gather, Gather]:
+def gathers(pattern: CSRPattern) -> tuple[Gather, Gather]:
     """Return the maps from what each block-row, and each block-column, has to the stored blocks."""
     n_block_rows, n_block_cols = pattern.grid
     return Gather(pattern.row_indices, n_block_rows), Gather(pattern.indices, n_block_cols)
+
+
+@_kept
+def sum_rows(pattern: CSRPattern) -> SumOfRuns:
+    """Return the map from stored values of scalars to their sums over each row."""
+    return SumOfRuns(None, pattern.indptr[:-1], pattern.n_blocks)
 
 
 def values_at(pattern: CSRPattern, dense: mx.array) -> mx.array:
@@ -97,7 +103,7 @@ def values_at(pattern: CSRPattern, dense: mx.array) -> mx.array:
     if dense.shape == pattern.shape:
         return derivatives.sample(pattern.layout, dense[None]).squeeze(0)
     axis = 0 if dense.shape[1] == 1 else 1
-    gather, block_size = _gathers(pattern)[axis], pattern.block_size
+    gather, block_size = gathers(pattern)[axis], pattern.block_size
     if block_size == 1:
         return gather(dense.reshape(-1))
     whole = edges.pad(dense.reshape(-1), pattern.grid[axis] * block_size)
