@@ -408,7 +408,7 @@ class CSRArray(Elementwise):
             )
         return ops.spmm_t(self.data, self.pattern, x)
 
-    def __add__(self, other: CSRArray | COOArray | ArrayLike | complex) -> Any:
+    def __add__(self, other: CSRArray | COOArray | ArrayLike | complex | np.generic) -> Any:
         """Add a sparse matrix; or a dense one, which gives a dense one; or 0, as ``sum`` does."""
         if is_sparse(other):
             a, b = _alike("A + B", self, other)
@@ -424,14 +424,14 @@ class CSRArray(Elementwise):
 
     __radd__ = __add__
 
-    def __sub__(self, other: CSRArray | COOArray | ArrayLike | complex) -> Any:
+    def __sub__(self, other: CSRArray | COOArray | ArrayLike | complex | np.generic) -> Any:
         """Subtract what can be added."""
         return self + (-_operand("A - B", other))
 
-    def __rsub__(self, other: ArrayLike | complex) -> Any:
+    def __rsub__(self, other: ArrayLike | complex | np.generic) -> Any:
         return -self + other
 
-    def __mul__(self, other: CSRArray | COOArray | ArrayLike | complex) -> CSRArray:
+    def __mul__(self, other: CSRArray | COOArray | ArrayLike | complex | np.generic) -> CSRArray:
         """Multiply by a scalar, or elementwise: :meth:`multiply`. A matrix product is ``A @ x``."""
         if _is_scalar(other):
             return CSRArray(self.data * _weak(other), self.pattern)
@@ -439,7 +439,7 @@ class CSRArray(Elementwise):
 
     __rmul__ = __mul__
 
-    def __truediv__(self, other: ArrayLike | complex) -> CSRArray:
+    def __truediv__(self, other: ArrayLike | complex | np.generic) -> CSRArray:
         """Divide by a scalar; or elementwise by a dense array, as :meth:`multiply` multiplies."""
         if is_sparse(other):
             raise TypeError("[A / B] has no value where B stores nothing; divide by B.todense()")
@@ -447,7 +447,7 @@ class CSRArray(Elementwise):
             return CSRArray(self.data / _weak(other), self.pattern)
         return CSRArray(self.data / self._values_of("A / D", other), self.pattern)
 
-    def multiply(self, other: CSRArray | COOArray | ArrayLike | complex) -> CSRArray:
+    def multiply(self, other: CSRArray | COOArray | ArrayLike | complex | np.generic) -> CSRArray:
         """Multiply elementwise, by what broadcasts to the shape of this matrix.
 
         Args:
@@ -504,6 +504,10 @@ class CSRArray(Elementwise):
             f"CSRArray({self.shape[0]} x {self.shape[1]}, {self.dtype}{blocks}, "
             f"{self.nnz} stored values, density {self.density:.3g})"
         )
+
+
+# What describes the layout of a CSRArray, and has no meaning for coordinates.
+_OF_CSR_ALONE = ("indptr", "indices", "pattern", "block_size")
 
 
 class COOArray:
@@ -601,17 +605,20 @@ class COOArray:
         """Return a copy whose values are cast to ``dtype``."""
         return COOArray(self.data.astype(dtype), self.row, self.col, self.shape)
 
-    def sum(self, axis: int | None = None) -> mx.array:
-        """See :meth:`CSRArray.sum`."""
-        return self.tocsr(canonical=False).sum(axis)
+    def __getattr__(self, name: str) -> Any:
+        """Return what a CSRArray has by this name: ``max``, ``multiply``, ``diagonal``, ..."""
+        if name[0] == "_" or name in _OF_CSR_ALONE or not hasattr(CSRArray, name):
+            raise AttributeError(f"'COOArray' object has no attribute {name!r}")
+        return getattr(self.tocsr(canonical=False), name)
 
-    def diagonal(self) -> mx.array:
-        """See :meth:`CSRArray.diagonal`."""
-        return self.tocsr(canonical=False).diagonal()
+    def __getitem__(self, key: Any) -> Any:
+        return self.tocsr(canonical=False)[key]
 
-    def multiply(self, other: CSRArray | COOArray | ArrayLike | complex) -> CSRArray:
-        """See :meth:`CSRArray.multiply`."""
-        return self.tocsr(canonical=False).multiply(other)
+    def __abs__(self) -> CSRArray:
+        return abs(self.tocsr(canonical=False))
+
+    def __pow__(self, n: float) -> CSRArray:
+        return self.tocsr(canonical=False) ** n
 
     def __matmul__(self, x: Any) -> Any:
         return self.tocsr(canonical=False) @ x
@@ -619,23 +626,23 @@ class COOArray:
     def __rmatmul__(self, x: ArrayLike) -> mx.array:
         return x @ self.tocsr(canonical=False)
 
-    def __add__(self, other: CSRArray | COOArray | ArrayLike | complex) -> Any:
+    def __add__(self, other: CSRArray | COOArray | ArrayLike | complex | np.generic) -> Any:
         return self.tocsr(canonical=False) + other
 
     __radd__ = __add__
 
-    def __sub__(self, other: CSRArray | COOArray | ArrayLike | complex) -> Any:
+    def __sub__(self, other: CSRArray | COOArray | ArrayLike | complex | np.generic) -> Any:
         return self.tocsr(canonical=False) - other
 
-    def __rsub__(self, other: ArrayLike | complex) -> Any:
+    def __rsub__(self, other: ArrayLike | complex | np.generic) -> Any:
         return other - self.tocsr(canonical=False)
 
-    def __mul__(self, other: CSRArray | COOArray | ArrayLike | complex) -> Any:
+    def __mul__(self, other: CSRArray | COOArray | ArrayLike | complex | np.generic) -> Any:
         return self.tocsr(canonical=False) * other
 
     __rmul__ = __mul__
 
-    def __truediv__(self, other: ArrayLike | complex) -> CSRArray:
+    def __truediv__(self, other: ArrayLike | complex | np.generic) -> CSRArray:
         return self.tocsr(canonical=False) / other
 
     def __neg__(self) -> COOArray:

@@ -5,7 +5,6 @@ What a file holds is checked as everything else is that describes a matrix.
 
 from __future__ import annotations
 
-import zipfile
 from os import PathLike
 from typing import Any
 
@@ -63,10 +62,12 @@ def load_npz(file: str | PathLike, dtype: mx.Dtype | None = None) -> CSRArray | 
         ValueError: The file holds no sparse array, one in another format, or one whose indices
             describe no matrix.
     """
+    from zipfile import BadZipFile  # takes a while to import
+
     try:
         with np.load(file, allow_pickle=False) as found:
             parts = {name: found[name] for name in found.files}
-    except (ValueError, zipfile.BadZipFile, AttributeError) as error:
+    except (ValueError, BadZipFile, AttributeError) as error:
         raise ValueError(f"[load_npz] {file} is no npz file of arrays: {error}") from error
     kind = bytes(parts.get("format", np.array(b""))).rstrip(b"\0").decode("ascii", "replace")
     kind = kind.replace("\0", "")  # where the name was written as text

@@ -298,3 +298,9 @@ def test_coordinates_compute_by_their_csr():
     assert np.array_equal(to_numpy(a.diagonal()), np.diag(full))
     assert a.astype(mx.float16).dtype == mx.float16
     assert a.tocoo() is a
+    assert np.array_equal(to_numpy(a.max(1)), full.max(1))
+    assert np.array_equal(to_numpy(abs(-a).todense()), full)
+    assert np.array_equal(to_numpy((a**2).todense()), full**2)
+    assert a[1, 0].item() == 5
+    for name in ("indices", "indptr", "no_such_thing", "_sum"):
+        assert not hasattr(a, name)
