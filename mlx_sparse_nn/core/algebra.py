@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from functools import cached_property, wraps
+from functools import wraps
 from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
@@ -40,42 +40,38 @@ def _kept(make: Callable[..., Plan]) -> Callable[..., Plan]:
 class Merged:
     """Entries by their places: a canonical pattern, where those of one place add up.
 
-    Args:
-        rows, cols: ``(n,)`` int32, the block-row and block-column of each entry.
-        shape: ``(n_rows, n_cols)`` in scalars.
-        block_size: Side of the blocks.
-
     Attributes:
         pattern: The pattern.
-        order: ``(n,)``: the entries by their places, those of one place as they came.
-        starts: Where those of each place begin in ``order``.
+        sums: The map from the values of the entries to those of the pattern.
     """
 
     def __init__(
-        self, rows: np.ndarray, cols: np.ndarray, shape: tuple[int, int], block_size: int = 1
+        self, places: index.Places, order: np.ndarray, shape: tuple[int, int], block_size: int
     ):
-        indptr, indices, self.order = index.sort_coordinates(rows, cols, grid_of(shape, block_size))
-        self.starts = np.arange(rows.size)
-        if not index.ascends(indptr, indices):
-            rows = index.rows_of(indptr)
-            first = np.concatenate([[True], (np.diff(rows) != 0) | (np.diff(indices) != 0)])
-            indptr = np.concatenate([[0], np.cumsum(first)]).astype(np.int32)[indptr]
-            indices, self.starts = indices[first], np.flatnonzero(first)
-        self.pattern = CSRPattern._of(indptr, indices, shape, block_size)
+        self.pattern = CSRPattern._of(places.indptr, places.indices, shape, block_size)
+        n = order.size
+        unique = places.starts.size == n
+        self.sums = Gather(order, n) if unique else SumOfRuns(order, places.starts, n)
 
-    @cached_property
-    def sums(self) -> Gather | SumOfRuns:
-        """The map from the values of the entries to those of the pattern."""
-        n = self.order.size
-        if self.starts.size == n:
-            return Gather(self.order, n)
-        return SumOfRuns(self.order, self.starts, n)
+
+def merge(
+    rows: np.ndarray, cols: np.ndarray, shape: tuple[int, int], block_size: int = 1
+) -> Merged:
+    """Merge entries.
+
+    Args:
+        rows, cols: ``(n,)`` int32, the block-row and block-column of each.
+        shape: ``(n_rows, n_cols)`` in scalars.
+        block_size: Side of the blocks.
+    """
+    places, order = index.merge(rows, cols, grid_of(shape, block_size))
+    return Merged(places, order, shape, block_size)
 
 
 @_kept
 def canonical(pattern: CSRPattern) -> Merged:
     """Return the canonical pattern of one that is not."""
-    return Merged(pattern.row_indices, pattern.indices, pattern.shape, pattern.block_size)
+    return merge(pattern.row_indices, pattern.indices, pattern.shape, pattern.block_size)
 
 
 @_kept
@@ -112,8 +108,8 @@ def values_at(pattern: CSRPattern, dense: mx.array) -> mx.array:
 
 @_kept
 def _union(a: CSRPattern, b: CSRPattern) -> Merged:
-    rows = np.concatenate([a.row_indices, b.row_indices])
-    return Merged(rows, np.concatenate([a.indices, b.indices]), a.shape, a.block_size)
+    places, order = index.unite((a.indptr, a.indices), (b.indptr, b.indices), a.grid[1])
+    return Merged(places, order, a.shape, a.block_size)
 
 
 def add(
@@ -163,21 +159,17 @@ class Pairs(NamedTuple):
 
 @_kept
 def _pairs(a: CSRPattern, b: CSRPattern) -> Pairs:
-    lengths = np.diff(b.indptr)[a.indices]
-    n_pairs = int(lengths.sum(dtype=np.int64))
-    if n_pairs > INT32_MAX:
+    operands = (a.indptr, a.indices), (b.indptr, b.indices)
+    if (n_pairs := index.n_pairs(*operands)) > INT32_MAX:
         raise ValueError(
             f"[A @ B] takes {n_pairs} products of stored values, more than 2**31 - 1; multiply by "
             "some rows of A at a time"
         )
-    of_a = np.repeat(np.arange(a.n_blocks, dtype=np.int32), lengths)
-    ends = np.cumsum(lengths)
-    of_b = np.arange(n_pairs) + np.repeat(b.indptr[a.indices] - (ends - lengths), lengths)
+    places, of_a, of_b = index.multiply(*operands, b.grid[1])
     shape = a.shape[0], b.shape[1]
-    merged = Merged(a.row_indices[of_a], b.indices[of_b], shape, a.block_size)
-    order = merged.order  # in which they are added up
-    gathers = Gather(of_a[order], a.n_blocks), Gather(of_b[order], b.n_blocks)
-    return Pairs(merged.pattern, *gathers, SumOfRuns(None, merged.starts, n_pairs))
+    pattern = CSRPattern._of(places.indptr, places.indices, shape, a.block_size)
+    gathers = Gather(of_a, a.n_blocks), Gather(of_b, b.n_blocks)
+    return Pairs(pattern, *gathers, SumOfRuns(None, places.starts, n_pairs))
 
 
 def matmul(

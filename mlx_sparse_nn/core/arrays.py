@@ -374,7 +374,9 @@ class CSRArray(Elementwise):
         rows, cols = indexing.split(key, self.shape)
         if not isinstance(rows, slice) and not isinstance(cols, slice):
             return self._entries(*np.broadcast_arrays(rows, cols))
-        return self.tocsr()._rows(rows).T._rows(cols).T
+        array = self.tocsr()._rows(rows)
+        is_all = isinstance(cols, slice) and cols == slice(None)
+        return array if is_all else array.T._rows(cols).T
 
     def _entries(self, rows: np.ndarray, cols: np.ndarray) -> mx.array:
         array = self.tocsr().canonical()
@@ -563,7 +565,7 @@ class COOArray:
             canonical: Also sort the columns of each row and add up repeated entries.
         """
         if canonical:
-            merged = algebra.Merged(self.row, self.col, self.shape)
+            merged = algebra.merge(self.row, self.col, self.shape)
             return CSRArray(merged.sums(self.data), merged.pattern)
         indptr, indices, order = index.sort_rows(self.row, self.col, self.shape)
         pattern = CSRPattern._of(indptr, indices, self.shape)

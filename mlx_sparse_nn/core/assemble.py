@@ -266,7 +266,7 @@ def _of_entries(
     block_size: int = 1,
 ) -> CSRArray:
     """Return the canonical array of entries; those of one place add up."""
-    merged = algebra.Merged(rows.astype(np.int32), cols.astype(np.int32), shape, block_size)
+    merged = algebra.merge(rows.astype(np.int32), cols.astype(np.int32), shape, block_size)
     return CSRArray(merged.sums(data), merged.pattern)
 
 

@@ -43,8 +43,9 @@ class Gather:
     @cached_property
     def selector(self) -> CSRPattern:
         """The matrix ``(m, n)`` that has a one in each row."""
-        starts = np.arange(self.places.size + 1)
-        return CSRPattern(starts, self.places, (self.places.size, self.n))
+        starts = np.arange(self.places.size + 1, dtype=np.int32)
+        places = self.places.astype(np.int32)
+        return CSRPattern._of(starts, places, (self.places.size, self.n))
 
     @cached_property
     def inverse(self) -> mx.array | None:
@@ -84,9 +85,11 @@ class SumOfRuns:
     """
 
     def __init__(self, order: np.ndarray | None, starts: np.ndarray, n: int):
-        order = np.arange(n) if order is None else order
+        order = np.arange(n, dtype=np.int32) if order is None else order
         self.n = n
-        self.selector = CSRPattern(np.append(starts, order.size), order, (starts.size, n))
+        # Not checked again: who makes a map knows where values lie.
+        indptr = np.append(starts, order.size).astype(np.int32)
+        self.selector = CSRPattern._of(indptr, order.astype(np.int32), (starts.size, n))
 
     def __call__(self, values: mx.array) -> mx.array:
         """Return the sums, ``(k, ...)``; 16-bit values add up in float32."""
