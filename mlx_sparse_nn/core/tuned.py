@@ -109,6 +109,13 @@ CUDA_ROWS_PER_SPLIT = 64
 # CUDA. Thread blocks that keep an H200 busy (132 multiprocessors).
 BLOCKS_TO_FILL_GPU = 128
 MAX_STREAMED_ROW = 64  # values of a row up to which one thread adds them up: Ising, n = 20 and 24
+# CUDA, graphs of at least so many stored values.
+GRAPH_VALUES = 1 << 18
+GRAPH_TILE = 1024  # items of a tile: values, and GRAPH_ROW for each row
+GRAPH_ROW = 4  # at least a 256th of a tile, in which each row has a thread
+GRAPH_PIECE = 256  # values of a piece of a long row
+GATHERED_COLUMNS = 3  # of x, up to which products go through shared memory
+MAX_DIAGONALS = 4096  # up to which neighbouring rows read neighbouring places of x
 # Bytes of shared memory above which one thread block fits on a multiprocessor.
 MAX_SHARED_OF_TWO = 113 * 1024
 LARGE_SHARED_MEMORY = ("sm_80", "sm_87", "sm_90", "sm_100", "sm_103")  # 160 KB a thread block
