@@ -109,13 +109,6 @@ CUDA_ROWS_PER_SPLIT = 64
 # CUDA. Thread blocks that keep an H200 busy (132 multiprocessors).
 BLOCKS_TO_FILL_GPU = 128
 MAX_STREAMED_ROW = 64  # values of a row up to which one thread adds them up: Ising, n = 20 and 24
-# CUDA, graphs of at least so many stored values.
-GRAPH_VALUES = 1 << 18
-GRAPH_TILE = 1024  # items of a tile: values, and GRAPH_ROW for each row
-GRAPH_ROW = 4  # at least a 256th of a tile, in which each row has a thread
-GRAPH_PIECE = 256  # values of a piece of a long row
-GATHERED_COLUMNS = 3  # of x, up to which products go through shared memory
-MAX_DIAGONALS = 4096  # up to which neighbouring rows read neighbouring places of x
 # Bytes of shared memory above which one thread block fits on a multiprocessor.
 MAX_SHARED_OF_TWO = 113 * 1024
 LARGE_SHARED_MEMORY = ("sm_80", "sm_87", "sm_90", "sm_100", "sm_103")  # 160 KB a thread block
@@ -146,6 +139,14 @@ class SimdTile(NamedTuple):
     tiles_o: int  # products of each of them along the outputs
 
 
+class GraphTile(NamedTuple):
+    """What a thread block of 256 has of a graph."""
+
+    items: int  # a value is one
+    row: int  # items that a row counts as besides; at least a 256th of them, a thread for each row
+    piece: int  # values of a piece of a long row
+
+
 class GradientTile(NamedTuple):
     """A thread block of ``sddmm_tiles``."""
 
@@ -173,6 +174,21 @@ class QuantizedTile(NamedTuple):
     across: int  # simdgroups along the outputs
     simdgroups: int
 
+
+# CUDA, graphs of at least so many stored values: 2^20 rows of 16 values, and a power law of 10^6
+# rows, 7 values on average and the longest 10^5, on an H200, microseconds. One column, by tiles of
+# 1,024 items and pieces of 256: 133 and 84; of 2,048 and 1,024: 127 and 65 (cuSPARSE 131 and 62).
+# 64 columns of the power law, pieces of 256, 512 and 1,024: 540, 594 and 668 (cuSPARSE 900).
+GRAPH_VALUES = 1 << 18
+GATHERED_TILE = GraphTile(2048, 8, 1024)
+COLUMNS_TILE = GraphTile(1024, 4, 256)
+# Columns of x up to which products go through shared memory: 4 columns of equal rows took 230 so,
+# and 128 by rows; 2 and 3 take 125 and 164.
+GATHERED_COLUMNS = 3
+# Diagonals up to which neighbouring rows ask for neighbouring places of x: the Ising Hamiltonian
+# has 41 at n = 20, and takes 61 with a thread for each row, 48 by a byte for each column, and 453
+# through shared memory, where the values of a row all ask for few lines of the cache.
+MAX_DIAGONALS = 4096
 
 # The largest first. A simdgroup has 32 x 32 sums, half a load from threadgroup memory for a product
 # of 8 x 8, and 100 registers a lane; in the last one 16 x 32, and three quarters of a load.

@@ -23,12 +23,15 @@ def check(pattern, n, dtype=mx.float32, **settings):
     return emulation.names
 
 
+SMALL = tuned.GraphTile(items=64, row=4, piece=32)
+
+
 @pytest.fixture
 def small_is_large(monkeypatch):
     """Let a few values be a large graph, of many tiles, in which nobody looks for diagonals."""
     monkeypatch.setattr(tuned, "GRAPH_VALUES", 1)
-    monkeypatch.setattr(tuned, "GRAPH_TILE", 64)
-    monkeypatch.setattr(tuned, "GRAPH_PIECE", 32)
+    monkeypatch.setattr(tuned, "GATHERED_TILE", SMALL)
+    monkeypatch.setattr(tuned, "COLUMNS_TILE", SMALL)
     monkeypatch.setattr(tuned, "NARROW_COLUMNS", 0)
     monkeypatch.setattr(tuned, "MAX_DIAGONALS", 0)
 
@@ -95,13 +98,13 @@ def test_several_matrices_of_one_pattern(small_is_large, n):
 @pytest.mark.parametrize("kind", LENGTHS)
 def test_every_value_lies_in_one_tile_or_piece(kind):
     pattern = with_lengths(kind)
-    tiles, pieces = cuda_graphs.cut(pattern.indptr, tile=64, weight=4, piece=32)
+    tiles, pieces = cuda_graphs.cut(pattern.indptr, SMALL)
     first, rows, begin, count, piece, end_piece = tiles.T
     assert np.array_equal(
         np.repeat(first, rows) + places_within(rows), np.arange(len(LENGTHS[kind]))
     )
-    assert rows.max() <= 64 / 4
-    assert count.max() <= 64 + 32
+    assert rows.max() <= SMALL.items / SMALL.row
+    assert count.max() <= SMALL.items + SMALL.piece
     values = np.repeat(begin, count) + places_within(count)
     parts = np.repeat(pieces[:, 0], pieces[:, 1]) + places_within(pieces[:, 1])
     assert np.array_equal(np.sort(np.r_[values, parts]), np.arange(pattern.n_blocks))

@@ -21,6 +21,7 @@ from mlx_sparse_nn.core.backends.launch import (
     round_up,
 )
 from mlx_sparse_nn.core.layout import Layout, Side, row_of_block
+from mlx_sparse_nn.core.transforms import tracing
 
 NAME = "cuda"
 MAX_SAMPLED = MAX_THREADS // 4  # stored values: up to 16 threads have 4 of them together
@@ -146,19 +147,18 @@ def _diagonals(side: Side) -> Diagonals | None:
     return Diagonals(ahead, mx.array(codes)[places])
 
 
-def cut(indptr: np.ndarray, tile: int, weight: int, piece: int) -> tuple[np.ndarray, np.ndarray]:
+def cut(indptr: np.ndarray, sizes: tuned.GraphTile) -> tuple[np.ndarray, np.ndarray]:
     """Return the arrays of :class:`Tiles`.
 
-    A row counts as ``weight`` items, and each of its values as one. The rows that begin within the
-    same ``tile`` items are a tile: so it has ``tile / weight`` rows at most, and less than ``tile``
-    values before its last row.
+    A row counts as ``sizes.row`` items, and each of its values as one. The rows that begin within
+    the same ``sizes.items`` are a tile: so it has ``items / row`` rows at most, and fewer values
+    than items before its last row. A row of more values than a piece is long, and ends its tile.
 
     Args:
         indptr: ``(n_rows + 1,)``.
-        tile: In items.
-        weight: In items.
-        piece: Values of a piece; a row of more is long, and ends its tile.
+        sizes: Of a tile.
     """
+    tile, weight, piece = sizes
     lengths = np.diff(indptr.astype(np.int64))
     is_long = lengths > piece
     items = np.where(is_long, tile, lengths) + weight
@@ -179,10 +179,22 @@ def cut(indptr: np.ndarray, tile: int, weight: int, piece: int) -> tuple[np.ndar
     return np.stack(columns, axis=1).astype(np.int32), pieces.astype(np.int32)
 
 
-def _tiles(side: Side) -> Tiles:
-    sizes = tuned.GRAPH_TILE, tuned.GRAPH_ROW, tuned.GRAPH_PIECE
-    tiles, pieces = cut(np.array(side.indptr), *sizes)
+def _for_gathering(side: Side) -> Tiles:
+    return _cut_side(side, tuned.GATHERED_TILE)
+
+
+def _for_columns(side: Side) -> Tiles:
+    return _cut_side(side, tuned.COLUMNS_TILE)
+
+
+def _cut_side(side: Side, sizes: tuned.GraphTile) -> Tiles:
+    tiles, pieces = cut(np.array(side.indptr), sizes)
     return Tiles(mx.array(tiles), mx.array(pieces) if pieces.size else None)
+
+
+def is_gathered(n_x: int) -> bool:
+    """Return whether products with so few columns of x go through shared memory."""
+    return n_x <= tuned.GATHERED_COLUMNS
 
 
 def share(n_x: int, itemsize: int) -> Sharing:
@@ -206,7 +218,7 @@ def product(data: mx.array, side: Side, x: mx.array, n_out: int, bias: mx.array 
         bias: ``(n_out,)``, or None.
     """
     n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
-    tiles, pieces = side.keep(_tiles)
+    tiles, pieces = side.keep(_for_gathering if is_gathered(n_x) else _for_columns)
     n_pieces = 0 if pieces is None else pieces.shape[0]
     sizes = n_x, n_matrices, tiles.shape[0], n_pieces, side.perm is not None, bias is not None
     of_rows, of_pieces = _launches(x.dtype, *sizes)
@@ -216,7 +228,9 @@ def product(data: mx.array, side: Side, x: mx.array, n_out: int, bias: mx.array 
     arrays = [data, side.indptr, side.indices, perm, x, unread if bias is None else bias]
     partial = unread
     if of_pieces is not None and pieces is not None:
-        arrays[4] = x = mx.contiguous(x)  # or else MLX would copy it twice, where it has gaps
+        if tracing.graph is None:
+            # MLX copies what has gaps before each launch, and for each input of it.
+            arrays[4] = mx.contiguous(x)
         partial = of_pieces([*arrays, unread, pieces], (*x.shape[:-2], n_pieces, n_x))
     return of_rows([*arrays, partial, tiles], (*x.shape[:-2], n_out, n_x)).swapaxes(-1, -2)
 
@@ -235,8 +249,9 @@ def _launches(
     across = -(-n_x // (sharing.group * sharing.vec * sharing.chunks))
     template: dict[str, int] = {"TRANSPOSED": int(transposed)}
     by_columns = {"GROUP": sharing.group, "VEC": sharing.vec, "CHUNKS": sharing.chunks}
-    held = {"HELD": tuned.GRAPH_TILE + tuned.GRAPH_PIECE, "BIAS": int(has_bias)}
-    if n_x <= tuned.GATHERED_COLUMNS:
+    sizes = tuned.GATHERED_TILE if is_gathered(n_x) else tuned.COLUMNS_TILE
+    held = {"HELD": sizes.items + sizes.piece, "BIAS": int(has_bias)}
+    if is_gathered(n_x):
         kernel = Kernel("spmm_gathered", template | held | {"N": n_x}, (0, 1, n_matrices), 256)
     else:
         grid = (0, across, n_matrices)
@@ -245,7 +260,7 @@ def _launches(
     of_rows = prepare(NAME, "spmm_of_tiles", kernel, dtype, T=dtype)
     if not n_pieces:
         return of_rows, None
-    template |= by_columns | {"PIECE": tuned.GRAPH_PIECE}
+    template |= by_columns | {"PIECE": sizes.piece}
     kernel = Kernel("spmm_pieces", template, (n_pieces * 256, across, n_matrices), 256)
     return of_rows, prepare(NAME, "spmm_of_tiles", kernel, mx.float32, T=dtype)
 
