@@ -1,6 +1,7 @@
 """The products of large graphs on CUDA: scalars (B = 1) at any places.
 
-Small ones go by ``cuda_scalars``.
+What helps is derived from the index arrays, once for each pattern: tiles of like work, and
+diagonals. Small graphs, and those whose arrays are tracers, go by ``cuda_scalars``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mlx_sparse_nn.core.layout import Layout, Side, row_of_block
 from mlx_sparse_nn.core.transforms import tracing
 
 NAME = "cuda"
-MAX_SAMPLED = MAX_THREADS // 4  # stored values: up to 16 threads have 4 of them together
+MAX_SAMPLED = MAX_THREADS // 4  # stored values: up to 16 threads have four together
 
 
 class Tiles(NamedTuple):
@@ -67,12 +68,11 @@ class Diagonals(NamedTuple):
 
 
 def takes(side: Side, block_size: int, n_x: int) -> bool:
-    """Return whether a matrix is a large graph, whose arrays are numbers, and x lies by columns.
+    """Return whether a matrix is a large graph, and x is to lie by columns.
 
-    Few rows of x that lies in the cache are not worth a transposed copy. Where values lie on few
-    diagonals, neighbouring rows ask for neighbouring places of few rows of x: a thread that has a
-    row of its own is faster then, since neighbouring values of one row may all ask for one set of
-    lines of the cache.
+    It is not where x lies in the cache, so that few rows of it are not worth a transposed copy; nor
+    where values lie on few diagonals, and neighbouring rows ask for neighbouring places of few
+    rows of x.
     """
     if block_size > 1 or not _is_large(side) or side.n_blocks > MAX_SAMPLED:
         return False
@@ -119,6 +119,7 @@ def _streaming(
 
 
 def _is_large(side: Side) -> bool:
+    """Return whether it pays to look at the index arrays, which must be no tracers for that."""
     return side.is_constant and side.n_blocks >= tuned.GRAPH_VALUES
 
 
@@ -245,23 +246,20 @@ def _launches(
     transposed: bool,
     has_bias: bool,
 ) -> tuple[KernelLaunch, KernelLaunch | None]:
-    sharing = share(n_x, dtype.size)
-    across = -(-n_x // (sharing.group * sharing.vec * sharing.chunks))
-    template: dict[str, int] = {"TRANSPOSED": int(transposed)}
-    by_columns = {"GROUP": sharing.group, "VEC": sharing.vec, "CHUNKS": sharing.chunks}
+    group, vec, chunks = share(n_x, dtype.size)
+    by_columns = {"GROUP": group, "VEC": vec, "CHUNKS": chunks}
+    others = -(-n_x // (group * vec * chunks)), n_matrices
     sizes = tuned.GATHERED_TILE if is_gathered(n_x) else tuned.COLUMNS_TILE
-    held = {"HELD": sizes.items + sizes.piece, "BIAS": int(has_bias)}
-    if is_gathered(n_x):
-        kernel = Kernel("spmm_gathered", template | held | {"N": n_x}, (0, 1, n_matrices), 256)
-    else:
-        grid = (0, across, n_matrices)
-        kernel = Kernel("spmm_columns", template | held | by_columns, grid, 256)
-    kernel = kernel._replace(grid=(n_tiles * 256, *kernel.grid[1:]))
+    template = {"N": n_x} if is_gathered(n_x) else by_columns
+    template |= {"HELD": sizes.items + sizes.piece, "BIAS": int(has_bias)}
+    template |= {"TRANSPOSED": int(transposed)}
+    name = "spmm_gathered" if is_gathered(n_x) else "spmm_columns"
+    kernel = Kernel(name, template, (n_tiles * 256, *others), 256)
     of_rows = prepare(NAME, "spmm_of_tiles", kernel, dtype, T=dtype)
     if not n_pieces:
         return of_rows, None
-    template |= by_columns | {"PIECE": sizes.piece}
-    kernel = Kernel("spmm_pieces", template, (n_pieces * 256, across, n_matrices), 256)
+    template = by_columns | {"PIECE": sizes.piece, "TRANSPOSED": int(transposed)}
+    kernel = Kernel("spmm_pieces", template, (n_pieces * 256, *others), 256)
     return of_rows, prepare(NAME, "spmm_of_tiles", kernel, mx.float32, T=dtype)
 
 
