@@ -13,7 +13,7 @@
 // Launch
 //   (n_tiles 256, 1, V) threads in groups of (256, 1, 1). One group owns a tile: 256 rows at most.
 // Template
-//   T float, half or bfloat16; N, 1 to 4; HELD values at most in a tile, a multiple of 32;
+//   T float, half or bfloat16; N, 1 to 3; HELD values at most in a tile, a multiple of 32;
 //   TRANSPOSED and BIAS 0 or 1.
 // Sums in float32: a row of up to SERIAL values in stored order, others each lane its values or
 // pieces, then over lanes; then the bias.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support import assert_equal, check_products, integers, pattern_of, patterns
 
 from mlx_sparse_nn import CSRPattern, physics, sddmm, spmm
-from mlx_sparse_nn.core import tuned
+from mlx_sparse_nn.core import ops, tuned
 from mlx_sparse_nn.core.backends import cuda_graphs, naive
 
 
@@ -117,6 +117,25 @@ def test_every_value_lies_in_one_tile_or_piece(kind):
 def places_within(counts):
     """Return 0, 1, ... within each of runs of these lengths."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def test_index_arrays_that_may_be_tracers_are_not_looked_at(small_is_large):
+    pattern = with_lengths("long")
+    layout = pattern.layout.with_arrays(pattern.layout.rows.indices, pattern.layout.state())
+    data, x = integers(pattern.data_shape, 1), integers((5, N_COLS), 2)
+    with emulated() as emulation:
+        assert_equal(ops.multiply(data, layout, x), naive.spmm(data, pattern, x))
+    assert set(emulation.names) == {"spmm_csr"}
+
+
+def test_tiles_fit_a_thread_block():
+    """It has 256 threads, one for each row, and 48 KB of shared memory that nobody asks for."""
+    for sizes in (tuned.GATHERED_TILE, tuned.COLUMNS_TILE):
+        assert sizes.items <= 256 * sizes.row
+        assert (sizes.items + sizes.piece) % 32 == 0
+        assert sizes.items >= sizes.piece
+    held = tuned.GATHERED_TILE.items + tuned.GATHERED_TILE.piece
+    assert tuned.GATHERED_COLUMNS * held // 32 * 33 * 4 <= 48 * 1024
 
 
 def banded(n_rows, n_cols, distances):
