@@ -22,7 +22,7 @@
 #include "sums.h"
 
 constexpr int SERIAL = 16;
-constexpr int AT_ONCE = 4;
+constexpr int AT_ONCE = N == 1 ? 4 : 8;
 __shared__ float products[N][HELD / 32 * 33];  // one place in 33 is empty: rows begin in many banks
 
 const int* tile = tiles + blockIdx.x * 6;
