@@ -29,8 +29,10 @@ _BOUND = """#undef __global__
 INPUTS = {
     "spmm": ("data", "indptr", "indices", "perm", "x", "bias"),
     "spmm_in_pieces": ("data", "indptr", "indices", "perm", "x", "bias", "partial"),
+    "spmm_of_tiles": ("data", "indptr", "indices", "perm", "x", "bias", "partial", "tiles"),
     "qspmm": ("packed", "scales", "biases", "indptr", "indices", "perm", "x", "bias"),
     "sddmm": ("y", "x", "indptr", "indices", "step"),
+    "sddmm_places": ("y", "x", "rows", "indices"),
     "sum": ("partial",),
 }
 MAX_THREADS = 2**31 - tuned.GROUP_THREADS  # of a grid's side, which is an int, in whole groups
