@@ -21,6 +21,7 @@ from mlx_sparse_nn.core.backends import (
     choose,
     cuda,
     cuda_gradients,
+    cuda_quantized,
     few_rows,
     launch,
     naive,
@@ -104,6 +105,8 @@ def fresh_launches() -> Iterator[None]:
         launch._function,
         cuda._prepared,
         cuda_gradients._tile,
+        cuda_quantized._of_blocks,
+        cuda_quantized._of_packed,
         few_rows._launches,
         scalars._launches,
     )

@@ -105,6 +105,11 @@ METAL_QUANTIZED_GROUPS = 160
 # CUDA, the same for gradients by scalars.
 CUDA_GRADIENT_GROUPS = 1024
 CUDA_ROWS_PER_SPLIT = 64
+# CUDA, quantized blocks: up to so many rows of x, values are dequantized in registers.
+CUDA_PACKED_ROWS = 256
+# Kernels whose thread blocks may take all registers of a multiprocessor: the compiler would put off
+# their loads to save some.
+ALL_REGISTERS = ("qspmm_few", "qspmm_rows")
 
 # CUDA. Thread blocks that keep an H200 busy (132 multiprocessors).
 BLOCKS_TO_FILL_GPU = 128

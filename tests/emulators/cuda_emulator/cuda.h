@@ -379,6 +379,34 @@ void multiply(float (&acc)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a
   __syncwarp();
 }
 
+// quantized.h
+unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const unsigned long long bytes = a | (unsigned long long)b << 32;
+  unsigned picked = 0;
+  for (int i = 0; i < 4; i++)
+    picked |= unsigned(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return picked;
+}
+template <typename T, typename Of>
+unsigned by_pairs(Of of) {
+  const unsigned short bits[2] = {__builtin_bit_cast(unsigned short, T(of(0))),
+                                  __builtin_bit_cast(unsigned short, T(of(1)))};
+  return bits[0] | unsigned(bits[1]) << 16;
+}
+template <typename T>
+unsigned add2(T, unsigned a, unsigned b) {
+  return by_pairs<T>([&](int i) { return element<T>(a, i) + element<T>(b, i); });
+}
+template <typename T>
+unsigned sub2(T, unsigned a, unsigned b) {
+  return by_pairs<T>([&](int i) { return element<T>(a, i) - element<T>(b, i); });
+}
+template <typename T>
+unsigned fma2(T, unsigned a, unsigned b, unsigned c) {
+  return by_pairs<T>(
+      [&](int i) { return fmaf(element<T>(a, i), element<T>(b, i), element<T>(c, i)); });
+}
+
 // wgmma.h: element (i, k) of an operand, by its descriptor.
 template <typename T>
 float operand(unsigned long long descriptor, bool across, int i, int k) {

@@ -26,6 +26,7 @@ TYPES = {
     mx.float16: "__half",
     mx.bfloat16: "__nv_bfloat16",
     mx.int32: "int",
+    mx.uint32: "unsigned",
 }
 SHARED = '__attribute__((visibility("default")))'  # with Python
 

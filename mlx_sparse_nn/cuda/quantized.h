@@ -1,0 +1,185 @@
+// Blocks in MLX's affine packing: value = scale q + bias, with one scale and one bias for each
+// group of a stored row. The q lie one after the other, the lowest bits first.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+// Eight integers of BITS bits, by fours from the lowest bit on. Above them lies anything.
+struct Pack {
+  unsigned low;
+  unsigned high;
+};
+
+// The COUNT integers, 4 or 8, of columns col to col + COUNT - 1 of the stored row that begins at
+// `row`. They begin and end in two words at most.
+template <int BITS, int COUNT>
+__device__ __forceinline__ Pack load_pack(const unsigned* row, int col) {
+  const int bit = col * BITS;
+  const unsigned first = __ldg(row + bit / 32);
+  if constexpr (32 % (BITS * COUNT) == 0) {
+    const unsigned word = first >> bit % 32;
+    return {word, COUNT == 8 ? word >> 4 * BITS : 0u};
+  } else {
+    const unsigned second = __ldg(row + (bit + BITS * COUNT - 1) / 32);
+    const unsigned long long words = (first | (unsigned long long)second << 32) >> bit % 32;
+    return {(unsigned)words, (unsigned)(words >> 4 * BITS)};
+  }
+}
+
+// Pairs of integers in the halves of a word: those of a, and those of b above them.
+template <int BITS>
+__device__ __forceinline__ void pair_up(unsigned a, unsigned b, unsigned (&pairs)[4]) {
+  constexpr unsigned MASK = ((1u << BITS) - 1) * 0x10001u;
+  if constexpr (BITS <= 4) {
+    const unsigned both = __byte_perm(a, b, 0x5410);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      pairs[i] = both >> i * BITS & MASK;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      pairs[i] = __byte_perm(a >> i * BITS, b >> i * BITS, 0x5410) & MASK;
+    }
+  }
+}
+
+// Sums, differences and products plus sums of two pairs, each rounded once; the first argument only
+// says of what type.
+__device__ __forceinline__ unsigned add2(__nv_bfloat16, unsigned a, unsigned b) {
+  unsigned sum;
+  asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+  return sum;
+}
+__device__ __forceinline__ unsigned sub2(__nv_bfloat16, unsigned a, unsigned b) {
+  unsigned difference;
+  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
+  return difference;
+}
+__device__ __forceinline__ unsigned sub2(__half, unsigned a, unsigned b) {
+  unsigned difference;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
+  return difference;
+}
+__device__ __forceinline__ unsigned fma2(__nv_bfloat16, unsigned a, unsigned b, unsigned c) {
+  unsigned sum;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
+}
+__device__ __forceinline__ unsigned fma2(__half, unsigned a, unsigned b, unsigned c) {
+  unsigned sum;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
+}
+
+// A pair of integers q below 128 as bfloat16, 128 + q: they are the last bits of the significand.
+// As half, 1024 + q.
+__device__ __forceinline__ unsigned shifted(__nv_bfloat16, unsigned pair) {
+  return pair | 0x43004300u;
+}
+__device__ __forceinline__ unsigned shifted(__half, unsigned pair) { return pair | 0x64006400u; }
+
+__device__ __forceinline__ float integer(unsigned q) {
+  return __uint_as_float(q | 0x4b000000u) - 8388608.0f;  // 2^23 + q: the last bits again
+}
+
+// The elements of a word.
+template <typename T>
+__device__ __forceinline__ T element_of(unsigned pair, int i) {
+  const unsigned short bits = i ? pair >> 16 : pair;
+  return *reinterpret_cast<const T*>(&bits);
+}
+
+// The same of integers of BITS bits: those of 8 bits are too long for bfloat16 and go by float.
+template <int BITS, typename T>
+__device__ __forceinline__ unsigned scale_pair(unsigned pair, unsigned scales, unsigned biases) {
+  if constexpr (BITS < 8) {
+    const unsigned integers = sub2(T(), shifted(T(), pair), shifted(T(), 0));
+    return fma2(T(), integers, scales, biases);
+  } else {
+    return pack2(T(),
+                 fmaf(integer(pair & 0xffff), float(element_of<T>(scales, 0)),
+                      float(element_of<T>(biases, 0))),
+                 fmaf(integer(pair >> 16), float(element_of<T>(scales, 1)),
+                      float(element_of<T>(biases, 1))));
+  }
+}
+
+// Two elements in a word, as bits.
+template <typename T>
+__device__ __forceinline__ unsigned bits_of_pair(T low, T high) {
+  return *reinterpret_cast<const unsigned short*>(&low) |
+         (unsigned)*reinterpret_cast<const unsigned short*>(&high) << 16;
+}
+
+// Eight elements of 16 bits, 16 bytes at once where they are ALIGNED.
+template <bool ALIGNED, typename T>
+__device__ __forceinline__ uint4 load8(const T* p) {
+  if constexpr (ALIGNED) {
+    return __ldg(reinterpret_cast<const uint4*>(p));
+  }
+  return make_uint4(bits_of_pair(p[0], p[1]), bits_of_pair(p[2], p[3]), bits_of_pair(p[4], p[5]),
+                    bits_of_pair(p[6], p[7]));
+}
+
+// A pair of integers as bfloat16, plus 128 unless they are to be EXACT. Those of 8 bits go by
+// halves: 128 + low and 2048 + 16 high.
+template <int BITS, bool EXACT>
+__device__ __forceinline__ unsigned factors(unsigned pair) {
+  constexpr __nv_bfloat16 type{};
+  if constexpr (BITS == 8) {
+    const unsigned low = pair & 0x000f000fu | 0x43004300u;
+    const unsigned high = pair >> 4 & 0x000f000fu | 0x45004500u;
+    return add2(type, sub2(type, high, 0x45084508u), low);
+  }
+  return EXACT ? sub2(type, shifted(type, pair), shifted(type, 0)) : shifted(type, pair);
+}
+
+// How many bfloat16 add up to an element of T.
+template <typename T>
+constexpr int PARTS = 3;
+template <>
+constexpr int PARTS<__half> = 2;
+template <>
+constexpr int PARTS<__nv_bfloat16> = 1;
+
+// Eight elements, 16 bytes at a time where they are ALIGNED.
+template <typename T>
+struct Eight {
+  uint4 words[sizeof(T) / 2];
+};
+template <bool ALIGNED, typename T>
+__device__ __forceinline__ Eight<T> load_eight(const T* p) {
+  Eight<T> value;
+  if constexpr (ALIGNED) {
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(T) / 2; i++) {
+      value.words[i] = __ldg(reinterpret_cast<const uint4*>(p) + i);
+    }
+  } else {
+    T* elements = reinterpret_cast<T*>(&value);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      elements[i] = p[i];
+    }
+  }
+  return value;
+}
+
+// COUNT bfloat16 whose sum is each of eight floats, which are used up, in pairs: elements i and
+// i + 4 where they lie APART, or neighbours.
+template <int COUNT, bool APART>
+__device__ __forceinline__ void split(float (&values)[8], unsigned (&parts)[COUNT][4]) {
+#pragma unroll
+  for (int part = 0; part < COUNT; part++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      float& a = values[APART ? i : 2 * i];
+      float& b = values[APART ? i + 4 : 2 * i + 1];
+      const unsigned pair = pack2(__nv_bfloat16(), a, b);
+      parts[part][i] = pair;
+      a -= __uint_as_float(pair << 16);
+      b -= __uint_as_float(pair & 0xffff0000u);
+    }
+  }
+}
