@@ -44,23 +44,8 @@ __device__ __forceinline__ void pair_up(unsigned a, unsigned b, unsigned (&pairs
   }
 }
 
-// Sums, differences and products plus sums of two pairs, each rounded once; the first argument only
-// says of what type.
-__device__ __forceinline__ unsigned add2(__nv_bfloat16, unsigned a, unsigned b) {
-  unsigned sum;
-  asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
-  return sum;
-}
-__device__ __forceinline__ unsigned sub2(__nv_bfloat16, unsigned a, unsigned b) {
-  unsigned difference;
-  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
-  return difference;
-}
-__device__ __forceinline__ unsigned sub2(__half, unsigned a, unsigned b) {
-  unsigned difference;
-  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
-  return difference;
-}
+// Products of two pairs, plus another pair, each rounded once; the first argument only says of what
+// type.
 __device__ __forceinline__ unsigned fma2(__nv_bfloat16, unsigned a, unsigned b, unsigned c) {
   unsigned sum;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
@@ -71,13 +56,15 @@ __device__ __forceinline__ unsigned fma2(__half, unsigned a, unsigned b, unsigne
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
   return sum;
 }
-
-// A pair of integers q below 128 as bfloat16, 128 + q: they are the last bits of the significand.
-// As half, 1024 + q.
-__device__ __forceinline__ unsigned shifted(__nv_bfloat16, unsigned pair) {
-  return pair | 0x43004300u;
+// The last bits of a significand: a pair of integers below 128 is 128 + q as bfloat16, or 1024 + q
+// as half.
+__device__ __forceinline__ unsigned shifted(unsigned pair) { return pair | 0x43004300u; }
+__device__ __forceinline__ unsigned exactly(__nv_bfloat16, unsigned pair) {
+  return fma2(__nv_bfloat16(), shifted(pair), 0x3f803f80u, 0xc300c300u);  // times 1, minus 128
 }
-__device__ __forceinline__ unsigned shifted(__half, unsigned pair) { return pair | 0x64006400u; }
+__device__ __forceinline__ unsigned exactly(__half, unsigned pair) {
+  return fma2(__half(), pair | 0x64006400u, 0x3c003c00u, 0xe400e400u);  // times 1, minus 1024
+}
 
 __device__ __forceinline__ float integer(unsigned q) {
   return __uint_as_float(q | 0x4b000000u) - 8388608.0f;  // 2^23 + q: the last bits again
@@ -94,8 +81,7 @@ __device__ __forceinline__ T element_of(unsigned pair, int i) {
 template <int BITS, typename T>
 __device__ __forceinline__ unsigned scale_pair(unsigned pair, unsigned scales, unsigned biases) {
   if constexpr (BITS < 8) {
-    const unsigned integers = sub2(T(), shifted(T(), pair), shifted(T(), 0));
-    return fma2(T(), integers, scales, biases);
+    return fma2(T(), exactly(T(), pair), scales, biases);
   } else {
     return pack2(T(),
                  fmaf(integer(pair & 0xffff), float(element_of<T>(scales, 0)),
@@ -126,13 +112,13 @@ __device__ __forceinline__ uint4 load8(const T* p) {
 // halves: 128 + low and 2048 + 16 high.
 template <int BITS, bool EXACT>
 __device__ __forceinline__ unsigned factors(unsigned pair) {
-  constexpr __nv_bfloat16 type{};
   if constexpr (BITS == 8) {
     const unsigned low = pair & 0x000f000fu | 0x43004300u;
     const unsigned high = pair >> 4 & 0x000f000fu | 0x45004500u;
-    return add2(type, sub2(type, high, 0x45084508u), low);
+    constexpr unsigned ONES = 0x3f803f80u;
+    return fma2(__nv_bfloat16(), fma2(__nv_bfloat16(), high, ONES, 0xc508c508u), ONES, low);
   }
-  return EXACT ? sub2(type, shifted(type, pair), shifted(type, 0)) : shifted(type, pair);
+  return EXACT ? exactly(__nv_bfloat16(), pair) : shifted(pair);
 }
 
 // How many bfloat16 add up to an element of T.

@@ -387,24 +387,14 @@ unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     picked |= unsigned(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
   return picked;
 }
-template <typename T, typename Of>
-unsigned by_pairs(Of of) {
-  const unsigned short bits[2] = {__builtin_bit_cast(unsigned short, T(of(0))),
-                                  __builtin_bit_cast(unsigned short, T(of(1)))};
-  return bits[0] | unsigned(bits[1]) << 16;
-}
-template <typename T>
-unsigned add2(T, unsigned a, unsigned b) {
-  return by_pairs<T>([&](int i) { return element<T>(a, i) + element<T>(b, i); });
-}
-template <typename T>
-unsigned sub2(T, unsigned a, unsigned b) {
-  return by_pairs<T>([&](int i) { return element<T>(a, i) - element<T>(b, i); });
-}
 template <typename T>
 unsigned fma2(T, unsigned a, unsigned b, unsigned c) {
-  return by_pairs<T>(
-      [&](int i) { return fmaf(element<T>(a, i), element<T>(b, i), element<T>(c, i)); });
+  unsigned sums = 0;
+  for (int i = 0; i < 2; i++) {
+    const T sum(fmaf(element<T>(a, i), element<T>(b, i), element<T>(c, i)));
+    sums |= unsigned(__builtin_bit_cast(unsigned short, sum)) << 16 * i;
+  }
+  return sums;
 }
 
 // wgmma.h: element (i, k) of an operand, by its descriptor.
