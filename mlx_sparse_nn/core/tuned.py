@@ -105,8 +105,10 @@ METAL_QUANTIZED_GROUPS = 160
 # CUDA, the same for gradients by scalars.
 CUDA_GRADIENT_GROUPS = 1024
 CUDA_ROWS_PER_SPLIT = 64
-# CUDA, quantized blocks: up to so many rows of x, values are dequantized in registers.
-CUDA_PACKED_ROWS = 256
+# CUDA, quantized blocks: up to so many rows of x, values are computed in registers, and up to so many
+# by those who copy for warpgroups.
+CUDA_QUANTIZED_ROWS = 64
+CUDA_QUANTIZED_MANY_ROWS = 512
 # Kernels whose thread blocks may take all registers of a multiprocessor: the compiler would put off
 # their loads to save some.
 ALL_REGISTERS = ("qspmm_few", "qspmm_rows")

@@ -108,6 +108,49 @@ __device__ __forceinline__ uint4 load8(const T* p) {
                     bits_of_pair(p[6], p[7]));
 }
 
+// The eight values of a pack, of 16 bits, in order.
+template <int BITS, typename T>
+__device__ __forceinline__ uint4 values_of(Pack pack, T scale, T bias) {
+  const unsigned s = bits_of_pair(scale, scale);
+  const unsigned b = bits_of_pair(bias, bias);
+  unsigned pairs[4];  // i and i + 4
+  pair_up<BITS>(pack.low, pack.high, pairs);
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    pairs[i] = scale_pair<BITS, T>(pairs[i], s, b);
+  }
+  return make_uint4(
+      __byte_perm(pairs[0], pairs[1], 0x5410), __byte_perm(pairs[2], pairs[3], 0x5410),
+      __byte_perm(pairs[0], pairs[1], 0x7632), __byte_perm(pairs[2], pairs[3], 0x7632));
+}
+
+// The first `count` of 2 or 8 elements of 16 bits, and zeros behind them.
+__device__ __forceinline__ unsigned cut2(unsigned pair, int count) {
+  return count > 1 ? pair : count > 0 ? pair & 0xffff : 0;
+}
+__device__ __forceinline__ uint4 cut8(uint4 values, int count) {
+  return make_uint4(cut2(values.x, count), cut2(values.y, count - 2), cut2(values.z, count - 4),
+                    cut2(values.w, count - 6));
+}
+
+// Store the eight values of a pack.
+template <int BITS, typename T>
+__device__ __forceinline__ void store_values(Pack pack, T scale, T bias, T* to) {
+  *reinterpret_cast<uint4*>(to) = values_of<BITS>(pack, scale, bias);
+}
+template <int BITS>
+__device__ __forceinline__ void store_values(Pack pack, float scale, float bias, float* to) {
+  uint4 words[2];
+  unsigned* values = reinterpret_cast<unsigned*>(words);
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const unsigned q = (i < 4 ? pack.low : pack.high) >> i % 4 * BITS & ((1u << BITS) - 1);
+    values[i] = __float_as_uint(fmaf(scale, integer(q), bias));
+  }
+  reinterpret_cast<uint4*>(to)[0] = words[0];
+  reinterpret_cast<uint4*>(to)[1] = words[1];
+}
+
 // A pair of integers as bfloat16, plus 128 unless they are to be EXACT. Those of 8 bits go by
 // halves: 128 + low and 2048 + 16 high.
 template <int BITS, bool EXACT>
