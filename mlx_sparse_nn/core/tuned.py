@@ -108,10 +108,11 @@ CUDA_ROWS_PER_SPLIT = 64
 # CUDA, quantized blocks: up to so many rows of x, values are computed in registers, and up to so many
 # by those who copy for warpgroups.
 CUDA_QUANTIZED_ROWS = 64
+CUDA_DEQUANTIZED_TURNS = 4  # packs of a thread
 CUDA_QUANTIZED_MANY_ROWS = 512
 # Kernels whose thread blocks may take all registers of a multiprocessor: the compiler would put off
 # their loads to save some.
-ALL_REGISTERS = ("qspmm_few", "qspmm_rows")
+ALL_REGISTERS = ("qspmm_few", "qspmm_rows", "qspmm_ring")
 
 # CUDA. Thread blocks that keep an H200 busy (132 multiprocessors).
 BLOCKS_TO_FILL_GPU = 128

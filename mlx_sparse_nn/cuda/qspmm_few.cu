@@ -135,7 +135,8 @@ auto add_steps = [&](auto alignment) {
 #pragma unroll
         for (int c = 0; c < 4; c++) {  // k 2 c and 2 c + 1
           unsigned pairs[4];
-          pair_up<BITS>(packs[d][2 * c].low, packs[d][2 * c + 1].low, pairs);
+          pair_up<BITS, SHIFT<__nv_bfloat16, BITS>>(packs[d][2 * c].low, packs[d][2 * c + 1].low,
+                                                    pairs);
 #pragma unroll
           for (int i = 0; i < 4; i++) {
             ws[c][i] = factors<BITS, EXACT>(pairs[i]);
@@ -145,7 +146,7 @@ auto add_steps = [&](auto alignment) {
 #pragma unroll
         for (int e = 0; e < OUTS; e++) {
           unsigned pairs[4];
-          pair_up<BITS>(packs[d][e].low, packs[d][e].high, pairs);
+          pair_up<BITS, SHIFT<__nv_bfloat16, BITS>>(packs[d][e].low, packs[d][e].high, pairs);
 #pragma unroll
           for (int i = 0; i < 4; i++) {  // k i and i + 4
             ws[i][e] = factors<BITS, EXACT>(pairs[i]);

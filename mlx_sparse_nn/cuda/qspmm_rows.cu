@@ -133,8 +133,9 @@ auto add_pieces = [&](auto alignment) {
 #pragma unroll
             for (int half = 0; half < (OUTS + 3) / 4; half++) {
               unsigned pairs[4];
-              pair_up<BITS>(half ? packs[d][2 * c].high : packs[d][2 * c].low,
-                            half ? packs[d][2 * c + 1].high : packs[d][2 * c + 1].low, pairs);
+              pair_up<BITS, SHIFT<T, BITS>>(
+                  half ? packs[d][2 * c].high : packs[d][2 * c].low,
+                  half ? packs[d][2 * c + 1].high : packs[d][2 * c + 1].low, pairs);
 #pragma unroll
               for (int i = 0; i < 4; i++) {
                 const unsigned w = scale_pair<BITS, T>(pairs[i], s, b);
@@ -150,7 +151,7 @@ auto add_pieces = [&](auto alignment) {
             const unsigned b =
                 bits_of_pair(offset[d / SHARED * SHARED][e], offset[d / SHARED * SHARED][e]);
             unsigned pairs[4];
-            pair_up<BITS>(packs[d][e].low, packs[d][e].high, pairs);
+            pair_up<BITS, SHIFT<T, BITS>>(packs[d][e].low, packs[d][e].high, pairs);
 #pragma unroll
             for (int i = 0; i < 4; i++) {  // k i and i + 4
               const unsigned w = scale_pair<BITS, T>(pairs[i], s, b);

@@ -22,6 +22,7 @@
 #include "quantized.h"
 
 constexpr int COPIERS = 128;                     // threads
+constexpr int AHEAD = 256 / B;                   // stages whose packed values are on their way
 constexpr int TILES = ROWS / (64 * WARPGROUPS);  // 64 x B tiles of a warpgroup
 constexpr int DEPTH = 64;                        // k in a stage: rows of 128 bytes
 constexpr int PARTS_OF_BLOCK = B / DEPTH;        // stages of a block
@@ -91,32 +92,42 @@ if (warpgroup == WARPGROUPS) {
           load_packs(TRANSPOSED ? places.at(j) : j, stage % PARTS_OF_BLOCK * DEPTH, to);
         }
       };
-      Loaded next;
-      load_stage(0, next);
-      for (int stage = 0; stage < n_stages; stage++) {
-        const Loaded now = next;
-        load_stage(stage + 1, next);
-        const int j = begin + stage / PARTS_OF_BLOCK;
-        const int k = stage % PARTS_OF_BLOCK * DEPTH;
-        const int col = cols.at(j) * B + k;
-        T* x_tile = tiles + copier.begin() * STAGE + place;
-        T* w_tile = x_tile + ROWS * DEPTH;
-        const int valid = (N - n0 - copy_row + EVERY - 1) / EVERY;
-        copy_rows<ALIGNED, ROWS / EVERY, EVERY * DEPTH>(x_tile, x_mine + (size_t)n0 * n_cols + col,
-                                                        EVERY * (size_t)n_cols, valid);
-        // How many k of the stage lie in the matrix.
-        const int depth = INSIDE < B ? n_cols - B + INSIDE - col : DEPTH;
+      Loaded loaded[AHEAD];
 #pragma unroll
-        for (int i = 0; i < PACKS; i++) {
-          uint4 values = values_of<BITS>(now.packs[i], now.scale[i], now.offset[i]);
-          if (INSIDE < B) {
-            const int inside =
-                TRANSPOSED ? (copy_row + i * EVERY % DEPTH < depth ? 8 : 0) : depth - chunk * 8;
-            values = cut8(values, inside);
+      for (int a = 0; a < AHEAD; a++) {
+        load_stage(a, loaded[a]);
+      }
+      for (int first = 0; first < n_stages; first += AHEAD) {
+#pragma unroll
+        for (int a = 0; a < AHEAD; a++) {
+          const int stage = first + a;
+          if (stage >= n_stages) {
+            break;
           }
-          *reinterpret_cast<uint4*>(w_tile + i * EVERY * DEPTH) = values;
+          const int j = begin + stage / PARTS_OF_BLOCK;
+          const int k = stage % PARTS_OF_BLOCK * DEPTH;
+          const int col = cols.at(j) * B + k;
+          T* x_tile = tiles + copier.begin() * STAGE + place;
+          T* w_tile = x_tile + ROWS * DEPTH;
+          const int valid = (N - n0 - copy_row + EVERY - 1) / EVERY;
+          copy_rows<ALIGNED, ROWS / EVERY, EVERY * DEPTH>(
+              x_tile, x_mine + (size_t)n0 * n_cols + col, EVERY * (size_t)n_cols, valid);
+          // How many k of the stage lie in the matrix.
+          const int depth = INSIDE < B ? n_cols - B + INSIDE - col : DEPTH;
+#pragma unroll
+          for (int i = 0; i < PACKS; i++) {
+            uint4 values =
+                values_of<BITS>(loaded[a].packs[i], loaded[a].scale[i], loaded[a].offset[i]);
+            if (INSIDE < B) {
+              const int inside =
+                  TRANSPOSED ? (copy_row + i * EVERY % DEPTH < depth ? 8 : 0) : depth - chunk * 8;
+              values = cut8(values, inside);
+            }
+            *reinterpret_cast<uint4*>(w_tile + i * EVERY * DEPTH) = values;
+          }
+          load_stage(stage + AHEAD, loaded[a]);
+          copier.end();
         }
-        copier.end();
       }
     }
     copier.finish();

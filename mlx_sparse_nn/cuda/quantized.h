@@ -26,21 +26,25 @@ __device__ __forceinline__ Pack load_pack(const unsigned* row, int col) {
   }
 }
 
-// Pairs of integers in the halves of a word: those of a, and those of b above them.
-template <int BITS>
+// word & MASK | SET, in one instruction where the compiler would take two.
+template <unsigned MASK, unsigned SET>
+__device__ __forceinline__ unsigned mask_and_set(unsigned word) {
+  unsigned result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(MASK), "r"(SET));
+  return result;
+}
+
+// Pairs of integers in the halves of a word: those of a, and those of b above them. The bits of SET
+// are set, too.
+template <int BITS, unsigned SET>
 __device__ __forceinline__ void pair_up(unsigned a, unsigned b, unsigned (&pairs)[4]) {
   constexpr unsigned MASK = ((1u << BITS) - 1) * 0x10001u;
-  if constexpr (BITS <= 4) {
-    const unsigned both = __byte_perm(a, b, 0x5410);
+  const unsigned both = __byte_perm(a, b, 0x5410);
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      pairs[i] = both >> i * BITS & MASK;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      pairs[i] = __byte_perm(a >> i * BITS, b >> i * BITS, 0x5410) & MASK;
-    }
+  for (int i = 0; i < 4; i++) {
+    const unsigned word =
+        BITS <= 4 ? both >> i * BITS : __byte_perm(a >> i * BITS, b >> i * BITS, 0x5410);
+    pairs[i] = mask_and_set<MASK, SET>(word);
   }
 }
 
@@ -56,14 +60,19 @@ __device__ __forceinline__ unsigned fma2(__half, unsigned a, unsigned b, unsigne
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
   return sum;
 }
-// The last bits of a significand: a pair of integers below 128 is 128 + q as bfloat16, or 1024 + q
-// as half.
-__device__ __forceinline__ unsigned shifted(unsigned pair) { return pair | 0x43004300u; }
-__device__ __forceinline__ unsigned exactly(__nv_bfloat16, unsigned pair) {
-  return fma2(__nv_bfloat16(), shifted(pair), 0x3f803f80u, 0xc300c300u);  // times 1, minus 128
+// What is set above integers of BITS bits to make them 128 + q as bfloat16, or 1024 + q as half:
+// they are the last bits of the significand. Those of 8 bits are too long for bfloat16, which takes
+// them another way.
+template <typename T, int BITS>
+constexpr unsigned SHIFT = 0x64006400u;
+template <int BITS>
+constexpr unsigned SHIFT<__nv_bfloat16, BITS> = BITS < 8 ? 0x43004300u : 0;
+// Take off what has been added so.
+__device__ __forceinline__ unsigned exactly(__nv_bfloat16, unsigned shifted) {
+  return fma2(__nv_bfloat16(), shifted, 0x3f803f80u, 0xc300c300u);  // times 1, minus 128
 }
-__device__ __forceinline__ unsigned exactly(__half, unsigned pair) {
-  return fma2(__half(), pair | 0x64006400u, 0x3c003c00u, 0xe400e400u);  // times 1, minus 1024
+__device__ __forceinline__ unsigned exactly(__half, unsigned shifted) {
+  return fma2(__half(), shifted, 0x3c003c00u, 0xe400e400u);  // times 1, minus 1024
 }
 
 __device__ __forceinline__ float integer(unsigned q) {
@@ -77,16 +86,16 @@ __device__ __forceinline__ T element_of(unsigned pair, int i) {
   return *reinterpret_cast<const T*>(&bits);
 }
 
-// The same of integers of BITS bits: those of 8 bits are too long for bfloat16 and go by float.
+// 2 scales times a pair of integers that SHIFT is set in, plus 2 biases; each rounded once.
 template <int BITS, typename T>
-__device__ __forceinline__ unsigned scale_pair(unsigned pair, unsigned scales, unsigned biases) {
-  if constexpr (BITS < 8) {
-    return fma2(T(), exactly(T(), pair), scales, biases);
+__device__ __forceinline__ unsigned scale_pair(unsigned shifted, unsigned scales, unsigned biases) {
+  if constexpr (SHIFT<T, BITS> != 0) {
+    return fma2(T(), exactly(T(), shifted), scales, biases);
   } else {
     return pack2(T(),
-                 fmaf(integer(pair & 0xffff), float(element_of<T>(scales, 0)),
+                 fmaf(integer(shifted & 0xffff), float(element_of<T>(scales, 0)),
                       float(element_of<T>(biases, 0))),
-                 fmaf(integer(pair >> 16), float(element_of<T>(scales, 1)),
+                 fmaf(integer(shifted >> 16), float(element_of<T>(scales, 1)),
                       float(element_of<T>(biases, 1))));
   }
 }
@@ -114,7 +123,7 @@ __device__ __forceinline__ uint4 values_of(Pack pack, T scale, T bias) {
   const unsigned s = bits_of_pair(scale, scale);
   const unsigned b = bits_of_pair(bias, bias);
   unsigned pairs[4];  // i and i + 4
-  pair_up<BITS>(pack.low, pack.high, pairs);
+  pair_up<BITS, SHIFT<T, BITS>>(pack.low, pack.high, pairs);
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     pairs[i] = scale_pair<BITS, T>(pairs[i], s, b);
@@ -133,10 +142,17 @@ __device__ __forceinline__ uint4 cut8(uint4 values, int count) {
                     cut2(values.w, count - 6));
 }
 
+// Store 16 bytes at once: the compiler may take a uint4 apart.
+__device__ __forceinline__ void store16(void* to, uint4 words) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y),
+               "r"(words.z), "r"(words.w)
+               : "memory");
+}
+
 // Store the eight values of a pack.
 template <int BITS, typename T>
 __device__ __forceinline__ void store_values(Pack pack, T scale, T bias, T* to) {
-  *reinterpret_cast<uint4*>(to) = values_of<BITS>(pack, scale, bias);
+  store16(to, values_of<BITS>(pack, scale, bias));
 }
 template <int BITS>
 __device__ __forceinline__ void store_values(Pack pack, float scale, float bias, float* to) {
@@ -147,21 +163,21 @@ __device__ __forceinline__ void store_values(Pack pack, float scale, float bias,
     const unsigned q = (i < 4 ? pack.low : pack.high) >> i % 4 * BITS & ((1u << BITS) - 1);
     values[i] = __float_as_uint(fmaf(scale, integer(q), bias));
   }
-  reinterpret_cast<uint4*>(to)[0] = words[0];
-  reinterpret_cast<uint4*>(to)[1] = words[1];
+  store16(to, words[0]);
+  store16(to + 4, words[1]);
 }
 
-// A pair of integers as bfloat16, plus 128 unless they are to be EXACT. Those of 8 bits go by
-// halves: 128 + low and 2048 + 16 high.
+// A pair of integers that SHIFT of bfloat16 is set in as bfloat16: plus 128 unless they are to be
+// EXACT. Those of 8 bits go by halves, 128 + low and 2048 + 16 high.
 template <int BITS, bool EXACT>
-__device__ __forceinline__ unsigned factors(unsigned pair) {
+__device__ __forceinline__ unsigned factors(unsigned shifted) {
+  constexpr unsigned ONES = 0x3f803f80u;
   if constexpr (BITS == 8) {
-    const unsigned low = pair & 0x000f000fu | 0x43004300u;
-    const unsigned high = pair >> 4 & 0x000f000fu | 0x45004500u;
-    constexpr unsigned ONES = 0x3f803f80u;
+    const unsigned low = mask_and_set<0x000f000fu, 0x43004300u>(shifted);
+    const unsigned high = mask_and_set<0x000f000fu, 0x45004500u>(shifted >> 4);
     return fma2(__nv_bfloat16(), fma2(__nv_bfloat16(), high, ONES, 0xc508c508u), ONES, low);
   }
-  return EXACT ? exactly(__nv_bfloat16(), pair) : shifted(pair);
+  return EXACT ? exactly(__nv_bfloat16(), shifted) : shifted;
 }
 
 // How many bfloat16 add up to an element of T.

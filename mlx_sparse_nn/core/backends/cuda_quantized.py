@@ -145,7 +145,8 @@ def _of_blocks(
     dtype: mx.Dtype, bits: int, group_size: int, block_size: int, n_rows: int
 ) -> KernelLaunch:
     """Return the launch that dequantizes so many stored rows."""
-    turns = 2
-    template = {"BITS": bits, "GROUP_SIZE": group_size, "B": block_size, "TURNS": turns}
-    grid = (-(-n_rows * block_size // (2048 * turns)) * 256, 1, 1)
-    return prepare(NAME, "dequantize", Kernel("dequantize", template, grid, 256), dtype, T=dtype)
+    turns, threads = tuned.CUDA_DEQUANTIZED_TURNS, block_size * max(1, 256 // block_size)
+    template = {"BITS": bits, "GROUP_SIZE": group_size, "B": block_size}
+    template |= {"THREADS": threads, "TURNS": turns}
+    grid = (-(-n_rows * block_size // (8 * threads * turns)) * threads, 1, 1)
+    return prepare(NAME, "dequantize", Kernel("dequantize", template, grid, threads), dtype, T=dtype)

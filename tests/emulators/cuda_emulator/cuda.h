@@ -387,6 +387,11 @@ unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     picked |= unsigned(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
   return picked;
 }
+void store16(void* to, uint4 words) { memcpy(to, &words, 16); }
+template <unsigned MASK, unsigned SET>
+unsigned mask_and_set(unsigned word) {
+  return word & MASK | SET;
+}
 template <typename T>
 unsigned fma2(T, unsigned a, unsigned b, unsigned c) {
   unsigned sums = 0;
