@@ -108,7 +108,7 @@ def _quantized_product(
     bias: mx.array | None,
 ) -> mx.array:
     """Launch a kernel of packed values, or dequantize them and launch that of ``_product``."""
-    if cuda_quantized.takes_packed(matrix[0].shape[-2], x.shape[-2], x.dtype):
+    if cuda_quantized.takes_packed(x.shape[-2], x.dtype):
         return cuda_quantized.product(matrix, side, x, n_out, inside, bias)
     return _product(cuda_quantized.dequantize(*matrix), side, x, n_out, inside, bias)
 

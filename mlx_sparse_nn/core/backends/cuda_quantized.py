@@ -2,7 +2,7 @@
 
 Values are computed from packed ones on their way to the tensor cores. With so many rows of x that
 this pays no more, a kernel writes them all to device memory first, and they are multiplied as those
-of other blocks.
+of other blocks are.
 """
 
 from __future__ import annotations
@@ -21,15 +21,10 @@ NAME = "cuda"
 Matrix = tuple[mx.array, mx.array, mx.array]  # packed, scales, biases
 
 
-def takes_packed(block_size: int, n_x: int, dtype: mx.Dtype) -> bool:
+def takes_packed(n_x: int, dtype: mx.Dtype) -> bool:
     """Return whether a kernel multiplies packed values by ``n_x`` rows of x."""
-    if n_x <= tuned.CUDA_FEW_ROWS:
-        return True
-    if dtype == mx.float32:
-        return False
-    return n_x <= tuned.CUDA_QUANTIZED_ROWS or (
-        _suits_warpgroups(block_size) and n_x <= tuned.CUDA_QUANTIZED_MANY_ROWS
-    )
+    most = tuned.CUDA_FEW_ROWS if dtype == mx.float32 else tuned.CUDA_QUANTIZED_ROWS
+    return n_x <= most
 
 
 def product(
@@ -53,7 +48,6 @@ def product(
         (shape[-2], n_out, shape[0] if len(shape) == 3 else 1),
         side.perm is not None,
         bias is not None,
-        cuda_tiles.is_even(side),
     )
     perm = side.indices if side.perm is None else side.perm
     arrays = [*matrix, side.indptr, side.indices, perm, x, x if bias is None else bias]
@@ -76,68 +70,36 @@ def _of_packed(
     sizes: tuple[int, int, int],
     transposed: bool,
     has_bias: bool,
-    even: bool,
 ) -> KernelLaunch:
     """Return the launch of these sizes, kept: to choose takes longer than to launch."""
     (bits, group_size, block_size, inside), (n_x, n_out, n_matrices) = blocks, sizes
     if n_x <= tuned.CUDA_FEW_ROWS and (dtype == mx.float32 or not transposed):
-        kernel = _few(block_size, n_x, n_out, n_matrices, transposed)
-    elif n_x <= tuned.CUDA_QUANTIZED_ROWS or not _suits_warpgroups(block_size):
-        kernel = _some(block_size, n_x, n_out, n_matrices)
+        name, tile = "qspmm_few", tuned.FEW_QUANTIZED_STRIP
+        tile = tile if n_x <= tile.rows else tile._replace(rows=2 * tile.rows)
+        shared_memory = 4 * tile.warps * tile.rows * (tile.strip + 5)
+        template = {"DEPTH": tile.steps}
     else:
-        kernel = _many(block_size, n_x, n_out, n_matrices, even)
+        name, tile = "qspmm_rows", _tile(block_size, n_x)
+        sums = 4 * tile.warps * tile.rows * (tile.strip + 4)
+        shared_memory = max(sums, 64 * tile.warps * tile.rows * tile.steps)
+        template = {"STAGES": tile.steps}
+    template |= {"STRIP": tile.strip, "ROWS": tile.rows, "WARPS": tile.warps}
+    threads = 32 * tile.warps
+    grid = (n_out // tile.strip * threads, -(-n_x // tile.rows), n_matrices)
+    kernel = Kernel(name, template, grid, threads, shared_memory)
     options = {"BITS": bits, "GROUP_SIZE": group_size, "B": block_size, "INSIDE": inside}
     options |= {"TRANSPOSED": int(transposed), "BIAS": int(has_bias)}
     return prepare(NAME, "qspmm", kernel, dtype, T=dtype, **options)
 
 
-def _few(block_size: int, n_x: int, n_out: int, n_matrices: int, transposed: bool) -> Kernel:
-    """Return the kernel of few rows of x: its factors are the integers as they are."""
-    rows = 8 if n_x <= 8 else 16
-    strip = 32 if transposed or block_size % 64 or rows == 16 else 64
-    return _by_strips("qspmm_few", strip, rows, 16, {"DEPTH": 2}, n_x, n_out, n_matrices)
-
-
-def _some(block_size: int, n_x: int, n_out: int, n_matrices: int) -> Kernel:
-    """Return the kernel of some rows of x: it computes values in registers."""
-    rows = next(rows for rows in (8, 16, 32, 64) if n_x <= rows or rows == 64)
-    strip = 64 if block_size % 64 == 0 else 32
-    warps = 4 if rows == 64 else 8
-    return _by_strips("qspmm_rows", strip, rows, warps, {"DEPTH": 1}, n_x, n_out, n_matrices)
-
-
-def _by_strips(
-    name: str,
-    strip: int,
-    rows: int,
-    warps: int,
-    template: dict[str, int],
-    n_x: int,
-    n_out: int,
-    n_matrices: int,
-) -> Kernel:
-    """Return a kernel whose thread blocks have ``strip`` outputs and ``rows`` rows of x."""
-    grid = (n_out // strip * 32 * warps, -(-n_x // rows), n_matrices)
-    template = template | {"STRIP": strip, "ROWS": rows, "WARPS": warps}
-    return Kernel(name, template, grid, 32 * warps, 4 * warps * rows * (strip + 5))
-
-
-def _many(block_size: int, n_x: int, n_out: int, n_matrices: int, even: bool) -> Kernel:
-    """Return the kernel of many rows of x, by warpgroups."""
-    n_block_rows, filling = n_out // block_size, tuned.BLOCKS_TO_FILL_GPU
-    rows, warpgroups, stages = 128, 2, 6
-    tiles = -(-n_x // rows)
-    shares = max(-(-tiles // 8), -(-filling // (n_block_rows * n_matrices))) if even else tiles
-    shares = min(tiles, shares)
-    threads = 128 * (warpgroups + 1)
-    template = {"ROWS": rows, "WARPGROUPS": warpgroups, "STAGES": stages}
-    grid = (n_block_rows * threads, shares, n_matrices)
-    shared_memory = stages * (rows + block_size) * 128 + 1024
-    return Kernel("qspmm_wgmma", template, grid, threads, shared_memory)
-
-
-def _suits_warpgroups(block_size: int) -> bool:
-    return block_size in tuned.WGMMA_STAGES and cuda_tiles.architecture() == tuned.HOPPER
+def _tile(block_size: int, n_x: int) -> tuned.QuantizedStrip:
+    """Return the thread block of ``qspmm_rows``."""
+    rows = next(rows for rows in tuned.QUANTIZED_STRIPS if n_x <= rows)
+    tile = tuned.QUANTIZED_STRIPS[rows]
+    if block_size % tile.strip:
+        tile = tile._replace(strip=32)
+    large = cuda_tiles.architecture() in tuned.LARGE_SHARED_MEMORY
+    return tile if large else tile._replace(warps=min(4, tile.warps))
 
 
 @lru_cache(4096)
@@ -149,4 +111,6 @@ def _of_blocks(
     template = {"BITS": bits, "GROUP_SIZE": group_size, "B": block_size}
     template |= {"THREADS": threads, "TURNS": turns}
     grid = (-(-n_rows * block_size // (8 * threads * turns)) * threads, 1, 1)
-    return prepare(NAME, "dequantize", Kernel("dequantize", template, grid, threads), dtype, T=dtype)
+    return prepare(
+        NAME, "dequantize", Kernel("dequantize", template, grid, threads), dtype, T=dtype
+    )
