@@ -114,7 +114,7 @@ def cases(draw):
     return pattern, bits, dtype, draw(st.sampled_from(ROWS)), draw(st.sampled_from([(), (3,)]))
 
 
-@settings(max_examples=settings().max_examples // 2)
+@settings(max_examples=settings().max_examples // 4)
 @given(cases())
 def test_patterns_edges_and_matrices_that_share_one(case):
     pattern, bits, dtype, n, lead = case
