@@ -22,6 +22,7 @@ from mlx_sparse_nn.core.backends import (
     cuda,
     cuda_gradients,
     cuda_graphs,
+    cuda_quantized,
     few_rows,
     launch,
     naive,
@@ -108,6 +109,8 @@ def fresh_launches() -> Iterator[None]:
         cuda_graphs._streaming,
         cuda_graphs._launches,
         cuda_graphs._sampling,
+        cuda_quantized._of_blocks,
+        cuda_quantized._of_packed,
         few_rows._launches,
         scalars._launches,
     )

@@ -11,6 +11,7 @@ from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import (
     cuda_gradients,
     cuda_graphs,
+    cuda_quantized,
     cuda_scalars,
     cuda_tiles,
     launch,
@@ -38,12 +39,13 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
     """Return whether there is a kernel for a product.
 
     There is none for large blocks without tiles and many rows of x, in float32 or for a weight
-    gradient: MLX's own batched products are made for these. Nor for quantized blocks yet.
+    gradient: MLX's own batched products are made for these. Quantized blocks have kernels of their
+    own, or are multiplied as others once they are dequantized.
     """
     block_size = layout.block_size
     by_scalars = dtype != mx.float32 and op != "sddmm"
     large = block_size >= 8 and n_x > tuned.CUDA_FEW_ROWS
-    if bits or (large and not by_scalars and not cuda_tiles.has_tiles(block_size, n_x, dtype)):
+    if large and not by_scalars and not cuda_tiles.has_tiles(block_size, n_x, dtype):
         return False
     return launch.takes(layout, n_x, dtype, n_matrices)
 
@@ -77,6 +79,41 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
         return launched(arrays, (*x.shape[:-2], *layout.data_shape))
     by_columns = kernel.template.get("WIDTH", 1) > 1
     return launch_sddmm(NAME, kernel, layout, y, x, n_splits, by_columns)
+
+
+def qspmm(
+    packed: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    layout: Layout,
+    x: mx.array,
+    bias: mx.array | None = None,
+) -> mx.array:
+    """Return :func:`spmm` by quantized blocks; see ``plain.qspmm``."""
+    matrix, n_out, inside = (packed, scales, biases), layout.full_shape[0], layout.inside[1]
+    return _quantized_product(matrix, layout.rows, x, n_out, inside, bias)
+
+
+def qspmm_t(
+    packed: mx.array, scales: mx.array, biases: mx.array, layout: Layout, y: mx.array
+) -> mx.array:
+    """Return :func:`spmm_t` by quantized blocks; see ``plain.qspmm_t``."""
+    matrix, n_out, inside = (packed, scales, biases), layout.full_shape[1], layout.inside[0]
+    return _quantized_product(matrix, layout.cols, y, n_out, inside, None)
+
+
+def _quantized_product(
+    matrix: tuple[mx.array, mx.array, mx.array],
+    side: Side,
+    x: mx.array,
+    n_out: int,
+    inside: int,
+    bias: mx.array | None,
+) -> mx.array:
+    """Launch a kernel of packed values, or dequantize them and launch that of ``_product``."""
+    if cuda_quantized.takes_packed(x.shape[-2], x.dtype):
+        return cuda_quantized.product(matrix, side, x, n_out, inside, bias)
+    return _product(cuda_quantized.dequantize(*matrix), side, x, n_out, inside, bias)
 
 
 def _product(

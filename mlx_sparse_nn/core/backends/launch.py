@@ -31,6 +31,7 @@ INPUTS = {
     "spmm_in_pieces": ("data", "indptr", "indices", "perm", "x", "bias", "partial"),
     "spmm_of_tiles": ("data", "indptr", "indices", "perm", "x", "bias", "partial", "tiles"),
     "qspmm": ("packed", "scales", "biases", "indptr", "indices", "perm", "x", "bias"),
+    "dequantize": ("packed", "scales", "biases"),
     "sddmm": ("y", "x", "indptr", "indices", "step"),
     "sddmm_places": ("y", "x", "rows", "indices"),
     "sum": ("partial",),
@@ -151,7 +152,7 @@ def _check_grid(backend: str, inputs: str, grid: tuple[int, int, int]) -> None:
     others = MAX_THREADS if backend == "metal" else MAX_GROUPS
     if grid[0] <= MAX_THREADS and max(grid[1:]) <= others:
         return
-    owner = {"sum": "sddmm"}.get(inputs, inputs.split("_")[0])
+    owner = {"sum": "sddmm", "dequantize": "qspmm"}.get(inputs, inputs.split("_")[0])
     raise ValueError(
         f"[{owner}] a launch must have at most {MAX_THREADS} x {others} x {others} threads, got "
         f"{' x '.join(map(str, grid))}; multiply by fewer rows of x or of the matrix at a time"
@@ -249,7 +250,8 @@ def _function(backend: str, name: str, inputs: str, threads: int, shared_memory:
     }
     if backend == "metal":
         return mx.fast.metal_kernel(**options)
-    bounds = f"{threads}, 1" if shared_memory > tuned.MAX_SHARED_OF_TWO else threads
+    alone = shared_memory > tuned.MAX_SHARED_OF_TWO or name in tuned.ALL_REGISTERS
+    bounds = f"{threads}, 1" if alone else threads
     options["header"] += _BOUND.format(bounds=bounds)
     return mx.fast.cuda_kernel(shared_memory=shared_memory, **options)
 

@@ -387,6 +387,29 @@ void multiply(float (&acc)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a
   __syncwarp();
 }
 
+// quantized.h
+unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const unsigned long long bytes = a | (unsigned long long)b << 32;
+  unsigned picked = 0;
+  for (int i = 0; i < 4; i++)
+    picked |= unsigned(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return picked;
+}
+void store16(void* to, uint4 words) { memcpy(to, &words, 16); }
+template <unsigned MASK, unsigned SET>
+unsigned mask_and_set(unsigned word) {
+  return word & MASK | SET;
+}
+template <typename T>
+unsigned fma2(T, unsigned a, unsigned b, unsigned c) {
+  unsigned sums = 0;
+  for (int i = 0; i < 2; i++) {
+    const T sum(fmaf(element<T>(a, i), element<T>(b, i), element<T>(c, i)));
+    sums |= unsigned(__builtin_bit_cast(unsigned short, sum)) << 16 * i;
+  }
+  return sums;
+}
+
 // wgmma.h: element (i, k) of an operand, by its descriptor.
 template <typename T>
 float operand(unsigned long long descriptor, bool across, int i, int k) {

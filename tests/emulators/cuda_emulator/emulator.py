@@ -28,6 +28,7 @@ TYPES = {
     mx.bfloat16: "__nv_bfloat16",
     mx.int32: "int",
     mx.uint8: "unsigned char",
+    mx.uint32: "unsigned",
 }
 SHARED = '__attribute__((visibility("default")))'  # with Python
 
