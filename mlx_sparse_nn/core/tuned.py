@@ -123,6 +123,11 @@ MAX_SHARED_OF_TWO = 113 * 1024
 LARGE_SHARED_MEMORY = ("sm_80", "sm_87", "sm_90", "sm_100", "sm_103")  # 160 KB a thread block
 HOPPER = "sm_90"
 WGMMA_STAGES = {64: {256: 5, 128: 8}, 128: {256: 4, 128: 6}}  # by block size and rows of a tile
+# spmm_boxes: stages by block size, and the multiply-adds from which it is faster than spmm_wgmma.
+# 4,096 rows, 5, 10, 20 and 50%, in microseconds: B = 64 30.7, 40.7, 64.3, 141.4 against 29.2, 43.0,
+# 71.3, 159.4; B = 128 28.2, 37.1, 52.2, 103.4 against 25.9, 37.7, 55.8, 116.6.
+BOX_STAGES = {64: 3, 128: 4}
+BOX_PRODUCTS = 6.8e9
 PANEL_DENSITY = {16: 0.025, 32: 0.15}  # from which spmm_panels is faster than spmm_tiles
 MAX_PANEL_COLUMNS = 2**20
 GRADIENT_PANELS = (16, 32)  # block sizes of sddmm_panels

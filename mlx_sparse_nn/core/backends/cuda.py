@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import (
+    cuda_boxes,
     cuda_gradients,
     cuda_graphs,
     cuda_quantized,
@@ -126,7 +127,10 @@ def _product(
     shape, dtype, transposed = x.shape, x.dtype, side.perm is not None
     n_x, n_matrices = shape[-2], shape[0] if len(shape) == 3 else 1
     block_size = data.shape[-1] if data.ndim > 2 else 1
-    if cuda_tiles.has_tiles(block_size, n_x, dtype):
+    if cuda_boxes.takes(side, n_x, n_matrices, block_size, inside, dtype):
+        even = cuda_tiles.is_even(side)
+        choice = cuda_boxes.boxes, n_x, n_matrices, block_size, n_out, transposed, even
+    elif cuda_tiles.has_tiles(block_size, n_x, dtype):
         even = n_x > tuned.CUDA_FEW_ROWS and cuda_tiles.is_even(side)
         panels = n_x > tuned.CUDA_FEW_ROWS and dtype != mx.float32
         panels = panels and cuda_tiles.takes_panels(side, block_size, n_out, shape[-1])

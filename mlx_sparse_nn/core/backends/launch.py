@@ -36,6 +36,7 @@ INPUTS = {
     "sddmm_places": ("y", "x", "rows", "indices"),
     "sum": ("partial",),
 }
+SCRATCH = {"spmm_boxes": ["scratch"]}  # integers that a kernel writes for itself, by its name
 MAX_THREADS = 2**31 - tuned.GROUP_THREADS  # of a grid's side, which is an int, in whole groups
 MAX_GROUPS = 2**16 - 1  # of CUDA, along a grid's second and third side
 
@@ -76,6 +77,7 @@ class Kernel(NamedTuple):
     grid: tuple[int, int, int]  # in threads
     threads: int  # of a thread block
     shared_memory: int = 0  # bytes of a thread block, where the kernel does not say it itself
+    scratch: int = 0  # integers of SCRATCH
 
 
 class KernelLaunch(NamedTuple):
@@ -87,13 +89,14 @@ class KernelLaunch(NamedTuple):
     grid: tuple[int, int, int]
     group: tuple[int, int, int]
     name: str  # "metal/spmm_few"
+    scratch: tuple[tuple[int], ...] = ()  # its shape, where there is one
 
     def __call__(self, arrays: list[mx.array], shape: tuple[int, ...]) -> mx.array:
-        function, template, dtypes, grid, group, _ = self
-        (out,) = function(
+        function, template, dtypes, grid, group, _, scratch = self
+        out, *_ = function(
             inputs=arrays,
             template=template,
-            output_shapes=[shape],
+            output_shapes=[shape, *scratch],
             output_dtypes=dtypes,
             grid=grid,
             threadgroup=group,
@@ -128,7 +131,10 @@ def prepare(
     function = _function(backend, kernel.name, inputs, kernel.threads, kernel.shared_memory)
     template = list((types | kernel.template).items())
     group, name = (kernel.threads, 1, 1), f"{backend}/{kernel.name}"
-    return KernelLaunch(function, template, [dtype], kernel.grid, group, name)
+    launched = KernelLaunch(function, template, [dtype], kernel.grid, group, name)
+    if not kernel.scratch:
+        return launched
+    return launched._replace(dtypes=[dtype, mx.int32], scratch=((kernel.scratch,),))
 
 
 @contextmanager
@@ -244,7 +250,7 @@ def _function(backend: str, name: str, inputs: str, threads: int, shared_memory:
     options: dict[str, Any] = {
         "name": f"mlx_sparse_nn_{name}",
         "input_names": list(INPUTS[inputs]),
-        "output_names": ["y" if "spmm" in inputs else "out"],
+        "output_names": ["y" if "spmm" in inputs else "out", *SCRATCH.get(name, [])],
         "header": _short("".join(headers)),
         "source": _short(_INCLUDE.sub("", source)),
     }
