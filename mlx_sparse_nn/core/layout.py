@@ -209,11 +209,12 @@ class Layout:
         return sum(side.derived_bytes for side in sides)
 
     def state(self) -> dict[str, mx.array]:
-        """Return all arrays but ``rows.indices``, for a module to hold."""
+        """Return all arrays, for a module to hold."""
         rows, cols = self.rows, self.cols
         assert cols.perm is not None
         return {
             "indptr": rows.indptr,
+            "indices": rows.indices,
             "static_sizes": rows.static_sizes,
             "cols_indptr": cols.indptr,
             "cols_indices": cols.indices,
@@ -221,20 +222,17 @@ class Layout:
             "cols_static_sizes": cols.static_sizes,
         }
 
-    def with_arrays(self, indices: mx.array, state: dict[str, mx.array]) -> Layout:
+    def with_arrays(self, state: dict[str, mx.array]) -> Layout:
         """Return the layout that reads these arrays, which may be tracers, in place of its own.
 
         Args:
-            indices: Those of ``rows``. Python may have written into this array, which nothing
-                notices: what is outside the matrix is taken for the last block-column.
-            state: The others, as :meth:`state` gives them.
+            state: What :meth:`state` gives. Nobody may have written into these arrays: a wrong
+                index would lead outside a buffer.
         """
         rows, cols = self.rows, self.cols
-        last = mx.array(rows.n_block_cols - 1, mx.uint32)
-        indices = mx.minimum(indices.view(mx.uint32), last).view(mx.int32)
         layout = Layout(self._index, self.shape, self.block_size)
         layout.__dict__["rows"] = Side(
-            state["indptr"], indices, None, state["static_sizes"], rows.n_block_cols
+            state["indptr"], state["indices"], None, state["static_sizes"], rows.n_block_cols
         )
         layout.__dict__["cols"] = Side(
             state["cols_indptr"],

@@ -141,7 +141,7 @@ class PatternModule(nn.Module):
         layout = self._pattern.layout
         if self["indices"] is self.__dict__.get("_laid_out") or not transforming():
             return layout
-        return layout.with_arrays(self["indices"], self["_layout"])
+        return layout.with_arrays(self["_layout"])
 
     def _lay_out(self, pattern: CSRPattern) -> None:
         """Take over a pattern, and all arrays that the products read of it."""

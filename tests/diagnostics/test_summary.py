@@ -49,8 +49,8 @@ def row_of(model, path, **options):
 def test_a_sparse_layer_counted_by_hand():
     model = nn.Sequential(nn.ReLU(), BlockSparseLinear(24, 32, PATTERN), nn.Linear(32, 10))
     stored = 3 * 64 + 32
-    # Row pointers (5, twice), 3 indices; of the transpose 4 pointers, 3 indices, a permutation (3).
-    indices = 4 * ((5 + 5 + 3) + (4 + 3 + 3))
+    # 5 row pointers, 3 indices; of the transpose 4 pointers, 3 indices and a permutation (3).
+    indices = 4 * ((5 + 3) + (4 + 3 + 3))
     assert row_of(model, "layers.1") == LayerSummary(
         path="layers.1",
         type="BlockSparseLinear",
