@@ -158,9 +158,7 @@ def runs_of(model: GPT) -> Runs:
         mx.eval(value, state)
         return value
 
-    return Runs(
-        train, lambda: forward(inputs), decode, mx.compile(decode, inputs=model.state)
-    )
+    return Runs(train, lambda: forward(inputs), decode, mx.compile(decode, inputs=model.state))
 
 
 def milliseconds(run: Callable[[], Any]) -> float:
@@ -171,7 +169,7 @@ def milliseconds(run: Callable[[], Any]) -> float:
 
 
 def loop_ms(decode: Callable[[mx.array], mx.array], tokens: int = 64) -> float:
-    """Return milliseconds a token of a loop that asks for each before it waits for the one before."""
+    """Return milliseconds a token of a loop that asks for one before it waits for the last."""
     token = mx.array([[1]])
     mx.eval(token)
     began = time.perf_counter()
@@ -203,13 +201,13 @@ def measure() -> dict[str, dict[str, float]]:
     for r in runs.values():  # kernels are compiled on their first launch
         timed(r)
     rounds = [{name: timed(r) for name, r in runs.items()} for _ in range(9)]
-    return {
-        name: {
-            "parameters": sum(a.size for _, a in tree_flatten(models[name].trainable_parameters())),
-            **{key: statistics.median(each[name][key] for each in rounds) for key in rounds[0][name]},
-        }
-        for name in runs
-    }
+    found = {}
+    for name, model in models.items():
+        arrays: list[Any] = tree_flatten(model.trainable_parameters())  # pyright: ignore
+        found[name] = {"parameters": sum(array.size for _, array in arrays)}
+        for key in rounds[0][name]:
+            found[name][key] = statistics.median(times[name][key] for times in rounds)
+    return found
 
 
 def table(results: dict[str, dict]) -> str:

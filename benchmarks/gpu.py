@@ -13,7 +13,8 @@ Every call of MLX's takes what the call before it gave, as the layers of a model
 not wait for one another would share the GPU, and their times would overlap.
 
 Writes ``benchmarks/results/gpu.json`` (or ``--output``); with ``--readme`` alone it makes the
-README's table and plot from that file.
+README's table and plot from that file. ``--ranks 2`` measures tensor parallel FFNs alone, on two
+GPUs, and adds them to the file; see ``ranks.py``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ranks
 from char_lm import ROOT, write_table
 
 RESULTS = ROOT / "benchmarks/results/gpu.json"
@@ -588,6 +590,9 @@ def main() -> None:
     parser.add_argument("--readme", action="store_true", help="only make table and plot")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument(
+        "--ranks", type=int, metavar="N", help="only tensor parallel FFNs, on N GPUs"
+    )
+    parser.add_argument(
         "--only", choices=["layers", "training", "ising", "graphs", "blocks"], action="append"
     )
     args = parser.parse_args()
@@ -597,7 +602,14 @@ def main() -> None:
         write_table("gpu_aims", aims(results), "benchmarks/README.md")
         write_table("gpu_graphs", graphs(results.get("graphs", [])), "benchmarks/README.md")
         write_table("gpu_blocks", blocks(results.get("blocks", [])), "benchmarks/README.md")
+        if "ranks" in results:
+            write_table("gpu_ranks", ranks.table(results["ranks"]), "docs/distributed.md")
         plot(results)
+        return
+    if args.ranks:
+        results = json.loads(args.output.read_text()) if args.output.exists() else {}
+        results["ranks"] = ranks.measure_on(args.ranks)
+        args.output.write_text(json.dumps(results, indent=1) + "\n")
         return
     import torch  # pyright: ignore[reportMissingImports]
 

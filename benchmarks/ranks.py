@@ -14,6 +14,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -58,13 +59,13 @@ def sharded(whole: FFN, group: mx.distributed.Group) -> tuple[FFN, Callable[[FFN
     def shard(ffn: FFN) -> FFN:
         part = FFN.__new__(FFN)
         nn.Module.__init__(part)
-        for name, sharding in (("up", "all-to-sharded"), ("down", "sharded-to-all")):
-            if sparse:
-                part[name] = shard_block_sparse(
-                    ffn[name], sharding, boundaries=cuts, group=group
-                )
-            else:
-                part[name] = shard_linear(ffn[name], sharding, group=group)
+        if sparse:
+            options: Any = {"boundaries": cuts, "group": group}
+            part.up = shard_block_sparse(ffn.up, "all-to-sharded", **options)
+            part.down = shard_block_sparse(ffn.down, "sharded-to-all", **options)
+        else:
+            part.up = shard_linear(ffn.up, "all-to-sharded", group=group)
+            part.down = shard_linear(ffn.down, "sharded-to-all", group=group)
         return part
 
     return shard(whole), shard
@@ -93,18 +94,18 @@ def check(whole: FFN, part: FFN, shard: Callable[[FFN], FFN], x: mx.array, c: mx
     part_y, d_part, part_d_x = gradients(part)(x, c)
     values = whole.trainable_parameters()
     whole.update(d_whole)
-    expected = shard(whole).trainable_parameters()  # the parts of the gradients
+    expected = shard(whole)  # the parts of the gradients
     whole.update(values)
     pairs = [("y", part_y, y), ("x", part_d_x, d_x)]
-    pairs += [(name, d_part[name]["weight"], expected[name]["weight"]) for name in ("up", "down")]
+    pairs += [(name, d_part[name]["weight"], expected[name].weight) for name in ("up", "down")]
     for name, found, right in pairs:
-        difference = mx.abs(found.astype(mx.float32) - right.astype(mx.float32)).max().item()
-        scale = mx.abs(right).max().item()
+        difference = float(mx.abs(found.astype(mx.float32) - right.astype(mx.float32)).max())
+        scale = float(mx.abs(right).max())
         if not difference <= 2**-6 * scale:  # parts are rounded before they are added
             sys.exit(f"benchmarks/ranks.py: {name} is off by {difference} of {scale}")
 
 
-def measure() -> list[dict]:
+def measure() -> dict[str, Any]:
     """Return milliseconds of each FFN on one GPU and on all ranks' GPUs. Every rank calls this."""
     group = mx.distributed.init(strict=True, backend="nccl")
     cells = []
@@ -126,7 +127,7 @@ def measure() -> list[dict]:
         cell: dict[str, Any] = {"block_size": block_size, "density": density}
         cell["ms"] = {str(n): statistics.median(own[3:]) for n, own in times.items()}
         cells.append(cell)
-    return cells
+    return {"device": mx.device_info()["device_name"], "ffn": cells}
 
 
 def run_on(n_ranks: int, script: Path, *arguments: str) -> None:
@@ -152,26 +153,28 @@ def run_on(n_ranks: int, script: Path, *arguments: str) -> None:
         sys.exit(f"{script.name}: a rank failed")
 
 
-def measure_on(n_ranks: int, output: Path) -> list[dict]:
-    """Return what :func:`measure` says on ``n_ranks`` GPUs; ``output`` is written on the way."""
-    run_on(n_ranks, Path(__file__), str(output))
-    return json.loads(output.read_text())
+def measure_on(n_ranks: int) -> dict[str, Any]:
+    """Return what :func:`measure` says on ``n_ranks`` GPUs."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "ranks.json")
+        run_on(n_ranks, Path(__file__), str(output))
+        return json.loads(output.read_text())
 
 
-def table(device: str, cells: list[dict]) -> str:
-    """Return the table of the cells of one machine."""
-    counts = list(cells[0]["ms"])
-    lines = [
-        "| B | density | " + " | ".join(f"{n} GPU{'s' * (n != '1')}, ms" for n in counts) + " | ratio |",
-        "| --- | --- | " + "--- | " * len(counts) + "--- |",
-    ]
-    for cell in cells:
-        times = [cell["ms"][n] for n in counts]
+def table(results: dict[str, Any]) -> str:
+    """Return the table of what :func:`measure` gave."""
+    counts = list(results["ffn"][0]["ms"])
+    times = " | ".join(f"{n} GPU{'s' * (n != '1')}, ms" for n in counts)
+    lines = [f"| B | density | {times} | ratio |", f"|{' --- |' * (len(counts) + 3)}"]
+    for cell in results["ffn"]:
+        milliseconds = [cell["ms"][n] for n in counts]
+        shown = " | ".join(f"{ms:.2f}" for ms in milliseconds)
+        ratio = milliseconds[0] / milliseconds[-1]
         size = cell["block_size"] or "dense"
-        shown = " | ".join(f"{ms:.2f}" for ms in times)
-        lines.append(f"| {size} | {cell['density']:.0%} | {shown} | {times[0] / times[-1]:.2f} |")
+        lines.append(f"| {size} | {cell['density']:.0%} | {shown} | {ratio:.2f} |")
     lines.append(
-        f"\n{device}, bfloat16, an FFN of {WIDTH} x {HIDDEN}, {ROWS:,} rows: output and gradients."
+        f"\n{results['device']}, bfloat16, an FFN of {WIDTH} x {HIDDEN}, {ROWS:,} rows: output and "
+        "all gradients."
     )
     return "\n".join(lines)
 
