@@ -9,7 +9,6 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from hypothesis import given
-from mlx_lm.models.switch_layers import SwitchLinear
 from support import computing, flatten, patterns, untyped
 
 from mlx_sparse_nn import (
@@ -157,9 +156,10 @@ def test_quantized_blocks_and_adapters():
 
 
 def test_what_stays_dense_is_said_with_its_share():
+    experts = pytest.importorskip("mlx_lm.models.switch_layers").SwitchLinear
     model = nn.Sequential(
         nn.Embedding(32, 32),
-        SwitchLinear(32, 32, 8, bias=False),
+        experts(32, 32, 8, bias=False),
         BlockSparseLinear(32, 32, density=0.5, block_size=16, bias=False),
         nn.Linear(32, 32, bias=False),
         nn.LayerNorm(32, affine=False),
