@@ -26,7 +26,7 @@ settings.load_profile("ci")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["TMPDIR"] = own_folder(os.environ["PYTEST_XDIST_WORKER"])
 
-# What these files import is installed by `make test`; a machine that is lent for its GPU may lack it.
+# What these files import is installed by `make test`; a machine lent for its GPU may lack it.
 LEFT_OUT = {
     package: files
     for package, files in {
