@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx_sparse_nn.core import blocks, edges, quantized
 from mlx_sparse_nn.core.backends.choose import choose
 from mlx_sparse_nn.core.layout import Layout
-from mlx_sparse_nn.core.transforms import tracing, transforming
+from mlx_sparse_nn.core.transforms import needs_rules, tracing
 
 # What MLX passes to a rule and gets back: one array or axis, or a list of them.
 Arrays = Any
@@ -28,7 +28,7 @@ Axes = Any
 
 def spmm(layout: Layout, data: mx.array, x: mx.array) -> mx.array:
     """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c]."""
-    if not transforming():
+    if not needs_rules():
         return _spmm(layout, data, x)
 
     def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
@@ -46,7 +46,7 @@ def spmm(layout: Layout, data: mx.array, x: mx.array) -> mx.array:
 
 def spmm_bias(layout: Layout, data: mx.array, x: mx.array, bias: mx.array) -> mx.array:
     """Return ``spmm(layout, data, x) + bias``, rounded once; bias ``(n_rows,)``."""
-    if not transforming():
+    if not needs_rules():
         return _spmm(layout, data, x, bias)
 
     def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
@@ -61,7 +61,7 @@ def spmm_bias(layout: Layout, data: mx.array, x: mx.array, bias: mx.array) -> mx
 
 def spmm_t(layout: Layout, data: mx.array, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]."""
-    if not transforming():
+    if not needs_rules():
         return _spmm_t(layout, data, y)
 
     def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
@@ -79,7 +79,7 @@ def spmm_t(layout: Layout, data: mx.array, y: mx.array) -> mx.array:
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]."""
-    if not transforming():
+    if not needs_rules():
         return _sddmm(layout, y, x)
 
     def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
@@ -99,7 +99,7 @@ def qspmm(
     layout: Layout, packed: mx.array, scales: mx.array, biases: mx.array, x: mx.array
 ) -> mx.array:
     """Return :func:`spmm` by the blocks that packed, scales and biases stand for."""
-    if not transforming():
+    if not needs_rules():
         return _qspmm(layout, packed, scales, biases, x)
 
     def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
@@ -121,7 +121,7 @@ def qspmm_bias(
     bias: mx.array,
 ) -> mx.array:
     """Return ``qspmm(...) + bias``, rounded once; bias ``(n_rows,)``."""
-    if not transforming():
+    if not needs_rules():
         return _qspmm(layout, packed, scales, biases, x, bias)
 
     def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
@@ -139,7 +139,7 @@ def qspmm_t(
     layout: Layout, packed: mx.array, scales: mx.array, biases: mx.array, y: mx.array
 ) -> mx.array:
     """Return :func:`spmm_t` by the blocks that packed, scales and biases stand for."""
-    if not transforming():
+    if not needs_rules():
         return _qspmm_t(layout, packed, scales, biases, y)
 
     def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
@@ -165,7 +165,7 @@ def take(order: mx.array, data: mx.array) -> mx.array:
 def _linear(itself: Callable, transpose: Callable, by: Any, operand: mx.array) -> mx.array:
     """Return ``itself(by, operand)``, a linear function of ``(V, ...)``, with the rules that follow
     from its transpose."""
-    if not transforming():
+    if not needs_rules():
         return itself(by, operand)
 
     def vjp(primal: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:

@@ -49,6 +49,7 @@ class Tracing(threading.local):
     def __init__(self):
         self.graph: Literal["exported", "shapeless"] | None = None
         self.refuses_kernels = False
+        self.is_replay = False
         # A probe of each thread's own: what MLX has compiled in a thread has to go before the
         # thread ends, since MLX would wait for Python where the interpreter may be shutting down.
         seen: list[mx.array] = []  # what the probe's Python was called with
@@ -75,6 +76,16 @@ def transforming() -> bool:
         seen.clear()
         probe(_tracer())
     return bool(seen)
+
+
+def needs_rules() -> bool:
+    """Return whether a transform may ask for the rules of a product that is computed now."""
+    return not tracing.is_replay and transforming()
+
+
+def replayed(fun: Callable) -> Callable:
+    """Return a function during which no product needs rules: its graph is for calls without."""
+    return _noted(fun, is_replay=True)
 
 
 def ask_directly(is_tracer: Callable[[mx.array], bool]) -> None:
