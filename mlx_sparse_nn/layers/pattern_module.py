@@ -133,7 +133,7 @@ class PatternModule(nn.Module):
         return (
             type(x) is mx.array
             and x.size <= tuned.REPLAYED_ROWS * self._pattern.shape[1]
-            and mx.default_device().type is mx.gpu
+            and _on_gpu()
             and self._emptied is None
         )
 
@@ -352,6 +352,10 @@ class PatternModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         derived = ("_rollback", "_laid_out", "_replayed")
         return {key: value for key, value in self.__dict__.items() if key not in derived}
+
+
+def _on_gpu() -> bool:
+    return mx.default_device().type is mx.gpu  # "==" of these enums takes longer
 
 
 class Emptied:
