@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from support import assert_equal, integers, random_pattern, untyped
+from support import assert_equal, flatten, integers, random_pattern, untyped
 
 from mlx_sparse_nn import BlockSparseLinear
 from mlx_sparse_nn.core import ops
@@ -89,7 +89,7 @@ def test_it_follows_what_is_written():
     assert_equal(layer(x), expected(layer, x))
     other = make(bias=False)
     layer.set_pattern(other.pattern)
-    layer.load_weights(list(other.parameters().items()))
+    layer.load_weights(flatten(other.parameters()))
     assert_equal(layer(x), expected(other, x))
     layer.weight = mx.array([])
     with pytest.raises(ValueError, match="the layer was emptied"):
