@@ -132,8 +132,10 @@ def _seed():
 
 
 @pytest.fixture
-def metal():
+def metal(request):
     """The Metal path on the emulator."""
+    if request.config.getoption("--device") == "gpu":
+        pytest.skip("what runs on the emulator needs no GPU")
     if platform.system() != "Linux":
         pytest.skip("the emulator runs on Linux")
     mx.disable_compile()

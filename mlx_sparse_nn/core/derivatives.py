@@ -44,6 +44,19 @@ def spmm(layout: Layout, data: mx.array, x: mx.array) -> mx.array:
     return _with_rules(_spmm, layout, vjp, jvp, vmap)(data, x)
 
 
+def spmm_of_row(
+    layout: Layout, data: mx.array, x: mx.array, bias: mx.array | None
+) -> mx.array | None:
+    """Return the product with a single row, x ``(1, ..., 1, n_cols)`` as it is: two views less.
+
+    None where a transform may need rules, or the backend an x of two axes.
+    """
+    if layout.has_edges or needs_rules():
+        return None
+    backend = choose("spmm", layout, 1, x.dtype)
+    return backend.spmm(data, layout, x, bias) if backend.TAKES_AXES else None
+
+
 def spmm_bias(layout: Layout, data: mx.array, x: mx.array, bias: mx.array) -> mx.array:
     """Return ``spmm(layout, data, x) + bias``, rounded once; bias ``(n_rows,)``."""
     if not needs_rules():

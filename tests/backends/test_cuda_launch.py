@@ -119,7 +119,7 @@ def test_a_layer_call_is_few_operations(launches, tmp_path, n):
     graph = tmp_path / "call.dot"
     mx.export_to_dot(str(graph), layer(x))
     assert graph.read_text().count("shape=rectangle") == 1
-    assert len(launches) == 2
+    assert len(launches) == (1 if mx.default_device().type is mx.gpu else 2)  # where it is replayed
 
 
 def test_a_launch_is_that_of_its_own_call(launches):
