@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
@@ -241,6 +242,20 @@ class Layout:
             state["cols_static_sizes"],
             cols.n_block_cols,
         )
+        return layout
+
+    def waiting_for(self, array: mx.array) -> Layout:
+        """Return the same layout, by whose rows no kernel starts before ``array`` is there.
+
+        MLX's kernels run side by side unless one reads what another wrote; ``mx.depends`` says on
+        the host alone what comes first.
+        """
+        if array.size == 0:
+            return self
+        zero = array.reshape(-1)[:1].view(mx.uint8)[:1].astype(mx.int32) * 0
+        layout, rows = copy(self), copy(self.rows)
+        rows.indptr = rows.indptr + zero
+        layout.__dict__["rows"] = rows
         return layout
 
 

@@ -31,6 +31,7 @@ from support import (
 )
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern
+from mlx_sparse_nn.core import derivatives
 from mlx_sparse_nn.layers.sharded import (
     Sharding,
     check_same_pattern,
@@ -291,3 +292,14 @@ BAD = [
 def test_bad_arguments_are_refused(call, error, message):
     with pytest.raises(error, match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_a_layout_that_waits_is_the_same(dtype):
+    """Whatever it waits for: gradients that are not finite, and none at all."""
+    layout = random_pattern(5, 6, 8).layout
+    y, x = integers((4, 40), 1, dtype), integers((4, 48), 2, dtype)
+    expected = derivatives.sddmm(layout, y, x)
+    for values in ([[1.0, 2.0]], [[float("nan")]], [[float("-inf"), 0.0]], [[]], 3.0):
+        waiting = layout.waiting_for(mx.array(values).astype(dtype))
+        assert_equal(derivatives.sddmm(waiting, y, x), expected)
