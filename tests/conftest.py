@@ -96,8 +96,8 @@ def pytest_runtest_call(item):
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node):  # a worker of pytest-xdist has ended
-    launched.update(node.workeroutput["launched"])
+def pytest_testnodedown(node):  # a worker of pytest-xdist has ended, or crashed
+    launched.update(getattr(node, "workeroutput", {}).get("launched", {}))
 
 
 def pytest_sessionfinish(session, exitstatus):

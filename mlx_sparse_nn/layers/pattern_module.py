@@ -120,7 +120,7 @@ class PatternModule(nn.Module):
         to :meth:`_multiply_quantized`."""
         # Who calls the layer goes on with what was written: a later error must not take it back.
         self.__dict__.pop("_rollback", None)
-        if self._is_replayed(x):
+        if self._is_replayed(weight, x):
             arrays = (weight, x) if bias is None else (weight, x, bias)
             y = self._replay(*arrays)
             if y is not None:
@@ -128,12 +128,18 @@ class PatternModule(nn.Module):
         owner = type(self).__name__
         return ops.multiply(weight, self._bound_layout(), x, bias, owner, "input_dims")
 
-    def _is_replayed(self, x: Any) -> bool:
-        """Return whether the host takes longer than the GPU for x, if nothing traces the call."""
+    def _is_replayed(self, weight: mx.array, x: Any) -> bool:
+        """Return whether the host takes longer than the GPU for x, if nothing traces the call.
+
+        Where no kernel computes, MLX would fuse its own operations, and it divides by zero where it
+        fuses those of empty arrays (0.32.4 on CUDA).
+        """
         return (
             type(x) is mx.array
-            and x.size <= tuned.REPLAYED_ROWS * self._pattern.shape[1]
+            and 0 < x.size <= tuned.REPLAYED_ROWS * self._pattern.shape[1]
             and _on_gpu()
+            and weight.size > 0
+            and weight.dtype in tuned.KERNEL_DTYPES
             and self._emptied is None
         )
 

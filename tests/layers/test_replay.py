@@ -12,7 +12,7 @@ import mlx.nn as nn
 import pytest
 from support import assert_equal, flatten, integers, random_pattern, untyped
 
-from mlx_sparse_nn import BlockSparseLinear
+from mlx_sparse_nn import BlockSparseLinear, CSRPattern
 from mlx_sparse_nn.core import ops
 from mlx_sparse_nn.layers import pattern_module
 
@@ -44,8 +44,8 @@ def make(bias=True, block_size=8, seed=0) -> BlockSparseLinear:
 
 
 def expected(layer: BlockSparseLinear, x: mx.array) -> mx.array:
-    y = x @ layer.todense().T.astype(x.dtype)
-    return y + layer.bias.astype(x.dtype) if "bias" in layer else y
+    y = x @ layer.todense().T
+    return y + layer.bias if "bias" in layer else y
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -64,6 +64,18 @@ def test_many_rows_go_the_usual_way(calls):
     for _ in range(2):
         layer(integers((17, layer.input_dims)))
     assert len(calls) == 2
+
+
+def test_what_has_no_kernel_goes_the_usual_way(calls):
+    """MLX fuses its own operations, and on CUDA divides by zero where their arrays are empty."""
+    empty = BlockSparseLinear(48, 40, CSRPattern([0] * 6, [], (40, 48), 8))
+    scalars = make(block_size=1)
+    scalars.weight = scalars.weight.astype(mx.complex64)
+    for layer, shape in ((make(), (0, 48)), (empty, (2, 48)), (scalars, (2, scalars.input_dims))):
+        for _ in range(2):
+            x = integers(shape)
+            assert_equal(layer(x), expected(layer, x))
+    assert len(calls) == 6
 
 
 def test_each_shape_and_dtype_is_traced(calls):
