@@ -5,12 +5,12 @@ made sparse by :func:`mlx_sparse_nn.sparsify`. All models live in one process an
 turns, so that what the machine does meanwhile meets all of them alike; times are medians.
 
 - step: a compiled training step with AdamW, 8 sequences of 1,024 tokens.
-- forward: the compiled forward pass of the same.
+- forward: the forward pass of the same, compiled with the weights as constants, as for inference.
 - decode: one token, and the next chosen from it, as a loop with ``mx.async_eval`` does it: the host
-  prepares a token while the GPU is at work for the one before. Compiled, and not.
+  prepares a token while the GPU is at work for the one before. Compiled likewise, and not.
 - alone: the same, where the host waits for each token.
 
-Decoding keeps no cache of keys and values: what it costs is the same for all of these models.
+Decoding keeps no cache of keys and values: what that costs is the same for all of these models.
 
 Writes ``benchmarks/results/gpt.json`` (or ``--output``), where each GPU has its entry; with
 ``--readme`` alone it makes the README's table from that file.
@@ -151,14 +151,14 @@ def runs_of(model: GPT) -> Runs:
 
     state = [model.state, optimizer.state]
     compiled_step = mx.compile(step, inputs=state, outputs=state)
-    forward = mx.compile(lambda tokens: model(tokens), inputs=model.state)
+    forward = mx.compile(lambda tokens: model(tokens))
 
     def train() -> mx.array:
         value = compiled_step(inputs, targets)
         mx.eval(value, state)
         return value
 
-    return Runs(train, lambda: forward(inputs), decode, mx.compile(decode, inputs=model.state))
+    return Runs(train, lambda: forward(inputs), decode, mx.compile(decode))
 
 
 def milliseconds(run: Callable[[], Any]) -> float:

@@ -161,21 +161,17 @@ def measure_on(n_ranks: int) -> dict[str, Any]:
         return json.loads(output.read_text())
 
 
-def table(results: dict[str, Any]) -> str:
-    """Return the table of what :func:`measure` gave."""
-    counts = list(results["ffn"][0]["ms"])
+def table(cells: list[dict]) -> str:
+    """Return the table of the cells of :func:`measure`."""
+    counts = list(cells[0]["ms"])
     times = " | ".join(f"{n} GPU{'s' * (n != '1')}, ms" for n in counts)
     lines = [f"| B | density | {times} | ratio |", f"|{' --- |' * (len(counts) + 3)}"]
-    for cell in results["ffn"]:
+    for cell in cells:
         milliseconds = [cell["ms"][n] for n in counts]
         shown = " | ".join(f"{ms:.2f}" for ms in milliseconds)
         ratio = milliseconds[0] / milliseconds[-1]
         size = cell["block_size"] or "dense"
         lines.append(f"| {size} | {cell['density']:.0%} | {shown} | {ratio:.2f} |")
-    lines.append(
-        f"\n{results['device']}, bfloat16, an FFN of {WIDTH} x {HIDDEN}, {ROWS:,} rows: output and "
-        "all gradients."
-    )
     return "\n".join(lines)
 
 
