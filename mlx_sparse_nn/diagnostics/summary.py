@@ -9,7 +9,6 @@ from typing import Literal, TypeAlias
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_sparse_nn.core.checks import check_model, check_size
 from mlx_sparse_nn.core.relative_error import relative_error
@@ -269,7 +268,7 @@ def _row(path: str, module: nn.Module, arrays: dict[str, mx.array], optimizer_ar
     if isinstance(module, PatternModule):
         pattern = module.pattern
         # The module's own index arrays share their memory with these.
-        index_bytes = sum(array.nbytes for _, array in tree_flatten(module["_layout"]))
+        index_bytes = sum(array.nbytes for array in module["_layout"].values())
         index_bytes += pattern.layout.derived_bytes
         shape, block_size, density, macs = (
             pattern.shape,
