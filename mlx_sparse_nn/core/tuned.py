@@ -49,6 +49,7 @@ GROUP_THREADS = 256  # of a thread block, where the kernel leaves it open
 # Up to this many rows of x, reading the stored values is what bounds a product of blocks.
 METAL_FEW_ROWS = 8
 CUDA_FEW_ROWS = 16
+REPLAYED_ROWS = 16  # of a layer's call outside of transforms: there, the host takes longest
 # Scalars. Values that a lane takes one after the other; a row of more is long, and cut into pieces.
 # A piece of MIN_PIECE values is worth the search for its row. Where rows are even and fill a GPU, a
 # second launch gains nothing: up to twice the mean row, there may be four times as many rounds, or

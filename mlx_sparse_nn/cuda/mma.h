@@ -1,3 +1,5 @@
+#pragma once
+
 // Tensor-core products by a warp, of fragments from shared memory. See "Warp Level Matrix
 // Multiply-Accumulate Instructions" in NVIDIA's PTX ISA.
 

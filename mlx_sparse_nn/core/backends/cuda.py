@@ -29,6 +29,7 @@ from mlx_sparse_nn.core.layout import Layout, Side
 
 NAME = "cuda"
 TAKES_EDGES = False  # sizes are those of whole blocks: derivatives.py pads and crops
+TAKES_AXES = True  # of size 1 before a single row of x
 
 
 def is_available() -> bool:
