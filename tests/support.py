@@ -20,6 +20,7 @@ from mlx_sparse_nn import CSRPattern, sddmm, spmm, spmm_t
 from mlx_sparse_nn.core.backends import (
     choose,
     cuda,
+    cuda_dense,
     cuda_gradients,
     few_rows,
     launch,
@@ -103,6 +104,8 @@ def fresh_launches() -> Iterator[None]:
     caches = (
         launch._function,
         cuda._prepared,
+        cuda_dense._expansion,
+        cuda_dense._sampling,
         cuda_gradients._tile,
         few_rows._launches,
         scalars._launches,

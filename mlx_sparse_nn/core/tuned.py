@@ -16,6 +16,9 @@ GROUP_VALUES = 4096
 # Distinct lengths of rows above which lengths are rounded before they are grouped: else it takes
 # longer than a product to group them (3,000 lengths of a power-law pattern).
 MAX_EXACT_LENGTHS = 256
+# Scalars: from one value in so many on, it is asked whether columns are in order, for products that
+# write the matrix dense; of graphs it would take longer than all else of a layout.
+SPARSEST_ORDERED = 1024
 
 # Plain MLX. Below this many rows of x, blocks of at least twice that side are multiplied where they
 # lie: 0.4 to 0.9 of the time of gathering them (1 to 7 rows, B = 8 to 64).
@@ -119,6 +122,12 @@ MAX_PANEL_COLUMNS = 2**20
 GRADIENT_PANELS = (16, 32)  # block sizes of sddmm_panels
 GRADIENT_PANEL_SHARED = 204_800  # bytes
 GRADIENT_PANEL_ROWS = 256  # rows of x from which it pays to find the blocks of a panel
+
+# CUDA, through the dense matrix. Bytes of the largest that is written, for all V together.
+DENSE_BYTES = 2**29
+DENSE_LEAST_ROWS = 17
+DENSE_STRIP_BYTES = 16_384  # of shared memory, in which rows of it are put together
+DENSE_SAMPLING_GROUPS = 1024  # thread blocks that keep a GPU busy with taking its stored places
 
 
 class Tile(NamedTuple):
