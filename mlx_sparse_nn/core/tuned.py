@@ -140,6 +140,17 @@ class Tile(NamedTuple):
     stages: int
 
 
+class SmallTile(NamedTuple):
+    """A thread block of ``spmm_small``."""
+
+    rows: int  # of x
+    panel: int  # outputs
+    warps_n: int  # along the rows
+    warps_o: int  # along the outputs
+    depth: int  # of a stage, in inputs
+    stages: int
+
+
 class SimdTile(NamedTuple):
     """How the simdgroups of Metal's ``spmm_tiles`` share the outputs of a block."""
 
@@ -201,6 +212,12 @@ SOME_ROWS_TILES = {
     32: Tile(64, 4, 1, 32, 4),
     64: Tile(64, 2, 2, 32, 4),
     128: Tile(64, 2, 4, 32, 4),
+}
+# CUDA, small blocks: for many rows of x, and for up to SMALL_FEW_ROWS.
+SMALL_FEW_ROWS = 64
+SMALL_TILES = {
+    8: (SmallTile(128, 256, 2, 8, 64, 4), SmallTile(64, 128, 2, 4, 64, 4)),
+    12: (SmallTile(128, 192, 2, 6, 48, 5), SmallTile(64, 96, 2, 6, 48, 5)),
 }
 GRADIENT_TILES = {
     16: GradientTile(8, 1, 4, 64, 3),

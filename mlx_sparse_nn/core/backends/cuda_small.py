@@ -1,0 +1,67 @@
+"""The products on CUDA of small blocks in 16 bits, by tiles put together in shared memory.
+
+Which products, and the tile, by sizes on the host. The kernel is ``spmm_small``.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import mlx.core as mx
+
+from mlx_sparse_nn.core import tuned
+from mlx_sparse_nn.core.backends import cuda_tiles, launch
+from mlx_sparse_nn.core.backends.launch import Kernel, KernelLaunch, launch_spmm, prepare
+from mlx_sparse_nn.core.layout import Side
+
+
+def product(
+    data: mx.array, side: Side, x: mx.array, n_out: int, inside: int, bias: mx.array | None
+) -> mx.array:
+    """Return the product with a side of the matrix; arguments as in ``cuda._product``."""
+    n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
+    blocks = data.shape[-1], inside, side.perm is not None, bias is not None
+    launched, splits, summed = _launches(x.dtype, blocks, n_x, n_matrices, n_out, x.shape[-1])
+    if splits == 1:
+        return launch_spmm(launched, data, side, x, n_out, bias)
+    shape = (*x.shape[:-1], n_out)
+    perm = side.indices if side.perm is None else side.perm
+    arrays = [data, side.indptr, side.indices, perm, x, x if bias is None else bias]
+    partial = launched(arrays, (splits, n_matrices * n_x * n_out))
+    return summed([partial], shape)
+
+
+@lru_cache(4096)
+def _launches(
+    dtype: mx.Dtype,
+    blocks: tuple[int, int, bool, bool],
+    n_x: int,
+    n_matrices: int,
+    n_out: int,
+    n_in: int,
+) -> tuple[KernelLaunch, int, KernelLaunch | None]:
+    """Return the launch of these sizes, in how many parts its columns go, and that of their sum."""
+    block_size, inside, transposed, has_bias = blocks
+    tile = tuned.SMALL_TILES[block_size][0 if n_x > tuned.SMALL_FEW_ROWS else 1]
+    threads = 32 * (tile.warps_n * tile.warps_o + 4)
+    panels, row_tiles = -(-n_out // tile.panel), -(-n_x // tile.rows)
+    stages = -(-n_in // tile.depth)
+    splits = min(tuned.BLOCKS_TO_FILL_GPU // (panels * row_tiles * n_matrices), stages // 4)
+    splits = max(1, splits)
+    out = dtype if splits == 1 else mx.float32
+    chunks = [tile.depth // 8, (tile.panel if transposed else tile.depth) // 8]
+    x_stride, w_stride = (cuda_tiles.stride(n, False) * 16 for n in chunks)
+    w_rows = tile.depth if transposed else tile.panel
+    shared_memory = tile.stages * (tile.rows * x_stride + w_rows * w_stride) + 1024
+    template = {"B": block_size, "INSIDE": inside, "ROWS": tile.rows, "PANEL": tile.panel}
+    template |= {"WARPS_N": tile.warps_n, "WARPS_O": tile.warps_o, "DEPTH": tile.depth}
+    template |= {"STAGES": tile.stages, "TRANSPOSED": int(transposed), "BIAS": int(has_bias)}
+    grid = (panels * splits * threads, row_tiles, n_matrices)
+    kernel = Kernel("spmm_small", template, grid, threads, shared_memory)
+    launched = prepare("cuda", "spmm", kernel, out, T=dtype, OUT=out)
+    if splits == 1:
+        return launched, 1, None
+    threads = tuned.GROUP_THREADS
+    size = launch.round_up(n_matrices * n_x * n_out, threads)
+    summed = Kernel("sum_splits", {}, (size, 1, 1), threads)
+    return launched, splits, prepare("cuda", "sum", summed, dtype, T=dtype)

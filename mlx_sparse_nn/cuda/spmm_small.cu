@@ -1,0 +1,268 @@
+// The product of spmm_tiles.cu for blocks of which a tensor-core product takes parts of several: a
+// tile of A is put together in shared memory, stored blocks among zeros, and only those products of
+// 8 outputs and 16 columns are made in which something is stored.
+//
+// Inputs, output: as there; blocks of a block-row by ascending block-column. Where the columns are
+// split, y is partial sums (S, V, N, n_rows), with the bias in the first.
+// Launch
+//   (panels S THREADS, ceil(N / ROWS), V) threads in groups of (THREADS, 1, 1), panels =
+//   ceil(n_rows / PANEL), THREADS = 32 (WARPS_N WARPS_O + 4). One group owns ROWS rows of x, a panel
+//   of outputs and an equal share of the stages of columns. The last 4 warps copy, the others
+//   multiply, each ROWS / WARPS_N rows by PANEL / WARPS_O outputs.
+//   Shared memory: STAGES tiles of x and of A, and 1024 bytes.
+// Template
+//   T half or bfloat16; OUT, T, or float where the columns are split; B even; INSIDE columns of the
+//   last block-column, 1 to B; ROWS; PANEL outputs, a multiple of B and of 8 WARPS_O; WARPS_N and
+//   WARPS_O; DEPTH columns of a stage, a multiple of B and of 16; STAGES; TRANSPOSED and BIAS 0 or 1.
+// Sums in float32: the bias, then k ascending, what is not stored as zeros or left out.
+
+#include "barriers.h"
+#include "copies.h"
+#include "mma.h"
+#include "packs.h"
+#include "pieces.h"
+#include "stores.h"
+
+constexpr int WARPS = WARPS_N * WARPS_O;  // that multiply
+constexpr int COPIERS = 128;              // threads
+constexpr int STEPS = DEPTH / 16;
+constexpr int TILES = ROWS / WARPS_N / 16;    // 16 x 8 tiles of a warp over the rows of x
+constexpr int GROUPS = PANEL / WARPS_O / 8;   // and over the outputs
+constexpr int X_CHUNKS = DEPTH / 8;
+constexpr int X_STRIDE = row_stride<X_CHUNKS>() * 8;
+constexpr int W_CHUNKS = (TRANSPOSED ? PANEL : DEPTH) / 8;
+constexpr int X_TILE = ROWS * X_STRIDE;
+constexpr int W_TILE = (TRANSPOSED ? DEPTH : PANEL) * row_stride<W_CHUNKS>() * 8;
+constexpr int PIECE = B % 8 == 0 ? 8 : B % 4 == 0 ? 4 : 2;  // elements of a copy
+constexpr int PIECES = B * B / PIECE;
+constexpr int PANEL_ROWS = PANEL / B;
+constexpr int SHARING = PIECES < COPIERS / PANEL_ROWS ? PIECES : COPIERS / PANEL_ROWS;  // threads that copy a block
+constexpr int SHARE = (PIECES + SHARING - 1) / SHARING;
+extern __shared__ char shared[];
+__shared__ unsigned long long full[STAGES];
+__shared__ unsigned long long empty[STAGES];
+// By stage and step, from each warp that copies: in which groups of 8 outputs something is stored.
+__shared__ unsigned stored[STAGES][STEPS][4];
+T* tiles = reinterpret_cast<T*>(shared + (1024 - shared_address(shared) % 1024) % 1024);
+
+const int v = blockIdx.z;
+const int thread = threadIdx.x;
+const int lane = thread % 32;
+const int warp = thread / 32;
+const int N = in_register(x_shape[x_ndim - 2]);
+const int n_cols = in_register(x_shape[x_ndim - 1]);
+const int R = in_register(indptr_shape[0] - 1);
+const int n_rows = R * B;
+const int panels = (n_rows + PANEL - 1) / PANEL;
+const int splits = gridDim.x / panels;
+const int panel = blockIdx.x % panels;
+const int split = blockIdx.x / panels;
+const int n0 = blockIdx.y * ROWS;
+const int all_stages = (n_cols + DEPTH - 1) / DEPTH;
+const int first_stage = all_stages * split / splits;
+const int end_stage = all_stages * (split + 1) / splits;
+
+for (int i = thread; i < STAGES * (X_TILE + W_TILE) / 8; i += 32 * WARPS + COPIERS) {
+  reinterpret_cast<uint4*>(tiles)[i] = make_uint4(0, 0, 0, 0);
+}
+if (thread < STAGES) {
+  init_barrier(full + thread, COPIERS + 4);
+  init_barrier(empty + thread, WARPS);
+}
+__syncthreads();
+Ring ring{STAGES};
+
+if (warp >= WARPS) {
+  if constexpr (WARPS == 16) {
+    give_registers<56>();
+  }
+  const int t = thread % COPIERS;
+  const int row = t / SHARING;  // of the panel, in blocks
+  const int r = panel * PANEL_ROWS + row;
+  const bool copies_blocks = row < PANEL_ROWS && r < R;
+  const int end = copies_blocks ? indptr[r + 1] : 0;
+  const int n_inside = n_cols - B + INSIDE;
+  // The first block from a column on.
+  int low = copies_blocks ? indptr[r] : 0;
+  int high = end;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (indices[middle] * B < first_stage * DEPTH) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  constexpr int NONE = 1 << 30;
+  int next = low;     // block to copy, and its first column
+  int cleared = low;  // block to replace by zeros again
+  int col = next < end ? indices[next] * B : NONE;
+  int cleared_col = col;
+  const T* blocks = data + (size_t)v * indices_shape[0] * (B * B);
+  const T* x_rows = x + ((size_t)v * N + n0) * n_cols;
+  const int n_valid = min(ROWS, N - n0);
+
+  // Call work(row of a block, column, place in the tile) for each piece of this thread.
+  auto each_piece = [&](int local_col, auto work) {
+#pragma unroll
+    for (int p = 0; p < SHARE; p++) {
+      const int i = t % SHARING + p * SHARING;
+      const int a = i / (B / PIECE);
+      const int b = i % (B / PIECE) * PIECE;
+      const int tile_row = TRANSPOSED ? local_col + a : row * B + a;
+      const int tile_col = TRANSPOSED ? row * B + b : local_col + b;
+      if (PIECES % SHARING == 0 || i < PIECES) {
+        work(a, b, swizzle<W_CHUNKS>(tile_row, tile_col / 8) * 8 + tile_col % 8);
+      }
+    }
+  };
+  auto copy_as = [&](auto alignment) {
+    constexpr bool ALIGNED = alignment.value;
+    for (int stage = first_stage; stage < end_stage; stage++) {
+      const int k0 = stage * DEPTH;
+      T* x_tile = tiles + ring.buffer * (X_TILE + W_TILE);
+      T* w_tile = x_tile + X_TILE;
+      wait_barrier(empty + ring.buffer, ring.parity ^ 1);
+#pragma unroll 4
+      for (int i = t; i < ROWS * X_CHUNKS; i += COPIERS) {
+        const int m = i / X_CHUNKS;
+        const int chunk = i % X_CHUNKS;
+        const int left = m < n_valid ? n_cols - k0 - chunk * 8 : 0;
+        const T* src = left > 0 ? x_rows + (size_t)m * n_cols + k0 + chunk * 8 : x;
+        T* dst = x_tile + swizzle<X_CHUNKS>(m, chunk) * 8;
+        if (ALIGNED) {
+          copy16<true>(dst, src, left > 0);
+        } else {
+          copy_first<false>(dst, src, left);
+        }
+      }
+      const int old_k0 = k0 - STAGES * DEPTH;
+      while (cleared_col < old_k0 + DEPTH) {
+        each_piece(cleared_col - old_k0, [&](int, int, int place) {
+          *reinterpret_cast<Pack<unsigned short, PIECE>*>(w_tile + place) = {};
+        });
+        cleared++;
+        cleared_col = cleared < end ? indices[cleared] * B : NONE;
+      }
+      unsigned used[STEPS];
+#pragma unroll
+      for (int step = 0; step < STEPS; step++) {
+        used[step] = 0;
+      }
+      while (col < k0 + DEPTH) {
+        const T* block = blocks + (size_t)(TRANSPOSED ? perm[next] : next) * (B * B);
+        each_piece(col - k0, [&](int a, int b, int place) {
+          const int inside = TRANSPOSED ? (col + a < n_inside ? PIECE : 0) : n_inside - col - b;
+          copy_piece<ALIGNED, PIECE>(w_tile + place, block + a * B + b,
+                                     INSIDE < B ? inside : PIECE);
+        });
+        const unsigned outputs = (2u << (row * B + B - 1) / 8) - (1u << row * B / 8);
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+          const int from = col - k0;
+          used[step] |= from < step * 16 + 16 && from + B > step * 16 ? outputs : 0;
+        }
+        next++;
+        col = next < end ? indices[next] * B : NONE;
+      }
+      __syncwarp();
+#pragma unroll
+      for (int step = 0; step < STEPS; step++) {
+        const unsigned all = __reduce_or_sync(0xffffffffu, used[step]);
+        if (lane == 0) {
+          stored[ring.buffer][step][warp - WARPS] = all;
+        }
+      }
+      arrive_copied(full + ring.buffer);
+      __syncwarp();
+      if (lane == 0) {
+        arrive(full + ring.buffer);
+      }
+      ring.advance();
+    }
+  };
+  if (((size_t)x | (size_t)data) % 16 == 0 && n_cols % 8 == 0) {
+    copy_as(Aligned());
+  } else {
+    copy_as(Unaligned());
+  }
+  commit_copies();
+  wait_copies<0>();
+  return;
+}
+
+if constexpr (WARPS == 16) {
+  take_registers<104>();
+}
+const int m0 = warp / WARPS_O * (ROWS / WARPS_N);
+const int group0 = warp % WARPS_O * GROUPS;
+const int row0 = panel * PANEL + group0 * 8;
+float acc[TILES][GROUPS][4];
+#pragma unroll
+for (int to = 0; to < GROUPS; to++) {
+  const int row = row0 + 8 * to + lane % 4 * 2;
+  const bool added = BIAS && split == 0 && row < n_rows;
+  const float bias_0 = added ? float(bias[row]) : 0.0f;
+  const float bias_1 = added ? float(bias[row + 1]) : 0.0f;
+#pragma unroll
+  for (int tn = 0; tn < TILES; tn++) {
+    acc[tn][to][0] = acc[tn][to][2] = bias_0;
+    acc[tn][to][1] = acc[tn][to][3] = bias_1;
+  }
+}
+#pragma unroll 1
+for (int stage = first_stage; stage < end_stage; stage++) {
+  const T* x_tile = tiles + ring.buffer * (X_TILE + W_TILE);
+  const T* w_tile = x_tile + X_TILE;
+  wait_barrier(full + ring.buffer, ring.parity);
+  // A lane's word of what is stored; those of the copying warps together.
+  unsigned word = lane < STEPS * 4 ? stored[ring.buffer][lane / 4][lane % 4] : 0;
+  word |= __shfl_xor_sync(0xffffffffu, word, 1);
+  word |= __shfl_xor_sync(0xffffffffu, word, 2);
+#pragma unroll
+  for (int step = 0; step < STEPS; step++) {
+    const unsigned used = __shfl_sync(0xffffffffu, word, step * 4) >> group0;
+    if (used & ((1u << GROUPS) - 1)) {
+      unsigned xs[TILES][4];
+      const T* x_src = x_tile + m0 * X_STRIDE +
+                       swizzle<X_CHUNKS>(lane % 16, step * 2 + lane / 16) * 8;
+#pragma unroll
+      for (int tn = 0; tn < TILES; tn++) {
+        load_matrix4<false>(xs[tn], x_src + tn * 16 * X_STRIDE);
+      }
+#pragma unroll
+      for (int to = 0; to < GROUPS; to++) {
+        if (used >> to & 1) {
+          unsigned w[2];
+          const int group = group0 + to;
+          if (TRANSPOSED) {
+            load_matrix2<true>(w, w_tile + swizzle<W_CHUNKS>(step * 16 + lane % 16, group) * 8);
+          } else {
+            load_matrix2<false>(
+                w, w_tile + swizzle<W_CHUNKS>(group * 8 + lane % 8, step * 2 + lane / 8 % 2) * 8);
+          }
+#pragma unroll
+          for (int tn = 0; tn < TILES; tn++) {
+            multiply<T>(acc[tn][to], xs[tn][0], xs[tn][1], xs[tn][2], xs[tn][3], w[0], w[1]);
+          }
+        }
+      }
+    }
+  }
+  __syncwarp();
+  if (lane == 0) {
+    arrive(empty + ring.buffer);
+  }
+  ring.advance();
+}
+const size_t first = (((size_t)split * gridDim.z + v) * N + n0 + m0) * n_rows + row0;
+auto sum = [&](int row_tile, int to, int e) {
+  return acc[row_tile / 2][to][row_tile % 2 * 2 + e];
+};
+if constexpr (sizeof(OUT) == 2) {
+  if (n_rows % 8 == 0) {
+    store_tiles<OUT, 2 * TILES, GROUPS>(y + first, n_rows, N - n0 - m0, n_rows - row0, sum);
+    return;
+  }
+}
+store_pairs<OUT, 2 * TILES, GROUPS>(y + first, n_rows, N - n0 - m0, n_rows - row0, sum);
