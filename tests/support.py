@@ -22,6 +22,7 @@ from mlx_sparse_nn.core.backends import (
     cuda,
     cuda_dense,
     cuda_gradients,
+    cuda_small,
     few_rows,
     launch,
     naive,
@@ -107,6 +108,8 @@ def fresh_launches() -> Iterator[None]:
         cuda_dense._expansion,
         cuda_dense._sampling,
         cuda_gradients._tile,
+        cuda_small._launches,
+        cuda_small._gradient_launch,
         few_rows._launches,
         scalars._launches,
     )

@@ -151,6 +151,17 @@ class SmallTile(NamedTuple):
     stages: int
 
 
+class SmallGradientTile(NamedTuple):
+    """A thread block of ``sddmm_small``."""
+
+    rows: int  # of the matrix
+    columns: int
+    warps_i: int  # along the rows
+    warps_k: int  # along the columns
+    depth: int  # of a stage, in rows of x
+    stages: int
+
+
 class SimdTile(NamedTuple):
     """How the simdgroups of Metal's ``spmm_tiles`` share the outputs of a block."""
 
@@ -218,6 +229,10 @@ SMALL_FEW_ROWS = 64
 SMALL_TILES = {
     8: (SmallTile(128, 256, 2, 8, 64, 4), SmallTile(64, 128, 2, 4, 64, 4)),
     12: (SmallTile(128, 192, 2, 6, 48, 5), SmallTile(64, 96, 2, 6, 48, 5)),
+}
+SMALL_GRADIENT_TILES = {
+    8: SmallGradientTile(128, 128, 2, 4, 32, 4),
+    12: SmallGradientTile(96, 192, 2, 4, 32, 4),
 }
 GRADIENT_TILES = {
     16: GradientTile(8, 1, 4, 64, 3),

@@ -136,9 +136,8 @@ if (warp >= WARPS) {
           copy_first<false>(dst, src, left);
         }
       }
-      const int old_k0 = k0 - STAGES * DEPTH;
-      while (cleared_col < old_k0 + DEPTH) {
-        each_piece(cleared_col - old_k0, [&](int, int, int place) {
+      while (cleared_col < k0 - (STAGES - 1) * DEPTH) {
+        each_piece(cleared_col % DEPTH, [&](int, int, int place) {
           *reinterpret_cast<Pack<unsigned short, PIECE>*>(w_tile + place) = {};
         });
         cleared++;
@@ -151,7 +150,8 @@ if (warp >= WARPS) {
       }
       while (col < k0 + DEPTH) {
         const T* block = blocks + (size_t)(TRANSPOSED ? perm[next] : next) * (B * B);
-        each_piece(col - k0, [&](int a, int b, int place) {
+        const int from = col % DEPTH;  // within the tile, whatever the index arrays hold
+        each_piece(from, [&](int a, int b, int place) {
           const int inside = TRANSPOSED ? (col + a < n_inside ? PIECE : 0) : n_inside - col - b;
           copy_piece<ALIGNED, PIECE>(w_tile + place, block + a * B + b,
                                      INSIDE < B ? inside : PIECE);
@@ -159,7 +159,6 @@ if (warp >= WARPS) {
         const unsigned outputs = (2u << (row * B + B - 1) / 8) - (1u << row * B / 8);
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
-          const int from = col - k0;
           used[step] |= from < step * 16 + 16 && from + B > step * 16 ? outputs : 0;
         }
         next++;

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import cuda_tiles, launch
 from mlx_sparse_nn.core.backends.launch import Kernel, KernelLaunch, launch_spmm, prepare
-from mlx_sparse_nn.core.layout import Side
+from mlx_sparse_nn.core.layout import Layout, Side
 
 
 def product(
@@ -65,3 +65,28 @@ def _launches(
     size = launch.round_up(n_matrices * n_x * n_out, threads)
     summed = Kernel("sum_splits", {}, (size, 1, 1), threads)
     return launched, splits, prepare("cuda", "sum", summed, dtype, T=dtype)
+
+
+def gradients(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
+    """Return the weight gradient, as ``cuda.sddmm``."""
+    n_matrices, side = x.shape[0] if x.ndim == 3 else 1, layout.rows
+    launched = _gradient_launch(x.dtype, layout.block_size, layout.full_shape, n_matrices)
+    arrays = [y, x, side.indptr, side.indices, side.indptr]  # the last one is not read
+    return launched(arrays, (*x.shape[:-2], *layout.data_shape))
+
+
+@lru_cache(4096)
+def _gradient_launch(
+    dtype: mx.Dtype, block_size: int, shape: tuple[int, int], n_matrices: int
+) -> KernelLaunch:
+    tile = tuned.SMALL_GRADIENT_TILES[block_size]
+    threads = 32 * tile.warps_i * tile.warps_k
+    strides = (cuda_tiles.stride(size // 8, False) for size in (tile.rows, tile.columns))
+    shared_memory = tile.stages * tile.depth * 16 * sum(strides)
+    shared_memory = max(shared_memory, 2 * tile.rows * (tile.columns + 8))
+    template = {"B": block_size, "TILE_I": tile.rows, "TILE_K": tile.columns}
+    template |= {"WARPS_I": tile.warps_i, "WARPS_K": tile.warps_k}
+    template |= {"DEPTH": tile.depth, "STAGES": tile.stages}
+    grid = (-(-shape[0] // tile.rows) * threads, -(-shape[1] // tile.columns), n_matrices)
+    kernel = Kernel("sddmm_small", template, grid, threads, shared_memory)
+    return prepare("cuda", "sddmm", kernel, dtype, T=dtype)

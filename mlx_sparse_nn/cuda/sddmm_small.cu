@@ -1,0 +1,206 @@
+// The weight gradient of small blocks for rows of x that are not very many: a tile of the dense
+// gradient, of which only those parts of 16 x 8 are multiplied in which something is stored, and
+// only what is stored is written.
+//
+// Inputs, output: as in sddmm_tiles.cu, N not split; blocks of a block-row by ascending
+// block-column.
+// Launch
+//   (ceil(n_rows / TILE_I) THREADS, ceil(n_cols / TILE_K), V) threads in groups of (THREADS, 1, 1),
+//   THREADS = 32 WARPS_I WARPS_K. One group owns the blocks in TILE_I rows and TILE_K columns. A
+//   warp multiplies TILE_I / WARPS_I by TILE_K / WARPS_K of it.
+//   Shared memory: STAGES stages of DEPTH rows of y and of x, in which the tile lies at the end.
+// Template
+//   T half or bfloat16; B even; TILE_I a multiple of B and of 16 WARPS_I; TILE_K of B and of 16
+//   WARPS_K; DEPTH rows n of a stage, a multiple of 16; STAGES.
+// Sums in float32, n ascending.
+
+#include "copies.h"
+#include "mma.h"
+#include "packs.h"
+#include "stores.h"
+
+constexpr int THREADS = 32 * WARPS_I * WARPS_K;
+constexpr int TILES_I = TILE_I / WARPS_I / 16;
+constexpr int TILES_K = TILE_K / WARPS_K / 8;
+constexpr int Y_CHUNKS = TILE_I / 8;
+constexpr int X_CHUNKS = TILE_K / 8;
+constexpr int Y_STRIDE = row_stride<Y_CHUNKS>() * 8;
+constexpr int X_STRIDE = row_stride<X_CHUNKS>() * 8;
+constexpr int STAGE = DEPTH * (Y_STRIDE + X_STRIDE);
+constexpr int PITCH = TILE_K + 8;  // of the tile at the end
+constexpr int ROWS = TILE_I / B;   // block-rows
+constexpr int PACK = packed<T, B>();
+extern __shared__ __align__(128) char shared[];
+__shared__ int firsts[ROWS];
+__shared__ int lasts[ROWS];
+__shared__ unsigned stored[TILE_I / 16];  // a bit for each 8 columns of 16 rows
+T* tiles = reinterpret_cast<T*>(shared);
+
+const int v = blockIdx.z;
+const int thread = threadIdx.x;
+const int lane = thread % 32;
+const int warp = thread / 32;
+const int N = in_register(x_shape[x_ndim - 2]);
+const int n_cols = in_register(x_shape[x_ndim - 1]);
+const int R = indptr_shape[0] - 1;
+const int n_rows = R * B;
+const int r0 = blockIdx.x * ROWS;
+const int i0 = blockIdx.x * TILE_I;
+const int k0 = blockIdx.y * TILE_K;
+
+if (thread < TILE_I / 16) {
+  stored[thread] = 0;
+}
+__syncthreads();
+if (thread < ROWS) {
+  // The first block of a block-row from column k0 on.
+  int low = indptr[min(R, r0 + thread)];
+  const int end = indptr[min(R, r0 + thread + 1)];
+  int high = end;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (indices[middle] * B < k0) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  firsts[thread] = low;
+  for (; low < end; low++) {
+    const int col = indices[low] * B;
+    if (col >= k0 + TILE_K) {
+      break;
+    }
+    const int from = col % TILE_K / 8;  // within the tile, whatever the index arrays hold
+    const int to = (col % TILE_K + B - 1) / 8;
+    for (int part = thread * B / 16; part <= (thread * B + B - 1) / 16; part++) {
+      atomicOr(stored + part, (2u << to) - (1u << from));
+    }
+  }
+  lasts[thread] = low;
+}
+__syncthreads();
+
+const int part0 = warp / WARPS_K * TILES_I;
+const int group0 = warp % WARPS_K * TILES_K;
+unsigned used[TILES_I];
+unsigned any = 0;
+#pragma unroll
+for (int ti = 0; ti < TILES_I; ti++) {
+  used[ti] = stored[part0 + ti] >> group0 & ((1u << TILES_K) - 1);
+  any |= used[ti];
+}
+unsigned anywhere = 0;
+#pragma unroll 1
+for (int i = 0; i < TILE_I / 16; i++) {
+  anywhere |= stored[i];
+}
+if (anywhere == 0) {
+  return;
+}
+
+const T* y_rows = y + (size_t)v * N * n_rows + i0;
+const T* x_rows = x + (size_t)v * N * n_cols + k0;
+const int n_stages = (N + DEPTH - 1) / DEPTH;
+const bool aligned = ((size_t)x | (size_t)y) % 16 == 0 && n_rows % 8 == 0 && n_cols % 8 == 0;
+auto copy_part = [&](auto chunks, T* tile, const T* rows, int stage, int width, int left) {
+  constexpr int CHUNKS = chunks.value;
+#pragma unroll
+  for (int i = thread; i < DEPTH * CHUNKS; i += THREADS) {
+    const int m = i / CHUNKS;
+    const int chunk = i % CHUNKS;
+    const int n = stage * DEPTH + m;
+    const int count = n < N ? left - chunk * 8 : 0;
+    const T* src = count > 0 ? rows + (size_t)n * width + chunk * 8 : x;
+    T* dst = tile + swizzle<CHUNKS>(m, chunk) * 8;
+    if (aligned) {
+      copy16<true>(dst, src, count > 0);
+    } else {
+      copy_first<false>(dst, src, count);
+    }
+  }
+};
+auto copy_stage = [&](int stage) {
+  if (stage < n_stages) {
+    T* tile = tiles + stage % STAGES * STAGE;
+    copy_part(Count<Y_CHUNKS>(), tile, y_rows, stage, n_rows, n_rows - i0);
+    copy_part(Count<X_CHUNKS>(), tile + DEPTH * Y_STRIDE, x_rows, stage, n_cols, n_cols - k0);
+  }
+  commit_copies();
+};
+
+float acc[TILES_I][TILES_K][4];
+#pragma unroll
+for (int ti = 0; ti < TILES_I; ti++) {
+#pragma unroll
+  for (int tk = 0; tk < TILES_K; tk++) {
+    acc[ti][tk][0] = acc[ti][tk][1] = acc[ti][tk][2] = acc[ti][tk][3] = 0.0f;
+  }
+}
+#pragma unroll 1
+for (int stage = 0; stage < STAGES - 1; stage++) {
+  copy_stage(stage);
+}
+#pragma unroll 1
+for (int stage = 0; stage < n_stages; stage++) {
+  wait_copies<STAGES - 2>();
+  __syncthreads();
+  copy_stage(stage + STAGES - 1);
+  const T* y_tile = tiles + stage % STAGES * STAGE;
+  const T* x_tile = y_tile + DEPTH * Y_STRIDE;
+  if (any) {
+#pragma unroll
+    for (int m = 0; m < DEPTH; m += 16) {
+      unsigned xs[TILES_K / 2][4];
+#pragma unroll
+      for (int tk = 0; tk < TILES_K / 2; tk++) {
+        if (any >> 2 * tk & 3) {
+          load_matrix4<true>(
+              xs[tk], x_tile + swizzle<X_CHUNKS>(m + lane % 16, group0 + 2 * tk + lane / 16) * 8);
+        }
+      }
+#pragma unroll
+      for (int ti = 0; ti < TILES_I; ti++) {
+        if (used[ti]) {
+          unsigned a[4];
+          load_matrix4<true>(a, y_tile + swizzle<Y_CHUNKS>(m + lane / 16 * 8 + lane % 8,
+                                                           (part0 + ti) * 2 + lane / 8 % 2) *
+                                             8);
+#pragma unroll
+          for (int tk = 0; tk < TILES_K; tk++) {
+            if (used[ti] >> tk & 1) {
+              multiply<T>(acc[ti][tk], a[0], a[1], a[2], a[3], xs[tk / 2][tk % 2 * 2],
+                          xs[tk / 2][tk % 2 * 2 + 1]);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+wait_copies<0>();
+__syncthreads();
+
+#pragma unroll
+for (int ti = 0; ti < TILES_I; ti++) {
+#pragma unroll
+  for (int tk = 0; tk < TILES_K; tk++) {
+    T* place = tiles + ((part0 + ti) * 16 + lane / 4) * PITCH + (group0 + tk) * 8 + lane % 4 * 2;
+    *reinterpret_cast<unsigned*>(place) = pack2(T(), acc[ti][tk][0], acc[ti][tk][1]);
+    *reinterpret_cast<unsigned*>(place + 8 * PITCH) = pack2(T(), acc[ti][tk][2], acc[ti][tk][3]);
+  }
+}
+__syncthreads();
+T* blocks = out + (size_t)v * indices_shape[0] * (B * B);
+for (int row = warp; row < ROWS; row += WARPS_I * WARPS_K) {
+  const int first = firsts[row];
+  const int count = (lasts[row] - first) * (B * B / PACK);
+#pragma unroll 1
+  for (int e = lane; e < count; e += 32) {
+    const int j = first + e / (B * B / PACK);
+    const int at = e % (B * B / PACK) * PACK;
+    const int col = indices[j] * B % TILE_K + at % B;
+    *reinterpret_cast<Pack<T, PACK>*>(blocks + (size_t)j * (B * B) + at) =
+        *reinterpret_cast<const Pack<T, PACK>*>(tiles + (row * B + at / B) * PITCH + col);
+  }
+}
