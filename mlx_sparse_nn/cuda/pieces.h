@@ -1,5 +1,5 @@
 // Copies of pieces of 4, 8 or 16 bytes into shared memory.
-// Copy COUNT neighbouring elements of 2 bytes, of which only the first `taken` are read, and zeros
+// Copy COUNT neighbouring elements of which only the first `taken` are read, and zeros
 // behind them: asynchronously where the source is ALIGNED, which a slice need not be.
 template <bool ALIGNED, int COUNT, typename T>
 __device__ __forceinline__ void copy_piece(T* dst, const T* src, int taken) {
@@ -7,7 +7,7 @@ __device__ __forceinline__ void copy_piece(T* dst, const T* src, int taken) {
   if constexpr (ALIGNED) {
     const unsigned address = (unsigned)__cvta_generic_to_shared(dst);
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(src),
-                 "n"(COUNT * 2), "r"(taken * 2));
+                 "n"(COUNT * (int)sizeof(T)), "r"(taken * (int)sizeof(T)));
   } else {
 #pragma unroll 1
     for (int i = 0; i < COUNT; i++) {

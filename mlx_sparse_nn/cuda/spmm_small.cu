@@ -25,15 +25,19 @@
 
 constexpr int WARPS = WARPS_N * WARPS_O;  // that multiply
 constexpr int COPIERS = 128;              // threads
-constexpr int STEPS = DEPTH / 16;
+constexpr int STEP = 32 / sizeof(T);            // columns of a product of a warp: 2 chunks
+constexpr int CHUNK = 16 / sizeof(T);           // elements
+constexpr int STEPS = DEPTH / STEP;
 constexpr int TILES = ROWS / WARPS_N / 16;    // 16 x 8 tiles of a warp over the rows of x
 constexpr int GROUPS = PANEL / WARPS_O / 8;   // and over the outputs
-constexpr int X_CHUNKS = DEPTH / 8;
-constexpr int X_STRIDE = row_stride<X_CHUNKS>() * 8;
-constexpr int W_CHUNKS = (TRANSPOSED ? PANEL : DEPTH) / 8;
+constexpr int X_CHUNKS = DEPTH / CHUNK;
+constexpr int X_STRIDE = row_stride<X_CHUNKS>() * CHUNK;
+constexpr int W_CHUNKS = (TRANSPOSED ? PANEL : DEPTH) / CHUNK;
+constexpr bool BY_COLUMNS = TRANSPOSED && sizeof(T) == 4;  // no ldmatrix transposes these
+constexpr int W_STRIDE = (BY_COLUMNS ? column_stride<W_CHUNKS>() : row_stride<W_CHUNKS>()) * CHUNK;
 constexpr int X_TILE = ROWS * X_STRIDE;
-constexpr int W_TILE = (TRANSPOSED ? DEPTH : PANEL) * row_stride<W_CHUNKS>() * 8;
-constexpr int PIECE = B % 8 == 0 ? 8 : B % 4 == 0 ? 4 : 2;  // elements of a copy
+constexpr int W_TILE = (TRANSPOSED ? DEPTH : PANEL) * W_STRIDE;
+constexpr int PIECE = packed<T, B>();  // elements of a copy
 constexpr int PIECES = B * B / PIECE;
 constexpr int PANEL_ROWS = PANEL / B;
 constexpr int SHARING = PIECES < COPIERS / PANEL_ROWS ? PIECES : COPIERS / PANEL_ROWS;  // threads that copy a block
@@ -62,7 +66,7 @@ const int all_stages = (n_cols + DEPTH - 1) / DEPTH;
 const int first_stage = all_stages * split / splits;
 const int end_stage = all_stages * (split + 1) / splits;
 
-for (int i = thread; i < STAGES * (X_TILE + W_TILE) / 8; i += 32 * WARPS + COPIERS) {
+for (int i = thread; i < STAGES * (X_TILE + W_TILE) / CHUNK; i += 32 * WARPS + COPIERS) {
   reinterpret_cast<uint4*>(tiles)[i] = make_uint4(0, 0, 0, 0);
 }
 if (thread < STAGES) {
@@ -71,6 +75,10 @@ if (thread < STAGES) {
 }
 __syncthreads();
 Ring ring{STAGES};
+// Where a chunk lies in a tile of A.
+auto w_place = [](int row, int chunk) {
+  return BY_COLUMNS ? row * W_STRIDE + chunk * CHUNK : swizzle<W_CHUNKS>(row, chunk) * CHUNK;
+};
 
 if (warp >= WARPS) {
   if constexpr (WARPS == 16) {
@@ -112,7 +120,7 @@ if (warp >= WARPS) {
       const int tile_row = TRANSPOSED ? local_col + a : row * B + a;
       const int tile_col = TRANSPOSED ? row * B + b : local_col + b;
       if (PIECES % SHARING == 0 || i < PIECES) {
-        work(a, b, swizzle<W_CHUNKS>(tile_row, tile_col / 8) * 8 + tile_col % 8);
+        work(a, b, w_place(tile_row, tile_col / CHUNK) + tile_col % CHUNK);
       }
     }
   };
@@ -127,9 +135,9 @@ if (warp >= WARPS) {
       for (int i = t; i < ROWS * X_CHUNKS; i += COPIERS) {
         const int m = i / X_CHUNKS;
         const int chunk = i % X_CHUNKS;
-        const int left = m < n_valid ? n_cols - k0 - chunk * 8 : 0;
-        const T* src = left > 0 ? x_rows + (size_t)m * n_cols + k0 + chunk * 8 : x;
-        T* dst = x_tile + swizzle<X_CHUNKS>(m, chunk) * 8;
+        const int left = m < n_valid ? n_cols - k0 - chunk * CHUNK : 0;
+        const T* src = left > 0 ? x_rows + (size_t)m * n_cols + k0 + chunk * CHUNK : x;
+        T* dst = x_tile + swizzle<X_CHUNKS>(m, chunk) * CHUNK;
         if (ALIGNED) {
           copy16<true>(dst, src, left > 0);
         } else {
@@ -138,7 +146,7 @@ if (warp >= WARPS) {
       }
       while (cleared_col < k0 - (STAGES - 1) * DEPTH) {
         each_piece(cleared_col % DEPTH, [&](int, int, int place) {
-          *reinterpret_cast<Pack<unsigned short, PIECE>*>(w_tile + place) = {};
+          *reinterpret_cast<Pack<unsigned short, PIECE * sizeof(T) / 2>*>(w_tile + place) = {};
         });
         cleared++;
         cleared_col = cleared < end ? indices[cleared] * B : NONE;
@@ -159,7 +167,7 @@ if (warp >= WARPS) {
         const unsigned outputs = (2u << (row * B + B - 1) / 8) - (1u << row * B / 8);
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
-          used[step] |= from < step * 16 + 16 && from + B > step * 16 ? outputs : 0;
+          used[step] |= from < step * STEP + STEP && from + B > step * STEP ? outputs : 0;
         }
         next++;
         col = next < end ? indices[next] * B : NONE;
@@ -180,7 +188,7 @@ if (warp >= WARPS) {
       ring.advance();
     }
   };
-  if (((size_t)x | (size_t)data) % 16 == 0 && n_cols % 8 == 0) {
+  if (((size_t)x | (size_t)data) % 16 == 0 && n_cols % CHUNK == 0) {
     copy_as(Aligned());
   } else {
     copy_as(Unaligned());
@@ -224,22 +232,25 @@ for (int stage = first_stage; stage < end_stage; stage++) {
     if (used & ((1u << GROUPS) - 1)) {
       unsigned xs[TILES][4];
       const T* x_src = x_tile + m0 * X_STRIDE +
-                       swizzle<X_CHUNKS>(lane % 16, step * 2 + lane / 16) * 8;
+                       swizzle<X_CHUNKS>(lane % 16, step * 2 + lane / 16) * CHUNK;
 #pragma unroll
       for (int tn = 0; tn < TILES; tn++) {
         load_matrix4<false>(xs[tn], x_src + tn * 16 * X_STRIDE);
+        round_factors<T>(xs[tn]);
       }
 #pragma unroll
       for (int to = 0; to < GROUPS; to++) {
         if (used >> to & 1) {
           unsigned w[2];
           const int group = group0 + to;
-          if (TRANSPOSED) {
-            load_matrix2<true>(w, w_tile + swizzle<W_CHUNKS>(step * 16 + lane % 16, group) * 8);
+          if constexpr (BY_COLUMNS) {
+            load_columns<W_STRIDE>(w, w_tile + step * STEP * W_STRIDE + group * 8);
+          } else if (TRANSPOSED) {
+            load_matrix2<true>(w, w_tile + w_place(step * STEP + lane % 16, group));
           } else {
-            load_matrix2<false>(
-                w, w_tile + swizzle<W_CHUNKS>(group * 8 + lane % 8, step * 2 + lane / 8 % 2) * 8);
+            load_matrix2<false>(w, w_tile + w_place(group * 8 + lane % 8, step * 2 + lane / 8 % 2));
           }
+          round_factors<T>(w);
 #pragma unroll
           for (int tn = 0; tn < TILES; tn++) {
             multiply<T>(acc[tn][to], xs[tn][0], xs[tn][1], xs[tn][2], xs[tn][3], w[0], w[1]);

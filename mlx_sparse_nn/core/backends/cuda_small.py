@@ -45,16 +45,18 @@ def _launches(
     tile = tuned.SMALL_TILES[block_size][0 if n_x > tuned.SMALL_FEW_ROWS else 1]
     threads = 32 * (tile.warps_n * tile.warps_o + 4)
     panels, row_tiles = -(-n_out // tile.panel), -(-n_x // tile.rows)
-    stages = -(-n_in // tile.depth)
+    depth = 2 * tile.depth // dtype.size
+    stages = -(-n_in // depth)
     splits = min(tuned.BLOCKS_TO_FILL_GPU // (panels * row_tiles * n_matrices), stages // 4)
     splits = max(1, splits)
     out = dtype if splits == 1 else mx.float32
-    chunks = [tile.depth // 8, (tile.panel if transposed else tile.depth) // 8]
-    x_stride, w_stride = (cuda_tiles.stride(n, False) * 16 for n in chunks)
-    w_rows = tile.depth if transposed else tile.panel
+    chunk, by_columns = 16 // dtype.size, transposed and dtype.size == 4
+    x_stride = 16 * cuda_tiles.stride(depth // chunk, False)
+    w_stride = 16 * cuda_tiles.stride((tile.panel if transposed else depth) // chunk, by_columns)
+    w_rows = depth if transposed else tile.panel
     shared_memory = tile.stages * (tile.rows * x_stride + w_rows * w_stride) + 1024
     template = {"B": block_size, "INSIDE": inside, "ROWS": tile.rows, "PANEL": tile.panel}
-    template |= {"WARPS_N": tile.warps_n, "WARPS_O": tile.warps_o, "DEPTH": tile.depth}
+    template |= {"WARPS_N": tile.warps_n, "WARPS_O": tile.warps_o, "DEPTH": depth}
     template |= {"STAGES": tile.stages, "TRANSPOSED": int(transposed), "BIAS": int(has_bias)}
     grid = (panels * splits * threads, row_tiles, n_matrices)
     kernel = Kernel("spmm_small", template, grid, threads, shared_memory)
