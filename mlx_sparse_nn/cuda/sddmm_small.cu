@@ -10,22 +10,24 @@
 //   warp multiplies TILE_I / WARPS_I by TILE_K / WARPS_K of it.
 //   Shared memory: STAGES stages of DEPTH rows of y and of x, in which the tile lies at the end.
 // Template
-//   T half or bfloat16; B even; TILE_I a multiple of B and of 16 WARPS_I; TILE_K of B and of 16
+//   T float (as TF32), half or bfloat16; B even; TILE_I a multiple of B and of 16 WARPS_I; TILE_K of B and of 16
 //   WARPS_K; DEPTH rows n of a stage, a multiple of 16; STAGES.
 // Sums in float32, n ascending.
 
 #include "copies.h"
 #include "mma.h"
 #include "packs.h"
-#include "stores.h"
 
 constexpr int THREADS = 32 * WARPS_I * WARPS_K;
 constexpr int TILES_I = TILE_I / WARPS_I / 16;
 constexpr int TILES_K = TILE_K / WARPS_K / 8;
-constexpr int Y_CHUNKS = TILE_I / 8;
-constexpr int X_CHUNKS = TILE_K / 8;
-constexpr int Y_STRIDE = row_stride<Y_CHUNKS>() * 8;
-constexpr int X_STRIDE = row_stride<X_CHUNKS>() * 8;
+constexpr int STEP = 32 / sizeof(T);   // rows n in a product of a warp
+constexpr int CHUNK = 16 / sizeof(T);  // elements
+constexpr int Y_CHUNKS = TILE_I / CHUNK;
+constexpr int X_CHUNKS = TILE_K / CHUNK;
+constexpr bool BY_COLUMNS = sizeof(T) == 4;  // no ldmatrix transposes these
+constexpr int Y_STRIDE = (BY_COLUMNS ? column_stride<Y_CHUNKS>() : row_stride<Y_CHUNKS>()) * CHUNK;
+constexpr int X_STRIDE = (BY_COLUMNS ? column_stride<X_CHUNKS>() : row_stride<X_CHUNKS>()) * CHUNK;
 constexpr int STAGE = DEPTH * (Y_STRIDE + X_STRIDE);
 constexpr int PITCH = TILE_K + 8;  // of the tile at the end
 constexpr int ROWS = TILE_I / B;   // block-rows
@@ -102,17 +104,18 @@ if (anywhere == 0) {
 const T* y_rows = y + (size_t)v * N * n_rows + i0;
 const T* x_rows = x + (size_t)v * N * n_cols + k0;
 const int n_stages = (N + DEPTH - 1) / DEPTH;
-const bool aligned = ((size_t)x | (size_t)y) % 16 == 0 && n_rows % 8 == 0 && n_cols % 8 == 0;
+const bool aligned = ((size_t)x | (size_t)y) % 16 == 0 && n_rows % CHUNK == 0 && n_cols % CHUNK == 0;
 auto copy_part = [&](auto chunks, T* tile, const T* rows, int stage, int width, int left) {
   constexpr int CHUNKS = chunks.value;
+  constexpr int STRIDE = column_stride<CHUNKS>() * CHUNK;
 #pragma unroll
   for (int i = thread; i < DEPTH * CHUNKS; i += THREADS) {
     const int m = i / CHUNKS;
     const int chunk = i % CHUNKS;
     const int n = stage * DEPTH + m;
-    const int count = n < N ? left - chunk * 8 : 0;
-    const T* src = count > 0 ? rows + (size_t)n * width + chunk * 8 : x;
-    T* dst = tile + swizzle<CHUNKS>(m, chunk) * 8;
+    const int count = n < N ? left - chunk * CHUNK : 0;
+    const T* src = count > 0 ? rows + (size_t)n * width + chunk * CHUNK : x;
+    T* dst = tile + (BY_COLUMNS ? m * STRIDE + chunk * CHUNK : swizzle<CHUNKS>(m, chunk) * CHUNK);
     if (aligned) {
       copy16<true>(dst, src, count > 0);
     } else {
@@ -150,27 +153,52 @@ for (int stage = 0; stage < n_stages; stage++) {
   const T* x_tile = y_tile + DEPTH * Y_STRIDE;
   if (any) {
 #pragma unroll
-    for (int m = 0; m < DEPTH; m += 16) {
-      unsigned xs[TILES_K / 2][4];
+    for (int m = 0; m < DEPTH; m += STEP) {
+      unsigned xs[TILES_K][2];
 #pragma unroll
-      for (int tk = 0; tk < TILES_K / 2; tk++) {
-        if (any >> 2 * tk & 3) {
-          load_matrix4<true>(
-              xs[tk], x_tile + swizzle<X_CHUNKS>(m + lane % 16, group0 + 2 * tk + lane / 16) * 8);
+      for (int tk = 0; tk < TILES_K; tk += 2) {
+        if (any >> tk & 3) {
+          if constexpr (BY_COLUMNS) {
+            const T* src = x_tile + m * X_STRIDE + (group0 + tk) * 8;
+            load_columns<X_STRIDE>(xs[tk], src);
+            load_columns<X_STRIDE>(xs[tk + 1], src + 8);
+          } else {
+            unsigned pair[4];
+            load_matrix4<true>(
+                pair, x_tile + swizzle<X_CHUNKS>(m + lane % 16, group0 + tk + lane / 16) * CHUNK);
+            xs[tk][0] = pair[0];
+            xs[tk][1] = pair[1];
+            xs[tk + 1][0] = pair[2];
+            xs[tk + 1][1] = pair[3];
+          }
+          round_factors<T>(xs[tk]);
+          round_factors<T>(xs[tk + 1]);
         }
       }
 #pragma unroll
       for (int ti = 0; ti < TILES_I; ti++) {
         if (used[ti]) {
           unsigned a[4];
-          load_matrix4<true>(a, y_tile + swizzle<Y_CHUNKS>(m + lane / 16 * 8 + lane % 8,
-                                                           (part0 + ti) * 2 + lane / 8 % 2) *
-                                             8);
+          if constexpr (BY_COLUMNS) {
+            unsigned low[2];
+            unsigned high[2];
+            const T* src = y_tile + m * Y_STRIDE + (part0 + ti) * 16;
+            load_columns<Y_STRIDE>(low, src);
+            load_columns<Y_STRIDE>(high, src + 8);
+            a[0] = low[0];
+            a[1] = high[0];
+            a[2] = low[1];
+            a[3] = high[1];
+          } else {
+            const int row = m + lane / 16 * 8 + lane % 8;
+            const int chunk = (part0 + ti) * 2 + lane / 8 % 2;
+            load_matrix4<true>(a, y_tile + swizzle<Y_CHUNKS>(row, chunk) * CHUNK);
+          }
+          round_factors<T>(a);
 #pragma unroll
           for (int tk = 0; tk < TILES_K; tk++) {
             if (used[ti] >> tk & 1) {
-              multiply<T>(acc[ti][tk], a[0], a[1], a[2], a[3], xs[tk / 2][tk % 2 * 2],
-                          xs[tk / 2][tk % 2 * 2 + 1]);
+              multiply<T>(acc[ti][tk], a[0], a[1], a[2], a[3], xs[tk][0], xs[tk][1]);
             }
           }
         }
@@ -186,8 +214,10 @@ for (int ti = 0; ti < TILES_I; ti++) {
 #pragma unroll
   for (int tk = 0; tk < TILES_K; tk++) {
     T* place = tiles + ((part0 + ti) * 16 + lane / 4) * PITCH + (group0 + tk) * 8 + lane % 4 * 2;
-    *reinterpret_cast<unsigned*>(place) = pack2(T(), acc[ti][tk][0], acc[ti][tk][1]);
-    *reinterpret_cast<unsigned*>(place + 8 * PITCH) = pack2(T(), acc[ti][tk][2], acc[ti][tk][3]);
+    place[0] = T(acc[ti][tk][0]);
+    place[1] = T(acc[ti][tk][1]);
+    place[8 * PITCH] = T(acc[ti][tk][2]);
+    place[8 * PITCH + 1] = T(acc[ti][tk][3]);
   }
 }
 __syncthreads();

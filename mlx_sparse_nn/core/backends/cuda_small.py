@@ -83,12 +83,15 @@ def _gradient_launch(
 ) -> KernelLaunch:
     tile = tuned.SMALL_GRADIENT_TILES[block_size]
     threads = 32 * tile.warps_i * tile.warps_k
-    strides = (cuda_tiles.stride(size // 8, False) for size in (tile.rows, tile.columns))
-    shared_memory = tile.stages * tile.depth * 16 * sum(strides)
-    shared_memory = max(shared_memory, 2 * tile.rows * (tile.columns + 8))
+    itemsize, by_columns = dtype.size, dtype.size == 4
+    depth = 2 * tile.depth // itemsize
+    sides = (tile.rows * itemsize // 16, tile.columns * itemsize // 16)
+    strides = (cuda_tiles.stride(chunks, by_columns) for chunks in sides)
+    shared_memory = tile.stages * depth * 16 * sum(strides)
+    shared_memory = max(shared_memory, itemsize * tile.rows * (tile.columns + 8))
     template = {"B": block_size, "TILE_I": tile.rows, "TILE_K": tile.columns}
     template |= {"WARPS_I": tile.warps_i, "WARPS_K": tile.warps_k}
-    template |= {"DEPTH": tile.depth, "STAGES": tile.stages}
+    template |= {"DEPTH": depth, "STAGES": tile.stages}
     grid = (-(-shape[0] // tile.rows) * threads, -(-shape[1] // tile.columns), n_matrices)
     kernel = Kernel("sddmm_small", template, grid, threads, shared_memory)
     return prepare("cuda", "sddmm", kernel, dtype, T=dtype)
