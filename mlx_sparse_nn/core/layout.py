@@ -293,7 +293,8 @@ def _side(
 
     def static_sizes() -> mx.array:
         groups = group_lengths(np.diff(indptr), max(1, tuned.GROUP_VALUES // block_size**2))
-        asked = block_size > 1 or indices.size * tuned.SPARSEST_ORDERED >= (indptr.size - 1) * n_cols
+        size = (indptr.size - 1) * n_cols
+        asked = block_size > 1 or indices.size * tuned.SPARSEST_ORDERED >= size
         in_order = asked and index.ascends(indptr, indices)
         sizes = [int(in_order), *(int(size) for group in groups for size in group)]
         return mx.zeros((0, *sizes), mx.int32)

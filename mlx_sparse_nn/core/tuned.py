@@ -224,7 +224,11 @@ SOME_ROWS_TILES = {
     64: Tile(64, 2, 2, 32, 4),
     128: Tile(64, 2, 4, 32, 4),
 }
-# CUDA, small blocks: for many rows of x, and for up to SMALL_FEW_ROWS.
+# CUDA, small blocks: the share of stored values up to which their tiles are faster than the dense
+# product, and the rows of x up to which those of a weight gradient are.
+SMALL_DENSITY = {8: 0.2, 12: 0.2}
+SMALL_GRADIENT_ROWS = 512
+# For many rows of x, and for up to SMALL_FEW_ROWS.
 SMALL_FEW_ROWS = 64
 SMALL_TILES = {
     4: (SmallTile(128, 256, 2, 8, 64, 4), SmallTile(64, 128, 2, 4, 64, 4)),

@@ -1,12 +1,22 @@
 """The products on CUDA through the dense matrix: what the kernels write and take, on the emulator,
-and which products go that way."""
+and that transforms of MLX go through."""
 
 import mlx.core as mx
 import pytest
 from cuda_emulator import emulated
-from support import assert_equal, check_products, computing, integers, random_pattern, spoiled, trimmed
+from support import (
+    assert_equal,
+    check_products,
+    computing,
+    dense_weight,
+    integers,
+    random_pattern,
+    spoiled,
+    trimmed,
+)
 
-from mlx_sparse_nn import spmm
+from mlx_sparse_nn import sddmm, spmm, spmm_t
+from mlx_sparse_nn.core import blocks, tuned
 from mlx_sparse_nn.core.backends import cuda, cuda_dense, naive, plain
 
 
@@ -18,6 +28,12 @@ def check(pattern, n, dtype, **settings):
     with emulated(**settings) as emulation, computing(cuda_dense, cuda, plain):
         check_products(pattern, spoiled(pattern, data), x, y, bias)
     assert set(emulation.names) == {"expand", "sample"}
+
+
+@pytest.fixture(autouse=True)
+def _all_products(monkeypatch):
+    """Let every product with more rows than a few go through the dense matrix."""
+    monkeypatch.setattr(cuda_dense, "_from", lambda *_: (17, 0.0))
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -33,3 +49,94 @@ def test_products(block_size, dtype, offset):
 def test_a_matrix_may_end_within_its_blocks(block_size, cut, offset):
     pattern = trimmed(random_pattern(3, 4, block_size, density=0.9), cut, -cut)
     check(pattern, 20, mx.bfloat16, offset=offset)
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 24])
+def test_a_strip_may_hold_a_part_of_the_columns(monkeypatch, block_size):
+    """Of wide matrices: blocks reach from one part into the next."""
+    monkeypatch.setattr(tuned, "DENSE_STRIP_BYTES", 64)
+    check(random_pattern(3, 30, block_size, density=0.7), 17, mx.bfloat16)
+    check(trimmed(random_pattern(3, 30, block_size, density=0.7), 1, 1), 17, mx.float32)
+
+
+def test_blocks_of_long_rows_are_shared(monkeypatch):
+    monkeypatch.setattr(tuned, "DENSE_SAMPLING_GROUPS", 10**6)
+    check(random_pattern(3, 200, 8, density=0.7), 17, mx.float16)
+
+
+def test_several_matrices_of_one_pattern():
+    """A bias is added before a sum is rounded, in 16 bits too."""
+    pattern = random_pattern(3, 4, 4, density=0.7)
+    shapes = pattern.data_shape, (20, pattern.shape[1]), (20, pattern.shape[0])
+    data, x, y = (integers((2, *shape), i, mx.bfloat16) for i, shape in enumerate(shapes))
+    bias = mx.full(pattern.shape[:1], 2.0**-9, mx.bfloat16)
+    with emulated(), computing(cuda_dense, plain):
+        for product, operands in ((spmm, (data, x)), (spmm_t, (data, y))):
+            mapped = mx.vmap(lambda data, x, f=product: f(data, pattern, x))(*operands)
+            assert_equal(mapped, getattr(naive, product.__name__)(operands[0], pattern, operands[1]))
+        mapped = mx.vmap(lambda y, x: sddmm(pattern, y, x))(y, x)
+        assert_equal(mapped, naive.sddmm(pattern, y, x))
+        mapped = mx.vmap(lambda data, x: spmm(data, pattern, x, bias))(data, x)
+        assert_equal(mapped, naive.spmm(data, pattern, x, bias))
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+@pytest.mark.parametrize("transform", ["grad", "compile", "vmap", "grad of grad"])
+@pytest.mark.not_emulated("needs mx.compile")
+def test_transforms(monkeypatch, transform, block_size):
+    pattern = random_pattern(5, 6, block_size, density=0.7)
+
+    def expand(layout, data):
+        lead = data.reshape(-1, *layout.data_shape)
+        dense = blocks.todense(layout, lead)
+        return dense.reshape(*data.shape[: data.ndim - len(layout.data_shape)], *layout.shape)
+
+    def sample(layout, matrix):
+        taken = blocks.sample(layout, matrix.reshape(-1, *layout.shape))
+        return taken.reshape(*matrix.shape[:-2], *layout.data_shape)
+
+    monkeypatch.setattr(cuda_dense, "expand", expand)
+    monkeypatch.setattr(cuda_dense, "sample", sample)
+    data, x = integers(pattern.data_shape, 2), integers((18, pattern.shape[1]), 3)
+    bias = integers(pattern.shape[:1], 4)
+
+    def sparse(data, x):
+        return spmm(data, pattern, x, bias)
+
+    def dense(data, x):
+        return x @ dense_weight(pattern, data).T + bias
+
+    def of(f):
+        grads = mx.grad(lambda data, x: (f(data, x) ** 2).sum(), argnums=(0, 1))
+        if transform == "grad of grad":
+            return mx.grad(lambda data, x: sum((g**2).sum() for g in grads(data, x)))
+        return {"grad": grads, "compile": mx.compile(grads), "vmap": mx.vmap(f)}[transform]
+
+    if transform == "vmap":
+        data, x = mx.stack([data, -data]), mx.stack([x, x + 1])
+    with computing(cuda_dense, plain):
+        actual = of(sparse)(data, x)
+    expected = of(dense)(data, x)
+    pairs = zip(actual, expected, strict=True) if isinstance(actual, tuple) else [(actual, expected)]
+    for a, b in pairs:
+        assert_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("row", "taken"), [([1, 3, 5], True), ([1, 5, 3], False), ([1, 3, 3], False)]
+)
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_blocks_are_in_order_and_stored_once(block_size, row, taken):
+    """Two of one place would be written by two threads at once."""
+    from support import pattern_of
+
+    layout = pattern_of([row] * 4, 8, block_size).layout
+    assert cuda_dense.takes("spmm", layout, 64, mx.bfloat16, 1, 0) is taken
+
+
+def test_the_dense_matrix_is_bounded(monkeypatch):
+    layout = random_pattern(8, 8, 4).layout
+    monkeypatch.setattr(tuned, "DENSE_BYTES", 32 * 32 * 2)
+    assert cuda_dense.takes("spmm", layout, 64, mx.bfloat16, 1, 0)
+    assert not cuda_dense.takes("spmm", layout, 64, mx.float32, 1, 0)
+    assert not cuda_dense.takes("spmm", layout, 64, mx.bfloat16, 2, 0)

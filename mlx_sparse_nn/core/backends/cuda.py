@@ -8,7 +8,14 @@ from functools import lru_cache
 import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
-from mlx_sparse_nn.core.backends import cuda_gradients, cuda_scalars, cuda_tiles, launch, scalars
+from mlx_sparse_nn.core.backends import (
+    cuda_gradients,
+    cuda_scalars,
+    cuda_small,
+    cuda_tiles,
+    launch,
+    scalars,
+)
 from mlx_sparse_nn.core.backends.launch import (
     Kernel,
     KernelLaunch,
@@ -36,9 +43,21 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
     block_size = layout.block_size
     by_scalars = dtype != mx.float32 and op != "sddmm"
     large = block_size >= 8 and n_x > tuned.CUDA_FEW_ROWS
-    if bits or (large and not by_scalars and not cuda_tiles.has_tiles(block_size, n_x, dtype)):
+    if bits or not launch.takes(layout, n_x, dtype, n_matrices):
         return False
-    return launch.takes(layout, n_x, dtype, n_matrices)
+    if not large or by_scalars or cuda_tiles.has_tiles(block_size, n_x, dtype):
+        return True
+    return _is_small(op, layout, n_x, dtype)
+
+
+def _is_small(op: str, layout: Layout, n_x: int, dtype: mx.Dtype) -> bool:
+    """Return whether a product goes by the tiles of small blocks."""
+    if op == "sddmm":
+        return cuda_small.takes_gradients(layout, n_x, dtype)
+    side, (n_rows, n_cols) = layout.rows, layout.full_shape
+    if op == "spmm_t":
+        side, n_rows, n_cols = layout.cols, n_cols, n_rows
+    return cuda_small.takes(side, layout.block_size, n_x, dtype, n_rows, n_cols)
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
@@ -54,6 +73,8 @@ def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``plain.sddmm``."""
     n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
+    if cuda_small.takes_gradients(layout, n_x, x.dtype):
+        return cuda_small.gradients(layout, y, x)
     if not cuda_tiles.has_tiles(layout.block_size, n_x, x.dtype) or cuda_scalars.is_skewed(
         layout.rows
     ):
@@ -80,6 +101,8 @@ def _product(
     shape, dtype, transposed = x.shape, x.dtype, side.perm is not None
     n_x, n_matrices = shape[-2], shape[0] if len(shape) == 3 else 1
     block_size = data.shape[-1] if data.ndim > 2 else 1
+    if cuda_small.takes(side, block_size, n_x, dtype, n_out, shape[-1]):
+        return cuda_small.product(data, side, x, n_out, inside, bias)
     if cuda_tiles.has_tiles(block_size, n_x, dtype):
         even = n_x > tuned.CUDA_FEW_ROWS and cuda_tiles.is_even(side)
         panels = n_x > tuned.CUDA_FEW_ROWS and dtype != mx.float32

@@ -14,7 +14,7 @@ from functools import lru_cache
 import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
-from mlx_sparse_nn.core.backends import cuda_tiles, launch
+from mlx_sparse_nn.core.backends import launch
 from mlx_sparse_nn.core.backends.launch import Kernel, KernelLaunch, prepare, round_up
 from mlx_sparse_nn.core.layout import Layout
 
@@ -36,13 +36,13 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
     size = n_rows * n_cols
     if size * dtype.size * n_matrices > tuned.DENSE_BYTES:
         return False
-    least_rows, density = _rule(op, block_size, dtype)
+    least_rows, density = _from(op, block_size, dtype)
     dense_enough = layout.data_shape[0] * block_size**2 >= density * size
     return n_x >= least_rows and dense_enough and layout.rows.is_in_order
 
 
 @lru_cache(4096)
-def _rule(op: str, block_size: int, dtype: mx.Dtype) -> tuple[int, float]:
+def _from(op: str, block_size: int, dtype: mx.Dtype) -> tuple[int, float]:
     """Return the rows of x and the share of stored values from which a product is dense."""
     return 17, 0.0
 
@@ -105,9 +105,8 @@ def _sampling(
     shape: tuple[int, int], block_size: int, dtype: mx.Dtype, n_blocks: int, n_matrices: int = 1
 ) -> tuple[KernelLaunch, mx.array]:
     """Return the launch that takes the stored places of a dense matrix, and the sizes."""
-    (n_rows, n_cols), threads = shape, tuned.GROUP_THREADS
-    height = _height(block_size, 16)
-    strips = -(-n_rows // block_size) * -(-block_size // height)
+    height, threads = _height(block_size, 16), tuned.GROUP_THREADS
+    strips = -(-shape[0] // block_size) * -(-block_size // height)
     values = n_blocks * block_size**2 // strips  # of a group, if it takes all of a strip
     shares = max(1, min(values // (4 * threads), tuned.DENSE_SAMPLING_GROUPS // strips))
     grid = (strips * threads, shares, n_matrices)
@@ -117,6 +116,6 @@ def _sampling(
 
 
 def _height(block_size: int, most: int) -> int:
-    """Return the rows of a block's strips: all, or as many as make strips even, at most ``most``."""
+    """Return the rows of each strip of a block: at most ``most``, and as even as can be."""
     strips = -(-block_size // max(1, most))
     return -(-block_size // strips)

@@ -15,6 +15,26 @@ from mlx_sparse_nn.core.backends.launch import Kernel, KernelLaunch, launch_spmm
 from mlx_sparse_nn.core.layout import Layout, Side
 
 
+def takes(side: Side, block_size: int, n_x: int, dtype: mx.Dtype, n_out: int, n_in: int) -> bool:
+    """Return whether a product goes by such tiles: of small blocks that do not fill the matrix.
+
+    They walk the columns in order, and so must the blocks.
+    """
+    most = tuned.SMALL_DENSITY.get(block_size)
+    if most is None or n_x <= tuned.CUDA_FEW_ROWS or not side.is_in_order:
+        return False
+    if (dtype == mx.float32 and not cuda_tiles.allows_tf32()) or n_in * dtype.size % 16:
+        return False
+    sparse_enough = side.n_blocks * block_size**2 <= most * n_out * n_in
+    return sparse_enough and cuda_tiles.architecture() == tuned.HOPPER
+
+
+def takes_gradients(layout: Layout, n_x: int, dtype: mx.Dtype) -> bool:
+    """Return the same of a weight gradient."""
+    few = n_x <= tuned.SMALL_GRADIENT_ROWS and layout.full_shape[0] * dtype.size % 16 == 0
+    return few and takes(layout.rows, layout.block_size, n_x, dtype, *layout.full_shape)
+
+
 def product(
     data: mx.array, side: Side, x: mx.array, n_out: int, inside: int, bias: mx.array | None
 ) -> mx.array:
