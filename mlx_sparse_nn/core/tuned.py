@@ -231,7 +231,6 @@ SMALL_GRADIENT_ROWS = 512
 # For many rows of x, and for up to SMALL_FEW_ROWS.
 SMALL_FEW_ROWS = 64
 SMALL_TILES = {
-    4: (SmallTile(128, 256, 2, 8, 64, 4), SmallTile(64, 128, 2, 4, 64, 4)),
     8: (SmallTile(128, 256, 2, 8, 64, 4), SmallTile(64, 128, 2, 4, 64, 4)),
     12: (SmallTile(128, 192, 2, 6, 48, 5), SmallTile(64, 96, 2, 6, 48, 5)),
 }

@@ -51,7 +51,8 @@ auto place_by = [&](auto count) {
     const int col = indices[begin + i / PACKS] * B + k - col0;
     if (o < height && col >= 0 && col < taken) {
       *reinterpret_cast<Pack<T, COUNT>*>(strip + o * width + col) =
-          *reinterpret_cast<const Pack<T, COUNT>*>(blocks + (size_t)(i / PACKS) * (B * B) + o * B + k);
+          *reinterpret_cast<const Pack<T, COUNT>*>(blocks + (size_t)(i / PACKS) * (B * B) + o * B +
+                                                   k);
     }
   }
 };

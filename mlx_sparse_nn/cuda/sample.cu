@@ -49,7 +49,8 @@ auto take_by = [&](auto count) {
           values.elements[n] = inside ? rows[(size_t)i * n_cols + col + n] : T(0.0f);
         }
       }
-      *reinterpret_cast<Pack<T, COUNT>*>(blocks + (size_t)(e / PACKS) * (B * B) + i * B + k) = values;
+      *reinterpret_cast<Pack<T, COUNT>*>(blocks + (size_t)(e / PACKS) * (B * B) + i * B + k) =
+          values;
     }
   }
 };

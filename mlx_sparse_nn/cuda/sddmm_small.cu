@@ -10,8 +10,8 @@
 //   warp multiplies TILE_I / WARPS_I by TILE_K / WARPS_K of it.
 //   Shared memory: STAGES stages of DEPTH rows of y and of x, in which the tile lies at the end.
 // Template
-//   T float (as TF32), half or bfloat16; B even; TILE_I a multiple of B and of 16 WARPS_I; TILE_K of B and of 16
-//   WARPS_K; DEPTH rows n of a stage, a multiple of 16; STAGES.
+//   T float (as TF32), half or bfloat16; B even; TILE_I a multiple of B and of 16 WARPS_I; TILE_K
+//   of B and of 16 WARPS_K; DEPTH rows n of a stage, a multiple of 16; STAGES.
 // Sums in float32, n ascending.
 
 #include "copies.h"
@@ -104,7 +104,8 @@ if (anywhere == 0) {
 const T* y_rows = y + (size_t)v * N * n_rows + i0;
 const T* x_rows = x + (size_t)v * N * n_cols + k0;
 const int n_stages = (N + DEPTH - 1) / DEPTH;
-const bool aligned = ((size_t)x | (size_t)y) % 16 == 0 && n_rows % CHUNK == 0 && n_cols % CHUNK == 0;
+const bool aligned =
+    ((size_t)x | (size_t)y) % 16 == 0 && n_rows % CHUNK == 0 && n_cols % CHUNK == 0;
 auto copy_part = [&](auto chunks, T* tile, const T* rows, int stage, int width, int left) {
   constexpr int CHUNKS = chunks.value;
   constexpr int STRIDE = column_stride<CHUNKS>() * CHUNK;

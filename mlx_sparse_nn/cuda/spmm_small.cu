@@ -6,14 +6,15 @@
 // split, y is partial sums (S, V, N, n_rows), with the bias in the first.
 // Launch
 //   (panels S THREADS, ceil(N / ROWS), V) threads in groups of (THREADS, 1, 1), panels =
-//   ceil(n_rows / PANEL), THREADS = 32 (WARPS_N WARPS_O + 4). One group owns ROWS rows of x, a panel
-//   of outputs and an equal share of the stages of columns. The last 4 warps copy, the others
+//   ceil(n_rows / PANEL), THREADS = 32 (WARPS_N WARPS_O + 4). One group owns ROWS rows of x, a
+//   panel of outputs and an equal share of the stages of columns. The last 4 warps copy, the others
 //   multiply, each ROWS / WARPS_N rows by PANEL / WARPS_O outputs.
 //   Shared memory: STAGES tiles of x and of A, and 1024 bytes.
 // Template
 //   T half or bfloat16; OUT, T, or float where the columns are split; B even; INSIDE columns of the
 //   last block-column, 1 to B; ROWS; PANEL outputs, a multiple of B and of 8 WARPS_O; WARPS_N and
-//   WARPS_O; DEPTH columns of a stage, a multiple of B and of 16; STAGES; TRANSPOSED and BIAS 0 or 1.
+//   WARPS_O; DEPTH columns of a stage, a multiple of B and of 16; STAGES; TRANSPOSED and BIAS 0
+//   or 1.
 // Sums in float32: the bias, then k ascending, what is not stored as zeros or left out.
 
 #include "barriers.h"
@@ -25,11 +26,11 @@
 
 constexpr int WARPS = WARPS_N * WARPS_O;  // that multiply
 constexpr int COPIERS = 128;              // threads
-constexpr int STEP = 32 / sizeof(T);            // columns of a product of a warp: 2 chunks
-constexpr int CHUNK = 16 / sizeof(T);           // elements
+constexpr int STEP = 32 / sizeof(T);      // columns of a product of a warp: 2 chunks
+constexpr int CHUNK = 16 / sizeof(T);     // elements
 constexpr int STEPS = DEPTH / STEP;
-constexpr int TILES = ROWS / WARPS_N / 16;    // 16 x 8 tiles of a warp over the rows of x
-constexpr int GROUPS = PANEL / WARPS_O / 8;   // and over the outputs
+constexpr int TILES = ROWS / WARPS_N / 16;   // 16 x 8 tiles of a warp over the rows of x
+constexpr int GROUPS = PANEL / WARPS_O / 8;  // and over the outputs
 constexpr int X_CHUNKS = DEPTH / CHUNK;
 constexpr int X_STRIDE = row_stride<X_CHUNKS>() * CHUNK;
 constexpr int W_CHUNKS = (TRANSPOSED ? PANEL : DEPTH) / CHUNK;
@@ -40,7 +41,8 @@ constexpr int W_TILE = (TRANSPOSED ? DEPTH : PANEL) * W_STRIDE;
 constexpr int PIECE = packed<T, B>();  // elements of a copy
 constexpr int PIECES = B * B / PIECE;
 constexpr int PANEL_ROWS = PANEL / B;
-constexpr int SHARING = PIECES < COPIERS / PANEL_ROWS ? PIECES : COPIERS / PANEL_ROWS;  // threads that copy a block
+constexpr int SHARING =
+    PIECES < COPIERS / PANEL_ROWS ? PIECES : COPIERS / PANEL_ROWS;  // threads that copy a block
 constexpr int SHARE = (PIECES + SHARING - 1) / SHARING;
 extern __shared__ char shared[];
 __shared__ unsigned long long full[STAGES];
@@ -231,8 +233,8 @@ for (int stage = first_stage; stage < end_stage; stage++) {
     const unsigned used = __shfl_sync(0xffffffffu, word, step * 4) >> group0;
     if (used & ((1u << GROUPS) - 1)) {
       unsigned xs[TILES][4];
-      const T* x_src = x_tile + m0 * X_STRIDE +
-                       swizzle<X_CHUNKS>(lane % 16, step * 2 + lane / 16) * CHUNK;
+      const T* x_src =
+          x_tile + m0 * X_STRIDE + swizzle<X_CHUNKS>(lane % 16, step * 2 + lane / 16) * CHUNK;
 #pragma unroll
       for (int tn = 0; tn < TILES; tn++) {
         load_matrix4<false>(xs[tn], x_src + tn * 16 * X_STRIDE);
@@ -266,9 +268,7 @@ for (int stage = first_stage; stage < end_stage; stage++) {
   ring.advance();
 }
 const size_t first = (((size_t)split * gridDim.z + v) * N + n0 + m0) * n_rows + row0;
-auto sum = [&](int row_tile, int to, int e) {
-  return acc[row_tile / 2][to][row_tile % 2 * 2 + e];
-};
+auto sum = [&](int row_tile, int to, int e) { return acc[row_tile / 2][to][row_tile % 2 * 2 + e]; };
 if constexpr (sizeof(OUT) == 2) {
   if (n_rows % 8 == 0) {
     store_tiles<OUT, 2 * TILES, GROUPS>(y + first, n_rows, N - n0 - m0, n_rows - row0, sum);

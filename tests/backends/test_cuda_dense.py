@@ -73,7 +73,9 @@ def test_several_matrices_of_one_pattern():
     with emulated(), computing(cuda_dense, plain):
         for product, operands in ((spmm, (data, x)), (spmm_t, (data, y))):
             mapped = mx.vmap(lambda data, x, f=product: f(data, pattern, x))(*operands)
-            assert_equal(mapped, getattr(naive, product.__name__)(operands[0], pattern, operands[1]))
+            assert_equal(
+                mapped, getattr(naive, product.__name__)(operands[0], pattern, operands[1])
+            )
         mapped = mx.vmap(lambda y, x: sddmm(pattern, y, x))(y, x)
         assert_equal(mapped, naive.sddmm(pattern, y, x))
         mapped = mx.vmap(lambda data, x: spmm(data, pattern, x, bias))(data, x)
@@ -117,7 +119,9 @@ def test_transforms(monkeypatch, transform, block_size):
     with computing(cuda_dense, plain):
         actual = of(sparse)(data, x)
     expected = of(dense)(data, x)
-    pairs = zip(actual, expected, strict=True) if isinstance(actual, tuple) else [(actual, expected)]
+    pairs = (
+        zip(actual, expected, strict=True) if isinstance(actual, tuple) else [(actual, expected)]
+    )
     for a, b in pairs:
         assert_equal(a, b)
 

@@ -42,7 +42,7 @@ def product(
     n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
     blocks = data.shape[-1], inside, side.perm is not None, bias is not None
     launched, splits, summed = _launches(x.dtype, blocks, n_x, n_matrices, n_out, x.shape[-1])
-    if splits == 1:
+    if summed is None:
         return launch_spmm(launched, data, side, x, n_out, bias)
     shape = (*x.shape[:-1], n_out)
     perm = side.indices if side.perm is None else side.perm

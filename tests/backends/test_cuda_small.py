@@ -1,0 +1,120 @@
+"""Tiles of small blocks on CUDA, put together in shared memory, run on the emulator."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from cuda_emulator import CudaFault, emulated
+from support import (
+    assert_equal,
+    check_products,
+    integers,
+    pattern_of,
+    random_pattern,
+    spoiled,
+    trimmed,
+)
+
+from mlx_sparse_nn import sddmm, spmm
+from mlx_sparse_nn.core import tuned
+from mlx_sparse_nn.core.backends import naive
+
+SIZES = sorted(tuned.SMALL_DENSITY)
+DTYPES = [mx.float32, mx.float16, mx.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def _any_density(monkeypatch):
+    monkeypatch.setattr(tuned, "SMALL_DENSITY", dict.fromkeys(SIZES, 1.0))
+
+
+def uneven(block_size, n_rows, n_cols, density):
+    """A pattern with a full block-row and an empty one, that ends where no tile does."""
+    mask = np.random.default_rng(block_size).random((n_rows, n_cols)) < density
+    mask[1], mask[2] = True, False
+    return pattern_of(map(np.flatnonzero, mask), n_cols, block_size)
+
+
+def check(pattern, n, dtype, **settings):
+    """Compare the three products with the oracle's, with nans outside of the matrix."""
+    n_rows, n_cols = pattern.shape
+    shapes = [pattern.data_shape, (n, n_cols), (n, n_rows), (n_rows,)]
+    data, x, y, bias = (integers(shape, i, dtype) for i, shape in enumerate(shapes))
+    with emulated(**settings) as emulation:
+        check_products(pattern, spoiled(pattern, data), x, y, bias)
+    assert emulation.conflicts == 0
+    assert {"spmm_small", "sddmm_small"} <= set(emulation.names)
+    assert set(emulation.names) <= {"spmm_small", "sddmm_small", "sum_splits"}
+    return emulation.names
+
+
+@pytest.mark.parametrize(("n", "offset"), [(17, 0), (150, 1)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block_size", SIZES)
+def test_products(block_size, dtype, n, offset):
+    check(uneven(block_size, 42, 30, 0.15), n, dtype, offset=offset)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("block_size", SIZES)
+def test_stages_follow_one_another(monkeypatch, block_size, seed):
+    """More of them than the ring holds: what an earlier one stored is replaced by zeros."""
+    monkeypatch.setattr(tuned, "BLOCKS_TO_FILL_GPU", 1)
+    check(uneven(block_size, 10, 80, 0.3), 70, mx.bfloat16, seed=seed)
+
+
+@pytest.mark.parametrize(("cut", "offset"), [(1, 0), (-3, 1)])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("block_size", SIZES)
+def test_what_lies_outside_is_masked(block_size, dtype, cut, offset):
+    pattern = trimmed(uneven(block_size, 30, 42, 0.4), cut, -cut)
+    check(pattern, 40, dtype, offset=offset)
+
+
+@pytest.mark.parametrize("block_size", SIZES)
+def test_columns_in_parts(block_size):
+    """Sums over parts of the columns are added up in order, with the bias in the first."""
+    assert "sum_splits" in check(uneven(block_size, 10, 120, 0.1), 20, mx.float16)
+
+
+@pytest.mark.parametrize("block_size", SIZES)
+def test_several_matrices_of_one_pattern(block_size):
+    pattern = uneven(block_size, 10, 100, 0.1)
+    shapes = pattern.data_shape, (20, pattern.shape[1]), (20, pattern.shape[0])
+    data, x, y = (integers((2, *shape), i, mx.bfloat16) for i, shape in enumerate(shapes))
+    with emulated():
+        mapped = mx.vmap(lambda data, x: spmm(data, pattern, x))(data, x)
+        assert_equal(mapped, naive.spmm(data, pattern, x))
+        mapped = mx.vmap(lambda y, x: sddmm(pattern, y, x))(y, x)
+        assert_equal(mapped, naive.sddmm(pattern, y, x))
+
+
+@pytest.mark.parametrize("settings", [{"architecture": "sm_80"}, {"tf32": False}], ids=str)
+def test_other_gpus_and_true_float32_keep_their_kernels(settings):
+    pattern = random_pattern(8, 8, 8, density=0.5)
+    data, x = integers(pattern.data_shape), integers((40, 64), 1)
+    with emulated(**settings) as emulation:
+        assert_equal(spmm(data, pattern, x), naive.spmm(data, pattern, x))
+    assert "spmm_small" not in emulation.names
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ("wait_barrier(full + ring.buffer, ring.parity);", ""),
+        ("wait_barrier(empty + ring.buffer, ring.parity ^ 1);", ""),
+        ("k0 - (STAGES - 1) * DEPTH", "k0 - STAGES * DEPTH"),
+        ("from + B > step * STEP", "from > step * STEP"),
+    ],
+)
+def test_faults_are_found(monkeypatch, edit):
+    """A barrier less, or a part that is left out, does not pass."""
+    monkeypatch.setattr(tuned, "BLOCKS_TO_FILL_GPU", 1)
+    pattern = uneven(8, 34, 120, 0.1)
+    data, x = integers(pattern.data_shape, 0, mx.bfloat16), integers((70, 960), 1, mx.bfloat16)
+    expected = naive.spmm(data, pattern, x)
+    with emulated(edit=edit):
+        try:
+            y = spmm(data, pattern, x)
+        except CudaFault:
+            y = None
+    assert y is None or not mx.array_equal(y, expected)
