@@ -50,57 +50,6 @@ const int r0 = blockIdx.x * ROWS;
 const int i0 = blockIdx.x * TILE_I;
 const int k0 = blockIdx.y * TILE_K;
 
-if (thread < TILE_I / 16) {
-  stored[thread] = 0;
-}
-__syncthreads();
-if (thread < ROWS) {
-  // The first block of a block-row from column k0 on.
-  int low = indptr[min(R, r0 + thread)];
-  const int end = indptr[min(R, r0 + thread + 1)];
-  int high = end;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (indices[middle] * B < k0) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  firsts[thread] = low;
-  for (; low < end; low++) {
-    const int col = indices[low] * B;
-    if (col >= k0 + TILE_K) {
-      break;
-    }
-    const int from = col % TILE_K / 8;  // within the tile, whatever the index arrays hold
-    const int to = (col % TILE_K + B - 1) / 8;
-    for (int part = thread * B / 16; part <= (thread * B + B - 1) / 16; part++) {
-      atomicOr(stored + part, (2u << to) - (1u << from));
-    }
-  }
-  lasts[thread] = low;
-}
-__syncthreads();
-
-const int part0 = warp / WARPS_K * TILES_I;
-const int group0 = warp % WARPS_K * TILES_K;
-unsigned used[TILES_I];
-unsigned any = 0;
-#pragma unroll
-for (int ti = 0; ti < TILES_I; ti++) {
-  used[ti] = stored[part0 + ti] >> group0 & ((1u << TILES_K) - 1);
-  any |= used[ti];
-}
-unsigned anywhere = 0;
-#pragma unroll 1
-for (int i = 0; i < TILE_I / 16; i++) {
-  anywhere |= stored[i];
-}
-if (anywhere == 0) {
-  return;
-}
-
 const T* y_rows = y + (size_t)v * N * n_rows + i0;
 const T* x_rows = x + (size_t)v * N * n_cols + k0;
 const int n_stages = (N + DEPTH - 1) / DEPTH;
@@ -133,6 +82,51 @@ auto copy_stage = [&](int stage) {
   commit_copies();
 };
 
+#pragma unroll 1
+for (int stage = 0; stage < STAGES - 1; stage++) {
+  copy_stage(stage);
+}
+
+// What is stored, while the first stages are under way: a warp looks through a block-row.
+if (thread < TILE_I / 16) {
+  stored[thread] = 0;
+}
+__syncthreads();
+for (int row = warp; row < ROWS; row += THREADS / 32) {
+  const int begin = indptr[min(R, r0 + row)];
+  const int end = indptr[min(R, r0 + row + 1)];
+  int before = 0;
+  int inside = 0;
+#pragma unroll 4
+  for (int j = begin; j < end; j += 32) {
+    const int col = j + lane < end ? indices[j + lane] * B : 1 << 30;
+    const bool is_inside = col >= k0 && col < k0 + TILE_K;
+    before += __popc(__ballot_sync(0xffffffffu, col < k0));
+    inside += __popc(__ballot_sync(0xffffffffu, is_inside));
+    if (is_inside) {
+      const unsigned columns = (2u << (col - k0 + B - 1) / 8) - (1u << (col - k0) / 8);
+      for (int part = row * B / 16; part <= (row * B + B - 1) / 16; part++) {
+        atomicOr(stored + part, columns);
+      }
+    }
+  }
+  if (lane == 0) {
+    firsts[row] = begin + before;
+    lasts[row] = begin + before + inside;
+  }
+}
+__syncthreads();
+
+const int part0 = warp / WARPS_K * TILES_I;
+const int group0 = warp % WARPS_K * TILES_K;
+unsigned used[TILES_I];
+unsigned any = 0;
+#pragma unroll
+for (int ti = 0; ti < TILES_I; ti++) {
+  used[ti] = stored[part0 + ti] >> group0 & ((1u << TILES_K) - 1);
+  any |= used[ti];
+}
+
 float acc[TILES_I][TILES_K][4];
 #pragma unroll
 for (int ti = 0; ti < TILES_I; ti++) {
@@ -140,10 +134,6 @@ for (int ti = 0; ti < TILES_I; ti++) {
   for (int tk = 0; tk < TILES_K; tk++) {
     acc[ti][tk][0] = acc[ti][tk][1] = acc[ti][tk][2] = acc[ti][tk][3] = 0.0f;
   }
-}
-#pragma unroll 1
-for (int stage = 0; stage < STAGES - 1; stage++) {
-  copy_stage(stage);
 }
 #pragma unroll 1
 for (int stage = 0; stage < n_stages; stage++) {

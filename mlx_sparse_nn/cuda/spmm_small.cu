@@ -41,9 +41,15 @@ constexpr int W_TILE = (TRANSPOSED ? DEPTH : PANEL) * W_STRIDE;
 constexpr int PIECE = packed<T, B>();  // elements of a copy
 constexpr int PIECES = B * B / PIECE;
 constexpr int PANEL_ROWS = PANEL / B;
-constexpr int SHARING =
-    PIECES < COPIERS / PANEL_ROWS ? PIECES : COPIERS / PANEL_ROWS;  // threads that copy a block
-constexpr int SHARE = (PIECES + SHARING - 1) / SHARING;
+constexpr int POSITIONS = DEPTH / B;  // of a block in a stage
+// Of the threads that copy, LANES look after a block-row of the panel: at SLOTS of its blocks at a
+// time, by SUB each.
+constexpr int LANES = floor_power(COPIERS / PANEL_ROWS, 32);
+constexpr int SLOTS = floor_power(POSITIONS, LANES < 4 ? LANES : 4);
+constexpr int SUB = LANES / SLOTS;
+constexpr int SHARE = (PIECES + SUB - 1) / SUB;
+constexpr int X_ROWS = floor_power(COPIERS / X_CHUNKS, ROWS);  // that are copied at once
+static_assert(POSITIONS * STAGES <= 64, "the history of a block-row is 64 bits");
 extern __shared__ char shared[];
 __shared__ unsigned long long full[STAGES];
 __shared__ unsigned long long empty[STAGES];
@@ -87,41 +93,52 @@ if (warp >= WARPS) {
     give_registers<56>();
   }
   const int t = thread % COPIERS;
-  const int row = t / SHARING;  // of the panel, in blocks
+  const int row = t / LANES;  // of the panel, in blocks
+  const int slot = t % LANES / SUB;
   const int r = panel * PANEL_ROWS + row;
   const bool copies_blocks = row < PANEL_ROWS && r < R;
   const int end = copies_blocks ? indptr[r + 1] : 0;
   const int n_inside = n_cols - B + INSIDE;
   // The first block from a column on.
-  int low = copies_blocks ? indptr[r] : 0;
+  int next = copies_blocks ? indptr[r] : 0;
   int high = end;
-  while (low < high) {
-    const int middle = (low + high) / 2;
+  while (next < high) {
+    const int middle = (next + high) / 2;
     if (indices[middle] * B < first_stage * DEPTH) {
-      low = middle + 1;
+      next = middle + 1;
     } else {
       high = middle;
     }
   }
-  constexpr int NONE = 1 << 30;
-  int next = low;     // block to copy, and its first column
-  int cleared = low;  // block to replace by zeros again
-  int col = next < end ? indices[next] * B : NONE;
-  int cleared_col = col;
+  // Of the block in this thread's slot: its first column, and where it lies. They are read ahead.
+  int col;
+  int stored_at;
+  auto read_ahead = [&]() {
+    const int j = next + slot;
+    col = j < end ? __ldg(indices + j) * B : 1 << 30;
+    stored_at = TRANSPOSED && j < end ? __ldg(perm + j) : j;
+  };
+  read_ahead();
+  // In which positions of earlier stages this thread has stored blocks, a bit each.
+  unsigned long long history = 0;
+  const unsigned outputs = (2u << (row * B + B - 1) / 8) - (1u << row * B / 8);
   const T* blocks = data + (size_t)v * indices_shape[0] * (B * B);
-  const T* x_rows = x + ((size_t)v * N + n0) * n_cols;
-  const int n_valid = min(ROWS, N - n0);
+  const int x_row = t / X_CHUNKS;
+  const int x_chunk = t % X_CHUNKS;
+  const int x_place = swizzle<X_CHUNKS>(x_row, x_chunk) * CHUNK;
+  const T* x_mine = x + ((size_t)v * N + n0 + x_row) * n_cols + x_chunk * CHUNK;
+  const int x_valid = (N - n0 - x_row + X_ROWS - 1) / X_ROWS;
 
   // Call work(row of a block, column, place in the tile) for each piece of this thread.
-  auto each_piece = [&](int local_col, auto work) {
+  auto each_piece = [&](int from, auto work) {
 #pragma unroll
     for (int p = 0; p < SHARE; p++) {
-      const int i = t % SHARING + p * SHARING;
+      const int i = t % SUB + p * SUB;
       const int a = i / (B / PIECE);
       const int b = i % (B / PIECE) * PIECE;
-      const int tile_row = TRANSPOSED ? local_col + a : row * B + a;
-      const int tile_col = TRANSPOSED ? row * B + b : local_col + b;
-      if (PIECES % SHARING == 0 || i < PIECES) {
+      const int tile_row = TRANSPOSED ? from + a : row * B + a;
+      const int tile_col = TRANSPOSED ? row * B + b : from + b;
+      if (PIECES % SUB == 0 || i < PIECES) {
         work(a, b, w_place(tile_row, tile_col / CHUNK) + tile_col % CHUNK);
       }
     }
@@ -133,53 +150,48 @@ if (warp >= WARPS) {
       T* x_tile = tiles + ring.buffer * (X_TILE + W_TILE);
       T* w_tile = x_tile + X_TILE;
       wait_barrier(empty + ring.buffer, ring.parity ^ 1);
-#pragma unroll 4
-      for (int i = t; i < ROWS * X_CHUNKS; i += COPIERS) {
-        const int m = i / X_CHUNKS;
-        const int chunk = i % X_CHUNKS;
-        const int left = m < n_valid ? n_cols - k0 - chunk * CHUNK : 0;
-        const T* src = left > 0 ? x_rows + (size_t)m * n_cols + k0 + chunk * CHUNK : x;
-        T* dst = x_tile + swizzle<X_CHUNKS>(m, chunk) * CHUNK;
-        if (ALIGNED) {
-          copy16<true>(dst, src, left > 0);
-        } else {
-          copy_first<false>(dst, src, left);
-        }
+      if (x_row < X_ROWS) {
+        copy_rows<ALIGNED, ROWS / X_ROWS, X_ROWS * X_STRIDE>(
+            x_tile + x_place, x_mine + k0, X_ROWS * (size_t)n_cols,
+            k0 + x_chunk * CHUNK < n_cols ? x_valid : 0);
       }
-      while (cleared_col < k0 - (STAGES - 1) * DEPTH) {
-        each_piece(cleared_col % DEPTH, [&](int, int, int place) {
+      unsigned old = history >> POSITIONS * (STAGES - 1) & ((1u << POSITIONS) - 1);
+      for (; old; old &= old - 1) {
+        each_piece((__ffs(old) - 1) * B, [&](int, int, int place) {
           *reinterpret_cast<Pack<unsigned short, PIECE * sizeof(T) / 2>*>(w_tile + place) = {};
         });
-        cleared++;
-        cleared_col = cleared < end ? indices[cleared] * B : NONE;
       }
-      unsigned used[STEPS];
-#pragma unroll
-      for (int step = 0; step < STEPS; step++) {
-        used[step] = 0;
-      }
-      while (col < k0 + DEPTH) {
-        const T* block = blocks + (size_t)(TRANSPOSED ? perm[next] : next) * (B * B);
-        const int from = col % DEPTH;  // within the tile, whatever the index arrays hold
-        each_piece(from, [&](int a, int b, int place) {
-          const int inside = TRANSPOSED ? (col + a < n_inside ? PIECE : 0) : n_inside - col - b;
-          copy_piece<ALIGNED, PIECE>(w_tile + place, block + a * B + b,
-                                     INSIDE < B ? inside : PIECE);
-        });
-        const unsigned outputs = (2u << (row * B + B - 1) / 8) - (1u << row * B / 8);
-#pragma unroll
-        for (int step = 0; step < STEPS; step++) {
-          used[step] |= from < step * STEP + STEP && from + B > step * STEP ? outputs : 0;
+      __syncwarp();  // others may copy to where zeros have been written
+      unsigned fresh = 0;
+      bool again = true;
+      while (again) {
+        const bool taken = col < k0 + DEPTH;
+        if (taken) {
+          const int from = col % DEPTH;  // within the tile, whatever the index arrays hold
+          const T* block = blocks + (size_t)stored_at * (B * B);
+          each_piece(from, [&](int a, int b, int place) {
+            const int inside = TRANSPOSED ? (col + a < n_inside ? PIECE : 0) : n_inside - col - b;
+            copy_piece<ALIGNED, PIECE>(w_tile + place, block + a * B + b,
+                                       INSIDE < B ? inside : PIECE);
+          });
+          fresh |= 1u << from / B;
         }
-        next++;
-        col = next < end ? indices[next] * B : NONE;
+        const unsigned all = __ballot_sync(0xffffffffu, taken);
+        const unsigned own = all >> lane / LANES * LANES & (0xffffffffu >> (32 - LANES));
+        next += __popc(own) / SUB;
+        read_ahead();
+        again = SLOTS < POSITIONS && __ballot_sync(0xffffffffu, __popc(own) == LANES);
       }
-      __syncwarp();
+      history = history << POSITIONS | fresh;
 #pragma unroll
       for (int step = 0; step < STEPS; step++) {
-        const unsigned all = __reduce_or_sync(0xffffffffu, used[step]);
+        constexpr int LAST = POSITIONS - 1;
+        const int low = step * STEP / B;
+        const int high = (step * STEP + STEP - 1) / B < LAST ? (step * STEP + STEP - 1) / B : LAST;
+        const bool any = fresh & ((2u << high) - (1u << low));
+        const unsigned used = __reduce_or_sync(0xffffffffu, any ? outputs : 0);
         if (lane == 0) {
-          stored[ring.buffer][step][warp - WARPS] = all;
+          stored[ring.buffer][step][warp - WARPS] = used;
         }
       }
       arrive_copied(full + ring.buffer);
@@ -190,7 +202,7 @@ if (warp >= WARPS) {
       ring.advance();
     }
   };
-  if (((size_t)x | (size_t)data) % 16 == 0 && n_cols % CHUNK == 0) {
+  if (((size_t)x | (size_t)data) % 16 == 0) {
     copy_as(Aligned());
   } else {
     copy_as(Unaligned());

@@ -102,8 +102,9 @@ def test_other_gpus_and_true_float32_keep_their_kernels(settings):
     [
         ("wait_barrier(full + ring.buffer, ring.parity);", ""),
         ("wait_barrier(empty + ring.buffer, ring.parity ^ 1);", ""),
-        ("k0 - (STAGES - 1) * DEPTH", "k0 - STAGES * DEPTH"),
-        ("from + B > step * STEP", "from > step * STEP"),
+        ("POSITIONS * (STAGES - 1)", "POSITIONS * (STAGES - 2)"),
+        ("fresh |= 1u << from / B;", "fresh = 1u << from / B;"),
+        ("again = SLOTS < POSITIONS &&", "again = false &&"),
     ],
 )
 def test_faults_are_found(monkeypatch, edit):

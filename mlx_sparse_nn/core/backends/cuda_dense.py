@@ -97,7 +97,7 @@ def _expansion(
     template = {"B": block_size, "HEIGHT": height}
     kernel = Kernel("expand", template, grid, threads, tuned.DENSE_STRIP_BYTES)
     launched = prepare(_FOLDER, "expand", kernel, dtype, T=dtype)
-    return launched, mx.array([n_rows, n_cols, width], dtype=mx.int32)
+    return launched, _on_device(n_rows, n_cols, width)
 
 
 @lru_cache(4096)
@@ -112,7 +112,13 @@ def _sampling(
     grid = (strips * threads, shares, n_matrices)
     kernel = Kernel("sample", {"B": block_size, "HEIGHT": height}, grid, threads)
     launched = prepare(_FOLDER, "sample", kernel, dtype, T=dtype)
-    return launched, mx.array(shape, dtype=mx.int32)
+    return launched, _on_device(*shape)
+
+
+def _on_device(*sizes: int) -> mx.array:
+    """Return sizes for a kernel. MLX (0.32.4) leaves arrays of up to 8 bytes in the host's memory,
+    from which a kernel reads them for 10 microseconds."""
+    return mx.array([*sizes, 0, 0], dtype=mx.int32)
 
 
 def _height(block_size: int, most: int) -> int:
