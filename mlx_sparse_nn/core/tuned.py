@@ -144,21 +144,8 @@ class SmallTile(NamedTuple):
     """A thread block of ``spmm_small``."""
 
     rows: int  # of x
-    panel: int  # outputs
-    warps_n: int  # along the rows
-    warps_o: int  # along the outputs
-    depth: int  # of a stage, in inputs
-    stages: int
-
-
-class SmallGradientTile(NamedTuple):
-    """A thread block of ``sddmm_small``."""
-
-    rows: int  # of the matrix
-    columns: int
-    warps_i: int  # along the rows
-    warps_k: int  # along the columns
-    depth: int  # of a stage, in rows of x
+    warps: int  # that multiply
+    depth: int  # of a stage, in inputs of 16 bits
     stages: int
 
 
@@ -225,18 +212,12 @@ SOME_ROWS_TILES = {
     128: Tile(64, 2, 4, 32, 4),
 }
 # CUDA, small blocks: the share of stored values up to which their tiles are faster than the dense
-# product, and the rows of x up to which those of a weight gradient are.
+# product. For many rows of x, and for up to SMALL_FEW_ROWS.
 SMALL_DENSITY = {8: 0.2, 12: 0.2}
-SMALL_GRADIENT_ROWS = 512
-# For many rows of x, and for up to SMALL_FEW_ROWS.
 SMALL_FEW_ROWS = 64
 SMALL_TILES = {
-    8: (SmallTile(128, 256, 2, 8, 64, 4), SmallTile(64, 128, 2, 4, 64, 4)),
-    12: (SmallTile(128, 192, 2, 6, 48, 5), SmallTile(64, 96, 2, 6, 48, 5)),
-}
-SMALL_GRADIENT_TILES = {
-    8: SmallGradientTile(128, 128, 2, 4, 32, 4),
-    12: SmallGradientTile(96, 192, 2, 4, 32, 4),
+    8: (SmallTile(128, 16, 128, 6), SmallTile(64, 8, 128, 6)),
+    12: (SmallTile(128, 12, 96, 6), SmallTile(64, 8, 96, 6)),
 }
 GRADIENT_TILES = {
     16: GradientTile(8, 1, 4, 64, 3),

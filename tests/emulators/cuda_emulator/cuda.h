@@ -103,7 +103,7 @@ static unsigned random_number() {
 struct Copy {
   char* dst;
   const char* src;
-  int bytes, size;              // read, and written: the others become 0
+  int bytes;                    // of 16; the others become 0
   unsigned long long* arrival;  // or no copy: a barrier to arrive at
   int group;
 };
@@ -209,10 +209,6 @@ static unsigned __ballot_sync(unsigned, bool value) {
   __syncwarp();
   return bits;
 }
-static unsigned __reduce_or_sync(unsigned, unsigned value) {
-  for (int bit = 1; bit < 32; bit *= 2) value |= __shfl_xor_sync(~0u, value, bit);
-  return value;
-}
 static void atomicOr(unsigned* p, unsigned bits) { *p |= bits; }
 
 // Addresses of shared memory. Variables that are not in the dynamic part need none of their own.
@@ -231,7 +227,7 @@ static void step_copy(Fiber& f) {
   const Copy& c = f.copies[f.copied++ % kCopies];
   if (!c.arrival) {
     memcpy(c.dst, c.src, c.bytes);
-    memset(c.dst + c.bytes, 0, c.size - c.bytes);
+    memset(c.dst + c.bytes, 0, 16 - c.bytes);
     return;
   }
   extern void arrive(unsigned long long*);
@@ -244,13 +240,13 @@ static void check_source(const void* src, int bytes) {
   }
   fail("a copy reads outside of the inputs");
 }
-static void begin_copy(void* dst, const void* src, int bytes, int size = 16) {
+static void begin_copy(void* dst, const void* src, int bytes) {
   if (self->begun - self->copied == kCopies) fail("too many copies under way");
-  if ((size_t)src % size && bytes) fail("an asynchronous copy from no multiple of its bytes");
-  if (__cvta_generic_to_shared(dst) % size) fail("a copy to no multiple of its bytes");
+  if ((size_t)src % 16 && bytes) fail("an asynchronous copy from no multiple of 16 bytes");
+  if (__cvta_generic_to_shared(dst) % 16) fail("a copy to no multiple of 16 bytes");
   if (bytes) check_source(src, bytes);
-  self->copies[self->begun++ % kCopies] = {(char*)dst, (const char*)src, bytes,
-                                           size,       nullptr,          self->group};
+  self->copies[self->begun++ % kCopies] = {(char*)dst, (const char*)src, bytes, nullptr,
+                                           self->group};
 }
 template <bool ALIGNED, typename T>
 void copy_first(T* dst, const T* src, int count) {
@@ -259,14 +255,6 @@ void copy_first(T* dst, const T* src, int count) {
   if (ALIGNED) return begin_copy(dst, src, taken * sizeof(T));
   if (taken) check_source(src, taken * sizeof(T));
   for (int i = 0; i < 16 / int(sizeof(T)); i++) dst[i] = i < taken ? src[i] : T(0.0f);
-}
-template <bool ALIGNED, int COUNT, typename T>
-void copy_piece(T* dst, const T* src, int taken) {
-  taken = max(0, min(COUNT, taken));
-  at_shared(__cvta_generic_to_shared(dst), COUNT * sizeof(T));
-  if (ALIGNED) return begin_copy(dst, src, taken * sizeof(T), COUNT * sizeof(T));
-  if (taken) check_source(src, taken * sizeof(T));
-  for (int i = 0; i < COUNT; i++) dst[i] = i < taken ? src[i] : T(0.0f);
 }
 template <bool ALIGNED, typename T>
 void copy16(T* dst, const T* src, bool valid) {
@@ -305,7 +293,7 @@ void arrive(unsigned long long* barrier) {
 }
 static void arrive_copied(unsigned long long* barrier) {
   if (self->begun - self->copied == kCopies) fail("too many copies under way");
-  self->copies[self->begun++ % kCopies] = {nullptr, nullptr, 0, 0, barrier, self->group};
+  self->copies[self->begun++ % kCopies] = {nullptr, nullptr, 0, barrier, self->group};
 }
 static void wait_barrier(unsigned long long* barrier, int parity) {
   wait_while((const int*)barrier, 1, parity);  // its low half
@@ -389,6 +377,12 @@ void multiply(float (&acc)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a
     }
   }
   __syncwarp();
+}
+
+// The same of 8 columns of a, as if zeros followed.
+template <typename T>
+void multiply_half(float (&acc)[4], unsigned a0, unsigned a1, unsigned b0) {
+  multiply<T>(acc, a0, a1, 0, 0, b0, 0);
 }
 
 // wgmma.h: element (i, k) of an operand, by its descriptor.
