@@ -149,6 +149,16 @@ class SmallTile(NamedTuple):
     stages: int
 
 
+class SmallGradientTile(NamedTuple):
+    """A thread block of ``sddmm_small``."""
+
+    rows: int  # of blocks
+    columns: int  # of blocks
+    slots: int  # of a warp
+    depth: int  # of a stage, in rows of x
+    stages: int
+
+
 class SimdTile(NamedTuple):
     """How the simdgroups of Metal's ``spmm_tiles`` share the outputs of a block."""
 
@@ -218,6 +228,11 @@ SMALL_FEW_ROWS = 64
 SMALL_TILES = {
     8: (SmallTile(128, 16, 128, 6), SmallTile(64, 8, 128, 6)),
     12: (SmallTile(128, 12, 96, 6), SmallTile(64, 8, 96, 6)),
+}
+SMALL_GRADIENT_ROWS = 512  # up to which these are faster than the dense product
+SMALL_GRADIENT_TILES = {
+    8: SmallGradientTile(16, 128, 8, 32, 3),
+    12: SmallGradientTile(8, 64, 4, 32, 3),
 }
 GRADIENT_TILES = {
     16: GradientTile(8, 1, 4, 64, 3),

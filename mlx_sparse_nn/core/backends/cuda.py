@@ -53,7 +53,7 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
 def _is_small(op: str, layout: Layout, n_x: int, dtype: mx.Dtype) -> bool:
     """Return whether a product goes by the tiles of small blocks."""
     if op == "sddmm":
-        return False
+        return cuda_small.takes_gradients(layout, n_x, dtype)
     side, (n_rows, n_cols) = layout.rows, layout.full_shape
     if op == "spmm_t":
         side, n_rows, n_cols = layout.cols, n_cols, n_rows
@@ -73,6 +73,8 @@ def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``plain.sddmm``."""
     n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
+    if cuda_small.takes_gradients(layout, n_x, x.dtype):
+        return cuda_small.gradients(layout, y, x)
     if not cuda_tiles.has_tiles(layout.block_size, n_x, x.dtype) or cuda_scalars.is_skewed(
         layout.rows
     ):

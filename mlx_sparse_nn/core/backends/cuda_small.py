@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import cuda_tiles, launch
 from mlx_sparse_nn.core.backends.launch import Kernel, KernelLaunch, launch_spmm, prepare
-from mlx_sparse_nn.core.layout import Side
+from mlx_sparse_nn.core.layout import Layout, Side
 
 
 def takes(side: Side, block_size: int, n_x: int, dtype: mx.Dtype, n_out: int, n_in: int) -> bool:
@@ -31,6 +31,14 @@ def takes(side: Side, block_size: int, n_x: int, dtype: mx.Dtype, n_out: int, n_
 
 def _takes_float32(block_size: int) -> bool:
     return block_size == 8 and cuda_tiles.allows_tf32()
+
+
+def takes_gradients(layout: Layout, n_x: int, dtype: mx.Dtype) -> bool:
+    """Return the same of a weight gradient."""
+    n_rows, n_cols = layout.full_shape
+    if n_x > tuned.SMALL_GRADIENT_ROWS or dtype == mx.float32 or n_rows % 8:
+        return False
+    return takes(layout.rows, layout.block_size, n_x, dtype, n_rows, n_cols)
 
 
 def product(
@@ -82,3 +90,26 @@ def _launches(
     summed = Kernel("sum_splits", {}, (size, 1, 1), threads)
     return launched, splits, prepare("cuda", "sum", summed, dtype, T=dtype)
 
+
+
+def gradients(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
+    """Return the weight gradient, as ``cuda.sddmm``."""
+    n_matrices, side = x.shape[0] if x.ndim == 3 else 1, layout.rows
+    launched = _gradient_launch(x.dtype, layout.block_size, layout.full_shape, n_matrices)
+    arrays = [y, x, side.indptr, side.indices, side.indptr]  # the last one is not read
+    return launched(arrays, (*x.shape[:-2], *layout.data_shape))
+
+
+@lru_cache(4096)
+def _gradient_launch(
+    dtype: mx.Dtype, block_size: int, shape: tuple[int, int], n_matrices: int
+) -> KernelLaunch:
+    tile, threads = tuned.SMALL_GRADIENT_TILES[block_size], 512
+    sides = tile.rows * block_size, tile.columns * block_size
+    strides = (16 * cuda_tiles.stride(size // 8, False) for size in sides)
+    shared_memory = tile.stages * tile.depth * sum(strides)
+    template = {"B": block_size, "ROWS": tile.rows, "COLS": tile.columns, "SLOTS": tile.slots}
+    template |= {"DEPTH": tile.depth, "STAGES": tile.stages}
+    grid = (-(-shape[0] // sides[0]) * threads, -(-shape[1] // sides[1]), n_matrices)
+    kernel = Kernel("sddmm_small", template, grid, threads, shared_memory)
+    return prepare("cuda", "sddmm", kernel, dtype, T=dtype)
