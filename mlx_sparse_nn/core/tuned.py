@@ -125,9 +125,16 @@ GRADIENT_PANEL_ROWS = 256  # rows of x from which it pays to find the blocks of 
 
 # CUDA, through the dense matrix. Bytes of the largest that is written, for all V together.
 DENSE_BYTES = 2**29
-DENSE_LEAST_ROWS = 17
+DENSE_LEAST_ROWS = 17  # of x
 DENSE_STRIP_BYTES = 16_384  # of shared memory, in which rows of it are put together
 DENSE_SAMPLING_GROUPS = 1024  # thread blocks that keep a GPU busy with taking its stored places
+
+
+class DenseFrom(NamedTuple):
+    """From which share of stored values on a product goes through the dense matrix."""
+
+    density: float  # of very many rows of x
+    per_row: float  # of n rows more, by this over n
 
 
 class Tile(NamedTuple):
@@ -220,6 +227,67 @@ SOME_ROWS_TILES = {
     32: Tile(64, 4, 1, 32, 4),
     64: Tile(64, 2, 2, 32, 4),
     128: Tile(64, 2, 4, 32, 4),
+}
+# By dtype (float32 as TF32, or true), product, and block size; "tiles" are the other multiples of 8
+# up to MAX_TILED_BLOCK, "scalars" all else. Where the time of the kernel of stored blocks, which
+# grows with their number, meets that of writing and multiplying the dense matrix: from 10 and 50%,
+# 17 to 4,096 rows, 3072 x 3072 and 4096 x 4096, on an H200.
+DENSE_FROM: dict[str, dict[str, dict[int | str, DenseFrom]]] = {
+    "16 bits": {
+        "spmm": {
+            "scalars": DenseFrom(0.006, 1.6),
+            8: DenseFrom(0.025, 8.0),
+            16: DenseFrom(0.3, 4.0),
+            32: DenseFrom(0.35, 4.0),
+            64: DenseFrom(0.6, 4.0),
+            128: DenseFrom(0.7, 4.0),
+            24: DenseFrom(0.055, 6.0),
+            40: DenseFrom(0.09, 5.0),
+            "tiles": DenseFrom(0.11, 4.0),
+        },
+        "sddmm": {
+            "scalars": DenseFrom(0.003, 1.0),
+            8: DenseFrom(0.022, 6.0),
+            16: DenseFrom(0.25, 4.0),
+            32: DenseFrom(0.35, 4.0),
+            64: DenseFrom(0.6, 4.0),
+            128: DenseFrom(0.7, 4.0),
+            24: DenseFrom(0.05, 6.0),
+            40: DenseFrom(0.08, 5.0),
+            "tiles": DenseFrom(0.1, 4.0),
+        },
+    },
+    "tf32": {
+        "spmm": {
+            "scalars": DenseFrom(0.012, 3.2),
+            8: DenseFrom(0.044, 12.0),
+            16: DenseFrom(0.11, 12.0),
+            32: DenseFrom(0.17, 12.0),
+            64: DenseFrom(0.2, 12.0),
+            128: DenseFrom(0.18, 12.0),
+            "tiles": DenseFrom(0.095, 12.0),
+        },
+        "sddmm": {
+            "scalars": DenseFrom(0.006, 2.0),
+            8: DenseFrom(0.053, 8.0),
+            16: DenseFrom(0.11, 12.0),
+            32: DenseFrom(0.2, 12.0),
+            64: DenseFrom(0.25, 12.0),
+            128: DenseFrom(0.25, 12.0),
+            "tiles": DenseFrom(0.12, 12.0),
+        },
+    },
+    "float32": {
+        op: {
+            "scalars": DenseFrom(0.1, 4.0),
+            8: DenseFrom(0.035, 4.0),
+            16: DenseFrom(0.065, 4.0),
+            24: DenseFrom(0.09, 4.0),
+            32: DenseFrom(0.125, 4.0),
+            "tiles": DenseFrom(0.3, 4.0),
+        }
+        for op in ("spmm", "sddmm")
+    },
 }
 # CUDA, small blocks: the share of stored values up to which their tiles are faster than the dense
 # product. For many rows of x, and for up to SMALL_FEW_ROWS.

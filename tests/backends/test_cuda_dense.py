@@ -33,7 +33,8 @@ def check(pattern, n, dtype, **settings):
 @pytest.fixture(autouse=True)
 def _all_products(monkeypatch):
     """Let every product with more rows than a few go through the dense matrix."""
-    monkeypatch.setattr(cuda_dense, "_from", lambda *_: (17, 0.0))
+    monkeypatch.setattr(cuda_dense, "_least_density", lambda *_: 0.0)
+    monkeypatch.setattr(tuned, "SMALL_DENSITY", {})
 
 
 @pytest.mark.parametrize("offset", [0, 1])

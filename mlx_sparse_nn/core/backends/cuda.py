@@ -47,17 +47,7 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
         return False
     if not large or by_scalars or cuda_tiles.has_tiles(block_size, n_x, dtype):
         return True
-    return _is_small(op, layout, n_x, dtype)
-
-
-def _is_small(op: str, layout: Layout, n_x: int, dtype: mx.Dtype) -> bool:
-    """Return whether a product goes by the tiles of small blocks."""
-    if op == "sddmm":
-        return cuda_small.takes_gradients(layout, n_x, dtype)
-    side, (n_rows, n_cols) = layout.rows, layout.full_shape
-    if op == "spmm_t":
-        side, n_rows, n_cols = layout.cols, n_cols, n_rows
-    return cuda_small.takes(side, layout.block_size, n_x, dtype, n_rows, n_cols)
+    return cuda_small.takes(op, layout, n_x, dtype)
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
@@ -101,7 +91,7 @@ def _product(
     shape, dtype, transposed = x.shape, x.dtype, side.perm is not None
     n_x, n_matrices = shape[-2], shape[0] if len(shape) == 3 else 1
     block_size = data.shape[-1] if data.ndim > 2 else 1
-    if cuda_small.takes(side, block_size, n_x, dtype, n_out, shape[-1]):
+    if cuda_small.takes_side(side, block_size, n_x, dtype, n_out, shape[-1]):
         return cuda_small.product(data, side, x, n_out, inside, bias)
     if cuda_tiles.has_tiles(block_size, n_x, dtype):
         even = n_x > tuned.CUDA_FEW_ROWS and cuda_tiles.is_even(side)

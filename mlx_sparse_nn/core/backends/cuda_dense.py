@@ -14,7 +14,7 @@ from functools import lru_cache
 import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
-from mlx_sparse_nn.core.backends import launch
+from mlx_sparse_nn.core.backends import cuda_small, cuda_tiles, launch
 from mlx_sparse_nn.core.backends.launch import Kernel, KernelLaunch, prepare, round_up
 from mlx_sparse_nn.core.layout import Layout
 
@@ -29,22 +29,27 @@ def is_available() -> bool:
 
 
 def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, bits: int) -> bool:
-    """Return whether the dense product is faster than kernels of stored blocks."""
+    """Return whether a product is faster through the dense matrix than by stored blocks."""
     if n_x < tuned.DENSE_LEAST_ROWS or bits or not launch.takes(layout, n_x, dtype, n_matrices):
         return False
-    (n_rows, n_cols), block_size = layout.full_shape, layout.block_size
-    size = n_rows * n_cols
+    n_rows, n_cols = layout.full_shape
+    size, block_size = n_rows * n_cols, layout.block_size
     if size * dtype.size * n_matrices > tuned.DENSE_BYTES:
         return False
-    least_rows, density = _from(op, block_size, dtype)
-    dense_enough = layout.data_shape[0] * block_size**2 >= density * size
-    return n_x >= least_rows and dense_enough and layout.rows.is_in_order
+    least = _least_density(op, block_size, dtype, n_x, cuda_tiles.allows_tf32())
+    if layout.data_shape[0] * block_size**2 < least * size or not layout.rows.is_in_order:
+        return False
+    return not cuda_small.takes(op, layout, n_x, dtype)
 
 
 @lru_cache(4096)
-def _from(op: str, block_size: int, dtype: mx.Dtype) -> tuple[int, float]:
-    """Return the rows of x and the share of stored values from which a product is dense."""
-    return 17, 0.0
+def _least_density(op: str, block_size: int, dtype: mx.Dtype, n_x: int, tf32: bool) -> float:
+    """Return the share of stored values from which a product is dense."""
+    kind = "16 bits" if dtype.size == 2 else "tf32" if tf32 else "float32"
+    rules = tuned.DENSE_FROM[kind]["sddmm" if op == "sddmm" else "spmm"]
+    has_tiles = block_size % 8 == 0 and block_size <= tuned.MAX_TILED_BLOCK
+    rule = rules.get(block_size) or rules["tiles" if has_tiles else "scalars"]
+    return rule.density + rule.per_row / n_x
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:

@@ -15,11 +15,22 @@ from mlx_sparse_nn.core.backends.launch import Kernel, KernelLaunch, launch_spmm
 from mlx_sparse_nn.core.layout import Layout, Side
 
 
-def takes(side: Side, block_size: int, n_x: int, dtype: mx.Dtype, n_out: int, n_in: int) -> bool:
-    """Return whether a product goes by such tiles: of small blocks that do not fill the matrix.
+def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype) -> bool:
+    """Return whether a product goes by these kernels: of small blocks that leave much unstored."""
+    if layout.block_size not in tuned.SMALL_DENSITY or n_x <= tuned.CUDA_FEW_ROWS:
+        return False
+    if op == "sddmm":
+        return takes_gradients(layout, n_x, dtype)
+    side, (n_rows, n_cols) = layout.rows, layout.full_shape
+    if op == "spmm_t":
+        side, n_rows, n_cols = layout.cols, n_cols, n_rows
+    return takes_side(side, layout.block_size, n_x, dtype, n_rows, n_cols)
 
-    They walk the columns in order, and so must the blocks.
-    """
+
+def takes_side(
+    side: Side, block_size: int, n_x: int, dtype: mx.Dtype, n_out: int, n_in: int
+) -> bool:
+    """Return the same of a product with a side: its columns are walked in order."""
     most = tuned.SMALL_DENSITY.get(block_size)
     if most is None or n_x <= tuned.CUDA_FEW_ROWS or not side.is_in_order:
         return False
@@ -34,11 +45,11 @@ def _takes_float32(block_size: int) -> bool:
 
 
 def takes_gradients(layout: Layout, n_x: int, dtype: mx.Dtype) -> bool:
-    """Return the same of a weight gradient."""
+    """Return the same of a weight gradient, which is dense for more rows of x."""
     n_rows, n_cols = layout.full_shape
     if n_x > tuned.SMALL_GRADIENT_ROWS or dtype == mx.float32 or n_rows % 8:
         return False
-    return takes(layout.rows, layout.block_size, n_x, dtype, n_rows, n_cols)
+    return takes_side(layout.rows, layout.block_size, n_x, dtype, n_rows, n_cols)
 
 
 def product(
@@ -89,7 +100,6 @@ def _launches(
     size = launch.round_up(n_matrices * n_x * n_out, threads)
     summed = Kernel("sum_splits", {}, (size, 1, 1), threads)
     return launched, splits, prepare("cuda", "sum", summed, dtype, T=dtype)
-
 
 
 def gradients(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
