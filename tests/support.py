@@ -109,7 +109,6 @@ def fresh_launches() -> Iterator[None]:
         cuda_dense._sampling,
         cuda_gradients._tile,
         cuda_small._launches,
-        cuda_small._gradient_launch,
         few_rows._launches,
         scalars._launches,
     )

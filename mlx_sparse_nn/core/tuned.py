@@ -111,6 +111,7 @@ CUDA_ROWS_PER_SPLIT = 64
 
 # CUDA. Thread blocks that keep an H200 busy (132 multiprocessors).
 BLOCKS_TO_FILL_GPU = 128
+MULTIPROCESSORS = 132  # of an H100 and of an H200
 MAX_STREAMED_ROW = 64  # values of a row up to which one thread adds them up: Ising, n = 20 and 24
 # Bytes of shared memory above which one thread block fits on a multiprocessor.
 MAX_SHARED_OF_TWO = 113 * 1024
@@ -125,8 +126,9 @@ GRADIENT_PANEL_ROWS = 256  # rows of x from which it pays to find the blocks of 
 
 # CUDA, through the dense matrix. Bytes of the largest that is written, for all V together.
 DENSE_BYTES = 2**29
-DENSE_LEAST_ROWS = 17  # of x
+DENSE_LEAST_ROWS = 16  # of x
 DENSE_STRIP_BYTES = 16_384  # of shared memory, in which rows of it are put together
+DENSE_LEAST_STRIP = 512  # values of a block-row, or of 16 rows of it: a thread block writes them
 DENSE_SAMPLING_GROUPS = 1024  # thread blocks that keep a GPU busy with taking its stored places
 
 
@@ -151,18 +153,8 @@ class SmallTile(NamedTuple):
     """A thread block of ``spmm_small``."""
 
     rows: int  # of x
-    warps: int  # that multiply
-    depth: int  # of a stage, in inputs of 16 bits
-    stages: int
-
-
-class SmallGradientTile(NamedTuple):
-    """A thread block of ``sddmm_small``."""
-
-    rows: int  # of blocks
-    columns: int  # of blocks
-    slots: int  # of a warp
-    depth: int  # of a stage, in rows of x
+    warps: int  # that multiply, two block-rows each
+    depth: int  # of a stage, in inputs
     stages: int
 
 
@@ -228,15 +220,18 @@ SOME_ROWS_TILES = {
     64: Tile(64, 2, 2, 32, 4),
     128: Tile(64, 2, 4, 32, 4),
 }
-# By dtype (float32 as TF32, or true), product, and block size; "tiles" are the other multiples of 8
-# up to MAX_TILED_BLOCK, "scalars" all else. Where the time of the kernel of stored blocks, which
-# grows with their number, meets that of writing and multiplying the dense matrix: from 10 and 50%,
-# 17 to 4,096 rows, 3072 x 3072 and 4096 x 4096, on an H200.
+# By dtype (float32 as TF32, or true), product, and block size. "tiles" are the other multiples of 8
+# up to MAX_TILED_BLOCK; "scalars" what goes by scalars; "large" what plain MLX takes above it, and
+# "plain" below. A rule is where the time of stored blocks, which grows with their number, meets
+# that of writing and multiplying the dense matrix: 1, 10 and 50%, 16 to 4,096 rows, 3072 x 3072 and
+# 4096 x 4096, on an H200. To write 4096 x 4096 in 16 bits takes 11 microseconds, to take 10% of it
+# 6. At 64 and 1,024 rows, 3072 x 3072, 10%, B = 1, stored blocks take 46 and 460 microseconds, the
+# dense matrix 14 and 33, nn.Linear 7.7 and 26; their gradients 70 and 1011, 12 and 32, 7.8 and 29.
 DENSE_FROM: dict[str, dict[str, dict[int | str, DenseFrom]]] = {
     "16 bits": {
         "spmm": {
-            "scalars": DenseFrom(0.006, 1.6),
-            8: DenseFrom(0.025, 8.0),
+            "scalars": DenseFrom(0.005, 1.4),
+            8: DenseFrom(0.02, 9.0),
             16: DenseFrom(0.3, 4.0),
             32: DenseFrom(0.35, 4.0),
             64: DenseFrom(0.6, 4.0),
@@ -246,8 +241,8 @@ DENSE_FROM: dict[str, dict[str, dict[int | str, DenseFrom]]] = {
             "tiles": DenseFrom(0.11, 4.0),
         },
         "sddmm": {
-            "scalars": DenseFrom(0.003, 1.0),
-            8: DenseFrom(0.022, 6.0),
+            "scalars": DenseFrom(0.002, 0.5),
+            8: DenseFrom(0.02, 6.5),
             16: DenseFrom(0.25, 4.0),
             32: DenseFrom(0.35, 4.0),
             64: DenseFrom(0.6, 4.0),
@@ -255,26 +250,32 @@ DENSE_FROM: dict[str, dict[str, dict[int | str, DenseFrom]]] = {
             24: DenseFrom(0.05, 6.0),
             40: DenseFrom(0.08, 5.0),
             "tiles": DenseFrom(0.1, 4.0),
+            "plain": DenseFrom(0.002, 0.5),
+            "large": DenseFrom(0.1, 4.0),
         },
     },
     "tf32": {
         "spmm": {
-            "scalars": DenseFrom(0.012, 3.2),
-            8: DenseFrom(0.044, 12.0),
+            "scalars": DenseFrom(0.011, 3.4),
+            8: DenseFrom(0.042, 17.0),
             16: DenseFrom(0.11, 12.0),
             32: DenseFrom(0.17, 12.0),
             64: DenseFrom(0.2, 12.0),
             128: DenseFrom(0.18, 12.0),
             "tiles": DenseFrom(0.095, 12.0),
+            "plain": DenseFrom(0.008, 0.5),
+            "large": DenseFrom(0.05, 4.0),
         },
         "sddmm": {
-            "scalars": DenseFrom(0.006, 2.0),
-            8: DenseFrom(0.053, 8.0),
+            "scalars": DenseFrom(0.008, 1.4),
+            8: DenseFrom(0.052, 10.0),
             16: DenseFrom(0.11, 12.0),
             32: DenseFrom(0.2, 12.0),
             64: DenseFrom(0.25, 12.0),
             128: DenseFrom(0.25, 12.0),
             "tiles": DenseFrom(0.12, 12.0),
+            "plain": DenseFrom(0.008, 0.5),
+            "large": DenseFrom(0.05, 4.0),
         },
     },
     "float32": {
@@ -285,23 +286,23 @@ DENSE_FROM: dict[str, dict[str, dict[int | str, DenseFrom]]] = {
             24: DenseFrom(0.09, 4.0),
             32: DenseFrom(0.125, 4.0),
             "tiles": DenseFrom(0.3, 4.0),
+            "plain": DenseFrom(0.045, 4.0),
+            "large": DenseFrom(0.3, 4.0),
         }
         for op in ("spmm", "sddmm")
     },
 }
-# CUDA, small blocks: the share of stored values up to which their tiles are faster than the dense
-# product. For many rows of x, and for up to SMALL_FEW_ROWS.
-SMALL_DENSITY = {8: 0.2, 12: 0.2}
-SMALL_FEW_ROWS = 64
-SMALL_TILES = {
-    8: (SmallTile(128, 16, 128, 6), SmallTile(64, 8, 128, 6)),
-    12: (SmallTile(128, 12, 96, 6), SmallTile(64, 8, 96, 6)),
-}
-SMALL_GRADIENT_ROWS = 512  # up to which these are faster than the dense product
-SMALL_GRADIENT_TILES = {
-    8: SmallGradientTile(16, 128, 8, 32, 3),
-    12: SmallGradientTile(8, 64, 4, 32, 3),
-}
+# CUDA, blocks of 8 in 16 bits: from SMALL_LEAST_ROWS on. Whether there are more than SMALL_FEW_ROWS
+# decides for the tile, and for the least and the largest share of stored values. Microseconds at
+# 10%, 4096 x 4096, beside spmm_tiles and nn.Linear: 64 rows 9.4 (15.5, 8.5), 128 rows 13.7 (25,
+# 13.7), 256 rows 20.4 (48, 15.3), 1,024 rows 44.9 (181, 43.3), 4,096 rows 151 (707, 158). The tile
+# of many rows has to fill so much of the GPU: it takes 40.3 for 512 rows, where the dense matrix
+# takes 36.
+SMALL_LEAST_ROWS = 33
+SMALL_FEW_ROWS = 256
+SMALL_FILLED = 0.85
+SMALL_DENSITY = {False: (0.04, 0.15), True: (0.01, 0.11)}
+SMALL_TILES = {False: SmallTile(64, 8, 128, 6), True: SmallTile(128, 16, 128, 6)}
 GRADIENT_TILES = {
     16: GradientTile(8, 1, 4, 64, 3),
     32: GradientTile(4, 1, 4, 32, 4),

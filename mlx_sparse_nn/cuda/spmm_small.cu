@@ -1,20 +1,19 @@
-// The product of spmm_tiles.cu for blocks of 8 and 12. As in spmm_panels.cu, x is read once for a
-// panel of outputs, and only stored blocks are multiplied. A block is what one tensor-core product
-// takes, so its values go straight from device memory to registers.
+// The product of spmm_tiles.cu for blocks of 8. As in spmm_panels.cu, x is read once for a panel of
+// outputs, and only stored blocks are multiplied. A block is one operand of a tensor-core product,
+// so it goes straight from device memory to registers: a lane reads two neighbouring values.
 //
-// Inputs, output: as there; blocks of a block-row by ascending block-column, n_cols a multiple of
-// 16 bytes. Where the columns are split, y is partial sums (S, V, N, n_rows), with the bias in the
-// first.
+// Inputs, output: as there; blocks of a block-row by ascending block-column. No TRANSPOSED. Where
+// the columns are split, y is partial sums (S, V, N, n_rows), with the bias in the first.
 // Launch
 //   (panels S THREADS, shares, V) threads in groups of (THREADS, 1, 1), panels = ceil(R / (2
 //   WARPS)), THREADS = 32 (WARPS + 4). One group owns 2 WARPS block-rows, an equal share of the
-//   tiles of ROWS rows of x, which it takes one after the other, and of the stages of columns. The
-//   last 4 warps copy x. Each of the others multiplies two block-rows.
+//   tiles of ROWS rows of x, which it takes one after the other, and one of the stages of columns.
+//   The last 4 warps copy x. Each of the others multiplies two block-rows.
 //   Shared memory: STAGES tiles of x and 1024 bytes.
 // Template
-//   T half or bfloat16, or float (as TF32) with B = 8; OUT, T, or float where the columns are
-//   split; B 8 or 12; INSIDE columns of the last block-column, 1 to B; ROWS; WARPS; DEPTH columns
-//   of a stage, a multiple of 2 B; STAGES; TRANSPOSED and BIAS 0 or 1.
+//   T half or bfloat16; OUT, T, or float where the columns are split; INSIDE columns of the last
+//   block-column, 1 to 8; ROWS a multiple of 32; WARPS; DEPTH columns of a stage; STAGES; BIAS 0 or
+//   1.
 // Sums in float32: the bias, then blocks in stored order.
 
 #include "barriers.h"
@@ -24,18 +23,13 @@
 #include "reader.h"
 #include "stores.h"
 
-constexpr int COPIERS = 128;           // threads
-constexpr int CHUNK = 16 / sizeof(T);  // elements
-constexpr int PAIR = 4 / sizeof(T);    // elements of a word
-constexpr int CHUNKS = DEPTH / CHUNK;
-constexpr int STRIDE = row_stride<CHUNKS>() * CHUNK;
-constexpr int TILE = ROWS * STRIDE;
-constexpr int COPY_ROWS = floor_power(COPIERS / CHUNKS, ROWS);  // of x that are copied at once
-constexpr int GROUPS = 2 * B / 8;                               // of 8 outputs, of a warp
-constexpr int TOUCHED = (B + 7) / 8;                            // by a block
-constexpr int TILES = ROWS / 16;                                // of 16 rows of x
-constexpr int WORDS = B == 8 && sizeof(T) == 2 ? 1 : 2;         // of a lane, for 8 outputs
-constexpr int AHEAD = 2;  // blocks of a block-row that are read ahead
+constexpr int B = 8;
+constexpr int COPIERS = 128;  // threads
+constexpr int CHUNKS = DEPTH / 8;
+constexpr int TILE = ROWS * DEPTH;
+constexpr int COPY_ROWS = COPIERS / CHUNKS;  // of x that are copied at once
+constexpr int TILES = ROWS / 16;             // 16 x 8 tiles of a block-row over the rows of x
+constexpr int AHEAD = 2;                     // blocks of a block-row that are read ahead
 constexpr int NONE = 1 << 30;
 extern __shared__ char shared[];
 __shared__ unsigned long long full[STAGES];
@@ -68,27 +62,24 @@ __syncthreads();
 Ring ring{STAGES};
 
 if (warp >= WARPS) {
-  if constexpr (WARPS > 8) {
+  if constexpr (WARPS == 16) {
     give_registers<32>();
   }
   const int copy_row = thread % COPIERS / CHUNKS;
-  const int chunk = thread % COPIERS % CHUNKS;
-  const bool copies = copy_row < COPY_ROWS;
-  const int place = swizzle<CHUNKS>(copy_row, chunk) * CHUNK;
-  const T* x_mine = x + ((size_t)v * N + copy_row) * n_cols + chunk * CHUNK;
+  const int chunk = thread % CHUNKS;
+  const int place = swizzle<CHUNKS>(copy_row, chunk) * 8;
+  const T* x_mine = x + ((size_t)v * N + copy_row) * n_cols + chunk * 8;
   auto copy_as = [&](auto alignment) {
     constexpr bool ALIGNED = alignment.value;
     for (int n0 = begin_n; n0 < end_n; n0 += ROWS) {
       for (int stage = first_stage; stage < end_stage; stage++) {
         const T* src = x_mine + (size_t)n0 * n_cols + stage * DEPTH;
-        const int valid = stage * DEPTH + chunk * CHUNK < n_cols
+        const int valid = stage * DEPTH + chunk * 8 < n_cols
                               ? (N - n0 - copy_row + COPY_ROWS - 1) / COPY_ROWS
                               : 0;
         wait_barrier(empty + ring.buffer, ring.parity ^ 1);
-        if (copies) {
-          copy_rows<ALIGNED, ROWS / COPY_ROWS, COPY_ROWS * STRIDE>(
-              tiles + ring.buffer * TILE + place, src, COPY_ROWS * (size_t)n_cols, valid);
-        }
+        copy_rows<ALIGNED, ROWS / COPY_ROWS, COPY_ROWS * DEPTH>(
+            tiles + ring.buffer * TILE + place, src, COPY_ROWS * (size_t)n_cols, valid);
         if (ALIGNED) {
           arrive_copied(full + ring.buffer);
         } else {
@@ -110,45 +101,40 @@ if (warp >= WARPS) {
 
 if constexpr (WARPS == 16) {
   take_registers<112>();
-} else if constexpr (WARPS == 12) {
-  take_registers<152>();
 }
 const int n_rows = R * B;
 const int n_inside = n_cols - B + INSIDE;
 const int r0 = panel * 2 * WARPS + warp * 2;
 const int row0 = r0 * B;
 const T* blocks = data + (size_t)v * indices_shape[0] * (B * B);
-const bool by_words = !TRANSPOSED && (size_t)data % 4 == 0;
+const bool aligned = (size_t)data % 4 == 0;
 
-// The word of element (o, k) of a block and, of 16 bits, its neighbour along k; zeros outside of
-// the block and of the matrix.
-auto load_word = [&](const T* block, int col, int o, int k) -> unsigned {
-  const bool within = B % 8 == 0 || (o >= 0 && o < B && k >= 0 && k < B);
-  const int inside = INSIDE < B ? n_inside - col - k : PAIR;  // elements of the word
-  if (!within || inside <= 0) {
+// Two neighbours of row lane / 4 of a block, with zeros for what lies behind the matrix.
+auto load_pair = [&](const T* block, int col) -> unsigned {
+  const int k = lane % 4 * 2;
+  const int inside = INSIDE < B ? n_inside - col - k : 2;
+  if (inside <= 0) {
     return 0;
   }
-  const T* p = block + (TRANSPOSED ? k * B + o : o * B + k);
-  if (sizeof(T) == 4 || (by_words && inside >= PAIR)) {
+  const T* p = block + lane / 4 * B + k;
+  if (aligned && inside >= 2) {
     return __ldg(reinterpret_cast<const unsigned*>(p));
   }
   const unsigned short* halves = reinterpret_cast<const unsigned short*>(p);
-  const unsigned low = __ldg(halves);
-  return inside >= PAIR ? low | (unsigned)__ldg(halves + (TRANSPOSED ? B : 1)) << 16 : low;
+  return inside >= 2 ? halves[0] | (unsigned)halves[1] << 16 : halves[0];
 };
-// Of the blocks of a block-row of this warp: where the next one to load lies, and what is loaded.
+// The blocks of one block-row of this warp: which one is loaded next, and what is loaded.
 struct Row {
   Reader cols;
-  Reader places;
   int begin;
   int end;
   int next;
   int ready[AHEAD];  // their first columns
-  unsigned words[AHEAD][TOUCHED][WORDS];
+  unsigned pairs[AHEAD];
 };
-auto row_of = [&](int a) {
-  const int end = indptr[min(R, r0 + a + 1)];
-  int begin = indptr[min(R, r0 + a)];
+auto row_of = [&](int r) {
+  const int end = indptr[min(R, r + 1)];
+  int begin = indptr[min(R, r)];
   int high = end;
   while (begin < high) {  // the first block from a column on
     const int middle = (begin + high) / 2;
@@ -158,99 +144,58 @@ auto row_of = [&](int a) {
       high = middle;
     }
   }
-  return Row{Reader(indices, begin, end), Reader(TRANSPOSED ? perm : indices, begin, end), begin,
-             end, begin};
+  return Row{Reader(indices, begin, end), begin, end, begin};
 };
-Row rows[2] = {row_of(0), row_of(1)};
-// Load the next block of a block-row into place AHEAD - 1, and move the others up.
-auto load_next = [&](Row& row, int a) {
+Row rows[2] = {row_of(r0), row_of(r0 + 1)};
+// Load the next block of a block-row behind the others, which move up.
+auto load_next = [&](Row& row) {
 #pragma unroll
   for (int i = 0; i < AHEAD - 1; i++) {
     row.ready[i] = row.ready[i + 1];
-#pragma unroll
-    for (int e = 0; e < TOUCHED * WORDS; e++) {
-      row.words[i][e / WORDS][e % WORDS] = row.words[i + 1][e / WORDS][e % WORDS];
-    }
+    row.pairs[i] = row.pairs[i + 1];
   }
   const bool there = row.next < row.end;
   const int j = row.next++;
   const int col = there ? row.cols.at(j) * B : NONE;
   row.ready[AHEAD - 1] = col;
   if (there) {
-    const T* block = blocks + (size_t)(TRANSPOSED ? row.places.at(j) : j) * (B * B);
-    // Where the products of 8 outputs begin, and that of columns, before the block or with it.
-    const int o0 = a * B % 8;
-    const int k0 = B == 12 ? col % 8 : 0;
-#pragma unroll
-    for (int to = 0; to < TOUCHED; to++) {
-#pragma unroll
-      for (int e = 0; e < WORDS; e++) {
-        const int k = lane % 4 * PAIR + e * 4 * PAIR - k0;
-        row.words[AHEAD - 1][to][e] = load_word(block, col, to * 8 + lane / 4 - o0, k);
-      }
-    }
+    row.pairs[AHEAD - 1] = load_pair(blocks + (size_t)j * (B * B), col);
   }
 };
-auto begin_row = [&](Row& row, int a) {
+auto begin_row = [&](Row& row) {
   row.next = row.begin;
   row.cols = Reader(indices, row.begin, row.end);
-  row.places = Reader(TRANSPOSED ? perm : indices, row.begin, row.end);
 #pragma unroll
   for (int i = 0; i < AHEAD; i++) {
-    load_next(row, a);
+    load_next(row);
   }
 };
 
-float acc[TILES][GROUPS][4];
+float acc[TILES][2][4];
 // Multiply a block-row's blocks of a stage.
 auto multiply_row = [&](Row& row, auto which, const T* x_tile, int stage_end) {
-  constexpr int A = which.value;
-  constexpr int FIRST = A * B / 8;  // group
+  constexpr int TO = which.value;
 #pragma unroll 1
   while (row.ready[0] < stage_end) {
-    const int chunk = row.ready[0] % DEPTH / CHUNK;
-    if constexpr (WORDS == 1) {
-      const T* src = x_tile + swizzle<CHUNKS>(lane, chunk) * CHUNK;
-      const unsigned w = row.words[0][0][0];
+    const int chunk = row.ready[0] % DEPTH / 8;  // in the tile, whatever the index arrays hold
+    const T* src = x_tile + swizzle<CHUNKS>(lane, chunk) * 8;
+    const unsigned w = row.pairs[0];
 #pragma unroll
-      for (int tn = 0; tn < TILES; tn += 2) {
-        unsigned xs[4];
-        load_matrix4<false>(xs, src + tn * 16 * STRIDE);
-        multiply_half<T>(acc[tn][FIRST], xs[0], xs[1], w);
-        multiply_half<T>(acc[tn + 1][FIRST], xs[2], xs[3], w);
-      }
-    } else {
-      const T* src = x_tile + swizzle<CHUNKS>(lane % 16, chunk + lane / 16) * CHUNK;
-      unsigned ws[TOUCHED][WORDS];
-#pragma unroll
-      for (int to = 0; to < TOUCHED; to++) {
-#pragma unroll
-        for (int e = 0; e < WORDS; e++) {
-          ws[to][e] = row.words[0][to][e];
-        }
-        round_factors<T>(ws[to]);
-      }
-#pragma unroll
-      for (int tn = 0; tn < TILES; tn++) {
-        unsigned xs[4];
-        load_matrix4<false>(xs, src + tn * 16 * STRIDE);
-        round_factors<T>(xs);
-#pragma unroll
-        for (int to = 0; to < TOUCHED; to++) {
-          multiply<T>(acc[tn][FIRST + to], xs[0], xs[1], xs[2], xs[3], ws[to][0],
-                      ws[to][WORDS - 1]);
-        }
-      }
+    for (int tn = 0; tn < TILES; tn += 2) {
+      unsigned xs[4];
+      load_matrix4<false>(xs, src + tn * 16 * DEPTH);
+      multiply_half<T>(acc[tn][TO], xs[0], xs[1], w);
+      multiply_half<T>(acc[tn + 1][TO], xs[2], xs[3], w);
     }
-    load_next(row, A);
+    load_next(row);
   }
 };
 
 for (int n0 = begin_n; n0 < end_n; n0 += ROWS) {
-  begin_row(rows[0], 0);
-  begin_row(rows[1], 1);
+  begin_row(rows[0]);
+  begin_row(rows[1]);
 #pragma unroll
-  for (int to = 0; to < GROUPS; to++) {
+  for (int to = 0; to < 2; to++) {
     const int row = row0 + 8 * to + lane % 4 * 2;
     const bool added = BIAS && split == 0 && row < n_rows;
     const float bias_0 = added ? float(__ldg(bias + row)) : 0.0f;
@@ -278,10 +223,8 @@ for (int n0 = begin_n; n0 < end_n; n0 += ROWS) {
     return acc[row_tile / 2][to][row_tile % 2 * 2 + e];
   };
   if constexpr (sizeof(OUT) == 2) {
-    if (n_rows % 8 == 0) {
-      store_tiles<OUT, 2 * TILES, GROUPS>(y_tile, n_rows, N - n0, n_rows - row0, sum);
-      continue;
-    }
+    store_tiles<OUT, 2 * TILES, 2>(y_tile, n_rows, N - n0, n_rows - row0, sum);
+  } else {
+    store_pairs<OUT, 2 * TILES, 2>(y_tile, n_rows, N - n0, n_rows - row0, sum);
   }
-  store_pairs<OUT, 2 * TILES, GROUPS>(y_tile, n_rows, N - n0, n_rows - row0, sum);
 }

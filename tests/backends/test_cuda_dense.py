@@ -10,6 +10,7 @@ from support import (
     computing,
     dense_weight,
     integers,
+    pattern_of,
     random_pattern,
     spoiled,
     trimmed,
@@ -17,7 +18,7 @@ from support import (
 
 from mlx_sparse_nn import sddmm, spmm, spmm_t
 from mlx_sparse_nn.core import blocks, tuned
-from mlx_sparse_nn.core.backends import cuda, cuda_dense, naive, plain
+from mlx_sparse_nn.core.backends import cuda, cuda_dense, cuda_small, cuda_tiles, naive, plain
 
 
 def check(pattern, n, dtype, **settings):
@@ -34,7 +35,8 @@ def check(pattern, n, dtype, **settings):
 def _all_products(monkeypatch):
     """Let every product with more rows than a few go through the dense matrix."""
     monkeypatch.setattr(cuda_dense, "_least_density", lambda *_: 0.0)
-    monkeypatch.setattr(tuned, "SMALL_DENSITY", {})
+    monkeypatch.setattr(cuda_small, "takes", lambda *_: False)
+    monkeypatch.setattr(tuned, "DENSE_LEAST_STRIP", 0)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -133,8 +135,6 @@ def test_transforms(monkeypatch, transform, block_size):
 @pytest.mark.parametrize("block_size", [1, 4])
 def test_blocks_are_in_order_and_stored_once(block_size, row, taken):
     """Two of one place would be written by two threads at once."""
-    from support import pattern_of
-
     layout = pattern_of([row] * 4, 8, block_size).layout
     assert cuda_dense.takes("spmm", layout, 64, mx.bfloat16, 1, 0) is taken
 
@@ -145,3 +145,37 @@ def test_the_dense_matrix_is_bounded(monkeypatch):
     assert cuda_dense.takes("spmm", layout, 64, mx.bfloat16, 1, 0)
     assert not cuda_dense.takes("spmm", layout, 64, mx.float32, 1, 0)
     assert not cuda_dense.takes("spmm", layout, 64, mx.bfloat16, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("op", "block_size", "density", "n", "dtype", "taken"),
+    [
+        ("spmm", 1, 0.1, 15, mx.bfloat16, False),
+        ("spmm", 1, 0.1, 17, mx.bfloat16, True),
+        ("spmm", 4, 0.01, 64, mx.bfloat16, False),
+        ("spmm", 4, 0.02, 4096, mx.float32, True),
+        ("spmm", 12, 0.1, 17, mx.float32, True),
+        ("sddmm", 12, 0.1, 17, mx.bfloat16, True),
+        ("spmm_t", 8, 0.1, 64, mx.bfloat16, False),
+        ("spmm_t", 8, 0.1, 256, mx.bfloat16, True),
+        ("spmm", 64, 0.1, 4096, mx.bfloat16, False),
+        ("spmm", 16, 0.5, 4096, mx.bfloat16, True),
+    ],
+)
+def test_who_goes_through_the_dense_matrix(monkeypatch, op, block_size, density, n, dtype, taken):
+    """Where kernels of stored blocks took many times the dense layer's time."""
+    monkeypatch.undo()
+    monkeypatch.setattr(cuda_tiles, "allows_tf32", lambda: True)
+    columns = range(round(600 * density) + 1)
+    layout = pattern_of([columns] * 20, 600, block_size).layout
+    monkeypatch.setattr(cuda_small, "takes", lambda *_: False)
+    assert cuda_dense.takes(op, layout, n, dtype, 1, 0) is taken
+
+
+def test_narrow_and_tall_matrices_go_by_stored_values(monkeypatch):
+    """A thread block for each of their rows would have little to write, and a grid is bounded."""
+    monkeypatch.undo()
+    for n_rows, n_cols in ((8, 500), (2**23, 16)):
+        pattern = pattern_of([range(n_cols)] * 8, n_cols, 1)
+        pattern.layout.full_shape = (n_rows, n_cols)
+        assert not cuda_dense._has_strips(pattern.layout)

@@ -43,11 +43,9 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
     block_size = layout.block_size
     by_scalars = dtype != mx.float32 and op != "sddmm"
     large = block_size >= 8 and n_x > tuned.CUDA_FEW_ROWS
-    if bits or not launch.takes(layout, n_x, dtype, n_matrices):
+    if bits or (large and not by_scalars and not cuda_tiles.has_tiles(block_size, n_x, dtype)):
         return False
-    if not large or by_scalars or cuda_tiles.has_tiles(block_size, n_x, dtype):
-        return True
-    return cuda_small.takes(op, layout, n_x, dtype)
+    return launch.takes(layout, n_x, dtype, n_matrices)
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
@@ -63,8 +61,6 @@ def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``plain.sddmm``."""
     n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
-    if cuda_small.takes_gradients(layout, n_x, x.dtype):
-        return cuda_small.gradients(layout, y, x)
     if not cuda_tiles.has_tiles(layout.block_size, n_x, x.dtype) or cuda_scalars.is_skewed(
         layout.rows
     ):
@@ -91,7 +87,7 @@ def _product(
     shape, dtype, transposed = x.shape, x.dtype, side.perm is not None
     n_x, n_matrices = shape[-2], shape[0] if len(shape) == 3 else 1
     block_size = data.shape[-1] if data.ndim > 2 else 1
-    if cuda_small.takes_side(side, block_size, n_x, dtype, n_out, shape[-1]):
+    if cuda_small.takes(side, block_size, n_x, dtype):
         return cuda_small.product(data, side, x, n_out, inside, bias)
     if cuda_tiles.has_tiles(block_size, n_x, dtype):
         even = n_x > tuned.CUDA_FEW_ROWS and cuda_tiles.is_even(side)

@@ -32,14 +32,21 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
     """Return whether a product is faster through the dense matrix than by stored blocks."""
     if n_x < tuned.DENSE_LEAST_ROWS or bits or not launch.takes(layout, n_x, dtype, n_matrices):
         return False
-    n_rows, n_cols = layout.full_shape
-    size, block_size = n_rows * n_cols, layout.block_size
-    if size * dtype.size * n_matrices > tuned.DENSE_BYTES:
+    (n_rows, n_cols), block_size = layout.full_shape, layout.block_size
+    size = n_rows * n_cols
+    if size * dtype.size * n_matrices > tuned.DENSE_BYTES or not _has_strips(layout):
         return False
     least = _least_density(op, block_size, dtype, n_x, cuda_tiles.allows_tf32())
     if layout.data_shape[0] * block_size**2 < least * size or not layout.rows.is_in_order:
         return False
-    return not cuda_small.takes(op, layout, n_x, dtype)
+    return op != "spmm" or not cuda_small.takes(layout.rows, block_size, n_x, dtype)
+
+
+def _has_strips(layout: Layout) -> bool:
+    """Return whether rows are long enough for a thread block to write, and so few that all fit."""
+    n_rows, n_cols = layout.full_shape
+    few_enough = n_rows <= launch.MAX_THREADS // tuned.GROUP_THREADS
+    return few_enough and n_cols * min(layout.block_size, 16) >= tuned.DENSE_LEAST_STRIP
 
 
 @lru_cache(4096)
@@ -47,9 +54,17 @@ def _least_density(op: str, block_size: int, dtype: mx.Dtype, n_x: int, tf32: bo
     """Return the share of stored values from which a product is dense."""
     kind = "16 bits" if dtype.size == 2 else "tf32" if tf32 else "float32"
     rules = tuned.DENSE_FROM[kind]["sddmm" if op == "sddmm" else "spmm"]
-    has_tiles = block_size % 8 == 0 and block_size <= tuned.MAX_TILED_BLOCK
-    rule = rules.get(block_size) or rules["tiles" if has_tiles else "scalars"]
+    rule = rules.get(block_size) or rules[_kind_of_blocks(op, block_size, dtype)]
     return rule.density + rule.per_row / n_x
+
+
+def _kind_of_blocks(op: str, block_size: int, dtype: mx.Dtype) -> str:
+    """Return what multiplies stored blocks: tiles, scalars, or plain MLX, small or large ones."""
+    if block_size % 8 == 0 and block_size <= tuned.MAX_TILED_BLOCK:
+        return "tiles"
+    if block_size < 8 or (dtype.size == 2 and op != "sddmm"):
+        return "scalars"
+    return "plain" if block_size <= tuned.MAX_TILED_BLOCK else "large"
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
