@@ -2,8 +2,8 @@
 //
 // Inputs
 //   data (V, n_blocks, B, B), indptr (R + 1), indices (n_blocks); no block is stored twice
-//   sizes    (3): n_rows and n_cols, which may end within the last blocks, and WIDTH columns of a
-//            part, a multiple of 16 bytes
+//   sizes    (5): n_rows and n_cols, which may end within the last blocks, WIDTH columns of a part,
+//            a multiple of 16 bytes, and two that are unread
 // Output
 //   out      (V, n_rows, n_cols)
 // Launch

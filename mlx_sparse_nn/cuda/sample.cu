@@ -3,7 +3,7 @@
 // Inputs
 //   matrix   (V, n_rows, n_cols)
 //   indptr (R + 1), indices (n_blocks)
-//   sizes    (2): n_rows and n_cols, which may end within the last blocks
+//   sizes    (4): n_rows and n_cols, which may end within the last blocks, and two that are unread
 // Output
 //   out      (V, n_blocks, B, B), zeros outside of the matrix
 // Launch
