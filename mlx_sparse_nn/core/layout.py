@@ -75,7 +75,7 @@ class Side:
         n_block_cols: Number of block-columns.
         groups: The block-rows by length, the shortest first; each is in one group.
         is_in_order: Whether the columns of every block-row ascend, and none repeats; False for
-            scalars, where nobody asks.
+            scalars of so sparse a matrix that nobody asks.
         longest_row: Number of blocks in the longest block-row.
         is_padded: Whether a group holds block-rows of several lengths.
         is_uniform: Whether all block-rows are equally long.
@@ -307,7 +307,9 @@ def _side(
 
     def static_sizes() -> mx.array:
         groups = group_lengths(np.diff(indptr), max(1, tuned.GROUP_VALUES // block_size**2))
-        in_order = block_size > 1 and index.ascends(indptr, indices)
+        size = (indptr.size - 1) * n_cols
+        asked = block_size > 1 or indices.size * tuned.SPARSEST_ORDERED >= size
+        in_order = asked and index.ascends(indptr, indices)
         sizes = [int(in_order), *(int(size) for group in groups for size in group)]
         return mx.zeros((0, *sizes), mx.int32)
 

@@ -27,7 +27,7 @@ from support import (
 )
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern, qspmm, qspmm_t, sddmm, spmm, spmm_t
-from mlx_sparse_nn.core.backends import cuda, cuda_tiles, plain
+from mlx_sparse_nn.core.backends import cuda, cuda_dense, cuda_tiles, plain
 from mlx_sparse_nn.core.transforms import transforming
 
 # Bytes of shared memory that a thread block may have, by raising the limit.
@@ -121,6 +121,28 @@ def _check_launches(launches, architecture):
         assert "wgmma" not in name or architecture == "sm_90"
         used = set(re.findall(r"\b[A-Z][A-Z_]+\b|\bT\b|\bB\b", _code(source)))
         assert set(template) <= used, f"{name} is given {set(template) - used} and reads none of it"
+
+
+@pytest.mark.parametrize("shape", [(512, 40), (4096, 11008), (11008, 4096), (8000, 1024)])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("block_size", [1, 3, 8, 12, 24, 128, 1000])
+def test_launches_through_the_dense_matrix_are_valid(launches, block_size, dtype, shape):
+    n_rows, n_cols = shape
+    grid = -(-n_rows // block_size), -(-n_cols // block_size)
+    layout = CSRPattern(
+        np.minimum(3 * np.arange(grid[0] + 1), 3), np.zeros(3, np.int32), shape, block_size
+    ).layout
+    data = mx.ones(layout.data_shape, dtype)
+    matrix = cuda_dense.expand(layout, data)
+    assert matrix.shape == shape
+    assert cuda_dense.sample(layout, matrix).shape == data.shape
+    for name, template, grid, group, shared_memory, source in launches:
+        assert all(g > 0 and g % t == 0 for g, t in zip(grid, group, strict=True)), name
+        assert grid[1] < 2**16
+        assert shared_memory <= 48 * 1024
+        assert 1 <= template["HEIGHT"] <= block_size
+        used = set(re.findall(r"\b[A-Z][A-Z_]+\b|\bT\b|\bB\b", _code(source)))
+        assert set(template) <= used
 
 
 def _code(source):

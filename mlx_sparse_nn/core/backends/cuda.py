@@ -14,6 +14,7 @@ from mlx_sparse_nn.core.backends import (
     cuda_graphs,
     cuda_quantized,
     cuda_scalars,
+    cuda_small,
     cuda_tiles,
     launch,
     scalars,
@@ -128,6 +129,8 @@ def _product(
     shape, dtype, transposed = x.shape, x.dtype, side.perm is not None
     n_x, n_matrices = shape[-2], shape[0] if len(shape) == 3 else 1
     block_size = data.shape[-1] if data.ndim > 2 else 1
+    if cuda_small.takes(side, block_size, n_x, dtype):
+        return cuda_small.product(data, side, x, n_out, inside, bias)
     if cuda_boxes.takes(side, n_x, n_matrices, block_size, inside, dtype):
         even = cuda_tiles.is_even(side)
         choice = cuda_boxes.boxes, n_x, n_matrices, block_size, n_out, transposed, even

@@ -36,7 +36,11 @@ INPUTS = {
     "sddmm": ("y", "x", "indptr", "indices", "step"),
     "sddmm_places": ("y", "x", "rows", "indices"),
     "sum": ("partial",),
+    "expand": ("data", "indptr", "indices", "sizes"),
+    "sample": ("matrix", "indptr", "indices", "sizes"),
 }
+# Whose argument a launch is of, where its inputs' name does not say it.
+_OWNERS = {"sum": "sddmm", "dequantize": "qspmm", "expand": "spmm", "sample": "sddmm"}
 SCRATCH = {"spmm_boxes": ["scratch"]}  # integers that a kernel writes for itself, by its name
 MAX_THREADS = 2**31 - tuned.GROUP_THREADS  # of a grid's side, which is an int, in whole groups
 MAX_GROUPS = 2**16 - 1  # of CUDA, along a grid's second and third side
@@ -159,7 +163,7 @@ def _check_grid(backend: str, inputs: str, grid: tuple[int, int, int]) -> None:
     others = MAX_THREADS if backend == "metal" else MAX_GROUPS
     if grid[0] <= MAX_THREADS and max(grid[1:]) <= others:
         return
-    owner = {"sum": "sddmm", "dequantize": "qspmm"}.get(inputs, inputs.split("_")[0])
+    owner = _OWNERS.get(inputs, inputs.split("_")[0])
     raise ValueError(
         f"[{owner}] a launch must have at most {MAX_THREADS} x {others} x {others} threads, got "
         f"{' x '.join(map(str, grid))}; multiply by fewer rows of x or of the matrix at a time"
