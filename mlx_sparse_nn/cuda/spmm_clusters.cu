@@ -1,5 +1,5 @@
-// The product of spmm_tiles.cu for some rows of x, which is bound by what is read from L2: x is read
-// once for WIDTH outputs, and the thread blocks of a cluster share the columns.
+// The product of spmm_tiles.cu for some rows of x, which is bound by what is read from L2: x is
+// read once for WIDTH outputs, and the thread blocks of a cluster share the columns.
 //
 // Inputs, output: as there; blocks of a block-row by ascending block-column, at most 4096 of them.
 // Launch
@@ -10,18 +10,18 @@
 //   copies and multiplies the part of every block that lies in its 16 outputs.
 //   Shared memory: STAGES ROWS DEPTH 2 + WIDTH / 16 RING 2 bytes, DEPTH = max(128, B).
 // Template
-//   T half or bfloat16; B 16, 32, 64 or 128; INSIDE columns of the last block-column, 1 to B; ROWS a
-//   multiple of 16; WIDTH a multiple of 16; CLUSTER; STAGES; RING elements of a warp's blocks under
-//   way; TRANSPOSED and BIAS 0 or 1.
+//   T half or bfloat16; B 16, 32, 64 or 128; INSIDE columns of the last block-column, 1 to B; ROWS
+//   a multiple of 16; WIDTH a multiple of 16; CLUSTER; STAGES; RING elements of a warp's blocks
+//   under way; TRANSPOSED and BIAS 0 or 1.
 // Sums in float32: each share of the columns its blocks in stored order, k ascending by 16; then
 // the bias, and the shares in order.
 
 #include "barriers.h"
-#include "clusters.h"
 #include "copies.h"
 #include "mma.h"
 #include "reader.h"
 #include "stores.h"
+#include "clusters.h"
 
 constexpr int OWN = 16;             // outputs of a warp
 constexpr int WARPS = WIDTH / OWN;  // that multiply
@@ -36,13 +36,13 @@ constexpr int PARTS = B / PART_K;
 constexpr int PART = PART_K * OWN;
 constexpr int W_CHUNKS = (TRANSPOSED ? OWN : PART_K) / 8;
 constexpr int RING_PARTS = RING / PART;
-constexpr int MAX_COLS = 4096;           // block-columns
-constexpr int SUM_STRIDE = WIDTH + 8;    // from a row of sums to the next
+constexpr int MAX_COLS = 4096;                      // block-columns
+constexpr int SUM_STRIDE = WIDTH + 8;               // from a row of sums to the next
 constexpr bool FULL = WIDTH == 256 && ROWS == 128;  // sums fill the registers
 extern __shared__ __align__(128) char shared[];
 __shared__ unsigned long long full[STAGES];
 __shared__ unsigned long long empty[STAGES];
-__shared__ unsigned used[MAX_COLS / 32];   // a bit a block-column: has the panel a block there?
+__shared__ unsigned used[MAX_COLS / 32];    // a bit a block-column: has the panel a block there?
 __shared__ unsigned short share[MAX_COLS];  // the used block-columns of this thread block
 T* tiles = reinterpret_cast<T*>(shared);
 
@@ -279,31 +279,7 @@ for (int tn = 0; tn < TILES; tn++) {
   }
 }
 sync_cluster();
-constexpr int FOURS = WIDTH / 4;
-const int sums_end = n_valid * (rank + 1) / CLUSTER * FOURS;
-for (int i = n_valid * rank / CLUSTER * FOURS + thread; i < sums_end; i += 32 * WARPS) {
-  const int n = i / FOURS;
-  const int o = i % FOURS * 4;
-  float4 of[CLUSTER];
-#pragma unroll
-  for (int other = 0; other < CLUSTER; other++) {
-    of[other] = load_shared(sums + n * SUM_STRIDE + o, other);
-  }
-  if (out0 + o < n_rows) {
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (BIAS) {
-      const T* bias_o = bias + out0 + o;
-      sum = make_float4(float(bias_o[0]), float(bias_o[1]), float(bias_o[2]), float(bias_o[3]));
-    }
-#pragma unroll
-    for (int other = 0; other < CLUSTER; other++) {
-      sum.x += of[other].x;
-      sum.y += of[other].y;
-      sum.z += of[other].z;
-      sum.w += of[other].w;
-    }
-    *reinterpret_cast<uint2*>(y + ((size_t)v * N + n0 + n) * n_rows + out0 + o) =
-        make_uint2(pack2(T(), sum.x, sum.y), pack2(T(), sum.z, sum.w));
-  }
-}
+store_sums<T, CLUSTER, WIDTH, SUM_STRIDE, 32 * WARPS>(y + ((size_t)v * N + n0) * n_rows + out0,
+                                                      n_rows, sums, BIAS ? bias + out0 : nullptr,
+                                                      n_valid, n_rows - out0);
 sync_cluster();

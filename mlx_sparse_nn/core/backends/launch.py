@@ -252,7 +252,7 @@ def _function(
     if backend == "metal":
         return mx.fast.metal_kernel(**options)
     bounds = f"{threads}, 1" if shared_memory > tuned.MAX_SHARED_OF_TWO else threads
-    clusters = f" __cluster_dims__({cluster}, 1, 1)" if cluster > 1 else ""
+    clusters = f" __attribute__((cluster_dims({cluster}, 1, 1)))" if cluster > 1 else ""
     options["header"] += _BOUND.format(bounds=bounds, clusters=clusters)
     return mx.fast.cuda_kernel(shared_memory=shared_memory, **options)
 

@@ -114,7 +114,7 @@ class _Kernel:
         emulation = self.emulation
         emulation.names.append(self.name.removeprefix("mlx_sparse_nn_"))
         library = _compiled(self.name, self._text(inputs, output_dtypes, template))
-        clusters = re.search(r"__cluster_dims__\((\d+), 1, 1\)", self.header)
+        clusters = re.search(r"cluster_dims\((\d+), 1, 1\)", self.header)
         launch = _Launch(
             seed=emulation.seed,
             threads=threadgroup[0],
