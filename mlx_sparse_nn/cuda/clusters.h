@@ -33,7 +33,7 @@ __device__ __forceinline__ void store_sums(T* y, size_t width, const float* sums
     float4 of[CLUSTER];
 #pragma unroll
     for (int other = 0; other < CLUSTER; other++) {
-      of[other] = load_shared(sums + row * STRIDE + col, other);
+      of[other] = load_shared(sums + row * STRIDE + col, (rank + other) % CLUSTER);
     }
     if (col < cols) {
       float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);

@@ -132,9 +132,11 @@ if (warp >= WARPS) {
   }
   commit_copies();
   wait_copies<0>();
-  __syncthreads();
-  sync_cluster();
-  sync_cluster();
+  if (CLUSTER > 1) {
+    __syncthreads();
+    sync_cluster();
+    sync_cluster();
+  }
   return;
 }
 if (FULL) {
@@ -264,22 +266,31 @@ for (int stage = 0; stage < n_stages; stage++) {
   ring.advance();
 }
 wait_copies<0>();
-__syncthreads();
-
-// The sums of this share, in place of the stages; then each thread block adds up some rows.
-float* sums = reinterpret_cast<float*>(shared);
+if (CLUSTER == 1) {
+  store_tiles<T, 2 * TILES, 2>(
+      y + ((size_t)v * N + n0) * n_rows + row0, n_rows, N - n0, n_rows - row0,
+      [&](int row_tile, int to, int e) {
+        const float bias_e =
+            BIAS ? float(__ldg(bias + min(n_rows - 2, row0 + 8 * to + lane % 4 * 2) + e)) : 0.0f;
+        return bias_e + acc[row_tile / 2][to][row_tile % 2 * 2 + e];
+      });
+} else {
+  // The sums of this share, in place of the stages; then each thread block adds up some rows.
+  float* sums = reinterpret_cast<float*>(shared);
+  __syncthreads();
 #pragma unroll
-for (int tn = 0; tn < TILES; tn++) {
+  for (int tn = 0; tn < TILES; tn++) {
 #pragma unroll
-  for (int to = 0; to < 2; to++) {
-    float* place = sums + (16 * tn + lane / 4) * SUM_STRIDE + warp * OWN + 8 * to + lane % 4 * 2;
-    *reinterpret_cast<float2*>(place) = make_float2(acc[tn][to][0], acc[tn][to][1]);
-    *reinterpret_cast<float2*>(place + 8 * SUM_STRIDE) =
-        make_float2(acc[tn][to][2], acc[tn][to][3]);
+    for (int to = 0; to < 2; to++) {
+      float* place = sums + (16 * tn + lane / 4) * SUM_STRIDE + warp * OWN + 8 * to + lane % 4 * 2;
+      *reinterpret_cast<float2*>(place) = make_float2(acc[tn][to][0], acc[tn][to][1]);
+      *reinterpret_cast<float2*>(place + 8 * SUM_STRIDE) =
+          make_float2(acc[tn][to][2], acc[tn][to][3]);
+    }
   }
+  sync_cluster();
+  store_sums<T, CLUSTER, WIDTH, SUM_STRIDE, 32 * WARPS>(y + ((size_t)v * N + n0) * n_rows + out0,
+                                                        n_rows, sums, BIAS ? bias + out0 : nullptr,
+                                                        n_valid, n_rows - out0);
+  sync_cluster();
 }
-sync_cluster();
-store_sums<T, CLUSTER, WIDTH, SUM_STRIDE, 32 * WARPS>(y + ((size_t)v * N + n0) * n_rows + out0,
-                                                      n_rows, sums, BIAS ? bias + out0 : nullptr,
-                                                      n_valid, n_rows - out0);
-sync_cluster();

@@ -2,15 +2,13 @@
 //
 // Inputs, output: as there.
 // Launch
-//   (R CLUSTER THREADS, shares, V) threads in groups of (THREADS, 1, 1), in clusters of CLUSTER,
-//   each of which owns what a group owns there, and shares out the stored blocks of its block-row.
-//   The last warpgroup copies, the others multiply: one for 64 rows, else two. With CLUSTER > 1
-//   there is one tile of rows a share. Shared memory: STAGES (ROWS + B) 128 + 1024 bytes.
+//   (R 384, shares, V) threads in groups of (384, 1, 1), which own what they own there. The last of
+//   the 3 warpgroups copies, the others multiply.
+//   Shared memory: STAGES (ROWS + B) 128 + 1024 bytes.
 // Template
 //   T half or bfloat16; B 64 or 128; INSIDE columns of the last block-column, 1 to B; ROWS of x in
-//   a tile, 64, 128 or 256; CLUSTER; STAGES; TRANSPOSED and BIAS 0 or 1.
-// Sums in float32: the bias, then blocks in stored order, k ascending by 16. With CLUSTER > 1, each
-// share of the blocks like this, then the bias, and the shares in order.
+//   a tile, 128 or 256; STAGES; TRANSPOSED and BIAS 0 or 1.
+// Sums in float32: the bias, then blocks in stored order, k ascending by 16.
 
 #include "barriers.h"
 #include "copies.h"
@@ -18,22 +16,19 @@
 #include "copiers.h"
 #include "reader.h"
 #include "stores.h"
-#include "clusters.h"
 
-constexpr int WARPGROUPS = ROWS == 64 ? 1 : 2;   // that multiply
+constexpr int WARPGROUPS = 2;                    // that multiply
 constexpr int COPIERS = 128;                     // threads
 constexpr int TILES = ROWS / (64 * WARPGROUPS);  // 64 x B tiles of a warpgroup
 constexpr int DEPTH = 64;                        // k in a stage: rows of 128 bytes
 constexpr int PARTS = B / DEPTH;                 // stages of a block
 constexpr int STAGE = (ROWS + B) * DEPTH;
-constexpr int SUM_STRIDE = B + 8;  // from a row of sums to the next
 extern __shared__ char shared[];
 __shared__ unsigned long long full[STAGES];
 __shared__ unsigned long long empty[STAGES];
 T* tiles = reinterpret_cast<T*>(shared + (1024 - shared_address(shared) % 1024) % 1024);
 
-const int r = blockIdx.x / CLUSTER;
-const int rank = blockIdx.x % CLUSTER;
+const int r = blockIdx.x;
 const int v = blockIdx.z;
 const int thread = threadIdx.x;
 const int lane = thread % 32;
@@ -43,11 +38,8 @@ const int n_cols = in_register(x_shape[x_ndim - 1]);
 const int all_tiles = (N + ROWS - 1) / ROWS;
 const int begin_n = (size_t)all_tiles * blockIdx.y / gridDim.y * ROWS;
 const int end_n = (size_t)all_tiles * (blockIdx.y + 1) / gridDim.y * ROWS;
-const int row_begin = indptr[r];
-const int row_end = indptr[r + 1];
-const int begin = row_begin + (row_end - row_begin) * rank / CLUSTER;
-const int end = row_begin + (row_end - row_begin) * (rank + 1) / CLUSTER;
-const int n_stages = (end - begin) * PARTS;
+const int begin = indptr[r];
+const int n_stages = (indptr[r + 1] - begin) * PARTS;
 
 if (thread < STAGES) {
   init_barrier(full + thread, COPIERS);
@@ -67,8 +59,8 @@ if (warpgroup == WARPGROUPS) {
     constexpr bool ALIGNED = alignment.value;
     Copier<STAGES, STAGES - 2> copier{full, empty};
     for (int n0 = begin_n; n0 < end_n; n0 += ROWS) {
-      Reader cols(indices, begin, end);
-      Reader places(perm, begin, TRANSPOSED ? end : begin);
+      Reader cols(indices, begin, indptr[r + 1]);
+      Reader places(perm, begin, TRANSPOSED ? indptr[r + 1] : begin);
       for (int stage = 0; stage < n_stages; stage++) {
         const int j = begin + stage / PARTS;
         const int k = stage % PARTS * DEPTH;
@@ -106,11 +98,6 @@ if (warpgroup == WARPGROUPS) {
   } else {
     copy_as(Unaligned());
   }
-  if (CLUSTER > 1) {
-    __syncthreads();
-    sync_cluster();
-    sync_cluster();
-  }
   return;
 }
 
@@ -122,7 +109,7 @@ for (int n0 = begin_n; n0 < end_n; n0 += ROWS) {
 #pragma unroll
   for (int e = 0; e < B / 2; e++) {
     const float bias_e =
-        BIAS && CLUSTER == 1 ? float(__ldg(bias + r * B + e / 4 * 8 + lane % 4 * 2 + e % 2)) : 0.0f;
+        BIAS ? float(__ldg(bias + r * B + e / 4 * 8 + lane % 4 * 2 + e % 2)) : 0.0f;
 #pragma unroll
     for (int tn = 0; tn < TILES; tn++) {
       acc[tn][e] = bias_e;
@@ -155,33 +142,11 @@ for (int n0 = begin_n; n0 < end_n; n0 += ROWS) {
   if (n_stages > 0 && lane == 0) {
     arrive(empty + last_buffer);
   }
-  if (CLUSTER == 1) {
 #pragma unroll
-    for (int tn = 0; tn < TILES; tn++) {
-      const int n = n0 + warpgroup_n + 64 * tn + thread / 32 % 4 * 16;
-      store_tiles<T, 2, B / 8>(
-          y + ((size_t)v * N + n) * n_rows + r * B, n_rows, N - n, B,
-          [&](int row_tile, int to, int e) { return acc[tn][4 * to + 2 * row_tile + e]; });
-    }
-  } else {
-    // In place of the stages, which all warps have read.
-    float* sums = reinterpret_cast<float*>(tiles);
-    __syncthreads();
-#pragma unroll
-    for (int tn = 0; tn < TILES; tn++) {
-      const int n = warpgroup_n + 64 * tn + thread / 32 % 4 * 16 + lane / 4;
-#pragma unroll
-      for (int e = 0; e < B / 2; e += 4) {
-        float* place = sums + n * SUM_STRIDE + 2 * e + lane % 4 * 2;
-        *reinterpret_cast<float2*>(place) = make_float2(acc[tn][e], acc[tn][e + 1]);
-        *reinterpret_cast<float2*>(place + 8 * SUM_STRIDE) =
-            make_float2(acc[tn][e + 2], acc[tn][e + 3]);
-      }
-    }
-    sync_cluster();
-    store_sums<T, CLUSTER, B, SUM_STRIDE, 128 * WARPGROUPS>(
-        y + ((size_t)v * N + n0) * n_rows + r * B, n_rows, sums, BIAS ? bias + r * B : nullptr,
-        min(ROWS, N - n0), B);
-    sync_cluster();
+  for (int tn = 0; tn < TILES; tn++) {
+    const int n = n0 + warpgroup_n + 64 * tn + thread / 32 % 4 * 16;
+    store_tiles<T, 2, B / 8>(
+        y + ((size_t)v * N + n) * n_rows + r * B, n_rows, N - n, B,
+        [&](int row_tile, int to, int e) { return acc[tn][4 * to + 2 * row_tile + e]; });
   }
 }

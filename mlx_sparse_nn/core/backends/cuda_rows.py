@@ -41,4 +41,4 @@ def warpgroups(
     template |= {"STAGES": stages, "TRANSPOSED": int(transposed)}
     grid = (n_out // block_size * cluster * threads, -(-n_x // rows), n_matrices)
     shared_memory = stages * (rows + block_size) * 128 + 1024
-    return Kernel("spmm_wgmma", template, grid, threads, shared_memory, cluster)
+    return Kernel("spmm_shares", template, grid, threads, shared_memory, cluster)

@@ -67,7 +67,7 @@ def by_tensor_cores(
     elif hopper and n_x > 64 and itemsize == 2 and block_size in tuned.WGMMA_STAGES:
         rows = 256 if n_block_rows * -(-n_x // 256) * n_matrices >= filling else 128
         stages, threads = tuned.WGMMA_STAGES[block_size][rows], 384
-        name, template = "spmm_wgmma", {"ROWS": rows, "CLUSTER": 1}
+        name, template = "spmm_wgmma", {"ROWS": rows}
         shared_memory = stages * (rows + block_size) * 128 + 1024
     else:
         many = n_x > 64 and architecture() in tuned.LARGE_SHARED_MEMORY
