@@ -12,7 +12,8 @@ def clusters(
     inside: int,
     n_out: int,
     transposed: bool,
-    tile: tuple[int, int, int, int, int],
+    tile: tuple,
+    name: str = "spmm_clusters",
 ) -> Kernel:
     """Return the kernel of a product; ``tile`` is rows, width, cluster, stages, ring."""
     rows, width, cluster, stages, ring = tile
@@ -22,7 +23,7 @@ def clusters(
     template["TRANSPOSED"] = int(transposed)
     grid = (-(-n_out // width) * cluster * threads, -(-n_x // rows), n_matrices)
     shared_memory = stages * rows * max(128, block_size) * 2 + width // 16 * ring * 2
-    return Kernel("spmm_clusters", template, grid, threads, shared_memory, cluster)
+    return Kernel(name, template, grid, threads, shared_memory, cluster)
 
 
 def warpgroups(
