@@ -114,6 +114,10 @@ MAX_SHARED_OF_TWO = 113 * 1024
 LARGE_SHARED_MEMORY = ("sm_80", "sm_87", "sm_90", "sm_100", "sm_103")  # 160 KB a thread block
 HOPPER = "sm_90"
 WGMMA_STAGES = {64: {256: 5, 128: 8}, 128: {256: 4, 128: 6}}  # by block size and rows of a tile
+# Some rows of x on Hopper: the most of them, by block size, that thread blocks in clusters take.
+SHARED_ROWS = {16: 256, 32: 256, 64: 256, 128: 256}
+MAX_CLUSTER = 8  # thread blocks
+MAX_SHARED_STAGES = 8
 PANEL_DENSITY = {16: 0.025, 32: 0.15}  # from which spmm_panels is faster than spmm_tiles
 MAX_PANEL_COLUMNS = 2**20
 GRADIENT_PANELS = (16, 32)  # block sizes of sddmm_panels

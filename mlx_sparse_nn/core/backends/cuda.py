@@ -8,7 +8,14 @@ from functools import lru_cache
 import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
-from mlx_sparse_nn.core.backends import cuda_gradients, cuda_scalars, cuda_tiles, launch, scalars
+from mlx_sparse_nn.core.backends import (
+    cuda_gradients,
+    cuda_rows,
+    cuda_scalars,
+    cuda_tiles,
+    launch,
+    scalars,
+)
 from mlx_sparse_nn.core.backends.launch import (
     Kernel,
     KernelLaunch,
@@ -80,7 +87,9 @@ def _product(
     shape, dtype, transposed = x.shape, x.dtype, side.perm is not None
     n_x, n_matrices = shape[-2], shape[0] if len(shape) == 3 else 1
     block_size = data.shape[-1] if data.ndim > 2 else 1
-    if cuda_tiles.has_tiles(block_size, n_x, dtype):
+    if cuda_rows.takes(block_size, n_x, dtype, transposed):
+        choice = cuda_rows.shares, n_x, n_matrices, block_size, inside, n_out, transposed
+    elif cuda_tiles.has_tiles(block_size, n_x, dtype):
         even = n_x > tuned.CUDA_FEW_ROWS and cuda_tiles.is_even(side)
         panels = n_x > tuned.CUDA_FEW_ROWS and dtype != mx.float32
         panels = panels and cuda_tiles.takes_panels(side, block_size, n_out, shape[-1])

@@ -2,7 +2,41 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
+
+from mlx_sparse_nn.core import tuned
+from mlx_sparse_nn.core.backends import cuda_tiles
 from mlx_sparse_nn.core.backends.launch import Kernel
+
+
+def takes(block_size: int, n_x: int, dtype: mx.Dtype, transposed: bool) -> bool:
+    """Return whether thread blocks work in clusters: few of x's rows are left to other kernels.
+
+    Those of few rows do not multiply by a transpose.
+    """
+    if dtype == mx.float32 or n_x > tuned.SHARED_ROWS.get(block_size, 0):
+        return False
+    return (transposed or n_x > tuned.CUDA_FEW_ROWS) and cuda_tiles.architecture() == tuned.HOPPER
+
+
+def shares(
+    n_x: int, n_matrices: int, block_size: int, inside: int, n_out: int, transposed: bool
+) -> Kernel:
+    """Return the kernel in which a cluster shares the blocks of a block-row.
+
+    A cluster is as large as it takes to fill the GPU, and a thread block has as many stages as
+    leave room for a second one on its multiprocessor.
+    """
+    rows = 64 if n_x <= 64 else 128
+    groups = n_out // block_size * -(-n_x // rows) * n_matrices
+    cluster = 1
+    while cluster < tuned.MAX_CLUSTER and groups * cluster < tuned.BLOCKS_TO_FILL_GPU:
+        cluster *= 2
+    stage = (rows + block_size) * 128
+    stages = min(tuned.MAX_SHARED_STAGES, (tuned.MAX_SHARED_OF_TWO - 1024) // stage)
+    return warpgroups(
+        n_x, n_matrices, block_size, inside, n_out, transposed, (rows, cluster, stages)
+    )
 
 
 def clusters(
