@@ -3,14 +3,14 @@
 //
 // Inputs, output: as in spmm_tiles.cu; blocks of a block-row by ascending block-column.
 // Launch
-//   (panels CLUSTER THREADS, ceil(N / ROWS), V) threads in groups of (THREADS, 1, 1), panels =
-//   ceil(n_rows / WIDTH), THREADS = 2 WIDTH + 128, in clusters of CLUSTER groups. A cluster owns a
-//   panel of WIDTH outputs and ROWS rows of x, and each of its groups an equal share of the
-//   columns. The last 4 warps copy x. Each of the others copies and multiplies the part of every
-//   block that lies in its 16 outputs. Shared memory: STAGES ROWS 256 + WIDTH / 8 RING bytes.
+//   (panels CLUSTER 640, ceil(N / ROWS), V) threads in groups of (640, 1, 1), panels =
+//   ceil(n_rows / 256), in clusters of CLUSTER groups. A cluster owns a panel of 256 outputs and
+//   ROWS rows of x, and each of its groups an equal share of the columns. The last 4 warps copy x.
+//   Each of the 16 others copies and multiplies the part of every block that lies in its 16
+//   outputs. Shared memory: STAGES ROWS 256 + 32 RING bytes, at least ROWS 1056.
 // Template
-//   T half or bfloat16; B 16, 32, 64 or 128; INSIDE columns of the last block-column, 1 to B; ROWS
-//   a multiple of 16; WIDTH 128 or 256; CLUSTER; STAGES; RING elements of a warp's blocks under
+//   T half or bfloat16; B 16 or 32; INSIDE columns of the last block-column, 1 to B; ROWS a
+//   multiple of 16, at most 128; CLUSTER above 1; STAGES; RING elements of a warp's blocks under
 //   way; TRANSPOSED and BIAS 0 or 1.
 // Sums in float32: each share of the columns its blocks in stored order, k ascending by 16; then
 // the bias and the shares, in an order that follows from N and the row of x.
@@ -23,19 +23,18 @@
 #include "clusters.h"
 
 constexpr int OWN = 16;             // outputs of a warp
+constexpr int WIDTH = 256;          // outputs of the panel
 constexpr int WARPS = WIDTH / OWN;  // that multiply
 constexpr int COPIERS = 128;        // threads
 constexpr int TILES = ROWS / 16;    // 16 x 8 tiles of a warp over the rows of x, 2 over outputs
 constexpr int DEPTH = 128;          // columns in a stage
 constexpr int CHUNKS = DEPTH / 8;
 constexpr int STAGE = ROWS * DEPTH;
-constexpr int PART_K = B < 32 ? B : 32;  // a warp copies its outputs of a block in parts
-constexpr int PARTS = B / PART_K;
-constexpr int PART = PART_K * OWN;
-constexpr int W_CHUNKS = (TRANSPOSED ? OWN : PART_K) / 8;
+constexpr int PART = B * OWN;  // values of a block that lie in the outputs of a warp
+constexpr int W_CHUNKS = (TRANSPOSED ? OWN : B) / 8;
 constexpr int RING_PARTS = RING / PART;
-constexpr int SUM_STRIDE = WIDTH + 8;               // from a row of sums to the next
-constexpr bool FULL = WIDTH == 256 && ROWS == 128;  // sums fill the registers
+constexpr int SUM_STRIDE = WIDTH + 8;  // from a row of sums to the next
+constexpr bool FULL = ROWS == 128;     // sums fill the registers
 extern __shared__ __align__(128) char shared[];
 __shared__ unsigned long long full[STAGES];
 __shared__ unsigned long long empty[STAGES];
@@ -101,11 +100,9 @@ if (warp >= WARPS) {
   }
   commit_copies();
   wait_copies<0>();
-  if (CLUSTER > 1) {
-    __syncthreads();
-    sync_cluster();
-    sync_cluster();
-  }
+  __syncthreads();
+  sync_cluster();
+  sync_cluster();
   return;
 }
 if (FULL) {
@@ -141,15 +138,13 @@ T* parts = tiles + STAGES * STAGE + warp * RING;
 // Only the last block of a block-row can reach past the matrix.
 const bool at_edge = INSIDE < B && begin < end && (indices[end - 1] + 1) * B == n_cols;
 int copied = 0;
-int next = begin;  // block to copy, and its part
-int next_part = 0;
+int next = begin;  // block to copy
 Reader places(perm, begin, TRANSPOSED ? end : begin);
 auto copy_part = [&]() {
   if (next < end) {
-    const int k = next_part * PART_K;
     const int stored = TRANSPOSED ? places.at(next) : next;
-    const T* block = blocks + (size_t)stored * (B * B) + (TRANSPOSED ? k * B : k);
-    const int inside = (at_edge && next == end - 1 ? INSIDE : B) - k;  // k in the matrix
+    const T* block = blocks + (size_t)stored * (B * B);
+    const int inside = at_edge && next == end - 1 ? INSIDE : B;  // k in the matrix
     T* part = parts + copied % RING_PARTS * PART;
 #pragma unroll
     for (int i = 0; i < PART / 8; i += 32) {
@@ -165,10 +160,7 @@ auto copy_part = [&]() {
       }
     }
     copied++;
-    if (++next_part == PARTS) {
-      next_part = 0;
-      next++;
-    }
+    next++;
   }
   commit_copies();
 };
@@ -194,34 +186,31 @@ for (int stage = first_stage; stage < end_stage; stage++) {
   wait_barrier(full + ring.buffer, ring.parity);
 #pragma unroll 1
   while (col < (stage + 1) * DEPTH) {
+    wait_copies<RING_PARTS - 1>();
+    __syncwarp();
+    const T* part = parts + read % RING_PARTS * PART;
+    read++;
 #pragma unroll
-    for (int p = 0; p < PARTS; p++) {
-      wait_copies<RING_PARTS - 1>();
-      __syncwarp();
-      const T* part = parts + read % RING_PARTS * PART;
-      read++;
-#pragma unroll
-      for (int tk = 0; tk < PART_K / 16; tk++) {
-        unsigned w[4];
-        if (TRANSPOSED) {
-          load_matrix4<true>(w, part + swizzle<W_CHUNKS>(16 * tk + lane % 16, lane / 16) * 8);
-        } else {
-          const int o = lane / 16 * 8 + lane % 8;
-          load_matrix4<false>(w, part + swizzle<W_CHUNKS>(o, 2 * tk + lane / 8 % 2) * 8);
-        }
-        const int chunk = (col % DEPTH + p * PART_K) / 8 + 2 * tk + lane / 16;
-        const T* src = x_tile + swizzle<CHUNKS>(lane % 16, chunk) * 8;
-#pragma unroll
-        for (int tn = 0; tn < TILES; tn++) {
-          unsigned xs[4];
-          load_matrix4<false>(xs, src + tn * 16 * DEPTH);
-          multiply<T>(acc[tn][0], xs[0], xs[1], xs[2], xs[3], w[0], w[1]);
-          multiply<T>(acc[tn][1], xs[0], xs[1], xs[2], xs[3], w[2], w[3]);
-        }
+    for (int tk = 0; tk < B / 16; tk++) {
+      unsigned w[4];
+      if (TRANSPOSED) {
+        load_matrix4<true>(w, part + swizzle<W_CHUNKS>(16 * tk + lane % 16, lane / 16) * 8);
+      } else {
+        const int o = lane / 16 * 8 + lane % 8;
+        load_matrix4<false>(w, part + swizzle<W_CHUNKS>(o, 2 * tk + lane / 8 % 2) * 8);
       }
-      __syncwarp();
-      copy_part();
+      const int chunk = col % DEPTH / 8 + 2 * tk + lane / 16;
+      const T* src = x_tile + swizzle<CHUNKS>(lane % 16, chunk) * 8;
+#pragma unroll
+      for (int tn = 0; tn < TILES; tn++) {
+        unsigned xs[4];
+        load_matrix4<false>(xs, src + tn * 16 * DEPTH);
+        multiply<T>(acc[tn][0], xs[0], xs[1], xs[2], xs[3], w[0], w[1]);
+        multiply<T>(acc[tn][1], xs[0], xs[1], xs[2], xs[3], w[2], w[3]);
+      }
     }
+    __syncwarp();
+    copy_part();
     col = ++j < end ? cols.at(j) * B : 1 << 30;
   }
   __syncwarp();
@@ -231,31 +220,21 @@ for (int stage = first_stage; stage < end_stage; stage++) {
   ring.advance();
 }
 wait_copies<0>();
-if (CLUSTER == 1) {
-  store_tiles<T, 2 * TILES, 2>(
-      y + ((size_t)v * N + n0) * n_rows + row0, n_rows, N - n0, n_rows - row0,
-      [&](int row_tile, int to, int e) {
-        const float bias_e =
-            BIAS ? float(__ldg(bias + min(n_rows - 2, row0 + 8 * to + lane % 4 * 2) + e)) : 0.0f;
-        return bias_e + acc[row_tile / 2][to][row_tile % 2 * 2 + e];
-      });
-} else {
-  // The sums of this share, in place of the stages; then each thread block adds up some rows.
-  float* sums = reinterpret_cast<float*>(shared);
-  __syncthreads();
+// The sums of this share, in place of the stages; then each thread block adds up some rows.
+float* sums = reinterpret_cast<float*>(shared);
+__syncthreads();
 #pragma unroll
-  for (int tn = 0; tn < TILES; tn++) {
+for (int tn = 0; tn < TILES; tn++) {
 #pragma unroll
-    for (int to = 0; to < 2; to++) {
-      float* place = sums + (16 * tn + lane / 4) * SUM_STRIDE + warp * OWN + 8 * to + lane % 4 * 2;
-      *reinterpret_cast<float2*>(place) = make_float2(acc[tn][to][0], acc[tn][to][1]);
-      *reinterpret_cast<float2*>(place + 8 * SUM_STRIDE) =
-          make_float2(acc[tn][to][2], acc[tn][to][3]);
-    }
+  for (int to = 0; to < 2; to++) {
+    float* place = sums + (16 * tn + lane / 4) * SUM_STRIDE + warp * OWN + 8 * to + lane % 4 * 2;
+    *reinterpret_cast<float2*>(place) = make_float2(acc[tn][to][0], acc[tn][to][1]);
+    *reinterpret_cast<float2*>(place + 8 * SUM_STRIDE) =
+        make_float2(acc[tn][to][2], acc[tn][to][3]);
   }
-  sync_cluster();
-  store_sums<T, CLUSTER, WIDTH, SUM_STRIDE, 32 * WARPS>(y + ((size_t)v * N + n0) * n_rows + out0,
-                                                        n_rows, sums, BIAS ? bias + out0 : nullptr,
-                                                        n_valid, n_rows - out0);
-  sync_cluster();
 }
+sync_cluster();
+store_sums<T, CLUSTER, WIDTH, SUM_STRIDE, 32 * WARPS>(y + ((size_t)v * N + n0) * n_rows + out0,
+                                                      n_rows, sums, BIAS ? bias + out0 : nullptr,
+                                                      n_valid, n_rows - out0);
+sync_cluster();
