@@ -301,7 +301,7 @@ static int in_register(int value) { return value; }
 // Bytes of boxes that a barrier waits for; they may land before it knows of them.
 static int& bytes_of(unsigned long long* barrier) {
   static unsigned long long* barriers[64];
-  static int bytes[64];
+  PER_BLOCK static int bytes[64];
   int i = 0;
   while (barriers[i] && barriers[i] != barrier) i++;
   barriers[i] = barrier;
