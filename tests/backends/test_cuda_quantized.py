@@ -39,7 +39,7 @@ Matrix = tuple[mx.array, mx.array, mx.array]
 
 def spoiled(pattern: CSRPattern, matrix: Matrix) -> Matrix:
     """Put nans where whole groups lie outside the matrix."""
-    p, s, b = matrix  # packed values, scales, biases
+    packed, scales, biases = matrix
     beyond = mx.array(outside(pattern)).reshape(*scales.shape, -1).all(axis=-1)
     nan = mx.array(np.nan, scales.dtype)
     return packed, mx.where(beyond, nan, scales), mx.where(beyond, nan, biases)

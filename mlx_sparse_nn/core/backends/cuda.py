@@ -13,6 +13,7 @@ from mlx_sparse_nn.core.backends import (
     cuda_gradients,
     cuda_graphs,
     cuda_quantized,
+    cuda_rows,
     cuda_scalars,
     cuda_small,
     cuda_tiles,
@@ -129,9 +130,14 @@ def _product(
     shape, dtype, transposed = x.shape, x.dtype, side.perm is not None
     n_x, n_matrices = shape[-2], shape[0] if len(shape) == 3 else 1
     block_size = data.shape[-1] if data.ndim > 2 else 1
+    some = n_x, n_matrices, block_size, inside, n_out, transposed
     if cuda_small.takes(side, block_size, n_x, dtype):
         return cuda_small.product(data, side, x, n_out, inside, bias)
-    if cuda_boxes.takes(side, n_x, n_matrices, block_size, inside, dtype):
+    if cuda_rows.takes_slices(side, block_size, n_x, n_out, shape[-1], dtype):
+        choice = cuda_rows.slices, *some
+    elif cuda_rows.takes_shares(block_size, n_x, dtype, transposed):
+        choice = cuda_rows.shares, *some, cuda_rows.has_long_rows(side, block_size)
+    elif cuda_boxes.takes(side, n_x, n_matrices, block_size, inside, dtype):
         even = cuda_tiles.is_even(side)
         choice = cuda_boxes.boxes, n_x, n_matrices, block_size, n_out, transposed, even
     elif cuda_tiles.has_tiles(block_size, n_x, dtype):

@@ -25,7 +25,7 @@ _INCLUDE = re.compile(r'#include "(.+)"\n')  # a body names the headers that it 
 # MLX writes a kernel's signature: the word that it begins with brings the number of threads, by
 # which the compiler shares out registers.
 _BOUND = """#undef __global__
-#define __global__ __attribute__((global)) __launch_bounds__({bounds})
+#define __global__ __attribute__((global)) __launch_bounds__({bounds}){clusters}
 """
 INPUTS = {
     "spmm": ("data", "indptr", "indices", "perm", "x", "bias"),
@@ -83,6 +83,7 @@ class Kernel(NamedTuple):
     threads: int  # of a thread block
     shared_memory: int = 0  # bytes of a thread block, where the kernel does not say it itself
     scratch: int = 0  # integers of SCRATCH
+    cluster: int = 1  # thread blocks of a cluster, along the grid's first side
 
 
 class KernelLaunch(NamedTuple):
@@ -133,7 +134,8 @@ def prepare(
         ValueError: The grid is larger than a launch can be.
     """
     _check_grid(backend, inputs, kernel.grid)
-    function = _function(backend, kernel.name, inputs, kernel.threads, kernel.shared_memory)
+    sizes = kernel.threads, kernel.shared_memory, kernel.cluster
+    function = _function(backend, kernel.name, inputs, *sizes)
     template = list((types | kernel.template).items())
     group, name = (kernel.threads, 1, 1), f"{backend}/{kernel.name}"
     launched = KernelLaunch(function, template, [dtype], kernel.grid, group, name)
@@ -248,7 +250,9 @@ def round_up(value: int, multiple: int) -> int:
 
 
 @cache
-def _function(backend: str, name: str, inputs: str, threads: int, shared_memory: int) -> Any:
+def _function(
+    backend: str, name: str, inputs: str, threads: int, shared_memory: int, cluster: int
+) -> Any:
     """Return MLX's function of the kernel ``<backend>/<name>``, built when it is first launched."""
     options: dict[str, Any] = {
         "name": f"mlx_sparse_nn_{name}",
@@ -261,7 +265,8 @@ def _function(backend: str, name: str, inputs: str, threads: int, shared_memory:
     alone = shared_memory > tuned.MAX_SHARED_OF_TWO or name in tuned.ALL_REGISTERS
     bounds = f"{threads}, 1" if alone else threads
     header, source = _by_path(_PACKAGE / "cuda" / f"{name}.cu", options["input_names"])
-    header += _BOUND.format(bounds=bounds)
+    clusters = f" __attribute__((cluster_dims({cluster}, 1, 1)))" if cluster > 1 else ""
+    header += _BOUND.format(bounds=bounds, clusters=clusters)
     return mx.fast.cuda_kernel(header=header, source=source, shared_memory=shared_memory, **options)
 
 
