@@ -112,10 +112,17 @@ MAX_STREAMED_ROW = 64  # values of a row up to which one thread adds them up: Is
 # Bytes of shared memory above which one thread block fits on a multiprocessor.
 MAX_SHARED_OF_TWO = 113 * 1024
 LARGE_SHARED_MEMORY = ("sm_80", "sm_87", "sm_90", "sm_100", "sm_103")  # 160 KB a thread block
+MAX_SHARED = 227 * 1024  # bytes that a thread block of Hopper may have
 HOPPER = "sm_90"
 WGMMA_STAGES = {64: {256: 5, 128: 8}, 128: {256: 4, 128: 6}}  # by block size and rows of a tile
 PANEL_DENSITY = {16: 0.025, 32: 0.15}  # from which spmm_panels is faster than spmm_tiles
 MAX_PANEL_COLUMNS = 2**20
+# By bytes of an element and block size: rows of x from which spmm_fragments takes a product.
+FRAGMENT_ROWS = {
+    (size, block_size): 65
+    for size, sizes in {4: range(8, 129, 8), 2: (24, 40, 48, 56, 72, 80, 88, 96, 104, 112, 120)}.items()
+    for block_size in sizes
+}
 GRADIENT_PANELS = (16, 32)  # block sizes of sddmm_panels
 GRADIENT_PANEL_SHARED = 204_800  # bytes
 GRADIENT_PANEL_ROWS = 256  # rows of x from which it pays to find the blocks of a panel

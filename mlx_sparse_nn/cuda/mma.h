@@ -49,6 +49,16 @@ __device__ __forceinline__ void round_factors(unsigned (&fragment)[COUNT]) {
   }
 }
 
+// The same of 16 bytes where they lie.
+template <typename T>
+__device__ __forceinline__ void round_chunk(T* chunk) {
+  if constexpr (sizeof(T) == 4) {
+    uint4* place = reinterpret_cast<uint4*>(chunk);
+    const uint4 old = *place;
+    *place = make_uint4(to_tf32(old.x), to_tf32(old.y), to_tf32(old.z), to_tf32(old.w));
+  }
+}
+
 // COUNT fragments of 4 x 8 floats each, one below the other, of a tile that lies with its rows
 // STRIDE apart: what ldmatrix gives where it transposes 16 bits.
 template <int STRIDE, int COUNT, typename T>
@@ -58,6 +68,13 @@ __device__ __forceinline__ void load_columns(unsigned (&fragment)[COUNT], const 
   for (int i = 0; i < COUNT; i++) {
     fragment[i] = __float_as_uint(p[(lane % 4 + 4 * i) * STRIDE + lane / 4]);
   }
+}
+
+// Two words of shared memory, `step` bytes apart.
+__device__ __forceinline__ void load_words(unsigned& first, unsigned& second, const char* p,
+                                           int step) {
+  first = *reinterpret_cast<const unsigned*>(p);
+  second = *reinterpret_cast<const unsigned*>(p + step);
 }
 
 // acc (16 x 8, float32) += a (16 x K) b (K x 8): K is 16, or 8 for float.

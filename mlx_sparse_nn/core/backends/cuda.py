@@ -8,7 +8,14 @@ from functools import lru_cache
 import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
-from mlx_sparse_nn.core.backends import cuda_gradients, cuda_scalars, cuda_tiles, launch, scalars
+from mlx_sparse_nn.core.backends import (
+    cuda_fragments,
+    cuda_gradients,
+    cuda_scalars,
+    cuda_tiles,
+    launch,
+    scalars,
+)
 from mlx_sparse_nn.core.backends.launch import (
     Kernel,
     KernelLaunch,
@@ -58,7 +65,7 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
         layout.rows
     ):
         kernel, n_splits = cuda_scalars.gradients(layout, n_x, n_matrices)
-    elif x.dtype != mx.float32 and cuda_gradients.takes_panels(layout, n_x):
+    elif cuda_gradients.takes_panels(layout, n_x):
         kernel, n_splits = cuda_gradients.panels(layout, n_x, n_matrices)
     else:
         kernel = cuda_gradients.tiles(layout, x.itemsize, n_matrices)
@@ -86,6 +93,8 @@ def _product(
         panels = panels and cuda_tiles.takes_panels(side, block_size, n_out, shape[-1])
         sizes = n_x, n_matrices, block_size, inside, n_out
         choice = cuda_tiles.by_tensor_cores, *sizes, dtype.size, transposed, even, panels
+        if not panels and cuda_fragments.takes(block_size, n_x, dtype.size):
+            choice = cuda_fragments.product, *sizes, dtype.size, transposed, even
     elif cuda_scalars.takes_streaming(side, block_size, n_x):
         choice = cuda_scalars.streaming, n_matrices, n_out
     else:
