@@ -1,9 +1,10 @@
 // Hopper's asynchronous products by a warpgroup whose first factor lies in registers, as fragments
 // of mma.h: warp w of the four has rows 16 w to 16 w + 15 of it. The second factor lies in shared
-// memory, as wgmma.h describes it, with the contraction along its rows.
+// memory, as wgmma.h describes it.
 
-// acc (64 x COLS, float32) += a (64 x K) b (K x COLS): K is 16, or 8 for float.
-template <typename T, int COLS>
+// acc (64 x COLS, float32) += a (64 x K) b (K x COLS): K is 16, or 8 for float. The contraction runs
+// along the rows of the tile of b, or across them where ACROSS is 1, which that of floats cannot.
+template <typename T, int COLS, int ACROSS>
 struct FragmentProduct;
 
 #define SUMS_128                                                                       \
@@ -19,36 +20,38 @@ struct FragmentProduct;
   "%110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, " \
   "%124, %125, %126, %127"
 // `TYPES` are those of factors and their depth, and `END` is what follows the scales.
-#define WARPGROUP_128_ROWS(T, DEPTH, TYPES, END)                                                \
-  template <>                                                                                   \
-  struct FragmentProduct<T, 128> {                                                              \
-    __device__ __forceinline__ static void multiply(float (&acc)[64], const unsigned (&a)[4],   \
-                                                    unsigned long long b) {                     \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                   \
-                   "wgmma.mma_async.sync.aligned.m64n128" DEPTH ".f32." TYPES " " SUMS_128      \
-                   "}, {%64, %65, %66, %67}, %68, p, 1, 1" END ";\n}\n"                         \
-                   : ACC32(acc, 0), ACC32(acc, 32)                                              \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                       \
-    }                                                                                           \
+#define WARPGROUP_128_ROWS(T, ACROSS, DEPTH, TYPES, END)                                       \
+  template <>                                                                                  \
+  struct FragmentProduct<T, 128, ACROSS> {                                                     \
+    __device__ __forceinline__ static void multiply(float (&acc)[64], const unsigned (&a)[4],  \
+                                                    unsigned long long b) {                    \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                  \
+                   "wgmma.mma_async.sync.aligned.m64n128" DEPTH ".f32." TYPES " " SUMS_128     \
+                   "}, {%64, %65, %66, %67}, %68, p, 1, 1" END ";\n}\n"                        \
+                   : ACC32(acc, 0), ACC32(acc, 32)                                             \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                      \
+    }                                                                                          \
   }
-#define WARPGROUP_256_ROWS(T, DEPTH, TYPES, END)                                                \
-  template <>                                                                                   \
-  struct FragmentProduct<T, 256> {                                                              \
-    __device__ __forceinline__ static void multiply(float (&acc)[128], const unsigned (&a)[4],  \
-                                                    unsigned long long b) {                     \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                   \
-                   "wgmma.mma_async.sync.aligned.m64n256" DEPTH ".f32." TYPES " " SUMS_256      \
-                   "}, {%128, %129, %130, %131}, %132, p, 1, 1" END ";\n}\n"                    \
-                   : ACC32(acc, 0), ACC32(acc, 32), ACC32(acc, 64), ACC32(acc, 96)              \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                       \
-    }                                                                                           \
+#define WARPGROUP_256_ROWS(T, ACROSS, DEPTH, TYPES, END)                                       \
+  template <>                                                                                  \
+  struct FragmentProduct<T, 256, ACROSS> {                                                     \
+    __device__ __forceinline__ static void multiply(float (&acc)[128], const unsigned (&a)[4], \
+                                                    unsigned long long b) {                    \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                  \
+                   "wgmma.mma_async.sync.aligned.m64n256" DEPTH ".f32." TYPES " " SUMS_256     \
+                   "}, {%128, %129, %130, %131}, %132, p, 1, 1" END ";\n}\n"                   \
+                   : ACC32(acc, 0), ACC32(acc, 32), ACC32(acc, 64), ACC32(acc, 96)             \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                      \
+    }                                                                                          \
   }
-WARPGROUP_128_ROWS(float, "k8", "tf32.tf32", "");
-WARPGROUP_128_ROWS(__nv_bfloat16, "k16", "bf16.bf16", ", 0");
-WARPGROUP_128_ROWS(__half, "k16", "f16.f16", ", 0");
-WARPGROUP_256_ROWS(float, "k8", "tf32.tf32", "");
-WARPGROUP_256_ROWS(__nv_bfloat16, "k16", "bf16.bf16", ", 0");
-WARPGROUP_256_ROWS(__half, "k16", "f16.f16", ", 0");
+WARPGROUP_128_ROWS(float, 0, "k8", "tf32.tf32", "");
+WARPGROUP_128_ROWS(__nv_bfloat16, 0, "k16", "bf16.bf16", ", 0");
+WARPGROUP_128_ROWS(__nv_bfloat16, 1, "k16", "bf16.bf16", ", 1");
+WARPGROUP_128_ROWS(__half, 0, "k16", "f16.f16", ", 0");
+WARPGROUP_128_ROWS(__half, 1, "k16", "f16.f16", ", 1");
+WARPGROUP_256_ROWS(float, 0, "k8", "tf32.tf32", "");
+WARPGROUP_256_ROWS(__nv_bfloat16, 0, "k16", "bf16.bf16", ", 0");
+WARPGROUP_256_ROWS(__half, 0, "k16", "f16.f16", ", 0");
 
 // Transpose a tile of 8 x 8 values of 16 bits, two neighbours of a row in each lane of a warp.
 __device__ __forceinline__ unsigned transpose_tile(unsigned pair) {
@@ -88,4 +91,16 @@ __device__ __forceinline__ void store_across(T* y, size_t width, int rows, int o
       }
     }
   }
+}
+
+// Write a chunk of four floats of a column, `STRIDE` apart, rounded to TF32.
+template <int STRIDE, typename T>
+__device__ __forceinline__ void transpose_chunk(T* dst, const T* src) {
+  unsigned column[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    column[i] = __float_as_uint(src[i * STRIDE]);
+  }
+  round_factors<T>(column);
+  *reinterpret_cast<uint4*>(dst) = make_uint4(column[0], column[1], column[2], column[3]);
 }

@@ -10,6 +10,8 @@
 // Template
 //   T half, bfloat16 or float, which is rounded to TF32; B a multiple of 8, at most 64 WGS_O; INSIDE
 //   columns of the last block-column, 1 to B; ROWS of x in a tile, 128 or 256 for each of WGS_N;
+//   CROPPED 0 or 1: x ends with the matrix, at a multiple of 16 bytes; OUTSIDE outputs of the last
+//   block-row that y and bias lack;
 //   WGS_N and WGS_O warpgroups over rows of x and outputs; STAGES; TRANSPOSED and BIAS 0 or 1.
 // Sums in float32: the bias, then blocks in stored order, k ascending by 32 bytes.
 
@@ -74,22 +76,25 @@ if (warpgroup == WARPGROUPS) {
   const int chunk = t % 8;
   const int place = swizzle<8>(copy_row, chunk) * CHUNK;
   const int w_k = t / W_EVERY;
-  const int n_inside = n_cols - B + INSIDE;
+  const int n_inside = CROPPED ? n_cols : n_cols - B + INSIDE;
   const T* x_mine = x + ((size_t)v * N + copy_row) * n_cols;
   const T* blocks = data + (size_t)v * indices_shape[0] * (B * B);
   // Of the next stage: the column of this thread's chunk of x, or -1, and where its W lies.
   int next_col;
   int next_stored = 0;
-  int next_w_col = 0;
   auto read_indices = [&](int stage) {
     const int k = stage * DEPTH + chunk * CHUNK;
     const int j = begin + k / B;
     next_col = j < end ? __ldg(indices + j) * B + k % B : -1;
+    if (INSIDE < B && next_col >= n_inside) {
+      next_col = -1;
+    }
     if (TRANSPOSED) {
       const int w_j = begin + (stage * DEPTH + w_k) / B;
       next_stored = w_j < end ? __ldg(perm + w_j) : -1;
-      if (INSIDE < B) {
-        next_w_col = w_j < end ? __ldg(indices + w_j) * B + (stage * DEPTH + w_k) % B : 0;
+      if (INSIDE < B && w_j < end &&
+          __ldg(indices + w_j) * B + (stage * DEPTH + w_k) % B >= n_inside) {
+        next_stored = -1;
       }
     }
   };
@@ -110,7 +115,6 @@ if (warpgroup == WARPGROUPS) {
         const int k = stage * DEPTH + chunk * CHUNK;
         const int col = next_col;
         const int stored = next_stored;
-        const int w_col = next_w_col;
         T* x_tile = tiles + copier.begin() * STAGE + place;
         T* w_tile = x_tile + ROWS * DEPTH;
         read_indices(stage + 1 < n_stages ? stage + 1 : 0);
@@ -119,11 +123,10 @@ if (warpgroup == WARPGROUPS) {
             x_tile, x_mine + (size_t)n0 * n_cols + max(0, col), EVERY * (size_t)n_cols,
             col < 0 ? 0 : valid);
         if (TRANSPOSED) {
-          const bool valid_k = stored >= 0 && (INSIDE == B || w_col < n_inside);
           const T* w_src = blocks + (size_t)max(0, stored) * (B * B) + (stage * DEPTH + w_k) % B * B;
 #pragma unroll
           for (int c = t % W_EVERY; c < W_CHUNKS; c += W_EVERY) {
-            copy16<ALIGNED>(w_tile - place + w_place(w_k, c), w_src + c * CHUNK, valid_k);
+            copy16<ALIGNED>(w_tile - place + w_place(w_k, c), w_src + c * CHUNK, stored >= 0);
           }
         } else {
           const T* w_src = blocks + (size_t)(begin + k / B) * (B * B) + copy_row * B + k % B;
@@ -153,7 +156,8 @@ if (warpgroup == WARPGROUPS) {
 
 take_registers<216>();
 Ring ring{STAGES};
-const int n_rows = (indptr_shape[0] - 1) * B;
+const int n_rows = (indptr_shape[0] - 1) * B - OUTSIDE;
+const int n_outputs = min(B, n_rows - r * B);
 const int warpgroup_n = warpgroup / WGS_O * SPAN;
 const int warp_o = warpgroup % WGS_O * 64 + thread / 32 % 4 * 16;  // rows from B on are not stored
 float acc[SPAN / 2];
@@ -161,7 +165,7 @@ for (int n0 = begin_n; n0 < end_n; n0 += ROWS) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int o = warp_o + 8 * half + lane / 4;
-    const float bias_o = BIAS && o < B ? float(__ldg(bias + r * B + o)) : 0.0f;
+    const float bias_o = BIAS && o < n_outputs ? float(__ldg(bias + r * B + o)) : 0.0f;
 #pragma unroll
     for (int e = 0; e < SPAN / 4; e++) {
       acc[e / 2 * 4 + 2 * half + e % 2] = bias_o;
@@ -197,7 +201,7 @@ for (int n0 = begin_n; n0 < end_n; n0 += ROWS) {
     begin_products();
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
-      FragmentProduct<T, SPAN>::multiply(
+      FragmentProduct<T, SPAN, 0>::multiply(
           acc, ws[s], describe(x_tile + warpgroup_n * DEPTH + s * STEP, 16));
     }
     commit_products();
@@ -208,5 +212,5 @@ for (int n0 = begin_n; n0 < end_n; n0 += ROWS) {
     ring.advance();
   }
   T* y_tile = y + ((size_t)v * N + n0 + warpgroup_n) * n_rows + r * B;
-  store_across<T, SPAN>(y_tile, n_rows, N - n0 - warpgroup_n, warp_o, B, acc);
+  store_across<T, SPAN>(y_tile, n_rows, N - n0 - warpgroup_n, warp_o, n_outputs, acc);
 }

@@ -4,9 +4,11 @@ emulator: equal to the oracle, in any order of warps and copies."""
 import mlx.core as mx
 import pytest
 from cuda_emulator import emulated
-from support import check_products, integers, random_pattern, spoiled, trimmed
+from support import assert_equal, check_products, integers, random_pattern, spoiled, trimmed
 
-from mlx_sparse_nn.core import tuned
+from mlx_sparse_nn import spmm, spmm_t
+from mlx_sparse_nn.core import edges, tuned
+from mlx_sparse_nn.core.backends import naive
 
 
 def check(pattern, n, dtype, least=(), **settings):
@@ -43,3 +45,27 @@ def test_gradients_by_panels(monkeypatch, block_size, n, cut, offset, in_parts):
     pattern = trimmed(random_pattern(600 // block_size, 400 // block_size, block_size, 0.3), cut, 0)
     names = check(pattern, n, mx.float32, ["sddmm_panels"], offset=offset)
     assert ("sum_splits" in names) is in_parts
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("block_size", [24, 48, 96])
+def test_a_matrix_that_ends_within_blocks_needs_no_copy_of_x(
+    monkeypatch, block_size, dtype, offset
+):
+    """At a multiple of 16 bytes, as sizes are that the block size does not divide."""
+    pattern = trimmed(random_pattern(3, 3, block_size, density=0.9), 8, -16)
+    data, x, y, bias = (
+        integers(shape, i, dtype)
+        for i, shape in enumerate(
+            [pattern.data_shape, (70, pattern.shape[1]), (70, pattern.shape[0]), pattern.shape[:1]]
+        )
+    )
+    data = spoiled(pattern, data)
+    expected = naive.spmm(data, pattern, x, bias), naive.spmm_t(data, pattern, y)
+    monkeypatch.delattr(edges, "pad")
+    with emulated(offset=offset) as emulation:
+        products = spmm(data, pattern, x, bias), spmm_t(data, pattern, y)
+        for actual, value in zip(products, expected, strict=True):
+            assert_equal(actual, value)
+    assert emulation.names == ["spmm_fragments"] * 2

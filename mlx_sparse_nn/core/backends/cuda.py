@@ -48,13 +48,28 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
     return launch.takes(layout, n_x, dtype, n_matrices)
 
 
+def takes_edges(layout: Layout, x: mx.array) -> bool:
+    """Return whether ``spmm`` and ``spmm_t`` take x and bias without zeros behind the matrix."""
+    n_x, itemsize = x.shape[-2], x.itemsize
+    if not cuda_tiles.has_tiles(layout.block_size, n_x, x.dtype):
+        return False
+    return cuda_fragments.takes_edges(layout, n_x, itemsize)
+
+
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
-    """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c] + bias[r]; see ``plain.spmm``."""
+    """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c] + bias[r]; see ``plain.spmm``.
+
+    Where :func:`takes_edges` says so, x and y have the sizes of the matrix.
+    """
+    if layout.has_edges and takes_edges(layout, x):
+        return _cropped(data, layout.rows, x, layout.shape[0], layout.inside[1], bias)
     return _product(data, layout.rows, x, layout.full_shape[0], layout.inside[1], bias)
 
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; see ``plain.spmm_t``."""
+    if layout.has_edges and takes_edges(layout, y):
+        return _cropped(data, layout.cols, y, layout.shape[1], layout.inside[0], None)
     return _product(data, layout.cols, y, layout.full_shape[1], layout.inside[0], None)
 
 
@@ -75,6 +90,17 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
         return launched(arrays, (*x.shape[:-2], *layout.data_shape))
     by_columns = kernel.template.get("WIDTH", 1) > 1
     return launch_sddmm(NAME, kernel, layout, y, x, n_splits, by_columns)
+
+
+def _cropped(
+    data: mx.array, side: Side, x: mx.array, n_out: int, inside: int, bias: mx.array | None
+) -> mx.array:
+    """Launch the kernel of a product of x and y that end with the matrix."""
+    shape, dtype, transposed = x.shape, x.dtype, side.perm is not None
+    n_matrices = shape[0] if len(shape) == 3 else 1
+    sizes = shape[-2], n_matrices, data.shape[-1], inside, n_out
+    choice = cuda_fragments.cropped, *sizes, dtype.size, transposed, cuda_tiles.is_even(side)
+    return launch_spmm(_prepared(dtype, bias is not None, *choice), data, side, x, n_out, bias)
 
 
 def _product(

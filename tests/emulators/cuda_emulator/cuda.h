@@ -416,7 +416,7 @@ struct Warpgroup {
   }
 };
 // fragments.h: the factor in registers is taken when the product is begun.
-template <typename T, int COLS>
+template <typename T, int COLS, int ACROSS>
 struct FragmentProduct {
   static constexpr int K = 32 / sizeof(T);
   static void run(float* acc, unsigned long long a, unsigned long long b) {
@@ -424,7 +424,7 @@ struct FragmentProduct {
     for (int j = 0; j < COLS / 4; j++) {
       const int col = j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2;
       for (int k = 0; k < K; k++) {
-        const float value = operand<T>(b, false, col, k);
+        const float value = operand<T>(b, ACROSS, col, k);
         for (int i = 0; i < 2; i++) acc[j / 2 * 4 + i * 2 + j % 2] += rows[i][k] * value;
       }
     }
