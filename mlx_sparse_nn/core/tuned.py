@@ -108,6 +108,7 @@ CUDA_ROWS_PER_SPLIT = 64
 
 # CUDA. Thread blocks that keep an H200 busy (132 multiprocessors).
 BLOCKS_TO_FILL_GPU = 128
+MULTIPROCESSORS = 132
 MAX_STREAMED_ROW = 64  # values of a row up to which one thread adds them up: Ising, n = 20 and 24
 # Bytes of shared memory above which one thread block fits on a multiprocessor.
 MAX_SHARED_OF_TWO = 113 * 1024
@@ -122,6 +123,12 @@ FRAGMENT_ROWS = {
     (size, block_size): 65
     for size, sizes in {4: range(8, 129, 8), 2: (24, 40, 48, 56, 72, 80, 88, 96, 104, 112, 120)}.items()
     for block_size in sizes
+}
+GRADIENT_FRAGMENT_ROWS = {
+    (size, block_size): 128
+    for size in (2, 4)
+    for block_size in range(24, 129, 8)
+    if size == 4 or block_size not in (32, 64, 128)
 }
 GRADIENT_PANELS = (16, 32)  # block sizes of sddmm_panels
 GRADIENT_PANEL_SHARED = 204_800  # bytes

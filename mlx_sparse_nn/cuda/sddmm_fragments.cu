@@ -3,7 +3,7 @@
 // splits: out[s] sums those of split s.
 //
 // Inputs
-//   y, x, indptr, indices: as there
+//   y, x, indptr, indices: as there, or y and x end with the matrix, at multiples of 16 bytes
 //   step     (1) int32: rows n of a split
 // Output
 //   out      (S, V, n_blocks, B, B) OUT
@@ -90,11 +90,12 @@ if (warpgroup == WARPGROUPS) {
   const T* y_mine = y + ((size_t)v * N + begin_n + y_row) * n_rows + r * B;
   auto copy_y = [&](int stage, auto alignment) {
     T* y_tile = y_tiles + stage % Y_STAGES * Y_TILE;
-    const bool valid = begin_n + stage * DEPTH + y_row < end_n;
-    const T* src = valid ? y_mine + (size_t)stage * DEPTH * n_rows : y;
+    const int there = begin_n + stage * DEPTH + y_row < end_n ? n_rows - r * B : 0;
+    const T* src = y_mine + (size_t)stage * DEPTH * n_rows;
 #pragma unroll
     for (int c = t % Y_EVERY; c < Y_CHUNKS; c += Y_EVERY) {
-      copy16<alignment.value>(y_tile + y_place(y_row, c), src + c * CHUNK, valid);
+      const bool valid = c * CHUNK < there;
+      copy16<alignment.value>(y_tile + y_place(y_row, c), valid ? src + c * CHUNK : y, valid);
     }
   };
   if constexpr (FLOATS) {
@@ -110,7 +111,8 @@ if (warpgroup == WARPGROUPS) {
           const int left = end_n - begin_n - stage * DEPTH - copy_row;
           copy_rows<alignment.value, DEPTH / 2, 2 * COLS>(
               raw_tiles + stage % RAW * X_TILE + copy_row * COLS + first + lane % 16 * CHUNK,
-              x_mine + (size_t)stage * DEPTH * n_cols, 2 * (size_t)n_cols, (left + 1) / 2);
+              x_mine + (size_t)stage * DEPTH * n_cols, 2 * (size_t)n_cols,
+              col < n_cols ? (left + 1) / 2 : 0);
         }
       }
       commit_copies();
@@ -167,7 +169,8 @@ if (warpgroup == WARPGROUPS) {
         for (int q = 0; q < COLS / 64; q++) {
           if (cols[q] >= 0) {
             copy_rows<alignment.value, DEPTH / 16, 16 * 64>(x_tile + q * SLAB, x_src + cols[q],
-                                                            16 * (size_t)n_cols, valid);
+                                                            16 * (size_t)n_cols,
+                                                            cols[q] < n_cols ? valid : 0);
           }
         }
         copier.end();

@@ -6,9 +6,9 @@ import pytest
 from cuda_emulator import emulated
 from support import assert_equal, check_products, integers, random_pattern, spoiled, trimmed
 
-from mlx_sparse_nn import spmm, spmm_t
+from mlx_sparse_nn import sddmm, spmm, spmm_t
 from mlx_sparse_nn.core import edges, tuned
-from mlx_sparse_nn.core.backends import naive
+from mlx_sparse_nn.core.backends import cuda_fragments, naive
 
 
 def check(pattern, n, dtype, least=(), **settings):
@@ -55,17 +55,24 @@ def test_a_matrix_that_ends_within_blocks_needs_no_copy_of_x(
 ):
     """At a multiple of 16 bytes, as sizes are that the block size does not divide."""
     pattern = trimmed(random_pattern(3, 3, block_size, density=0.9), 8, -16)
-    data, x, y, bias = (
-        integers(shape, i, dtype)
-        for i, shape in enumerate(
-            [pattern.data_shape, (70, pattern.shape[1]), (70, pattern.shape[0]), pattern.shape[:1]]
-        )
-    )
-    data = spoiled(pattern, data)
+    shapes = [(130, pattern.shape[1]), (130, pattern.shape[0]), pattern.shape[:1]]
+    x, y, bias = (integers(shape, i, dtype) for i, shape in enumerate(shapes))
+    data = spoiled(pattern, integers(pattern.data_shape, 3, dtype))
     expected = naive.spmm(data, pattern, x, bias), naive.spmm_t(data, pattern, y)
+    expected = *expected, naive.sddmm(pattern, y, x)
     monkeypatch.delattr(edges, "pad")
     with emulated(offset=offset) as emulation:
-        products = spmm(data, pattern, x, bias), spmm_t(data, pattern, y)
+        products = spmm(data, pattern, x, bias), spmm_t(data, pattern, y), sddmm(pattern, y, x)
         for actual, value in zip(products, expected, strict=True):
             assert_equal(actual, value)
-    assert emulation.names == ["spmm_fragments"] * 2
+    assert emulation.names == ["spmm_fragments"] * 2 + ["sddmm_fragments"]
+
+
+@pytest.mark.parametrize(("n", "cut", "offset", "parts"), [(150, 0, 1, 1), (290, 5, 0, 2)])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("block_size", [24, 48, 64, 96, 128])
+def test_gradients_by_fragments(monkeypatch, block_size, dtype, n, cut, offset, parts):
+    """Columns of a warpgroup begin and end in the middle of a block, and rows do not fill one."""
+    monkeypatch.setattr(cuda_fragments, "_splits", lambda *_: parts)
+    pattern = trimmed(random_pattern(2, 900 // block_size, block_size, 0.6), cut, 0)
+    check(pattern, n, dtype, ["sddmm_fragments"], offset=offset)

@@ -48,12 +48,18 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
     return launch.takes(layout, n_x, dtype, n_matrices)
 
 
-def takes_edges(layout: Layout, x: mx.array) -> bool:
-    """Return whether ``spmm`` and ``spmm_t`` take x and bias without zeros behind the matrix."""
-    n_x, itemsize = x.shape[-2], x.itemsize
-    if not cuda_tiles.has_tiles(layout.block_size, n_x, x.dtype):
+def takes_edges(op: str, layout: Layout, x: mx.array) -> bool:
+    """Return whether a product takes x, and y or bias, without zeros behind the matrix."""
+    block_size, n_x, itemsize = layout.block_size, x.shape[-2], x.itemsize
+    if not cuda_tiles.has_tiles(block_size, n_x, x.dtype):
         return False
-    return cuda_fragments.takes_edges(layout, n_x, itemsize)
+    if not cuda_fragments.ends_evenly(layout, itemsize):
+        return False
+    if op != "sddmm":
+        return cuda_fragments.takes(block_size, n_x, itemsize)
+    if cuda_scalars.is_skewed(layout.rows) or cuda_gradients.takes_panels(layout, n_x):
+        return False
+    return cuda_fragments.takes_gradients(block_size, n_x, itemsize)
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
@@ -61,14 +67,14 @@ def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = No
 
     Where :func:`takes_edges` says so, x and y have the sizes of the matrix.
     """
-    if layout.has_edges and takes_edges(layout, x):
+    if layout.has_edges and takes_edges("spmm", layout, x):
         return _cropped(data, layout.rows, x, layout.shape[0], layout.inside[1], bias)
     return _product(data, layout.rows, x, layout.full_shape[0], layout.inside[1], bias)
 
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; see ``plain.spmm_t``."""
-    if layout.has_edges and takes_edges(layout, y):
+    if layout.has_edges and takes_edges("spmm_t", layout, y):
         return _cropped(data, layout.cols, y, layout.shape[1], layout.inside[0], None)
     return _product(data, layout.cols, y, layout.full_shape[1], layout.inside[0], None)
 
@@ -82,6 +88,8 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
         kernel, n_splits = cuda_scalars.gradients(layout, n_x, n_matrices)
     elif cuda_gradients.takes_panels(layout, n_x):
         kernel, n_splits = cuda_gradients.panels(layout, n_x, n_matrices)
+    elif cuda_fragments.takes_gradients(layout.block_size, n_x, x.itemsize):
+        kernel, n_splits = cuda_fragments.gradients(layout, n_x, x.itemsize, n_matrices)
     else:
         kernel = cuda_gradients.tiles(layout, x.itemsize, n_matrices)
         launched = prepare(NAME, "sddmm", kernel, x.dtype, T=x.dtype)

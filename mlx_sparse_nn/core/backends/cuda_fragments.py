@@ -18,13 +18,42 @@ def takes(block_size: int, n_x: int, itemsize: int) -> bool:
     return least is not None and n_x >= least and cuda_tiles.architecture() == tuned.HOPPER
 
 
-def takes_edges(layout: Layout, n_x: int, itemsize: int) -> bool:
-    """Return whether ``spmm_fragments`` multiplies x and y that end with the matrix.
+def takes_gradients(block_size: int, n_x: int, itemsize: int) -> bool:
+    """Return whether ``sddmm_fragments`` is faster than the other kernels of weight gradients."""
+    least = tuned.GRADIENT_FRAGMENT_ROWS.get((itemsize, block_size))
+    return least is not None and n_x >= least and cuda_tiles.architecture() == tuned.HOPPER
 
-    They must end at multiples of 16 bytes.
+
+def gradients(layout: Layout, n_x: int, itemsize: int, n_matrices: int) -> tuple[Kernel, int]:
+    """Return ``sddmm_fragments``, and in how many parts the rows go."""
+    block_size, side = layout.block_size, layout.rows
+    group = 256 // block_size
+    chunk = 16 // itemsize
+    y_tile = 128 * chunk * cuda_tiles.stride(block_size // chunk, itemsize == 4)
+    raw = (2 if block_size > 64 else 3) if itemsize == 4 else 0
+    stage = 32_768 + y_tile
+    stages = min(6, (tuned.MAX_SHARED - 2048) // stage - raw)
+    template = {"B": block_size, "WARPGROUPS": 2, "STAGES": stages, "RAW": raw}
+    width = side.n_block_rows * -(-side.longest_row // group)
+    shared_memory = (stages + raw) * stage + 1024
+    kernel = Kernel("sddmm_fragments", template, (width * 384, 1, n_matrices), 384, shared_memory)
+    taken = sum(g.n_block_rows * -(-g.longest // group) for g in side.groups) * n_matrices
+    return kernel, _splits(taken, n_x)
+
+
+def _splits(thread_blocks: int, n_x: int) -> int:
+    """Return the parts of the rows with which the last round of thread blocks is fullest."""
+    most = max(1, min(8, n_x // 512))
+    rounds = {s: -(-thread_blocks * s // tuned.MULTIPROCESSORS) / s for s in range(1, most + 1)}
+    return min(rounds, key=lambda s: rounds[s] * (1 + 0.01 * s))
+
+
+def ends_evenly(layout: Layout, itemsize: int) -> bool:
+    """Return whether rows of x and y end at multiples of 16 bytes.
+
+    Then these kernels need no zeros behind them.
     """
-    whole = all(size * itemsize % 16 == 0 for size in layout.shape)
-    return whole and takes(layout.block_size, n_x, itemsize)
+    return all(size * itemsize % 16 == 0 for size in layout.shape)
 
 
 def cropped(*sizes: int) -> Kernel:
