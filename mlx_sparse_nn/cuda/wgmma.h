@@ -24,6 +24,37 @@ __device__ __forceinline__ unsigned long long describe(const T* tile, int slab) 
 template <typename T, int COLS, int A_ACROSS, int B_ACROSS>
 struct Warpgroup;
 
+#define WARPGROUP_16(T, TYPE)                                                              \
+  template <int A_ACROSS, int B_ACROSS>                                                    \
+  struct Warpgroup<T, 16, A_ACROSS, B_ACROSS> {                                            \
+    __device__ __forceinline__ static void multiply(float (&acc)[8], unsigned long long a, \
+                                                    unsigned long long b) {                \
+      asm volatile(                                                                        \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                       \
+          "wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPE "." TYPE                      \
+          " "                                                                              \
+          "{%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, 1, 1, %10, %11;\n}\n"              \
+          : ACC8(acc, 0)                                                                   \
+          : "l"(a), "l"(b), "n"(A_ACROSS), "n"(B_ACROSS));                                 \
+    }                                                                                      \
+  }
+
+#define WARPGROUP_32(T, TYPE)                                                               \
+  template <int A_ACROSS, int B_ACROSS>                                                     \
+  struct Warpgroup<T, 32, A_ACROSS, B_ACROSS> {                                             \
+    __device__ __forceinline__ static void multiply(float (&acc)[16], unsigned long long a, \
+                                                    unsigned long long b) {                 \
+      asm volatile(                                                                         \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                        \
+          "wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE                       \
+          " "                                                                               \
+          "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "        \
+          "%16, %17, p, 1, 1, %18, %19;\n}\n"                                               \
+          : ACC8(acc, 0), ACC8(acc, 8)                                                      \
+          : "l"(a), "l"(b), "n"(A_ACROSS), "n"(B_ACROSS));                                  \
+    }                                                                                       \
+  }
+
 #define WARPGROUP_64(T, TYPE)                                                               \
   template <int A_ACROSS, int B_ACROSS>                                                     \
   struct Warpgroup<T, 64, A_ACROSS, B_ACROSS> {                                             \
@@ -60,6 +91,10 @@ struct Warpgroup;
     }                                                                                       \
   }
 
+WARPGROUP_16(__nv_bfloat16, "bf16");
+WARPGROUP_16(__half, "f16");
+WARPGROUP_32(__nv_bfloat16, "bf16");
+WARPGROUP_32(__half, "f16");
 WARPGROUP_64(__nv_bfloat16, "bf16");
 WARPGROUP_64(__half, "f16");
 WARPGROUP_128(__nv_bfloat16, "bf16");

@@ -24,7 +24,7 @@ _INCLUDE = re.compile(r'#include "(.+)"\n')  # a body names the headers that it 
 # MLX writes a kernel's signature: the word that it begins with brings the number of threads, by
 # which the compiler shares out registers.
 _BOUND = """#undef __global__
-#define __global__ __attribute__((global)) __launch_bounds__({bounds})
+#define __global__ __attribute__((global)) __launch_bounds__({bounds}){clusters}
 """
 INPUTS = {
     "spmm": ("data", "indptr", "indices", "perm", "x", "bias"),
@@ -73,6 +73,7 @@ class Kernel(NamedTuple):
     grid: tuple[int, int, int]  # in threads
     threads: int  # of a thread block
     shared_memory: int = 0  # bytes of a thread block, where the kernel does not say it itself
+    cluster: int = 1  # thread blocks of a cluster, along the grid's first side
 
 
 class KernelLaunch(NamedTuple):
@@ -122,7 +123,8 @@ def prepare(
         ValueError: The grid is larger than a launch can be.
     """
     _check_grid(backend, inputs, kernel.grid)
-    function = _function(backend, kernel.name, inputs, kernel.threads, kernel.shared_memory)
+    sizes = kernel.threads, kernel.shared_memory, kernel.cluster
+    function = _function(backend, kernel.name, inputs, *sizes)
     template = list((types | kernel.template).items())
     group, name = (kernel.threads, 1, 1), f"{backend}/{kernel.name}"
     return KernelLaunch(function, template, [dtype], kernel.grid, group, name)
@@ -232,7 +234,9 @@ def round_up(value: int, multiple: int) -> int:
 
 
 @cache
-def _function(backend: str, name: str, inputs: str, threads: int, shared_memory: int) -> Any:
+def _function(
+    backend: str, name: str, inputs: str, threads: int, shared_memory: int, cluster: int
+) -> Any:
     """Return MLX's function of the kernel ``<backend>/<name>``, built when it is first launched."""
     folder = _PACKAGE / backend
     suffix = "metal" if backend == "metal" else "cu"
@@ -248,7 +252,8 @@ def _function(backend: str, name: str, inputs: str, threads: int, shared_memory:
     if backend == "metal":
         return mx.fast.metal_kernel(**options)
     bounds = f"{threads}, 1" if shared_memory > tuned.MAX_SHARED_OF_TWO else threads
-    options["header"] += _BOUND.format(bounds=bounds)
+    clusters = f" __attribute__((cluster_dims({cluster}, 1, 1)))" if cluster > 1 else ""
+    options["header"] += _BOUND.format(bounds=bounds, clusters=clusters)
     return mx.fast.cuda_kernel(shared_memory=shared_memory, **options)
 
 
