@@ -2,15 +2,20 @@
 // of mma.h: warp w of the four has rows 16 w to 16 w + 15 of it. The second factor lies in shared
 // memory, as wgmma.h describes it.
 
-// acc (64 x COLS, float32) += a (64 x K) b (K x COLS): K is 16, or 8 for float. The contraction runs
-// along the rows of the tile of b, or across them where ACROSS is 1, which that of floats cannot.
+// acc (64 x COLS, float32) += a (64 x K) b (K x COLS): K is 16, or 8 for float. The contraction
+// runs along the rows of the tile of b, or across them where ACROSS is 1, which that of floats
+// cannot.
 template <typename T, int COLS, int ACROSS>
 struct FragmentProduct;
 
-#define SUMS_128                                                                       \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "  \
-  "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, "   \
-  "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "   \
+#define SUMS_32 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define SUMS_64                                                                                 \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
+  "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define SUMS_128                                                                      \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
+  "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, "  \
+  "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "  \
   "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define SUMS_256                                                                         \
   SUMS_128                                                                               \
@@ -20,30 +25,64 @@ struct FragmentProduct;
   "%110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, " \
   "%124, %125, %126, %127"
 // `TYPES` are those of factors and their depth, and `END` is what follows the scales.
-#define WARPGROUP_128_ROWS(T, ACROSS, DEPTH, TYPES, END)                                       \
-  template <>                                                                                  \
-  struct FragmentProduct<T, 128, ACROSS> {                                                     \
-    __device__ __forceinline__ static void multiply(float (&acc)[64], const unsigned (&a)[4],  \
-                                                    unsigned long long b) {                    \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                  \
-                   "wgmma.mma_async.sync.aligned.m64n128" DEPTH ".f32." TYPES " " SUMS_128     \
-                   "}, {%64, %65, %66, %67}, %68, p, 1, 1" END ";\n}\n"                        \
-                   : ACC32(acc, 0), ACC32(acc, 32)                                             \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                      \
-    }                                                                                          \
+#define WARPGROUP_32_ROWS(T, ACROSS, DEPTH, TYPES, END)                                       \
+  template <>                                                                                 \
+  struct FragmentProduct<T, 32, ACROSS> {                                                     \
+    __device__ __forceinline__ static void multiply(float (&acc)[16], const unsigned (&a)[4], \
+                                                    unsigned long long b) {                   \
+      asm volatile(                                                                           \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                          \
+          "wgmma.mma_async.sync.aligned.m64n32" DEPTH ".f32." TYPES " " SUMS_32               \
+          "}, {%16, %17, %18, %19}, %20, p, 1, 1" END ";\n}\n"                                \
+          : ACC8(acc, 0), ACC8(acc, 8)                                                        \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                              \
+    }                                                                                         \
+  }
+#define WARPGROUP_64_ROWS(T, ACROSS, DEPTH, TYPES, END)                                       \
+  template <>                                                                                 \
+  struct FragmentProduct<T, 64, ACROSS> {                                                     \
+    __device__ __forceinline__ static void multiply(float (&acc)[32], const unsigned (&a)[4], \
+                                                    unsigned long long b) {                   \
+      asm volatile(                                                                           \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                          \
+          "wgmma.mma_async.sync.aligned.m64n64" DEPTH ".f32." TYPES " " SUMS_64               \
+          "}, {%32, %33, %34, %35}, %36, p, 1, 1" END ";\n}\n"                                \
+          : ACC32(acc, 0)                                                                     \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                              \
+    }                                                                                         \
+  }
+#define WARPGROUP_128_ROWS(T, ACROSS, DEPTH, TYPES, END)                                      \
+  template <>                                                                                 \
+  struct FragmentProduct<T, 128, ACROSS> {                                                    \
+    __device__ __forceinline__ static void multiply(float (&acc)[64], const unsigned (&a)[4], \
+                                                    unsigned long long b) {                   \
+      asm volatile(                                                                           \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                          \
+          "wgmma.mma_async.sync.aligned.m64n128" DEPTH ".f32." TYPES " " SUMS_128             \
+          "}, {%64, %65, %66, %67}, %68, p, 1, 1" END ";\n}\n"                                \
+          : ACC32(acc, 0), ACC32(acc, 32)                                                     \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                              \
+    }                                                                                         \
   }
 #define WARPGROUP_256_ROWS(T, ACROSS, DEPTH, TYPES, END)                                       \
   template <>                                                                                  \
   struct FragmentProduct<T, 256, ACROSS> {                                                     \
     __device__ __forceinline__ static void multiply(float (&acc)[128], const unsigned (&a)[4], \
                                                     unsigned long long b) {                    \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                  \
-                   "wgmma.mma_async.sync.aligned.m64n256" DEPTH ".f32." TYPES " " SUMS_256     \
-                   "}, {%128, %129, %130, %131}, %132, p, 1, 1" END ";\n}\n"                   \
-                   : ACC32(acc, 0), ACC32(acc, 32), ACC32(acc, 64), ACC32(acc, 96)             \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                      \
+      asm volatile(                                                                            \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                           \
+          "wgmma.mma_async.sync.aligned.m64n256" DEPTH ".f32." TYPES " " SUMS_256              \
+          "}, {%128, %129, %130, %131}, %132, p, 1, 1" END ";\n}\n"                            \
+          : ACC32(acc, 0), ACC32(acc, 32), ACC32(acc, 64), ACC32(acc, 96)                      \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                               \
     }                                                                                          \
   }
+WARPGROUP_32_ROWS(float, 0, "k8", "tf32.tf32", "");
+WARPGROUP_32_ROWS(__nv_bfloat16, 0, "k16", "bf16.bf16", ", 0");
+WARPGROUP_32_ROWS(__half, 0, "k16", "f16.f16", ", 0");
+WARPGROUP_64_ROWS(float, 0, "k8", "tf32.tf32", "");
+WARPGROUP_64_ROWS(__nv_bfloat16, 0, "k16", "bf16.bf16", ", 0");
+WARPGROUP_64_ROWS(__half, 0, "k16", "f16.f16", ", 0");
 WARPGROUP_128_ROWS(float, 0, "k8", "tf32.tf32", "");
 WARPGROUP_128_ROWS(__nv_bfloat16, 0, "k16", "bf16.bf16", ", 0");
 WARPGROUP_128_ROWS(__nv_bfloat16, 1, "k16", "bf16.bf16", ", 1");

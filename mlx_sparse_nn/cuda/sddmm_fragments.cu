@@ -14,8 +14,8 @@
 //   last warpgroup copies, the others multiply 128 columns each.
 //   Shared memory: (STAGES + RAW) (X_TILE + Y_TILE) elements, and 1024 bytes.
 // Template
-//   T half, bfloat16 or float, which is rounded to TF32; OUT, T or float; B a multiple of 8, at most
-//   128; WARPGROUPS that multiply, 2 for float; STAGES; RAW stages of floats before they are
+//   T half, bfloat16 or float, which is rounded to TF32; OUT, T or float; B a multiple of 8, at
+//   most 128; WARPGROUPS that multiply, 2 for float; STAGES; RAW stages of floats before they are
 //   transposed, else 0.
 // Sums in float32, n ascending by 32 bytes.
 
@@ -27,20 +27,20 @@
 #include "stores.h"
 #include "fragments.h"
 
-constexpr int COLS = 128 * WARPGROUPS;    // of x
-constexpr int GROUP = COLS / B;           // blocks
-constexpr int TILES = (B + 63) / 64;      // 64 x 128 tiles of a warpgroup
-constexpr int COPIERS = 128;              // threads
-constexpr int CHUNK = 16 / sizeof(T);     // elements
-constexpr int DEPTH = 8 * CHUNK;          // n in a stage
-constexpr int STEP = 2 * CHUNK;           // n in a product
+constexpr int COLS = 128 * WARPGROUPS;  // of x
+constexpr int GROUP = COLS / B;         // blocks
+constexpr int TILES = (B + 63) / 64;    // 64 x 128 tiles of a warpgroup
+constexpr int COPIERS = 128;            // threads
+constexpr int CHUNK = 16 / sizeof(T);   // elements
+constexpr int DEPTH = 8 * CHUNK;        // n in a stage
+constexpr int STEP = 2 * CHUNK;         // n in a product
 constexpr int STEPS = DEPTH / STEP;
-constexpr bool FLOATS = sizeof(T) == 4;   // which products read with n along the rows
+constexpr bool FLOATS = sizeof(T) == 4;  // which products read with n along the rows
 constexpr int Y_CHUNKS = B / CHUNK;
 constexpr int Y_STRIDE = (FLOATS ? column_stride<Y_CHUNKS>() : row_stride<Y_CHUNKS>()) * CHUNK;
 constexpr int Y_TILE = DEPTH * Y_STRIDE;
 constexpr int X_TILE = COLS * DEPTH;
-constexpr int SLAB = 64 * DEPTH;          // of x, where it is not transposed: 64 columns
+constexpr int SLAB = 64 * DEPTH;  // of x, where it is not transposed: 64 columns
 constexpr int Y_STAGES = STAGES + RAW;
 extern __shared__ char shared[];
 __shared__ unsigned long long full[STAGES];

@@ -4,16 +4,18 @@
 //
 // Inputs, output: as there.
 // Launch
-//   (R THREADS, shares, V) threads in groups of (THREADS, 1, 1), THREADS = 128 (WGS_N WGS_O + 1),
-//   which own what they own there. The last warpgroup copies, the others multiply.
+//   (R CLUSTER THREADS, shares, V) threads in groups of (THREADS, 1, 1), THREADS = 128 (WGS_N WGS_O
+//   + 1), in clusters of CLUSTER groups, which own what a group owns there: each takes equal parts
+//   of the stages of a block-row. The last warpgroup copies, the others multiply.
 //   Shared memory: STAGES times the bytes of a stage, and 1024.
 // Template
-//   T half, bfloat16 or float, which is rounded to TF32; B a multiple of 8, at most 64 WGS_O; INSIDE
-//   columns of the last block-column, 1 to B; ROWS of x in a tile, 128 or 256 for each of WGS_N;
-//   CROPPED 0 or 1: x ends with the matrix, at a multiple of 16 bytes; OUTSIDE outputs of the last
-//   block-row that y and bias lack;
-//   WGS_N and WGS_O warpgroups over rows of x and outputs; STAGES; TRANSPOSED and BIAS 0 or 1.
-// Sums in float32: the bias, then blocks in stored order, k ascending by 32 bytes.
+//   T half, bfloat16 or float, which is rounded to TF32; B a multiple of 8, at most 64 WGS_O;
+//   INSIDE columns of the last block-column, 1 to B; ROWS of x in a tile, 128 or 256 for each of
+//   WGS_N; CROPPED 0 or 1: x ends with the matrix, at a multiple of 16 bytes; OUTSIDE outputs of
+//   the last block-row that y and bias lack; CLUSTER, with which a group takes one tile; WGS_N and
+//   WGS_O warpgroups over rows of x and outputs; STAGES; TRANSPOSED and BIAS 0 or 1.
+// Sums in float32: the bias, then blocks in stored order, k ascending by 32 bytes; in a cluster the
+// bias, then such sums of its groups in order.
 
 #include "barriers.h"
 #include "copies.h"
@@ -22,6 +24,7 @@
 #include "copiers.h"
 #include "stores.h"
 #include "fragments.h"
+#include "clusters.h"
 
 constexpr int WARPGROUPS = WGS_N * WGS_O;  // that multiply
 constexpr int COPIERS = 128;               // threads
@@ -42,7 +45,8 @@ __shared__ unsigned long long full[STAGES];
 __shared__ unsigned long long empty[STAGES];
 T* tiles = reinterpret_cast<T*>(shared + (1024 - shared_address(shared) % 1024) % 1024);
 
-const int r = blockIdx.x;
+const int r = blockIdx.x / CLUSTER;
+const int rank = blockIdx.x % CLUSTER;
 const int v = blockIdx.z;
 const int thread = threadIdx.x;
 const int lane = thread % 32;
@@ -54,7 +58,9 @@ const int begin_n = (size_t)all_tiles * blockIdx.y / gridDim.y * ROWS;
 const int end_n = (size_t)all_tiles * (blockIdx.y + 1) / gridDim.y * ROWS;
 const int begin = indptr[r];
 const int end = indptr[r + 1];
-const int n_stages = ((end - begin) * B + DEPTH - 1) / DEPTH;
+const int all_stages = ((end - begin) * B + DEPTH - 1) / DEPTH;
+const int first_stage = all_stages * rank / CLUSTER;
+const int n_stages = all_stages * (rank + 1) / CLUSTER - first_stage;
 // Where a chunk lies in a tile of W.
 auto w_place = [](int row, int chunk) {
   return BY_COLUMNS ? row * W_STRIDE + chunk * CHUNK : swizzle<W_CHUNKS>(row, chunk) * CHUNK;
@@ -67,7 +73,9 @@ if (thread < STAGES) {
 __syncthreads();
 
 if (warpgroup == WARPGROUPS) {
-  give_registers<72>();
+  if (SPAN == 256) {
+    give_registers<72>();
+  }
   // Eight threads copy a row of x, or of W; where that lies transposed, those of one k of a stage.
   constexpr int EVERY = COPIERS / 8;
   constexpr int W_EVERY = COPIERS / DEPTH;
@@ -82,7 +90,8 @@ if (warpgroup == WARPGROUPS) {
   // Of the next stage: the column of this thread's chunk of x, or -1, and where its W lies.
   int next_col;
   int next_stored = 0;
-  auto read_indices = [&](int stage) {
+  auto read_indices = [&](int i) {
+    const int stage = first_stage + i;
     const int k = stage * DEPTH + chunk * CHUNK;
     const int j = begin + k / B;
     next_col = j < end ? __ldg(indices + j) * B + k % B : -1;
@@ -111,19 +120,21 @@ if (warpgroup == WARPGROUPS) {
       read_indices(0);
     }
     for (int n0 = begin_n; n0 < end_n; n0 += ROWS) {
-      for (int stage = 0; stage < n_stages; stage++) {
+      for (int i = 0; i < n_stages; i++) {
+        const int stage = first_stage + i;
         const int k = stage * DEPTH + chunk * CHUNK;
         const int col = next_col;
         const int stored = next_stored;
         T* x_tile = tiles + copier.begin() * STAGE + place;
         T* w_tile = x_tile + ROWS * DEPTH;
-        read_indices(stage + 1 < n_stages ? stage + 1 : 0);
+        read_indices(i + 1 < n_stages ? i + 1 : 0);
         const int valid = (N - n0 - copy_row + EVERY - 1) / EVERY;
         copy_rows<ALIGNED, ROWS / EVERY, EVERY * DEPTH>(
             x_tile, x_mine + (size_t)n0 * n_cols + max(0, col), EVERY * (size_t)n_cols,
             col < 0 ? 0 : valid);
         if (TRANSPOSED) {
-          const T* w_src = blocks + (size_t)max(0, stored) * (B * B) + (stage * DEPTH + w_k) % B * B;
+          const T* w_src =
+              blocks + (size_t)max(0, stored) * (B * B) + (stage * DEPTH + w_k) % B * B;
 #pragma unroll
           for (int c = t % W_EVERY; c < W_CHUNKS; c += W_EVERY) {
             copy16<ALIGNED>(w_tile - place + w_place(w_k, c), w_src + c * CHUNK, stored >= 0);
@@ -133,12 +144,13 @@ if (warpgroup == WARPGROUPS) {
           const int valid_o = (B - copy_row + EVERY - 1) / EVERY;
           if (INSIDE < B && col >= 0 && n_inside - col < CHUNK) {
 #pragma unroll 1
-            for (int i = 0; i < valid_o; i++) {
-              copy_first<ALIGNED>(w_tile + i * EVERY * DEPTH, w_src + i * EVERY * B, n_inside - col);
+            for (int o = 0; o < valid_o; o++) {
+              copy_first<ALIGNED>(w_tile + o * EVERY * DEPTH, w_src + o * EVERY * B,
+                                  n_inside - col);
             }
           } else {
-            copy_rows<ALIGNED, W_ROWS / EVERY, EVERY * DEPTH>(
-                w_tile, col < 0 ? blocks : w_src, EVERY * B, col < 0 ? 0 : valid_o);
+            copy_rows<ALIGNED, W_ROWS / EVERY, EVERY * DEPTH>(w_tile, col < 0 ? blocks : w_src,
+                                                              EVERY * B, col < 0 ? 0 : valid_o);
           }
         }
         copier.end(round_x);
@@ -151,10 +163,17 @@ if (warpgroup == WARPGROUPS) {
   } else {
     copy_as(Unaligned());
   }
+  if (CLUSTER > 1) {
+    __syncthreads();
+    sync_cluster();
+    sync_cluster();
+  }
   return;
 }
 
-take_registers<216>();
+if (SPAN == 256) {
+  take_registers<216>();
+}
 Ring ring{STAGES};
 const int n_rows = (indptr_shape[0] - 1) * B - OUTSIDE;
 const int n_outputs = min(B, n_rows - r * B);
@@ -165,7 +184,8 @@ for (int n0 = begin_n; n0 < end_n; n0 += ROWS) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int o = warp_o + 8 * half + lane / 4;
-    const float bias_o = BIAS && o < n_outputs ? float(__ldg(bias + r * B + o)) : 0.0f;
+    const float bias_o =
+        BIAS && CLUSTER == 1 && o < n_outputs ? float(__ldg(bias + r * B + o)) : 0.0f;
 #pragma unroll
     for (int e = 0; e < SPAN / 4; e++) {
       acc[e / 2 * 4 + 2 * half + e % 2] = bias_o;
@@ -193,16 +213,15 @@ for (int n0 = begin_n; n0 < end_n; n0 += ROWS) {
         const int k = s * STEP + lane / 16 * 8 + lane % 8;
         load_matrix4<true>(ws[s], w_tile + w_place(k, (warp_o / 8 + lane / 8 % 2) % W_CHUNKS));
       } else {
-        load_matrix4<false>(ws[s],
-                            w_tile + w_place((warp_o + lane % 16) % B, 2 * s + lane / 16));
+        load_matrix4<false>(ws[s], w_tile + w_place((warp_o + lane % 16) % B, 2 * s + lane / 16));
       }
       round_factors<T>(ws[s]);
     }
     begin_products();
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
-      FragmentProduct<T, SPAN, 0>::multiply(
-          acc, ws[s], describe(x_tile + warpgroup_n * DEPTH + s * STEP, 16));
+      FragmentProduct<T, SPAN, 0>::multiply(acc, ws[s],
+                                            describe(x_tile + warpgroup_n * DEPTH + s * STEP, 16));
     }
     commit_products();
     wait_products<0>();
@@ -211,6 +230,20 @@ for (int n0 = begin_n; n0 < end_n; n0 += ROWS) {
     }
     ring.advance();
   }
-  T* y_tile = y + ((size_t)v * N + n0 + warpgroup_n) * n_rows + r * B;
-  store_across<T, SPAN>(y_tile, n_rows, N - n0 - warpgroup_n, warp_o, n_outputs, acc);
+  if constexpr (CLUSTER == 1) {
+    T* y_tile = y + ((size_t)v * N + n0 + warpgroup_n) * n_rows + r * B;
+    store_across<T, SPAN>(y_tile, n_rows, N - n0 - warpgroup_n, warp_o, n_outputs, acc);
+  }
+}
+if constexpr (CLUSTER > 1) {
+  // The sums of this part, in place of the stages; then each group adds up some rows.
+  constexpr int STRIDE = B + 4;  // writes of a warp go to different banks
+  float* sums = reinterpret_cast<float*>(shared);
+  __syncthreads();
+  store_across<float, SPAN>(sums + warpgroup_n * STRIDE, STRIDE, SPAN, warp_o, B, acc);
+  sync_cluster();
+  store_sums<T, CLUSTER, B, STRIDE, 128 * WARPGROUPS>(
+      y + ((size_t)v * N + begin_n) * n_rows + r * B, n_rows, sums, BIAS ? bias + r * B : nullptr,
+      min(ROWS, N - begin_n), n_outputs);
+  sync_cluster();
 }

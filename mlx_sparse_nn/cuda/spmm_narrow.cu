@@ -10,9 +10,10 @@
 //   the part of every block that lies in its OWN outputs.
 //   Shared memory: STAGES 128 X_STRIDE + WARPS RING_PARTS PART elements, and 1024 bytes.
 // Template
-//   T half, bfloat16 or float, which is rounded to TF32; B a multiple of OWN; OWN outputs of a warp, 16
-//   or 24; INSIDE columns of the last block-column, 1 to B; WARPS that multiply; DEPTH columns of a stage, a multiple of B;
-//   STAGES; RING_PARTS of blocks that a warp copies ahead; TRANSPOSED and BIAS 0 or 1.
+//   T half, bfloat16 or float, which is rounded to TF32; B a multiple of OWN; OWN outputs of a
+//   warp, 16 or 24; INSIDE columns of the last block-column, 1 to B; WARPS that multiply; DEPTH
+//   columns of a stage, a multiple of B; STAGES; RING_PARTS of blocks that a warp copies ahead;
+//   TRANSPOSED and BIAS 0 or 1.
 // Sums in float32: the bias, then blocks in stored order, k ascending by 32 bytes.
 
 #include "barriers.h"
@@ -25,7 +26,7 @@ constexpr int ROWS = 128;
 constexpr int WIDTH = WARPS * OWN;  // outputs of the panel
 constexpr int TILES = ROWS / 16;    // 16 x 8 tiles of a warp over the rows of x,
 constexpr int UNROLL = 2;
-constexpr int TILES_O = OWN / 8;    // and over outputs
+constexpr int TILES_O = OWN / 8;  // and over outputs
 constexpr int CHUNK = 16 / sizeof(T);
 constexpr int STEP = 2 * CHUNK;  // k in a product
 constexpr int CHUNKS = DEPTH / CHUNK;
@@ -108,7 +109,7 @@ if (warp >= WARPS) {
             stage * DEPTH + chunk * CHUNK < n_cols ? (N - n0 - copy_row + EVERY - 1) / EVERY : 0;
         wait_barrier(empty + ring.buffer, ring.parity ^ 1);
         copy_rows<ALIGNED, ROWS / EVERY, EVERY * X_STRIDE>(x_tile, x_src, EVERY * (size_t)n_cols,
-                                                        valid);
+                                                           valid);
         if (ALIGNED) {
           arrive_copied(full + ring.buffer);
         } else {
@@ -220,7 +221,8 @@ for (int n0 = begin_n; n0 < end_n; n0 += ROWS) {
           } else if (TRANSPOSED) {
             load_matrix2<true>(ws[to], part + w_place(k + lane % 16, to));
           } else {
-            load_matrix2<false>(ws[to], part + w_place(8 * to + lane % 8, k / CHUNK + lane / 8 % 2));
+            load_matrix2<false>(ws[to],
+                                part + w_place(8 * to + lane % 8, k / CHUNK + lane / 8 % 2));
           }
           round_factors<T>(ws[to]);
         }

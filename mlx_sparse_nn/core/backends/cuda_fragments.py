@@ -84,6 +84,7 @@ def product(
     template = {"B": block_size, "INSIDE": inside, "ROWS": rows, "WGS_N": 2 // across}
     template |= {"WGS_O": across, "STAGES": stages, "TRANSPOSED": int(transposed)}
     template |= {"CROPPED": int(cropped), "OUTSIDE": n_block_rows * block_size - n_out}
+    template["CLUSTER"] = 1
     tiles = -(-n_x // rows)
     shares = max(-(-tiles // 8), -(-filling // (n_block_rows * n_matrices))) if even else tiles
     grid = (n_block_rows * 384, min(tiles, shares), n_matrices)
