@@ -251,8 +251,8 @@ for (int ti = 0; ti < TILES; ti++) {
     const int i = 64 * ti + warp_i + e / 2 % 2 * 8 + lane / 4;
     const int tile_col = warpgroup * 128 + e / 4 * 8;
     if (i < B && tile_col / B < count) {
-      store_pair(out + (first + tile_col / B) * (B * B) + i * B + tile_col % B + lane % 4 * 2,
-                 acc[ti][e], acc[ti][e + 1]);
+      store_pair<OUT>(out + (first + tile_col / B) * (B * B) + i * B + tile_col % B + lane % 4 * 2,
+                      acc[ti][e], acc[ti][e + 1]);
     }
   }
 }

@@ -27,10 +27,9 @@ def check(pattern, n, dtype, least=(), **settings):
 @pytest.mark.parametrize(("n", "cut", "offset"), [(70, 0, 1), (300, 5, 0)])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
 @pytest.mark.parametrize("block_size", [24, 48, 64, 96, 120])
-def test_fragments(block_size, dtype, n, cut, offset):
+def test_fragments(monkeypatch, block_size, dtype, n, cut, offset):
     """A stage begins and ends in the middle of a block, and outputs do not fill a warpgroup."""
-    if (dtype.size, block_size) not in tuned.FRAGMENT_ROWS:
-        return
+    monkeypatch.setattr(tuned, "FRAGMENT_ROWS", {(dtype.size, block_size): 17})
     pattern = trimmed(random_pattern(3, 4, block_size, density=0.7), cut, -cut)
     check(pattern, n, dtype, ["spmm_fragments"], offset=offset)
 
@@ -74,5 +73,7 @@ def test_a_matrix_that_ends_within_blocks_needs_no_copy_of_x(
 def test_gradients_by_fragments(monkeypatch, block_size, dtype, n, cut, offset, parts):
     """Columns of a warpgroup begin and end in the middle of a block, and rows do not fill one."""
     monkeypatch.setattr(cuda_fragments, "_splits", lambda *_: parts)
+    monkeypatch.setattr(tuned, "GRADIENT_FRAGMENT_ROWS", {(dtype.size, block_size): 17})
+    monkeypatch.setattr(tuned, "GRADIENT_PANELS", ())
     pattern = trimmed(random_pattern(2, 900 // block_size, block_size, 0.6), cut, 0)
     check(pattern, n, dtype, ["sddmm_fragments"], offset=offset)

@@ -11,6 +11,10 @@ from mlx_sparse_nn.core.backends import cuda_tiles
 from mlx_sparse_nn.core.backends.launch import Kernel, round_up
 from mlx_sparse_nn.core.layout import Layout
 
+WIDTHS = (16, 24, 32, 48, 64, 96, 128)  # columns of products in fragments.h
+# By warpgroups that multiply: what a thread that copies, and one that multiplies, has.
+REGISTERS = {1: (0, 0), 2: (72, 216), 3: (40, 152)}
+
 
 def takes(block_size: int, n_x: int, itemsize: int) -> bool:
     """Return whether ``spmm_fragments`` is faster than the other kernels of blocks with tiles."""
@@ -72,20 +76,28 @@ def product(
     even: bool,
     cropped: bool = False,
 ) -> Kernel:
-    """Return ``spmm_fragments``: one thread block of two warpgroups for each block-row."""
+    """Return ``spmm_fragments``: some warpgroups for each block-row."""
     n_block_rows, filling = -(-n_out // block_size), tuned.BLOCKS_TO_FILL_GPU
-    across = 1 if block_size <= 64 else 2  # warpgroups over the outputs
-    rows = 256
-    w_rows = 128 // itemsize if transposed else round_up(block_size, 16)
-    chunks = block_size * itemsize // 16 if transposed else 8
-    w_stride = 16 * cuda_tiles.stride(chunks, transposed and itemsize == 4)
-    stage = rows * 128 + round_up(w_rows * w_stride, 1024)
-    stages = min(6, (tuned.MAX_SHARED - 2048) // stage)
-    template = {"B": block_size, "INSIDE": inside, "ROWS": rows, "WGS_N": 2 // across}
-    template |= {"WGS_O": across, "STAGES": stages, "TRANSPOSED": int(transposed)}
-    template |= {"CROPPED": int(cropped), "OUTSIDE": n_block_rows * block_size - n_out}
-    template["CLUSTER"] = 1
-    tiles = -(-n_x // rows)
-    shares = max(-(-tiles // 8), -(-filling // (n_block_rows * n_matrices))) if even else tiles
-    grid = (n_block_rows * 384, min(tiles, shares), n_matrices)
-    return Kernel("spmm_fragments", template, grid, 384, stages * stage + 1024)
+    width = next(width for width in WIDTHS if width >= block_size)
+    tiles, warpgroups = 2, 2
+    rows, threads = 64 * tiles * warpgroups, 128 * (warpgroups + 1)
+    given, taken = REGISTERS[warpgroups]
+    stage = stage_bytes(rows, block_size, width, itemsize, transposed)
+    stages = min(8, (tuned.MAX_SHARED - 2048) // stage)
+    template = {"B": block_size, "WIDTH": width, "INSIDE": inside, "CROPPED": int(cropped)}
+    template |= {"OUTSIDE": n_block_rows * block_size - n_out, "WARPGROUPS": warpgroups}
+    template |= {"TILES": tiles, "STAGES": stages, "CLUSTER": 1, "TRANSPOSED": int(transposed)}
+    template |= {"GIVEN": given, "TAKEN": taken}
+    all_tiles = -(-n_x // rows)
+    shares = max(-(-all_tiles // 8), -(-filling // (n_block_rows * n_matrices)))
+    shares = min(all_tiles, shares) if even else all_tiles
+    grid = (n_block_rows * threads, shares, n_matrices)
+    return Kernel("spmm_fragments", template, grid, threads, stages * stage + 1024)
+
+
+def stage_bytes(rows: int, block_size: int, width: int, itemsize: int, transposed: bool) -> int:
+    """Return the bytes of a stage of ``spmm_fragments``."""
+    if transposed and itemsize == 2:
+        return 128 * (rows + round_up(width, 64))
+    raw = round_up(32 * (block_size + 4) * 4, 1024) if transposed else 0
+    return 128 * (rows + width) + raw

@@ -460,18 +460,6 @@ struct FragmentProduct {
     self->products[self->n_products++] = {run, acc, held, b, self->product_group};
   }
 };
-unsigned transpose_tile(unsigned pair) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  shown[warp][lane] = pair;
-  __syncwarp();
-  unsigned result = 0;
-  for (int i = 0; i < 2; i++) {
-    const int row = lane % 4 * 2 + i, col = lane / 4;
-    result |= (shown[warp][row * 4 + col / 2] >> col % 2 * 16 & 0xffff) << 16 * i;
-  }
-  __syncwarp();
-  return result;
-}
 template <int COUNT>
 void hold_sums(float (&)[COUNT]) {}
 static void begin_products() {}
