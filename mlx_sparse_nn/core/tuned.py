@@ -117,6 +117,7 @@ MAX_SHARED = 227 * 1024  # bytes that a thread block of Hopper may have
 HOPPER = "sm_90"
 WGMMA_STAGES = {64: {256: 5, 128: 8}, 128: {256: 4, 128: 6}}  # by block size and rows of a tile
 PANEL_DENSITY = {16: 0.025, 32: 0.15}  # from which spmm_panels is faster than spmm_tiles
+FLOAT_PANEL_DENSITY = {16: 0.05}  # the same of float32
 MAX_PANEL_COLUMNS = 2**20
 # By bytes of an element and block size: rows of x from which spmm_fragments takes a product.
 FRAGMENT_ROWS = {

@@ -123,8 +123,9 @@ def _product(
     block_size = data.shape[-1] if data.ndim > 2 else 1
     if cuda_tiles.has_tiles(block_size, n_x, dtype):
         even = n_x > tuned.CUDA_FEW_ROWS and cuda_tiles.is_even(side)
-        panels = n_x > tuned.CUDA_FEW_ROWS and dtype != mx.float32
-        panels = panels and cuda_tiles.takes_panels(side, block_size, n_out, shape[-1])
+        panels = n_x > tuned.CUDA_FEW_ROWS and cuda_tiles.takes_panels(
+            side, block_size, n_out, shape[-1], dtype.size
+        )
         sizes = n_x, n_matrices, block_size, inside, n_out
         choice = cuda_tiles.by_tensor_cores, *sizes, dtype.size, transposed, even, panels
         if not panels and cuda_fragments.takes(block_size, n_x, dtype.size):
