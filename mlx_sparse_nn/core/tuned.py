@@ -122,7 +122,7 @@ MAX_PANEL_COLUMNS = 2**20
 # By bytes of an element and block size: rows of x from which spmm_fragments takes a product.
 FRAGMENT_ROWS = {
     (size, block_size): 65
-    for size, sizes in {4: range(8, 129, 8), 2: (24, 40, 48, 56, 72, 80, 88, 96, 104, 112, 120)}.items()
+    for size, sizes in {4: range(16, 129, 8), 2: (24, 40, 48, 56, 72, 80, 88, 96, 104, 112, 120)}.items()
     for block_size in sizes
 }
 GRADIENT_FRAGMENT_ROWS = {

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import cuda_tiles
-from mlx_sparse_nn.core.backends.launch import Kernel, round_up
+from mlx_sparse_nn.core.backends.launch import Kernel, power_of_two, round_up
 from mlx_sparse_nn.core.layout import Layout
 
 WIDTHS = (16, 24, 32, 48, 64, 96, 128)  # columns of products in fragments.h
-# By warpgroups that multiply: what a thread that copies, and one that multiplies, has.
-REGISTERS = {1: (0, 0), 2: (72, 216), 3: (40, 152)}
+REGISTERS = 72, 216  # of a thread that copies, and of one that multiplies
 
 
 def takes(block_size: int, n_x: int, itemsize: int) -> bool:
@@ -76,23 +75,38 @@ def product(
     even: bool,
     cropped: bool = False,
 ) -> Kernel:
-    """Return ``spmm_fragments``: some warpgroups for each block-row."""
-    n_block_rows, filling = -(-n_out // block_size), tuned.BLOCKS_TO_FILL_GPU
-    width = next(width for width in WIDTHS if width >= block_size)
-    tiles, warpgroups = 2, 2
+    """Return ``spmm_fragments``: large tiles of rows of x where these fill a GPU.
+
+    Else tiles of 64 rows, and clusters of thread blocks that share each.
+    """
+    n_block_rows = -(-n_out // block_size)
+    tiles, warpgroups, cluster = _tile(n_x, n_block_rows * n_matrices, block_size)
     rows, threads = 64 * tiles * warpgroups, 128 * (warpgroups + 1)
-    given, taken = REGISTERS[warpgroups]
+    width = next(width for width in WIDTHS if width >= block_size)
     stage = stage_bytes(rows, block_size, width, itemsize, transposed)
-    stages = min(8, (tuned.MAX_SHARED - 2048) // stage)
+    stages = min(9, (tuned.MAX_SHARED - 2048) // stage)
+    given, taken = REGISTERS if rows > 128 else (0, 0)
     template = {"B": block_size, "WIDTH": width, "INSIDE": inside, "CROPPED": int(cropped)}
     template |= {"OUTSIDE": n_block_rows * block_size - n_out, "WARPGROUPS": warpgroups}
-    template |= {"TILES": tiles, "STAGES": stages, "CLUSTER": 1, "TRANSPOSED": int(transposed)}
-    template |= {"GIVEN": given, "TAKEN": taken}
-    all_tiles = -(-n_x // rows)
-    shares = max(-(-all_tiles // 8), -(-filling // (n_block_rows * n_matrices)))
-    shares = min(all_tiles, shares) if even else all_tiles
-    grid = (n_block_rows * threads, shares, n_matrices)
-    return Kernel("spmm_fragments", template, grid, threads, stages * stage + 1024)
+    template |= {"TILES": tiles, "STAGES": stages, "CLUSTER": cluster}
+    template |= {"TRANSPOSED": int(transposed), "GIVEN": given, "TAKEN": taken}
+    all_tiles, filling = -(-n_x // rows), tuned.BLOCKS_TO_FILL_GPU
+    shares = max(-(-all_tiles // 4), -(-filling // (n_block_rows * n_matrices)))
+    shares = min(all_tiles, shares) if even and cluster == 1 else all_tiles
+    grid = (n_block_rows * cluster * threads, shares, n_matrices)
+    return Kernel("spmm_fragments", template, grid, threads, stages * stage + 1024, cluster)
+
+
+def _tile(n_x: int, block_rows: int, block_size: int) -> tuple[int, int, int]:
+    """Return tiles of 64 rows of a warpgroup, warpgroups, and thread blocks of a cluster."""
+    filling = tuned.BLOCKS_TO_FILL_GPU
+    for tiles, warpgroups in ((4, 2), (2, 2), (1, 2)):
+        groups = -(-n_x // (64 * tiles * warpgroups)) * block_rows
+        registers = tiles * (block_size // 2 + 16)  # of sums, and of x
+        if groups >= filling and registers <= 160:
+            return tiles, warpgroups, 1
+    groups = -(-n_x // 64) * block_rows
+    return 1, 1, min(8, power_of_two(filling // groups))
 
 
 def stage_bytes(rows: int, block_size: int, width: int, itemsize: int, transposed: bool) -> int:
