@@ -108,7 +108,6 @@ CUDA_ROWS_PER_SPLIT = 64
 
 # CUDA. Thread blocks that keep an H200 busy (132 multiprocessors).
 BLOCKS_TO_FILL_GPU = 128
-MULTIPROCESSORS = 132
 MAX_STREAMED_ROW = 64  # values of a row up to which one thread adds them up: Ising, n = 20 and 24
 # Bytes of shared memory above which one thread block fits on a multiprocessor.
 MAX_SHARED_OF_TWO = 113 * 1024

@@ -8,15 +8,14 @@
 // Output
 //   out      (S, V, n_blocks, B, B) OUT
 // Launch
-//   (R shares THREADS, S, V) threads in groups of (THREADS, 1, 1), THREADS = 128 (WARPGROUPS + 1),
-//   GROUP = 128 WARPGROUPS / B and GROUP shares at least the length of every block-row. One group
-//   owns up to GROUP neighbouring blocks of one block-row, and walks the rows n of its split. The
-//   last warpgroup copies, the others multiply 128 columns each.
-//   Shared memory: (STAGES + RAW) (X_TILE + Y_TILE) elements, and 1024 bytes.
+//   (R shares THREADS, S, V) threads in groups of (THREADS, 1, 1), THREADS = 512, or 384 of 16
+//   bits, GROUP = 256 / B and GROUP shares at least the length of every block-row. One group owns
+//   up to GROUP neighbouring blocks of one block-row, and walks the rows n of its split. Two
+//   warpgroups multiply, 128 columns each; the others copy. Shared memory: (STAGES + RAW) (X_TILE +
+//   Y_TILE) elements, and 1024 bytes.
 // Template
 //   T half, bfloat16 or float, which is rounded to TF32; OUT, T or float; B a multiple of 8, at
-//   most 128; WARPGROUPS that multiply, 2 for float; STAGES; RAW stages of floats before they are
-//   transposed, else 0.
+//   most 128; STAGES; RAW stages of floats before they are transposed, else 0.
 // Sums in float32, n ascending by 32 bytes.
 
 #include "barriers.h"
@@ -27,15 +26,16 @@
 #include "stores.h"
 #include "fragments.h"
 
-constexpr int COLS = 128 * WARPGROUPS;  // of x
-constexpr int GROUP = COLS / B;         // blocks
-constexpr int TILES = (B + 63) / 64;    // 64 x 128 tiles of a warpgroup
-constexpr int COPIERS = 128;            // threads
-constexpr int CHUNK = 16 / sizeof(T);   // elements
-constexpr int DEPTH = 8 * CHUNK;        // n in a stage
-constexpr int STEP = 2 * CHUNK;         // n in a product
+constexpr bool FLOATS = sizeof(T) == 4;      // which products read with n along the rows
+constexpr int WARPGROUPS = 2;                // that multiply
+constexpr int COPIERS = FLOATS ? 256 : 128;  // threads
+constexpr int COLS = 128 * WARPGROUPS;       // of x
+constexpr int GROUP = COLS / B;              // blocks
+constexpr int TILES = (B + 63) / 64;         // 64 x 128 tiles of a warpgroup
+constexpr int CHUNK = 16 / sizeof(T);        // elements
+constexpr int DEPTH = 8 * CHUNK;             // n in a stage
+constexpr int STEP = 2 * CHUNK;              // n in a product
 constexpr int STEPS = DEPTH / STEP;
-constexpr bool FLOATS = sizeof(T) == 4;  // which products read with n along the rows
 constexpr int Y_CHUNKS = B / CHUNK;
 constexpr int Y_STRIDE = (FLOATS ? column_stride<Y_CHUNKS>() : row_stride<Y_CHUNKS>()) * CHUNK;
 constexpr int Y_TILE = DEPTH * Y_STRIDE;
@@ -77,9 +77,9 @@ if (thread < STAGES) {
 }
 __syncthreads();
 
-if (warpgroup == WARPGROUPS) {
-  give_registers<72>();
-  const int t = thread % COPIERS;
+if (warpgroup >= WARPGROUPS) {
+  give_registers<FLOATS ? 56 : 72>();
+  const int t = thread - 128 * WARPGROUPS;
   const bool aligned = ((size_t)y | (size_t)x) % 16 == 0;
   // The column of x of a chunk of the group, or -1 where the group has no such block.
   auto col_of = [&](int group_col) {
@@ -99,20 +99,21 @@ if (warpgroup == WARPGROUPS) {
     }
   };
   if constexpr (FLOATS) {
-    // Each warp copies 64 columns, and then transposes them: chunks of four n, rounded.
-    const int copy_row = lane / 16;
-    const int first = t / 32 * 64;
-    const int col = col_of(first + lane % 16 * CHUNK);
+    // Each warp copies 32 columns, and then transposes them: chunks of four n, rounded.
+    const int copy_row = lane / 8;
+    const int first = t / 32 * 32;
+    const int mine = first + lane % 8 * CHUNK;
+    const int col = col_of(mine);
     const T* x_mine = x + ((size_t)v * N + begin_n + copy_row) * n_cols + max(0, col);
     auto copy_stage = [&](int stage, auto alignment) {
       if (stage < n_stages) {
         copy_y(stage, alignment);
         if (col >= 0) {
           const int left = end_n - begin_n - stage * DEPTH - copy_row;
-          copy_rows<alignment.value, DEPTH / 2, 2 * COLS>(
-              raw_tiles + stage % RAW * X_TILE + copy_row * COLS + first + lane % 16 * CHUNK,
-              x_mine + (size_t)stage * DEPTH * n_cols, 2 * (size_t)n_cols,
-              col < n_cols ? (left + 1) / 2 : 0);
+          copy_rows<alignment.value, DEPTH / 4, 4 * COLS>(
+              raw_tiles + stage % RAW * X_TILE + copy_row * COLS + mine,
+              x_mine + (size_t)stage * DEPTH * n_cols, 4 * (size_t)n_cols,
+              col < n_cols ? (left + 3) / 4 : 0);
         }
       }
       commit_copies();
@@ -130,10 +131,10 @@ if (warpgroup == WARPGROUPS) {
         wait_barrier(empty + ring.buffer, ring.parity ^ 1);
         const T* raw = raw_tiles + stage % RAW * X_TILE + first + lane;
         T* x_tile = x_tiles + ring.buffer * X_TILE;
-#pragma unroll 4
-        for (int i = 0; i < 16; i++) {
-          transpose_chunk<COLS>(x_tile + swizzle<8>(first + i / 8 * 32 + lane, i % 8) * CHUNK,
-                                raw + i / 8 * 32 + i % 8 * CHUNK * COLS);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          transpose_chunk<COLS>(x_tile + swizzle<8>(first + lane, i) * CHUNK,
+                                raw + i * CHUNK * COLS);
         }
         __syncwarp();
         show_copies();
@@ -186,7 +187,7 @@ if (warpgroup == WARPGROUPS) {
   return;
 }
 
-take_registers<216>();
+take_registers<FLOATS ? 200 : 216>();
 const int warp_i = thread / 32 % 4 * 16;  // rows from B on are not stored
 float acc[TILES][64];
 #pragma unroll

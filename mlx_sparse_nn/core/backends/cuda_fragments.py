@@ -30,25 +30,26 @@ def takes_gradients(block_size: int, n_x: int, itemsize: int) -> bool:
 def gradients(layout: Layout, n_x: int, itemsize: int, n_matrices: int) -> tuple[Kernel, int]:
     """Return ``sddmm_fragments``, and in how many parts the rows go."""
     block_size, side = layout.block_size, layout.rows
-    group = 256 // block_size
-    chunk = 16 // itemsize
-    y_tile = 128 * chunk * cuda_tiles.stride(block_size // chunk, itemsize == 4)
+    group, chunk, threads = 256 // block_size, 16 // itemsize, 512 if itemsize == 4 else 384
+    stage = 32_768 + 128 * chunk * cuda_tiles.stride(block_size // chunk, itemsize == 4)
     raw = (2 if block_size > 64 else 3) if itemsize == 4 else 0
-    stage = 32_768 + y_tile
     stages = min(6, (tuned.MAX_SHARED - 2048) // stage - raw)
-    template = {"B": block_size, "WARPGROUPS": 2, "STAGES": stages, "RAW": raw}
-    width = side.n_block_rows * -(-side.longest_row // group)
-    shared_memory = (stages + raw) * stage + 1024
-    kernel = Kernel("sddmm_fragments", template, (width * 384, 1, n_matrices), 384, shared_memory)
-    taken = sum(g.n_block_rows * -(-g.longest // group) for g in side.groups) * n_matrices
-    return kernel, _splits(taken, n_x)
+    template = {"B": block_size, "STAGES": stages, "RAW": raw}
+    width, shared_memory = side.n_block_rows * -(-side.longest_row // group), stage * (stages + raw)
+    grid = (width * threads, 1, n_matrices)
+    kernel = Kernel("sddmm_fragments", template, grid, threads, shared_memory + 1024)
+    taken = sum(g.n_block_rows * -(-g.longest // group) for g in side.groups)
+    return kernel, _splits(taken * n_matrices, n_x)
 
 
 def _splits(thread_blocks: int, n_x: int) -> int:
-    """Return the parts of the rows with which the last round of thread blocks is fullest."""
-    most = max(1, min(8, n_x // 512))
-    rounds = {s: -(-thread_blocks * s // tuned.MULTIPROCESSORS) / s for s in range(1, most + 1)}
-    return min(rounds, key=lambda s: rounds[s] * (1 + 0.01 * s))
+    """Return in how many parts the rows go: some, where that many thread blocks fill no GPU twice.
+
+    Then those with few blocks of a short block-row even out the others.
+    """
+    if thread_blocks >= 1.5 * tuned.BLOCKS_TO_FILL_GPU:
+        return 1
+    return max(1, min(max(2, tuned.BLOCKS_TO_FILL_GPU // thread_blocks), n_x // 512))
 
 
 def ends_evenly(layout: Layout, itemsize: int) -> bool:

@@ -358,10 +358,6 @@ unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
 float __uint_as_float(unsigned u) { return __builtin_bit_cast(float, u); }
 // Cuts off what tensor cores do not read.
 float as_tf32(unsigned u) { return __uint_as_float(u & ~0x1fffu); }
-unsigned to_tf32(unsigned u) {
-  const bool finite = (u & 0x7f800000) != 0x7f800000;
-  return finite ? (u + 0x1000) & ~0x1fffu : u;
-}
 PER_BLOCK static unsigned fragments[32][32][6];
 template <typename T>
 void multiply(float (&acc)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
