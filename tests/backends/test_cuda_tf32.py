@@ -48,12 +48,12 @@ def by_fragments(monkeypatch):
     ("block_size", "dtype", "n", "cut", "offset"),
     [
         (16, mx.float32, 70, 0, 0),
-        (24, mx.float32, 70, 5, 0),
+        (24, mx.float32, 300, 5, 0),
         (24, mx.bfloat16, 70, 0, 1),
         (48, mx.float32, 70, 0, 1),
         (48, mx.float16, 600, 5, 0),
         (64, mx.float32, 300, 5, 0),
-        (96, mx.float32, 70, 0, 0),
+        (96, mx.float32, 300, 0, 0),
         (96, mx.bfloat16, 300, 5, 0),
         (120, mx.float32, 70, 0, 1),
         (128, mx.float32, 70, 5, 0),
@@ -71,7 +71,7 @@ def test_clusters_share_block_rows(monkeypatch, by_fragments, block_size, cut, d
     """Some of them have fewer stages than a cluster has thread blocks, or none."""
     monkeypatch.setattr(tuned, "BLOCKS_TO_FILL_GPU", 12)
     pattern = trimmed(pattern_of([[0, 1, 3], [], [2]], 4, block_size), cut, -cut)
-    check(pattern, 70, dtype, ["spmm_fragments"])
+    check(pattern, 60, dtype, ["spmm_fragments"])
 
 
 @pytest.mark.parametrize("parts", [1, 3])

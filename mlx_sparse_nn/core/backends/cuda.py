@@ -57,9 +57,8 @@ def takes_edges(op: str, layout: Layout, x: mx.array) -> bool:
         return False
     if op != "sddmm":
         return cuda_fragments.takes(block_size, n_x, itemsize)
-    if cuda_scalars.is_skewed(layout.rows) or cuda_gradients.takes_panels(layout, n_x):
-        return False
-    return cuda_fragments.takes_gradients(block_size, n_x, itemsize)
+    fits = cuda_fragments.takes_gradients(block_size, n_x, itemsize)
+    return fits and not cuda_scalars.is_skewed(layout.rows)
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
@@ -86,10 +85,10 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
         layout.rows
     ):
         kernel, n_splits = cuda_scalars.gradients(layout, n_x, n_matrices)
-    elif cuda_gradients.takes_panels(layout, n_x):
-        kernel, n_splits = cuda_gradients.panels(layout, n_x, n_matrices)
     elif cuda_fragments.takes_gradients(layout.block_size, n_x, x.itemsize):
         kernel, n_splits = cuda_fragments.gradients(layout, n_x, x.itemsize, n_matrices)
+    elif cuda_gradients.takes_panels(layout, n_x):
+        kernel, n_splits = cuda_gradients.panels(layout, n_x, n_matrices)
     else:
         kernel = cuda_gradients.tiles(layout, x.itemsize, n_matrices)
         launched = prepare(NAME, "sddmm", kernel, x.dtype, T=x.dtype)
@@ -124,7 +123,7 @@ def _product(
     if cuda_tiles.has_tiles(block_size, n_x, dtype):
         even = n_x > tuned.CUDA_FEW_ROWS and cuda_tiles.is_even(side)
         panels = n_x > tuned.CUDA_FEW_ROWS and cuda_tiles.takes_panels(
-            side, block_size, n_out, shape[-1], dtype.size
+            side, block_size, n_out, shape[-1], dtype.size, n_x * n_matrices
         )
         sizes = n_x, n_matrices, block_size, inside, n_out
         choice = cuda_tiles.by_tensor_cores, *sizes, dtype.size, transposed, even, panels

@@ -76,16 +76,13 @@ def product(
     even: bool,
     cropped: bool = False,
 ) -> Kernel:
-    """Return ``spmm_fragments``: large tiles of rows of x where these fill a GPU.
-
-    Else tiles of 64 rows, and clusters of thread blocks that share each.
-    """
+    """Return ``spmm_fragments``: some warpgroups, or a cluster of them, for each block-row."""
     n_block_rows = -(-n_out // block_size)
     tiles, warpgroups, cluster = _tile(n_x, n_block_rows * n_matrices, block_size)
     rows, threads = 64 * tiles * warpgroups, 128 * (warpgroups + 1)
     width = next(width for width in WIDTHS if width >= block_size)
     stage = stage_bytes(rows, block_size, width, itemsize, transposed)
-    stages = min(9, (tuned.MAX_SHARED - 2048) // stage)
+    stages = min(6, (tuned.MAX_SHARED - 2048) // stage)
     given, taken = REGISTERS if rows > 128 else (0, 0)
     template = {"B": block_size, "WIDTH": width, "INSIDE": inside, "CROPPED": int(cropped)}
     template |= {"OUTSIDE": n_block_rows * block_size - n_out, "WARPGROUPS": warpgroups}
@@ -99,15 +96,17 @@ def product(
 
 
 def _tile(n_x: int, block_rows: int, block_size: int) -> tuple[int, int, int]:
-    """Return tiles of 64 rows of a warpgroup, warpgroups, and thread blocks of a cluster."""
-    filling = tuned.BLOCKS_TO_FILL_GPU
-    for tiles, warpgroups in ((4, 2), (2, 2), (1, 2)):
-        groups = -(-n_x // (64 * tiles * warpgroups)) * block_rows
-        registers = tiles * (block_size // 2 + 16)  # of sums, and of x
-        if groups >= filling and registers <= 160:
-            return tiles, warpgroups, 1
-    groups = -(-n_x // 64) * block_rows
-    return 1, 1, min(8, power_of_two(filling // groups))
+    """Return tiles of 64 rows of a warpgroup, warpgroups, and thread blocks of a cluster.
+
+    To add up the sums of a cluster takes longer than it saves, but for a tile of 64 rows.
+    """
+    if n_x <= 64:
+        return 1, 1, min(4, power_of_two(tuned.BLOCKS_TO_FILL_GPU // block_rows))
+    if n_x <= 128:
+        return 1, 2, 1
+    fills = -(-n_x // 512) * block_rows >= tuned.BLOCKS_TO_FILL_GPU
+    registers = 4 * (block_size // 2 + 16)  # of a thread, for sums and x
+    return (4 if n_x > 256 and fills and registers <= 160 else 2), 2, 1
 
 
 def stage_bytes(rows: int, block_size: int, width: int, itemsize: int, transposed: bool) -> int:
