@@ -115,13 +115,37 @@ LARGE_SHARED_MEMORY = ("sm_80", "sm_87", "sm_90", "sm_100", "sm_103")  # 160 KB 
 MAX_SHARED = 227 * 1024  # bytes that a thread block of Hopper may have
 HOPPER = "sm_90"
 WGMMA_STAGES = {64: {256: 5, 128: 8}, 128: {256: 4, 128: 6}}  # by block size and rows of a tile
+# Some rows of x on Hopper, by thread blocks in clusters (cuda_rows.py), beside spmm_tiles and
+# spmm_wgmma. The most rows of x for which a cluster shares a block-row, by block size: 64 rows at
+# 10 and 50% take 5.5 and 12 microseconds at B = 32 against 8.8 and 34, 5.6 and 10 at B = 64 against
+# 9.8 and 36, and 6.2 and 8.6 at B = 128 against 12 and 39. 128 rows take no less at 16 and 64.
+SHARED_ROWS = {16: 64, 32: 128, 64: 64, 128: 128}
+MAX_CLUSTER = 8  # thread blocks
+# Inputs of the mean block-row above which two thread blocks on a multiprocessor share it: B = 32,
+# 64 rows, 50% takes 12 microseconds in place of 15, 10% 6.2 in place of 5.5.
+LONG_ROW = 1536
+# Sums of a cluster's thread blocks: B = 128 and 128 rows take 7.2 and 13 microseconds with a
+# cluster of 2, and 11 and 18 with one of 4.
+CLUSTER_SUMS = 2**15
+# Bytes of stages: 128 thread blocks take 4.5 microseconds for no work with 97 KB each, and 7.8 with
+# 193 KB.
+SHARED_OF_TWO = 108 * 1024
+SHARED_OF_ONE = 216 * 1024
+MAX_SHARED_STAGES = 8
+# Blocks of 16 of which so much is stored, up to so many rows: a cluster shares a panel's columns.
+# 64, 128, 256 and 512 rows at 50% take 19, 25, 40 and 77 microseconds against 34, 43, 57 and 108;
+# at 10% from 1.03 to 1.25 times what else there is.
+SLICED_BLOCK = 16
+SLICED_ROWS = 512
+SLICED = 0.2
 PANEL_DENSITY = {16: 0.025, 32: 0.15}  # from which spmm_panels is faster than spmm_tiles
 FLOAT_PANEL_DENSITY = {16: 0.08}  # the same of float32: 230 us at 10%, spmm_tiles 293
 MAX_PANEL_COLUMNS = 2**20
 # By bytes of an element and block size: rows of x from which spmm_fragments takes a product. On an
-# H200, 4,096 rows, 10%: float32 of 32, 64, 128 takes 112, 87, 68 us (spmm_tiles 191, 165, 180, MLX's
-# dense 334); 3072 x 3072, 24 in float32 117 (dense 199), 48 and 96 in bfloat16 39 and 26 (dense 99).
-# 256 rows of 64 and 128 in float32 take 8.5 and 7.5 us, 64 rows 7.4 (spmm_tiles 16, 24 and 17).
+# H200, 4,096 rows, 10%: float32 of 32, 64, 128 takes 112, 87, 68 us (spmm_tiles 191, 165, 180,
+# MLX's dense 334); 3072 x 3072, 24 in float32 117 (dense 199), 48 and 96 in bfloat16 39 and 26
+# (dense 99). 256 rows of 64 and 128 in float32 take 8.5 and 7.5 us, 64 rows 7.4 (spmm_tiles 16, 24
+# and 17).
 FRAGMENT_ROWS = {(4, block_size): 17 for block_size in range(16, 129, 8)}
 FRAGMENT_ROWS |= {
     (2, block_size): 17 for block_size in range(24, 129, 8) if block_size not in (32, 64, 128)

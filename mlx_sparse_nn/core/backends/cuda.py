@@ -11,6 +11,7 @@ from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import (
     cuda_fragments,
     cuda_gradients,
+    cuda_rows,
     cuda_scalars,
     cuda_tiles,
     launch,
@@ -120,7 +121,12 @@ def _product(
     shape, dtype, transposed = x.shape, x.dtype, side.perm is not None
     n_x, n_matrices = shape[-2], shape[0] if len(shape) == 3 else 1
     block_size = data.shape[-1] if data.ndim > 2 else 1
-    if cuda_tiles.has_tiles(block_size, n_x, dtype):
+    some = n_x, n_matrices, block_size, inside, n_out, transposed
+    if cuda_rows.takes_slices(side, block_size, n_x, n_out, shape[-1], dtype):
+        choice = cuda_rows.slices, *some
+    elif cuda_rows.takes_shares(block_size, n_x, dtype, transposed):
+        choice = cuda_rows.shares, *some, cuda_rows.has_long_rows(side, block_size)
+    elif cuda_tiles.has_tiles(block_size, n_x, dtype):
         even = n_x > tuned.CUDA_FEW_ROWS and cuda_tiles.is_even(side)
         panels = n_x > tuned.CUDA_FEW_ROWS and cuda_tiles.takes_panels(
             side, block_size, n_out, shape[-1], dtype.size, n_x * n_matrices

@@ -165,7 +165,7 @@ static void fail(const char* what) {
 }
 
 // Barriers of the thread block and of warps.
-PER_BLOCK static int block_arrived, block_generation;
+PER_BLOCK __attribute__((used)) static int block_arrived, block_generation;
 PER_BLOCK static int warp_arrived[32], warp_generation[32];
 static void __syncthreads() {
   const int generation = block_generation;
