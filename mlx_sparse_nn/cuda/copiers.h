@@ -1,8 +1,9 @@
-// Stages that some threads copy for the tensor cores of others. A thread shows its copies of a
-// stage when it has begun those of LAG stages more, so that it need not wait for them.
 struct Nothing {
   __device__ __forceinline__ void operator()(int) const {}
 };
+
+// Stages that some threads copy for the tensor cores of others. A thread shows its copies of a
+// stage when it has begun those of LAG stages more, so that it need not wait for them.
 template <int STAGES, int LAG>
 struct Copier {
   unsigned long long* full;   // barriers: a stage is there,

@@ -29,15 +29,15 @@ constexpr int PANEL = 256 / B;         // block-rows
 constexpr int SLOTS = 2048 / (B * B);  // blocks of a warp: 64 sums a thread
 constexpr int CAP = WARPS * SLOTS;     // blocks of a group
 constexpr int MAX_STAGES = 8;
-constexpr int CHUNK = 16 / sizeof(T);   // elements
-constexpr int CHUNKS = B / CHUNK;       // of a row of a block
-constexpr int STEP = 32 / sizeof(T);    // of n in a product of a warp
-constexpr int TILES = B / 16;           // 16 x 16 tiles along a side of a block
+constexpr int CHUNK = 16 / sizeof(T);           // elements
+constexpr int CHUNKS = B / CHUNK;               // of a row of a block
+constexpr int STEP = 32 / sizeof(T);            // of n in a product of a warp
+constexpr int TILES = B / 16;                   // 16 x 16 tiles along a side of a block
 constexpr int Y_PITCH = PANEL * B * sizeof(T);  // bytes of a row of y in a stage
 static_assert(B == 16 || B == 32, "a warp holds 8 or 2 blocks");
 static_assert(CAP <= THREADS, "a thread finds the place of a block");
-// Chunks of row m are permuted by an exclusive or with key(m): where ldmatrix reads a chunk of eight
-// rows together, or threads read eight floats of four rows, which no ldmatrix transposes.
+// Chunks of row m are permuted by an exclusive or with key(m): where ldmatrix reads a chunk of
+// eight rows together, or threads read eight floats of four rows, which no ldmatrix transposes.
 constexpr bool BY_COLUMNS = sizeof(T) == 4;
 auto key = [](int m) { return BY_COLUMNS ? m % 4 * 2 : m % 8; };
 extern __shared__ __align__(128) char shared[];

@@ -65,8 +65,10 @@ def test_fragments(by_fragments, block_size, dtype, n, cut, offset):
     check(pattern, n, dtype, ["spmm_fragments", "sddmm_fragments"], offset=offset)
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
-@pytest.mark.parametrize(("block_size", "cut"), [(24, 5), (64, 0), (96, 8)])
+@pytest.mark.parametrize(
+    ("block_size", "cut", "dtype"),
+    [(24, 5, mx.bfloat16), (64, 0, mx.float32), (96, 8, mx.float32), (96, 0, mx.bfloat16)],
+)
 def test_clusters_share_block_rows(monkeypatch, by_fragments, block_size, cut, dtype):
     """Some of them have fewer stages than a cluster has thread blocks, or none."""
     monkeypatch.setattr(tuned, "BLOCKS_TO_FILL_GPU", 12)

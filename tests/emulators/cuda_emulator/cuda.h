@@ -48,7 +48,8 @@ struct __nv_bfloat162 {
 };
 #define __device__
 #define __forceinline__
-#define PER_BLOCK __attribute__((section("per_block"), used))  // what each thread block has its own of
+// What each thread block has its own of.
+#define PER_BLOCK __attribute__((section("per_block"), used))
 #define __shared__ static PER_BLOCK
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define make_uint2(...) (uint2{__VA_ARGS__})
