@@ -6,6 +6,8 @@ Chosen from shapes, on the host.
 
 from __future__ import annotations
 
+from typing import Any
+
 from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import cuda_tiles
 from mlx_sparse_nn.core.backends.launch import Kernel, power_of_two, round_up
@@ -60,7 +62,7 @@ def ends_evenly(layout: Layout, itemsize: int) -> bool:
     return all(size * itemsize % 16 == 0 for size in layout.shape)
 
 
-def cropped(*sizes: int) -> Kernel:
+def cropped(*sizes: Any) -> Kernel:
     """Return :func:`product` of x and y that end with the matrix."""
     return product(*sizes, cropped=True)
 
