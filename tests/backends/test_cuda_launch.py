@@ -46,6 +46,8 @@ def launches(monkeypatch, architecture):
         def call(inputs, template, output_shapes, output_dtypes, grid, threadgroup):
             recorded.append((name, dict(template), grid, threadgroup, shared_memory, source))
             assert len(inputs) == len(input_names)
+            cluster = re.search(r"cluster_dims\((\d+), 1, 1\)", header)
+            assert grid[0] // threadgroup[0] % (int(cluster[1]) if cluster else 1) == 0
             zeros = mx.zeros(output_shapes[0], output_dtypes[0])
             mx.eval(zeros)
             return [mx.depends(zeros, inputs)]  # one operation, as a launch is
@@ -81,7 +83,7 @@ def test_launches_are_valid(launches, architecture, block_size, dtype, n):
         assert all(g > 0 and g % t == 0 for g, t in zip(grid, group, strict=True)), name
         assert group[0] <= 1024
         assert shared_memory <= SHARED_MEMORY[architecture], name
-        assert "wgmma" not in name or architecture == "sm_90"
+        assert not re.search("wgmma|shares|slices", name) or architecture == "sm_90"
         used = set(re.findall(r"\b[A-Z][A-Z_]+\b|\bT\b|\bB\b", _code(source)))
         assert set(template) <= used, f"{name} is given {set(template) - used} and reads none of it"
     by_mlx = dtype == mx.float32 and block_size == 12 and n > 16

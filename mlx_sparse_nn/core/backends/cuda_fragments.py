@@ -1,5 +1,5 @@
-"""The products of blocks whose weights go to the registers of Hopper's tensor cores: float32, and
-sizes that ``spmm_wgmma`` does not take. When, and by which tile.
+"""The products of float32 blocks by TF32, and of sizes between the powers of two, on Hopper: from
+when on ``spmm_fragments`` and ``sddmm_fragments`` are faster, and their tiles.
 
 Chosen from shapes, on the host.
 """
