@@ -147,7 +147,7 @@ def test_the_check_allows_for_tf32_where_kernels_round_to_it(size):
     from mlx_sparse_nn.diagnostics.check import all_cases, check_case
 
     case = next(c for c in all_cases() if c.name == f"spmm-{size}-float32-30-edges-bias")
-    with emulated() as emulation:
+    with emulated("sm_80") as emulation:
         assert check_case(case, tf32=True).wrong == ""
         assert "beyond it" in check_case(case, tf32=False).wrong
     assert set(emulation.names) == {"spmm_tiles"}
