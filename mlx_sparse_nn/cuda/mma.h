@@ -35,6 +35,15 @@ __device__ __forceinline__ void load_matrix2(unsigned (&fragment)[2], const T* p
 // Round floats to the nearest TF32, or the one farther from 0, as MLX's own products do: tensor
 // cores cut off the last 13 bits, so half a unit is added before. That is two fast instructions,
 // where a conversion is a slow one. Other types are taken as they are.
+// Transpose an 8 x 8 tile of 16 bits, of which each lane holds two neighbours.
+__device__ __forceinline__ unsigned transpose_tile(unsigned pair) {
+  unsigned transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
+// Round floats to the nearest TF32, or the one farther from 0, as tensor cores take them: they
+// would cut them off. Other types are taken as they are.
 __device__ __forceinline__ unsigned to_tf32(unsigned value) {
   const float power = __uint_as_float(value & 0xff800000u);
   return __float_as_uint(fmaf(power, 0x1p-11f, __uint_as_float(value)));

@@ -9,7 +9,7 @@
 //   else two. Shared memory: STAGES (ROWS + B) 128 + 1024 bytes.
 // Template
 //   T half or bfloat16; B 16, 32, 64 or 128; INSIDE columns of the last block-column, 1 to B; ROWS
-//   64, 128 or 256; CLUSTER; STAGES; TRANSPOSED and BIAS 0 or 1.
+//   64 or 128; CLUSTER; STAGES; TRANSPOSED and BIAS 0 or 1.
 // Sums in float32: the bias, then blocks in stored order, k ascending by 16. With CLUSTER > 1, each
 // share of the blocks like this; then the bias and the shares, in an order that follows from N and
 // the row of x.

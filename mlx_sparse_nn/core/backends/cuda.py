@@ -9,8 +9,11 @@ import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import (
+    cuda_boxes,
     cuda_fragments,
     cuda_gradients,
+    cuda_graphs,
+    cuda_quantized,
     cuda_rows,
     cuda_scalars,
     cuda_tiles,
@@ -39,12 +42,13 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
     """Return whether there is a kernel for a product.
 
     There is none for large blocks without tiles and many rows of x, in float32 or for a weight
-    gradient: MLX's own batched products are made for these. Nor for quantized blocks yet.
+    gradient: MLX's own batched products are made for these. Quantized blocks have kernels of their
+    own, or are multiplied as others once they are dequantized.
     """
     block_size = layout.block_size
     by_scalars = dtype != mx.float32 and op != "sddmm"
     large = block_size >= 8 and n_x > tuned.CUDA_FEW_ROWS
-    if bits or (large and not by_scalars and not cuda_tiles.has_tiles(block_size, n_x, dtype)):
+    if large and not by_scalars and not cuda_tiles.has_tiles(block_size, n_x, dtype):
         return False
     return launch.takes(layout, n_x, dtype, n_matrices)
 
@@ -82,6 +86,8 @@ def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``plain.sddmm``."""
     n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
+    if cuda_graphs.takes(layout.rows, layout.block_size, n_x):
+        return cuda_graphs.sample(layout, y, x)
     if not cuda_tiles.has_tiles(layout.block_size, n_x, x.dtype) or cuda_scalars.is_skewed(
         layout.rows
     ):
@@ -111,6 +117,41 @@ def _cropped(
     return launch_spmm(_prepared(dtype, bias is not None, *choice), data, side, x, n_out, bias)
 
 
+def qspmm(
+    packed: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    layout: Layout,
+    x: mx.array,
+    bias: mx.array | None = None,
+) -> mx.array:
+    """Return :func:`spmm` by quantized blocks; see ``plain.qspmm``."""
+    matrix, n_out, inside = (packed, scales, biases), layout.full_shape[0], layout.inside[1]
+    return _quantized_product(matrix, layout.rows, x, n_out, inside, bias)
+
+
+def qspmm_t(
+    packed: mx.array, scales: mx.array, biases: mx.array, layout: Layout, y: mx.array
+) -> mx.array:
+    """Return :func:`spmm_t` by quantized blocks; see ``plain.qspmm_t``."""
+    matrix, n_out, inside = (packed, scales, biases), layout.full_shape[1], layout.inside[0]
+    return _quantized_product(matrix, layout.cols, y, n_out, inside, None)
+
+
+def _quantized_product(
+    matrix: tuple[mx.array, mx.array, mx.array],
+    side: Side,
+    x: mx.array,
+    n_out: int,
+    inside: int,
+    bias: mx.array | None,
+) -> mx.array:
+    """Launch a kernel of packed values, or dequantize them and launch that of ``_product``."""
+    if cuda_quantized.takes_packed(x.shape[-2], x.dtype):
+        return cuda_quantized.product(matrix, side, x, n_out, inside, bias)
+    return _product(cuda_quantized.dequantize(*matrix), side, x, n_out, inside, bias)
+
+
 def _product(
     data: mx.array, side: Side, x: mx.array, n_out: int, inside: int, bias: mx.array | None
 ) -> mx.array:
@@ -126,6 +167,9 @@ def _product(
         choice = cuda_rows.slices, *some
     elif cuda_rows.takes_shares(block_size, n_x, dtype, transposed):
         choice = cuda_rows.shares, *some, cuda_rows.has_long_rows(side, block_size)
+    elif cuda_boxes.takes(side, n_x, n_matrices, block_size, inside, dtype):
+        even = cuda_tiles.is_even(side)
+        choice = cuda_boxes.boxes, n_x, n_matrices, block_size, n_out, transposed, even
     elif cuda_tiles.has_tiles(block_size, n_x, dtype):
         even = n_x > tuned.CUDA_FEW_ROWS and cuda_tiles.is_even(side)
         panels = n_x > tuned.CUDA_FEW_ROWS and cuda_tiles.takes_panels(
@@ -135,8 +179,10 @@ def _product(
         choice = cuda_tiles.by_tensor_cores, *sizes, dtype.size, transposed, even, panels
         if not panels and cuda_fragments.takes(block_size, n_x, dtype.size):
             choice = cuda_fragments.product, *sizes, dtype.size, transposed, even
-    elif cuda_scalars.takes_streaming(side, block_size, n_x):
-        choice = cuda_scalars.streaming, n_matrices, n_out
+    elif cuda_graphs.takes(side, block_size, n_x):
+        return cuda_graphs.product(data, side, x, n_out, bias)
+    elif cuda_graphs.takes_streaming(side, block_size, n_x):
+        return cuda_graphs.stream(data, side, x, n_out, bias)
     else:
         by_columns = cuda_scalars.takes_columns(n_x, block_size, shape[-1])
         return scalars.product(NAME, data, side, x, n_out, inside, bias, by_columns)

@@ -76,7 +76,7 @@ def shares(
     template = {"B": block_size, "INSIDE": inside, "ROWS": rows, "CLUSTER": cluster}
     template |= {"STAGES": stages, "TRANSPOSED": int(transposed)}
     grid = (n_out // block_size * cluster * threads, -(-n_x // rows), n_matrices)
-    return Kernel("spmm_shares", template, grid, threads, stages * stage + 1024, cluster)
+    return Kernel("spmm_shares", template, grid, threads, stages * stage + 1024, cluster=cluster)
 
 
 def slices(
@@ -94,4 +94,4 @@ def slices(
     template |= {"STAGES": stages, "RING": ring, "TRANSPOSED": int(transposed)}
     shared_memory = stages * rows * 256 + 16 * ring * 2
     grid = (panels * cluster * threads, tiles, n_matrices)
-    return Kernel("spmm_slices", template, grid, threads, shared_memory, cluster)
+    return Kernel("spmm_slices", template, grid, threads, shared_memory, cluster=cluster)
