@@ -1,3 +1,5 @@
+#pragma once
+
 // Clusters: thread blocks that run together and read one another's shared memory. See "Cluster of
 // Cooperative Thread Arrays" in NVIDIA's PTX ISA. A launch says their size; see launch.py.
 

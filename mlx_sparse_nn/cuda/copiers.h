@@ -1,3 +1,5 @@
+#pragma once
+
 struct Nothing {
   __device__ __forceinline__ void operator()(int) const {}
 };

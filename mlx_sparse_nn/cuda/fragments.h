@@ -1,3 +1,5 @@
+#pragma once
+
 // Hopper's asynchronous products by a warpgroup whose first factor lies in registers, as fragments
 // of mma.h: warp w of the four has rows 16 w to 16 w + 15 of it. The second factor lies in shared
 // memory, as wgmma.h describes it.

@@ -16,6 +16,7 @@ from mlx_sparse_nn.core.backends import (
     cuda_quantized,
     cuda_rows,
     cuda_scalars,
+    cuda_small,
     cuda_tiles,
     launch,
     scalars,
@@ -31,6 +32,7 @@ from mlx_sparse_nn.core.layout import Layout, Side
 
 NAME = "cuda"
 TAKES_EDGES = False  # sizes are those of whole blocks: derivatives.py pads and crops
+TAKES_AXES = True  # of size 1 before a single row of x
 
 
 def is_available() -> bool:
@@ -163,6 +165,8 @@ def _product(
     n_x, n_matrices = shape[-2], shape[0] if len(shape) == 3 else 1
     block_size = data.shape[-1] if data.ndim > 2 else 1
     some = n_x, n_matrices, block_size, inside, n_out, transposed
+    if cuda_small.takes(side, block_size, n_x, dtype):
+        return cuda_small.product(data, side, x, n_out, inside, bias)
     if cuda_rows.takes_slices(side, block_size, n_x, n_out, shape[-1], dtype):
         choice = cuda_rows.slices, *some
     elif cuda_rows.takes_shares(block_size, n_x, dtype, transposed):
