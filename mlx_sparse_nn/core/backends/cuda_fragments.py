@@ -94,7 +94,7 @@ def product(
     shares = max(-(-all_tiles // 4), -(-filling // (n_block_rows * n_matrices)))
     shares = min(all_tiles, shares) if even and cluster == 1 else all_tiles
     grid = (n_block_rows * cluster * threads, shares, n_matrices)
-    return Kernel("spmm_fragments", template, grid, threads, stages * stage + 1024, cluster)
+    return Kernel("spmm_fragments", template, grid, threads, stages * stage + 1024, cluster=cluster)
 
 
 def _tile(n_x: int, block_rows: int, block_size: int) -> tuple[int, int, int]:

@@ -480,6 +480,7 @@ unsigned fma2(T, unsigned a, unsigned b, unsigned c) {
     sums |= unsigned(__builtin_bit_cast(unsigned short, sum)) << 16 * i;
   }
   return sums;
+}
 // The same of 8 columns of a, as if zeros followed.
 template <typename T>
 void multiply_half(float (&acc)[4], unsigned a0, unsigned a1, unsigned b0) {
