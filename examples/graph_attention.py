@@ -28,8 +28,9 @@ class GraphAttention(nn.Module):
     def __init__(self, in_dims: int, out_dims: int, heads: int):
         super().__init__()
         self.heads = heads
-        for name in ("query", "key", "value"):
-            setattr(self, name, nn.Linear(in_dims, heads * out_dims, bias=False))
+        self.query = nn.Linear(in_dims, heads * out_dims, bias=False)
+        self.key = nn.Linear(in_dims, heads * out_dims, bias=False)
+        self.value = nn.Linear(in_dims, heads * out_dims, bias=False)
 
     def __call__(self, x: mx.array, edges: CSRPattern) -> mx.array:
         """Return ``(n_nodes, heads * out_dims)`` of ``x (n_nodes, in_dims)``."""
@@ -93,7 +94,7 @@ def main() -> None:
         mx.eval(model.parameters(), optimizer.state)
         if i in (0, args.steps - 1):
             print(f"step {i + 1:>4} loss {loss.item():.4f}")
-    right = int((mx.argmax(model(x, edges), axis=1) == labels).sum().item())
+    right = (mx.argmax(model(x, edges), axis=1) == labels).sum().item()
     print(f"right     {right} of {len(clubs)}, {len(KNOWN)} of them known")
 
 

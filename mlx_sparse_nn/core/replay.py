@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import mlx.core as mx
 
@@ -40,7 +41,7 @@ class Replay(threading.local):
         return self._run(_witness(), *arrays)
 
 
-def _is_traced(witness: mx.array) -> bool:
+def _is_traced(witness: Any) -> bool:
     """Return whether MLX traces all arguments, and not only some of them for another transform."""
     try:
         memoryview(witness)

@@ -89,7 +89,7 @@ def needs_rules() -> bool:
         return False
     if tracing.refuses_kernels or tracing.graph is not None:
         return True
-    return _draw_attention() == _attention_in_derivatives(mx.default_device().type)
+    return _draw_attention() == _attention_in_derivatives(str(mx.default_device().type))
 
 
 def _draw_attention() -> str:
@@ -102,7 +102,7 @@ def _draw_attention() -> str:
 
 
 @cache
-def _attention_in_derivatives(device: mx.DeviceType) -> str:
+def _attention_in_derivatives(device: str) -> str:
     drawings = []
     mx.vjp(lambda a: drawings.append(_draw_attention()) or a, [mx.array(0.0)], [mx.array(0.0)])
     return drawings[0]

@@ -39,7 +39,7 @@ Matrix = tuple[mx.array, mx.array, mx.array]
 
 def spoiled(pattern: CSRPattern, matrix: Matrix) -> Matrix:
     """Put nans where whole groups lie outside the matrix."""
-    packed, scales, biases = matrix
+    p, s, b = matrix  # packed values, scales, biases
     beyond = mx.array(outside(pattern)).reshape(*scales.shape, -1).all(axis=-1)
     nan = mx.array(np.nan, scales.dtype)
     return packed, mx.where(beyond, nan, scales), mx.where(beyond, nan, biases)
@@ -47,17 +47,21 @@ def spoiled(pattern: CSRPattern, matrix: Matrix) -> Matrix:
 
 def check(pattern, matrix, n, dtype, lead=(), **settings):
     """Assert that both products are the oracle's, and return the names of the kernels."""
+    p, s, b = matrix  # packed values, scales, biases
     x, y = (integers((*lead, n, size), i, dtype) for i, size in enumerate(pattern.shape[::-1]))
     bias = None if lead else integers(pattern.shape[:1], 4, dtype)
     with emulated(**settings) as emulation:
         if lead:  # no public product takes an axis of matrices: vmap gives one
-            found = mx.vmap(lambda p, s, b, x: qspmm(p, s, b, pattern, x))(*matrix, x)
-            found_t = mx.vmap(lambda p, s, b, y: qspmm_t(p, s, b, pattern, y))(*matrix, y)
+            found = mx.vmap(lambda p, s, b, x: qspmm(p, s, b, pattern, x))(p, s, b, x)
+            found_t = mx.vmap(lambda p, s, b, y: qspmm_t(p, s, b, pattern, y))(p, s, b, y)
         else:
-            found, found_t = qspmm(*matrix, pattern, x, bias), qspmm_t(*matrix, pattern, y)
+            found, found_t = (
+                qspmm(p, s, b, pattern, x, bias),
+                qspmm_t(p, s, b, pattern, y),
+            )
         mx.eval(found, found_t)
-    assert_equal(found, naive.qspmm(*matrix, pattern, x, bias))
-    assert_equal(found_t, naive.qspmm_t(*matrix, pattern, y))
+    assert_equal(found, naive.qspmm(p, s, b, pattern, x, bias))
+    assert_equal(found_t, naive.qspmm_t(p, s, b, pattern, y))
     assert emulation.conflicts == 0
     assert emulation.names
     return emulation.names

@@ -169,12 +169,9 @@ def test_powers_and_shapes(a):
 def test_complex_parts():
     a = CSRArray(integers((3,), 1, mx.complex64), sparse.CSRPattern([0, 2, 3], [0, 1, 1], (2, 2)))
     expected = dense(a)
-    for found, part in (
-        (a.conj(), expected.conj()),
-        (a.real, expected.real),
-        (a.imag, expected.imag),
-    ):
-        same(found, part)
+    same(a.conj(), np.conj(expected))
+    same(a.real, np.real(expected))
+    same(a.imag, np.imag(expected))
     same(abs(a), np.abs(expected).astype(np.float32))
     real = from_dense(np.eye(2))
     same(real.real, np.eye(2))

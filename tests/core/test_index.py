@@ -241,7 +241,7 @@ def test_a_folder_that_cannot_be_made():
 @given(patterns(block_sizes=(1,)), st.integers(0, 7), st.integers(0, 5))
 def test_unions_and_products_are_numpys(library, a, n_cols, seed):
     """The places and the order of what adds up, bit for bit."""
-    same = random_pattern(*a.shape, 1, seed=seed)
+    same = random_pattern(a.shape[0], a.shape[1], 1, seed=seed)
     right = random_pattern(a.shape[1], n_cols, 1, seed=seed)
     found = []
     for native in (library, None):

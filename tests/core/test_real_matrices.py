@@ -1,6 +1,7 @@
 """Matrices that packages ship, used as a SciPy user would: every step beside SciPy's own."""
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -23,8 +24,14 @@ def on_cpu():
         yield
 
 
-def example(name: str) -> sp.csr_array:
+def example(name: str) -> Any:
     return sp.csr_array(pyamg.gallery.load_example(name)["A"]).astype(np.float64)
+
+
+def interpolation(a: Any, **options: Any) -> Any:
+    """Return pyamg's interpolation from its first coarse grid."""
+    solver: Any = pyamg.ruge_stuben_solver(a, **options)
+    return sp.csr_array(solver.levels[0].P)
 
 
 def close(found, expected) -> None:
@@ -81,8 +88,8 @@ def two_grid(solve, A, P, b, n_cycles: int):
 
 
 def test_two_grid_solver_converges_as_with_scipy(on_cpu):
-    a = sp.csr_array(pyamg.gallery.poisson((24, 24), format="csr"))
-    p = sp.csr_array(pyamg.ruge_stuben_solver(sp.csr_array(a)).levels[0].P)
+    a: Any = sp.csr_array(pyamg.gallery.poisson((24, 24), format="csr"))
+    p = interpolation(a)
     b = np.random.default_rng(0).standard_normal(a.shape[0])
     expected = two_grid(lambda c, r: sp.linalg.spsolve(c.tocsc(), r), a, p, b, 8)
     A, P = (sparse.from_scipy(m, dtype=mx.float64) for m in (a, p))
@@ -96,8 +103,8 @@ def test_two_grid_solver_converges_as_with_scipy(on_cpu):
 
 
 def test_a_galerkin_product_has_gradients():
-    a = sp.csr_array(pyamg.gallery.poisson((6, 6), format="csr"))
-    p = sp.csr_array(pyamg.ruge_stuben_solver(a, max_coarse=2).levels[0].P)
+    a: Any = sp.csr_array(pyamg.gallery.poisson((6, 6), format="csr"))
+    p = interpolation(a, max_coarse=2)
     A, P = (sparse.from_scipy(m) for m in (a, p))
     x = mx.array(np.random.default_rng(0).standard_normal(p.shape[1]).astype(np.float32))
 

@@ -232,7 +232,9 @@ def launch_sddmm(
     launch = prepare(backend, "sddmm", kernel, out_dtype, T=dtype, OUT=out_dtype)
     if by_columns:
         y, x = y.swapaxes(-1, -2), x.swapaxes(-1, -2)
-    arrays = [y, x, side.indptr, side.indices, mx.array([rows_per_split], dtype=mx.int32)]
+    # Of three numbers: MLX keeps arrays of up to 8 bytes on the host, where kernels read slowly.
+    step = mx.array([rows_per_split, 0, 0], dtype=mx.int32)
+    arrays = [y, x, side.indptr, side.indices, step]
     out = launch(arrays, (n_splits, *shape))
     if n_splits == 1:
         return out.reshape(shape)
