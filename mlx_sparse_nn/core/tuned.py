@@ -126,6 +126,7 @@ MAX_STREAMED_ROW = 64  # values of a row up to which one thread adds them up: Is
 # Bytes of shared memory above which one thread block fits on a multiprocessor.
 MAX_SHARED_OF_TWO = 113 * 1024
 LARGE_SHARED_MEMORY = ("sm_80", "sm_87", "sm_90", "sm_100", "sm_103")  # 160 KB a thread block
+MAX_SHARED = 227 * 1024  # bytes that a thread block of Hopper may have
 HOPPER = "sm_90"
 WGMMA_STAGES = {64: {256: 5, 128: 8}, 128: {256: 4, 128: 6}}  # by block size and rows of a tile
 # Some rows of x on Hopper, by thread blocks in clusters (cuda_rows.py), beside spmm_tiles and
@@ -157,7 +158,23 @@ SLICED = 0.2
 BOX_STAGES = {64: 3, 128: 4}
 BOX_PRODUCTS = 6.8e9
 PANEL_DENSITY = {16: 0.025, 32: 0.15}  # from which spmm_panels is faster than spmm_tiles
+FLOAT_PANEL_DENSITY = {16: 0.08}  # the same of float32: 230 us at 10%, spmm_tiles 293
 MAX_PANEL_COLUMNS = 2**20
+# By bytes of an element and block size: rows of x from which spmm_fragments takes a product. On an
+# H200, 4,096 rows, 10%: float32 of 32, 64, 128 takes 112, 87, 68 us (spmm_tiles 191, 165, 180,
+# MLX's dense 334); 3072 x 3072, 24 in float32 117 (dense 199), 48 and 96 in bfloat16 39 and 26
+# (dense 99). 256 rows of 64 and 128 in float32 take 8.5 and 7.5 us, 64 rows 7.4 (spmm_tiles 16, 24
+# and 17).
+FRAGMENT_ROWS = {(4, block_size): 17 for block_size in range(16, 129, 8)}
+FRAGMENT_ROWS |= {
+    (2, block_size): 17 for block_size in range(24, 129, 8) if block_size not in (32, 64, 128)
+}
+# The same of sddmm_fragments: 3072 x 3072, 96 in bfloat16 takes 44 us (dense 99).
+GRADIENT_FRAGMENT_ROWS = {
+    (itemsize, block_size): 256
+    for itemsize, block_size in FRAGMENT_ROWS
+    if (itemsize, block_size) != (4, 16)
+}
 GRADIENT_PANELS = (16, 32)  # block sizes of sddmm_panels
 GRADIENT_PANEL_SHARED = 204_800  # bytes
 GRADIENT_PANEL_ROWS = 256  # rows of x from which it pays to find the blocks of a panel

@@ -50,8 +50,13 @@ __device__ __forceinline__ void store_sums(T* y, size_t width, const float* sums
         sum.z += of[other].z;
         sum.w += of[other].w;
       }
-      *reinterpret_cast<uint2*>(y + row * width + col) =
-          make_uint2(pack2(T(), sum.x, sum.y), pack2(T(), sum.z, sum.w));
+      T* place = y + row * width + col;
+      if constexpr (sizeof(T) == 4) {
+        *reinterpret_cast<float4*>(place) = sum;
+      } else {
+        *reinterpret_cast<uint2*>(place) =
+            make_uint2(pack2(T(), sum.x, sum.y), pack2(T(), sum.z, sum.w));
+      }
     }
   }
 }

@@ -34,6 +34,9 @@ __device__ __forceinline__ void load_matrix2(unsigned (&fragment)[2], const T* p
   }
 }
 
+// Round floats to the nearest TF32, or the one farther from 0, as MLX's own products do: tensor
+// cores cut off the last 13 bits, so half a unit is added before. That is two fast instructions,
+// where a conversion is a slow one. Other types are taken as they are.
 // Transpose an 8 x 8 tile of 16 bits, of which each lane holds two neighbours.
 __device__ __forceinline__ unsigned transpose_tile(unsigned pair) {
   unsigned transposed;
@@ -44,9 +47,8 @@ __device__ __forceinline__ unsigned transpose_tile(unsigned pair) {
 // Round floats to the nearest TF32, or the one farther from 0, as tensor cores take them: they
 // would cut them off. Other types are taken as they are.
 __device__ __forceinline__ unsigned to_tf32(unsigned value) {
-  unsigned rounded;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(value)));
-  return rounded;
+  const float power = __uint_as_float(value & 0xff800000u);
+  return __float_as_uint(fmaf(power, 0x1p-11f, __uint_as_float(value)));
 }
 template <typename T, int COUNT>
 __device__ __forceinline__ void round_factors(unsigned (&fragment)[COUNT]) {
@@ -55,6 +57,16 @@ __device__ __forceinline__ void round_factors(unsigned (&fragment)[COUNT]) {
     for (int i = 0; i < COUNT; i++) {
       fragment[i] = to_tf32(fragment[i]);
     }
+  }
+}
+
+// The same of 16 bytes where they lie.
+template <typename T>
+__device__ __forceinline__ void round_chunk(T* chunk) {
+  if constexpr (sizeof(T) == 4) {
+    uint4* place = reinterpret_cast<uint4*>(chunk);
+    const uint4 old = *place;
+    *place = make_uint4(to_tf32(old.x), to_tf32(old.y), to_tf32(old.z), to_tf32(old.w));
   }
 }
 
@@ -67,6 +79,13 @@ __device__ __forceinline__ void load_columns(unsigned (&fragment)[COUNT], const 
   for (int i = 0; i < COUNT; i++) {
     fragment[i] = __float_as_uint(p[(lane % 4 + 4 * i) * STRIDE + lane / 4]);
   }
+}
+
+// Two words of shared memory, `step` bytes apart.
+__device__ __forceinline__ void load_words(unsigned& first, unsigned& second, const char* p,
+                                           int step) {
+  first = *reinterpret_cast<const unsigned*>(p);
+  second = *reinterpret_cast<const unsigned*>(p + step);
 }
 
 // acc (16 x 8, float32) += a (16 x K) b (K x 8): K is 16, or 8 for float.

@@ -12,10 +12,10 @@
 //   The blocks of a panel, by block-column and then by block-row, are dealt in equal shares: one
 //   group owns one share, and its first 16 warps take equal parts of that. The last 4 warps copy
 //   the columns of y and, once each, those of x that these blocks read, some rows n a stage.
-//   Shared memory: SHARED bytes, at least 8 per block-column, and 16384 + 2097152 / B.
+//   Shared memory: SHARED bytes, at least 8 per block-column, and (8192 + 1048576 / B) sizeof(T).
 // Template
-//   T half or bfloat16; OUT, T or float; B 16 or 32; SHARED bytes.
-// Sums in float32, n ascending by 16.
+//   T half, bfloat16 or float, which is rounded to TF32; OUT, T or float; B 16 or 32; SHARED bytes.
+// Sums in float32, n ascending by STEP.
 
 #include "barriers.h"
 #include "copies.h"
@@ -29,11 +29,17 @@ constexpr int PANEL = 256 / B;         // block-rows
 constexpr int SLOTS = 2048 / (B * B);  // blocks of a warp: 64 sums a thread
 constexpr int CAP = WARPS * SLOTS;     // blocks of a group
 constexpr int MAX_STAGES = 8;
-constexpr int CHUNKS = B / 8;           // 16-byte chunks of a row of a block
-constexpr int TILES = B / 16;           // 16 x 16 tiles along a side of a block
-constexpr int Y_PITCH = PANEL * B * 2;  // bytes of a row of y in a stage
+constexpr int CHUNK = 16 / sizeof(T);           // elements
+constexpr int CHUNKS = B / CHUNK;               // of a row of a block
+constexpr int STEP = 32 / sizeof(T);            // of n in a product of a warp
+constexpr int TILES = B / 16;                   // 16 x 16 tiles along a side of a block
+constexpr int Y_PITCH = PANEL * B * sizeof(T);  // bytes of a row of y in a stage
 static_assert(B == 16 || B == 32, "a warp holds 8 or 2 blocks");
-static_assert(CAP <= THREADS && sizeof(T) == 2, "a thread finds the place of a block");
+static_assert(CAP <= THREADS, "a thread finds the place of a block");
+// Chunks of row m are permuted by an exclusive or with key(m): where ldmatrix reads a chunk of
+// eight rows together, or threads read eight floats of four rows, which no ldmatrix transposes.
+constexpr bool BY_COLUMNS = sizeof(T) == 4;
+auto key = [](int m) { return BY_COLUMNS ? m % 4 * 2 : m % 8; };
 extern __shared__ __align__(128) char shared[];
 __shared__ unsigned long long full[MAX_STAGES];
 __shared__ unsigned long long empty[MAX_STAGES];
@@ -148,12 +154,14 @@ if (thread < count) {
 }
 __syncthreads();
 
-// A stage is `depth` rows n of the columns of y, then of those of x, side by side. The chunks of a
-// row are permuted as by `swizzle`.
+// A stage is `depth` rows n of the columns of y, then of those of x, side by side.
 const int x_chunks = (place_of[count - 1] + 1) * CHUNKS;
 const int x_pitch = (x_chunks + 7) / 8 * 128;
 const int row_bytes = Y_PITCH + x_pitch;
-const int depth = SHARED >= 3 * 64 * row_bytes ? 64 : SHARED >= 3 * 32 * row_bytes ? 32 : 16;
+int depth = 64;
+while (depth > STEP && SHARED < 3 * depth * row_bytes) {
+  depth /= 2;
+}
 Ring ring{min(MAX_STAGES, SHARED / (depth * row_bytes))};
 
 if (warp >= WARPS) {
@@ -173,7 +181,7 @@ if (warp >= WARPS) {
 #pragma unroll
   for (int q = 0; q < X_ROUNDS; q++) {
     x_chunk[q] = min(32 * q + lane, x_chunks - 1);
-    x_col[q] = distinct[x_chunk[q] / CHUNKS] * B + x_chunk[q] % CHUNKS * 8;
+    x_col[q] = distinct[x_chunk[q] / CHUNKS] * B + x_chunk[q] % CHUNKS * CHUNK;
   }
   const T* y_mine = y + ((size_t)v * N + m0) * n_rows + r0 * B;
   const T* x_mine = x + ((size_t)v * N + m0) * n_cols;
@@ -189,13 +197,13 @@ if (warp >= WARPS) {
       const bool valid = ALL || n0 + m < end_n;
 #pragma unroll
       for (int q = 0; q < Y_ROUNDS; q++) {
-        T* dst = reinterpret_cast<T*>(y_dst + (y_chunk[q] ^ (m & 7)) * 16);
-        copy16<ALIGNED>(dst, valid ? y_src + y_chunk[q] * 8 : y, valid);
+        T* dst = reinterpret_cast<T*>(y_dst + (y_chunk[q] ^ key(m)) * 16);
+        copy16<ALIGNED>(dst, valid ? y_src + y_chunk[q] * CHUNK : y, valid);
       }
 #pragma unroll
       for (int q = 0; q < X_ROUNDS; q++) {
         if (32 * q < x_chunks) {
-          T* dst = reinterpret_cast<T*>(x_dst + (x_chunk[q] ^ (m & 7)) * 16);
+          T* dst = reinterpret_cast<T*>(x_dst + (x_chunk[q] ^ key(m)) * 16);
           copy16<ALIGNED>(dst, valid ? x_src + x_col[q] : x, valid);
         }
       }
@@ -232,15 +240,19 @@ take_registers<104>();
 // block-column changes.
 const int slot0 = count * warp / WARPS;
 const int mine = count * (warp + 1) / WARPS - slot0;
-const int y_row = lane / 16 * 8 + lane % 8;  // y lies transposed, as in sddmm_tiles.cu
-const int x_row = lane % 16;
+// y lies transposed, as in sddmm_tiles.cu.
+const int y_row = BY_COLUMNS ? lane % 4 : lane / 16 * 8 + lane % 8;
+const int x_row = BY_COLUMNS ? lane % 4 : lane % 16;
 unsigned at[SLOTS];  // bytes into a row of y, and of x, of what this lane addresses
 #pragma unroll
 for (int b = 0; b < SLOTS; b++) {
   const int slot = slot0 + (b < mine ? b : 0);
-  const int y_chunk = r_of[slot] * CHUNKS + lane / 8 % 2;
+  const int y_chunk = r_of[slot] * CHUNKS + (BY_COLUMNS ? lane / 16 : lane / 8 % 2);
   const int x_chunk = place_of[slot] * CHUNKS + lane / 16;
-  at[b] = (y_chunk ^ (y_row & 7)) * 16 | (x_chunk ^ (x_row & 7)) * 16 << 16;
+  at[b] = (y_chunk ^ key(y_row)) * 16 | (x_chunk ^ key(x_row)) * 16 << 16;
+  if (BY_COLUMNS) {
+    at[b] += lane / 4 % 4 * 0x40004;
+  }
 }
 const bool changes =
     lane < mine && (lane == 0 || place_of[slot0 + lane] != place_of[slot0 + lane - 1]);
@@ -258,6 +270,25 @@ for (int b = 0; b < SLOTS; b++) {
     }
   }
 }
+// Fragments of 16 columns of y and of x, of tile t of a block.
+auto load_y = [&](unsigned (&f)[4], const char* tile, int place, int t) {
+  if constexpr (BY_COLUMNS) {
+    load_words(f[0], f[2], tile + (place ^ 64 * t), 4 * Y_PITCH);
+    load_words(f[1], f[3], tile + (place ^ 64 * t ^ 32), 4 * Y_PITCH);
+    round_factors<T>(f);
+  } else {
+    load_matrix4<true>(f, reinterpret_cast<const T*>(tile + (place ^ 32 * t)));
+  }
+};
+auto load_x = [&](unsigned (&f)[4], const char* tile, int place, int t) {
+  if constexpr (BY_COLUMNS) {
+    load_words(f[0], f[1], tile + (place ^ 64 * t), 4 * x_pitch);
+    load_words(f[2], f[3], tile + (place ^ 64 * t ^ 32), 4 * x_pitch);
+    round_factors<T>(f);
+  } else {
+    load_matrix4<true>(f, reinterpret_cast<const T*>(tile + (place ^ 32 * t)));
+  }
+};
 unsigned xs[TILES][4] = {};
 #pragma unroll 1
 for (int n0 = begin_n; n0 < end_n; n0 += depth) {
@@ -265,7 +296,7 @@ for (int n0 = begin_n; n0 < end_n; n0 += depth) {
   const char* x_tile = shared + ring.buffer * depth * row_bytes + depth * Y_PITCH + x_row * x_pitch;
   wait_barrier(full + ring.buffer, ring.parity);
 #pragma unroll 1
-  for (int m = 0; m < depth; m += 16) {
+  for (int m = 0; m < depth; m += STEP) {
 #pragma unroll
     for (int u = 0; u < SLOTS; u += UNIT) {
       if (u < mine) {
@@ -274,8 +305,7 @@ for (int n0 = begin_n; n0 < end_n; n0 += depth) {
         for (int b = 0; b < UNIT; b++) {
 #pragma unroll
           for (int ti = 0; ti < TILES; ti++) {
-            load_matrix4<true>(
-                ys[b][ti], reinterpret_cast<const T*>(y_tile + ((at[u + b] & 0xffff) ^ 32 * ti)));
+            load_y(ys[b][ti], y_tile, at[u + b] & 0xffff, ti);
           }
         }
         __syncwarp();  // keeps the compiler from loading y only when it is needed
@@ -284,8 +314,7 @@ for (int n0 = begin_n; n0 < end_n; n0 += depth) {
           if (fresh >> (u + b) & 1) {
 #pragma unroll
             for (int tk = 0; tk < TILES; tk++) {
-              load_matrix4<true>(xs[tk],
-                                 reinterpret_cast<const T*>(x_tile + (at[u + b] >> 16 ^ 32 * tk)));
+              load_x(xs[tk], x_tile, at[u + b] >> 16, tk);
             }
           }
 #pragma unroll
@@ -300,8 +329,8 @@ for (int n0 = begin_n; n0 < end_n; n0 += depth) {
         }
       }
     }
-    y_tile += 16 * Y_PITCH;
-    x_tile += 16 * x_pitch;
+    y_tile += STEP * Y_PITCH;
+    x_tile += STEP * x_pitch;
   }
   __syncwarp();
   if (lane == 0) {
@@ -315,7 +344,7 @@ const size_t base = ((size_t)blockIdx.y * gridDim.z + v) * indices_shape[0];
 for (int b = 0; b < SLOTS; b++) {
   if (b < mine) {
     const size_t place = (base + block_of[slot0 + b]) * (B * B);
-    if constexpr (sizeof(OUT) == sizeof(T)) {
+    if constexpr (sizeof(OUT) == 2) {
       store_tiles<T, 2 * TILES, 2 * TILES>(reinterpret_cast<T*>(out) + place, B, B, B,
                                            [&](int row_tile, int tk, int e) {
                                              return acc[b][row_tile / 2][tk][row_tile % 2 * 2 + e];

@@ -5,14 +5,14 @@
 // Launch
 //   (panels 640, shares, V) threads in groups of (640, 1, 1), panels = ceil(n_rows / 256). One
 //   group owns a panel of 256 outputs and an equal share of the tiles of 128 rows of x, which it
-//   takes one after the other. The last 4 warps copy x, 128 columns a stage where the panel has a
-//   block. Each of the 16 others copies and multiplies the part of every block that lies in its 16
-//   outputs.
-//   Shared memory: STAGES 32768 + 65536 + 1024 bytes.
+//   takes one after the other. The last 4 warps copy x, 256 bytes of each row a stage where the
+//   panel has a block. Each of the 16 others copies and multiplies the part of every block that
+//   lies in its 16 outputs. Shared memory: STAGES 32768 + 65536 + 1024 bytes; of floats transposed,
+//   98304 for 65536.
 // Template
-//   T half or bfloat16; B 16 or 32; INSIDE columns of the last block-column, 1 to B; STAGES;
-//   TRANSPOSED and BIAS 0 or 1.
-// Sums in float32: the bias, then blocks in stored order, k ascending by 16.
+//   T half, bfloat16 or float, which is rounded to TF32; B 16 or 32; INSIDE columns of the last
+//   block-column, 1 to B; STAGES; TRANSPOSED and BIAS 0 or 1.
+// Sums in float32: the bias, then blocks in stored order, k ascending by 32 bytes.
 
 #include "barriers.h"
 #include "copies.h"
@@ -21,17 +21,22 @@
 #include "stores.h"
 
 constexpr int ROWS = 128;
-constexpr int WIDTH = 256;        // outputs of the panel
-constexpr int OWN = 16;           // outputs of a warp
-constexpr int WARPS = 16;         // that multiply
-constexpr int COPIERS = 128;      // threads
-constexpr int DEPTH = 128;        // columns in a stage
-constexpr int TILES = ROWS / 16;  // 16 x 8 tiles of a warp over the rows of x, 2 over outputs
-constexpr int CHUNKS = DEPTH / 8;
+constexpr int WIDTH = 256;             // outputs of the panel
+constexpr int OWN = 16;                // outputs of a warp
+constexpr int WARPS = 16;              // that multiply
+constexpr int COPIERS = 128;           // threads
+constexpr int CHUNK = 16 / sizeof(T);  // elements
+constexpr int STEP = 2 * CHUNK;        // k in a product
+constexpr int DEPTH = 16 * CHUNK;      // columns in a stage
+constexpr int TILES = ROWS / 16;       // 16 x 8 tiles of a warp over the rows of x, 2 over outputs
+constexpr int CHUNKS = DEPTH / CHUNK;
 constexpr int STAGE = ROWS * DEPTH;
-constexpr int PART = B * OWN;  // values of a block that lie in the outputs of a warp
-constexpr int W_CHUNKS = (TRANSPOSED ? OWN : B) / 8;
-constexpr int RING_PARTS = 2048 / PART;  // that lie in a warp's ring in shared memory
+constexpr int W_ROWS = TRANSPOSED ? B : OWN;  // of the part of a block in the outputs of a warp
+constexpr int W_CHUNKS = (TRANSPOSED ? OWN : B) / CHUNK;
+constexpr bool BY_COLUMNS = TRANSPOSED && sizeof(T) == 4;  // no ldmatrix transposes these
+constexpr int W_STRIDE = (BY_COLUMNS ? column_stride<W_CHUNKS>() : W_CHUNKS) * CHUNK;
+constexpr int PART = W_ROWS * W_STRIDE;
+constexpr int RING_PARTS = 4096 / (B * OWN * (int)sizeof(T));  // that lie in a warp's ring
 extern __shared__ char shared[];
 __shared__ unsigned long long full[STAGES];
 __shared__ unsigned long long empty[STAGES];
@@ -84,8 +89,8 @@ if (warp >= WARPS) {
   constexpr int EVERY = COPIERS / CHUNKS;
   const int copy_row = thread % COPIERS / CHUNKS;
   const int chunk = thread % CHUNKS;
-  const int place = swizzle<CHUNKS>(copy_row, chunk) * 8;
-  const T* x_mine = x + ((size_t)v * N + copy_row) * n_cols + chunk * 8;
+  const int place = swizzle<CHUNKS>(copy_row, chunk) * CHUNK;
+  const T* x_mine = x + ((size_t)v * N + copy_row) * n_cols + chunk * CHUNK;
   auto copy_as = [&](auto alignment) {
     constexpr bool ALIGNED = alignment.value;
     for (int n0 = begin_n; n0 < end_n; n0 += ROWS) {
@@ -93,7 +98,7 @@ if (warp >= WARPS) {
         T* x_tile = tiles + ring.buffer * STAGE + place;
         const T* x_src = x_mine + (size_t)n0 * n_cols + stage * DEPTH;
         const int valid =
-            stage * DEPTH + chunk * 8 < n_cols ? (N - n0 - copy_row + EVERY - 1) / EVERY : 0;
+            stage * DEPTH + chunk * CHUNK < n_cols ? (N - n0 - copy_row + EVERY - 1) / EVERY : 0;
         wait_barrier(empty + ring.buffer, ring.parity ^ 1);
         copy_rows<ALIGNED, ROWS / EVERY, EVERY * DEPTH>(x_tile, x_src, EVERY * (size_t)n_cols,
                                                         valid);
@@ -128,6 +133,10 @@ const T* blocks = data + (size_t)v * indices_shape[0] * (B * B) + (TRANSPOSED ? 
 T* parts = tiles + STAGES * STAGE + warp * (RING_PARTS * PART);
 // Only the last block of a block-row can reach past the matrix.
 const bool at_edge = INSIDE < B && begin < end && (indices[end - 1] + 1) * B == n_cols;
+// Where a chunk lies in a part.
+auto w_place = [](int row, int chunk) {
+  return BY_COLUMNS ? row * W_STRIDE + chunk * CHUNK : swizzle<W_CHUNKS>(row, chunk) * CHUNK;
+};
 int copied = 0;
 int next = begin;  // block to copy, and in how many tiles more
 int rounds = begin < end ? (end_n - begin_n) / ROWS : 0;
@@ -138,16 +147,16 @@ auto copy_part = [&]() {
     const int inside = at_edge && next == end - 1 ? INSIDE : B;  // k in the matrix
     T* part = parts + copied % RING_PARTS * PART;
 #pragma unroll
-    for (int i = 0; i < PART / 8; i += 32) {
+    for (int i = 0; i < W_ROWS * W_CHUNKS; i += 32) {
       const int part_row = (i + lane) / W_CHUNKS;
       const int chunk = (i + lane) % W_CHUNKS;
-      T* dst = part + swizzle<W_CHUNKS>(part_row, chunk) * 8;
-      const int left = TRANSPOSED ? (part_row < inside ? 8 : 0) : inside - chunk * 8;
-      const int count = INSIDE < B ? left : 8;
+      T* dst = part + w_place(part_row, chunk);
+      const int left = TRANSPOSED ? (part_row < inside ? CHUNK : 0) : inside - chunk * CHUNK;
+      const int count = INSIDE < B ? left : CHUNK;
       if (aligned) {
-        copy_first<true>(dst, block + part_row * B + chunk * 8, count);
+        copy_first<true>(dst, block + part_row * B + chunk * CHUNK, count);
       } else {
-        copy_first<false>(dst, block + part_row * B + chunk * 8, count);
+        copy_first<false>(dst, block + part_row * B + chunk * CHUNK, count);
       }
     }
     copied++;
@@ -192,22 +201,33 @@ for (int n0 = begin_n; n0 < end_n; n0 += ROWS) {
       __syncwarp();
       const T* part = parts + read % RING_PARTS * PART;
       read++;
-      const int chunk = col % DEPTH / 8 + lane / 16;
+      const int chunk = col % DEPTH / CHUNK + lane / 16;
       col = ++j < end ? cols.at(j) * B : 1 << 30;
 #pragma unroll
-      for (int tk = 0; tk < B / 16; tk++) {
+      for (int tk = 0; tk < B / STEP; tk++) {
         unsigned w[4];
-        if (TRANSPOSED) {
-          load_matrix4<true>(w, part + swizzle<W_CHUNKS>(16 * tk + lane % 16, lane / 16) * 8);
+        if constexpr (BY_COLUMNS) {
+          unsigned low[2];
+          unsigned high[2];
+          load_columns<W_STRIDE>(low, part + tk * STEP * W_STRIDE);
+          load_columns<W_STRIDE>(high, part + tk * STEP * W_STRIDE + 8);
+          w[0] = low[0];
+          w[1] = low[1];
+          w[2] = high[0];
+          w[3] = high[1];
+        } else if (TRANSPOSED) {
+          load_matrix4<true>(w, part + w_place(STEP * tk + lane % 16, lane / 16));
         } else {
           const int o = lane / 16 * 8 + lane % 8;
-          load_matrix4<false>(w, part + swizzle<W_CHUNKS>(o, 2 * tk + lane / 8 % 2) * 8);
+          load_matrix4<false>(w, part + w_place(o, 2 * tk + lane / 8 % 2));
         }
-        const T* src = x_tile + swizzle<CHUNKS>(lane % 16, chunk + 2 * tk) * 8;
+        round_factors<T>(w);
+        const T* src = x_tile + swizzle<CHUNKS>(lane % 16, chunk + 2 * tk) * CHUNK;
 #pragma unroll
         for (int tn = 0; tn < TILES; tn++) {
           unsigned xs[4];
           load_matrix4<false>(xs, src + tn * 16 * DEPTH);
+          round_factors<T>(xs);
           multiply<T>(acc[tn][0], xs[0], xs[1], xs[2], xs[3], w[0], w[1]);
           multiply<T>(acc[tn][1], xs[0], xs[1], xs[2], xs[3], w[2], w[3]);
         }
@@ -223,8 +243,14 @@ for (int n0 = begin_n; n0 < end_n; n0 += ROWS) {
   cols = Reader(indices, begin, end);
   j = begin;
   col = j < end ? cols.at(j) * B : 1 << 30;
-  store_tiles<T, 2 * TILES, 2>(
-      y + ((size_t)v * N + n0) * n_rows + row0, n_rows, N - n0, n_rows - row0,
-      [&](int row_tile, int to, int e) { return acc[row_tile / 2][to][row_tile % 2 * 2 + e]; });
+  T* y_tile = y + ((size_t)v * N + n0) * n_rows + row0;
+  auto sum = [&](int row_tile, int to, int e) {
+    return acc[row_tile / 2][to][row_tile % 2 * 2 + e];
+  };
+  if constexpr (sizeof(T) == 2) {
+    store_tiles<T, 2 * TILES, 2>(y_tile, n_rows, N - n0, n_rows - row0, sum);
+  } else {
+    store_pairs<T, 2 * TILES, 2>(y_tile, n_rows, N - n0, n_rows - row0, sum);
+  }
 }
 wait_copies<0>();

@@ -54,6 +54,15 @@ __device__ __forceinline__ void store_tiles(T* y, size_t width, int rows, int co
   }
 }
 
+template <typename T>
+__device__ __forceinline__ void store_pair(T* place, float a, float b) {
+  if constexpr (sizeof(T) == 4) {
+    *reinterpret_cast<float2*>(place) = make_float2(a, b);
+  } else {
+    *reinterpret_cast<unsigned*>(place) = pack2(T(), a, b);
+  }
+}
+
 // Store the same two elements at a time, whatever their type and the number of tiles.
 template <typename T, int ROW_TILES, int COL_TILES, typename Sum>
 __device__ __forceinline__ void store_pairs(T* y, size_t width, int rows, int cols, Sum sum) {
@@ -67,12 +76,7 @@ __device__ __forceinline__ void store_pairs(T* y, size_t width, int rows, int co
       const float a = sum(row_tile, col_tile, 0);
       const float b = sum(row_tile, col_tile, 1);
       if (row < rows && col < cols) {
-        T* place = y + row * width + col;
-        if constexpr (sizeof(T) == 4) {
-          *reinterpret_cast<float2*>(place) = make_float2(a, b);
-        } else {
-          *reinterpret_cast<unsigned*>(place) = pack2(T(), a, b);
-        }
+        store_pair(y + row * width + col, a, b);
       }
     }
   }

@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import (
     cuda_boxes,
+    cuda_fragments,
     cuda_gradients,
     cuda_graphs,
     cuda_quantized,
@@ -54,13 +55,33 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
     return launch.takes(layout, n_x, dtype, n_matrices)
 
 
+def takes_edges(op: str, layout: Layout, x: mx.array) -> bool:
+    """Return whether a product takes x, and y or bias, without zeros behind the matrix."""
+    block_size, n_x, itemsize = layout.block_size, x.shape[-2], x.itemsize
+    if not cuda_tiles.has_tiles(block_size, n_x, x.dtype):
+        return False
+    if not cuda_fragments.ends_evenly(layout, itemsize):
+        return False
+    if op != "sddmm":
+        return cuda_fragments.takes(block_size, n_x, itemsize)
+    fits = cuda_fragments.takes_gradients(block_size, n_x, itemsize)
+    return fits and not cuda_scalars.is_skewed(layout.rows)
+
+
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
-    """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c] + bias[r]; see ``plain.spmm``."""
+    """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c] + bias[r]; see ``plain.spmm``.
+
+    Where :func:`takes_edges` says so, x and y have the sizes of the matrix.
+    """
+    if layout.has_edges and takes_edges("spmm", layout, x):
+        return _cropped(data, layout.rows, x, layout.shape[0], layout.inside[1], bias)
     return _product(data, layout.rows, x, layout.full_shape[0], layout.inside[1], bias)
 
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; see ``plain.spmm_t``."""
+    if layout.has_edges and takes_edges("spmm_t", layout, y):
+        return _cropped(data, layout.cols, y, layout.shape[1], layout.inside[0], None)
     return _product(data, layout.cols, y, layout.full_shape[1], layout.inside[0], None)
 
 
@@ -73,7 +94,9 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
         layout.rows
     ):
         kernel, n_splits = cuda_scalars.gradients(layout, n_x, n_matrices)
-    elif x.dtype != mx.float32 and cuda_gradients.takes_panels(layout, n_x):
+    elif cuda_fragments.takes_gradients(layout.block_size, n_x, x.itemsize):
+        kernel, n_splits = cuda_fragments.gradients(layout, n_x, x.itemsize, n_matrices)
+    elif cuda_gradients.takes_panels(layout, n_x):
         kernel, n_splits = cuda_gradients.panels(layout, n_x, n_matrices)
     else:
         kernel = cuda_gradients.tiles(layout, x.itemsize, n_matrices)
@@ -83,6 +106,17 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
         return launched(arrays, (*x.shape[:-2], *layout.data_shape))
     by_columns = kernel.template.get("WIDTH", 1) > 1
     return launch_sddmm(NAME, kernel, layout, y, x, n_splits, by_columns)
+
+
+def _cropped(
+    data: mx.array, side: Side, x: mx.array, n_out: int, inside: int, bias: mx.array | None
+) -> mx.array:
+    """Launch the kernel of a product of x and y that end with the matrix."""
+    shape, dtype, transposed = x.shape, x.dtype, side.perm is not None
+    n_matrices = shape[0] if len(shape) == 3 else 1
+    sizes = shape[-2], n_matrices, data.shape[-1], inside, n_out
+    choice = cuda_fragments.cropped, *sizes, dtype.size, transposed, cuda_tiles.is_even(side)
+    return launch_spmm(_prepared(dtype, bias is not None, *choice), data, side, x, n_out, bias)
 
 
 def qspmm(
@@ -142,10 +176,13 @@ def _product(
         choice = cuda_boxes.boxes, n_x, n_matrices, block_size, n_out, transposed, even
     elif cuda_tiles.has_tiles(block_size, n_x, dtype):
         even = n_x > tuned.CUDA_FEW_ROWS and cuda_tiles.is_even(side)
-        panels = n_x > tuned.CUDA_FEW_ROWS and dtype != mx.float32
-        panels = panels and cuda_tiles.takes_panels(side, block_size, n_out, shape[-1])
+        panels = n_x > tuned.CUDA_FEW_ROWS and cuda_tiles.takes_panels(
+            side, block_size, n_out, shape[-1], dtype.size, n_x * n_matrices
+        )
         sizes = n_x, n_matrices, block_size, inside, n_out
         choice = cuda_tiles.by_tensor_cores, *sizes, dtype.size, transposed, even, panels
+        if not panels and cuda_fragments.takes(block_size, n_x, dtype.size):
+            choice = cuda_fragments.product, *sizes, dtype.size, transposed, even
     elif cuda_graphs.takes(side, block_size, n_x):
         return cuda_graphs.product(data, side, x, n_out, bias)
     elif cuda_graphs.takes_streaming(side, block_size, n_x):

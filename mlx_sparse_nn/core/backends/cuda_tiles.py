@@ -31,12 +31,18 @@ def is_even(side: Side) -> bool:
     return side.longest_row * side.n_block_rows <= 2 * side.n_blocks
 
 
-def takes_panels(side: Side, block_size: int, n_out: int, n_in: int) -> bool:
+def takes_panels(
+    side: Side, block_size: int, n_out: int, n_in: int, itemsize: int, n_rows: int
+) -> bool:
     """Return whether so much of the matrix is stored that x is read by panels of outputs.
 
-    They walk the columns in order, and so must the blocks.
+    They walk the columns in order, and so must the blocks. ``n_rows`` rows of x, of all matrices,
+    must be enough for them to fill a GPU.
     """
-    least = tuned.PANEL_DENSITY.get(block_size)
+    if -(-n_out // 256) * -(-n_rows // 128) < tuned.BLOCKS_TO_FILL_GPU:
+        return False
+    densities = tuned.PANEL_DENSITY if itemsize == 2 else tuned.FLOAT_PANEL_DENSITY
+    least = densities.get(block_size)
     if least is None or n_in > tuned.MAX_PANEL_COLUMNS or not side.is_in_order:
         return False
     return side.n_blocks * block_size**2 >= least * n_out * n_in
@@ -60,10 +66,11 @@ def by_tensor_cores(
         grid = (n_out // min(16, block_size) * 256, -(-n_x // 16), n_matrices)
         return Kernel("spmm_few", {"B": block_size, "INSIDE": inside}, grid, 256)
     hopper, width = architecture() == tuned.HOPPER, n_block_rows
-    if hopper and panels and -(-n_out // 256) * -(-n_x // 128) * n_matrices >= filling:
-        rows, stages, threads, width = 128, 4, 640, -(-n_out // 256)
+    if hopper and panels:
+        rows, threads, width = 128, 640, -(-n_out // 256)
         name, template = "spmm_panels", {}
-        shared_memory = stages * 32_768 + 65_536 + 1024
+        stages, ring = (3, 98_304) if transposed and itemsize == 4 else (4, 65_536)
+        shared_memory = stages * 32_768 + ring + 1024
     elif hopper and n_x > 64 and itemsize == 2 and block_size in tuned.WGMMA_STAGES:
         rows = 256 if n_block_rows * -(-n_x // 256) * n_matrices >= filling else 128
         stages, threads = tuned.WGMMA_STAGES[block_size][rows], 384

@@ -48,7 +48,8 @@ struct __nv_bfloat162 {
 };
 #define __device__
 #define __forceinline__
-#define PER_BLOCK __attribute__((section("per_block")))  // what each thread block has its own of
+// What each thread block has its own of.
+#define PER_BLOCK __attribute__((section("per_block"), used))
 #define __shared__ static PER_BLOCK
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define make_uint2(...) (uint2{__VA_ARGS__})
@@ -139,6 +140,8 @@ struct Fiber {
   int copied, begun, group;  // copies [copied, begun) are under way
   Product products[64];
   int n_products, product_group;
+  float factors[64][2][16];  // of products, that lay in registers
+  int n_factors;
 };
 // A fiber goes on when this word changes: until then no switch to it is needed to ask.
 struct Wait {
@@ -429,10 +432,6 @@ unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
 float __uint_as_float(unsigned u) { return __builtin_bit_cast(float, u); }
 // Cuts off what tensor cores do not read.
 float as_tf32(unsigned u) { return __uint_as_float(u & ~0x1fffu); }
-unsigned to_tf32(unsigned u) {
-  const bool finite = (u & 0x7f800000) != 0x7f800000;
-  return finite ? (u + 0x1000) & ~0x1fffu : u;
-}
 PER_BLOCK static unsigned fragments[32][32][6];
 template <typename T>
 void multiply(float (&acc)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
@@ -481,6 +480,7 @@ unsigned fma2(T, unsigned a, unsigned b, unsigned c) {
     sums |= unsigned(__builtin_bit_cast(unsigned short, sum)) << 16 * i;
   }
   return sums;
+}
 // The same of 8 columns of a, as if zeros followed.
 template <typename T>
 void multiply_half(float (&acc)[4], unsigned a0, unsigned a1, unsigned b0) {
@@ -493,10 +493,12 @@ float operand(unsigned long long descriptor, bool across, int i, int k) {
   const unsigned begin = (descriptor & 0x3fff) << 4, lead = (descriptor >> 16 & 0x3fff) << 4;
   const unsigned groups = (descriptor >> 32 & 0x3fff) << 4;
   if (descriptor >> 62 != 1) fail("a descriptor of another swizzle than 128 bytes");
+  if (across && sizeof(T) == 4) fail("a product of floats contracts along the rows of its tiles");
   const unsigned at = across ? begin + i / 64 * lead + k / 8 * groups + k % 8 * 128 + i % 64 * 2
-                             : begin + i / 8 * groups + i % 8 * 128 + k * 2;
+                             : begin + i / 8 * groups + i % 8 * 128 + k * sizeof(T);
   T value;
-  memcpy(&value, at_shared(at ^ (at >> 3 & 0x70), 2), 2);
+  memcpy(&value, at_shared(at ^ (at >> 3 & 0x70), sizeof(T)), sizeof(T));
+  if constexpr (sizeof(T) == 4) return as_tf32(__float_as_uint(value));
   return float(value);
 }
 template <typename T, int COLS, int A_ACROSS, int B_ACROSS>
@@ -517,6 +519,43 @@ struct Warpgroup {
     if (self->n_products == 0 && random_number() % 2) return run(acc, a, b);
     if (self->n_products == 64) fail("too many products under way");
     self->products[self->n_products++] = {run, acc, a, b, self->product_group};
+  }
+};
+// fragments.h: the factor in registers is taken when the product is begun.
+template <typename T, int COLS, int ACROSS>
+struct FragmentProduct {
+  static constexpr int K = 32 / sizeof(T);
+  static void run(float* acc, unsigned long long a, unsigned long long b) {
+    const float(*rows)[16] = (const float(*)[16])a;
+    for (int j = 0; j < COLS / 4; j++) {
+      const int col = j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2;
+      for (int k = 0; k < K; k++) {
+        const float value = operand<T>(b, ACROSS, col, k);
+        for (int i = 0; i < 2; i++) acc[j / 2 * 4 + i * 2 + j % 2] += rows[i][k] * value;
+      }
+    }
+  }
+  static void multiply(float (&acc)[COLS / 2], const unsigned (&a)[4], unsigned long long b) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    memcpy(fragments[warp][lane], a, sizeof a);
+    __syncwarp();
+    float(*rows)[16] = self->factors[self->n_factors++ % 64];
+    for (int i = 0; i < 2; i++) {
+      for (int k = 0; k < K; k++) {
+        const int word = k * sizeof(T) / 4;
+        const unsigned value = fragments[warp][lane / 4 * 4 + word % 4][i + word / 4 * 2];
+        if constexpr (sizeof(T) == 4) {
+          rows[i][k] = as_tf32(value);
+        } else {
+          rows[i][k] = element<T>(value, k % 2);
+        }
+      }
+    }
+    __syncwarp();
+    const unsigned long long held = (unsigned long long)rows;
+    if (self->n_products == 0 && random_number() % 2) return run(acc, held, b);
+    if (self->n_products == 64) fail("too many products under way");
+    self->products[self->n_products++] = {run, acc, held, b, self->product_group};
   }
 };
 template <int COUNT>
