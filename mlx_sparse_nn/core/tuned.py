@@ -149,6 +149,29 @@ class GradientTile(NamedTuple):
     stages: int
 
 
+class FloatTile(NamedTuple):
+    """A thread block of ``spmm_float``."""
+
+    rows: int  # of x
+    width: int  # outputs
+    held: int  # rows of a thread
+    outputs: int  # of a thread
+    slices: int  # parts of the depth
+    depth: int  # of a stage, in inputs
+    stages: int
+
+
+class FloatGradientTile(NamedTuple):
+    """A thread block of ``sddmm_float``."""
+
+    group: int  # blocks
+    rows: int  # of a block, of a thread
+    cols: int  # of the group, of a thread
+    slices: int  # parts of the depth
+    depth: int  # of a stage, in rows of x
+    stages: int
+
+
 class SamplingTile(NamedTuple):
     """A threadgroup of Metal's ``sddmm_tiles``, of 4 simdgroups."""
 

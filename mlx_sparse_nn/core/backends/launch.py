@@ -32,6 +32,7 @@ INPUTS = {
     "qspmm": ("packed", "scales", "biases", "indptr", "indices", "perm", "x", "bias"),
     "sddmm": ("y", "x", "indptr", "indices", "step"),
     "sum": ("partial",),
+    "resize": ("blocks",),
 }
 MAX_THREADS = 2**31 - tuned.GROUP_THREADS  # of a grid's side, which is an int, in whole groups
 MAX_GROUPS = 2**16 - 1  # of CUDA, along a grid's second and third side
@@ -149,7 +150,7 @@ def _check_grid(backend: str, inputs: str, grid: tuple[int, int, int]) -> None:
     others = MAX_THREADS if backend == "metal" else MAX_GROUPS
     if grid[0] <= MAX_THREADS and max(grid[1:]) <= others:
         return
-    owner = {"sum": "sddmm"}.get(inputs, inputs.split("_")[0])
+    owner = {"sum": "sddmm", "resize": "spmm"}.get(inputs, inputs.split("_")[0])
     raise ValueError(
         f"[{owner}] a launch must have at most {MAX_THREADS} x {others} x {others} threads, got "
         f"{' x '.join(map(str, grid))}; multiply by fewer rows of x or of the matrix at a time"

@@ -33,6 +33,9 @@ struct uint4 {
 struct float2 {
   float x, y;
 };
+struct float4 {
+  float x, y, z, w;
+};
 struct dim3 {
   unsigned x, y, z;
 };
@@ -49,6 +52,7 @@ struct __nv_bfloat162 {
 #define make_uint2(...) (uint2{__VA_ARGS__})
 #define make_uint4(...) (uint4{__VA_ARGS__})
 #define make_float2(...) (float2{__VA_ARGS__})
+#define make_float4(...) (float4{__VA_ARGS__})
 #define __floats2bfloat162_rn(a, b) (__nv_bfloat162{__nv_bfloat16(a), __nv_bfloat16(b)})
 #define __floats2half2_rn(a, b) (__half2{__half(a), __half(b)})
 #define __popc __builtin_popcount
@@ -103,7 +107,8 @@ static unsigned random_number() {
 struct Copy {
   char* dst;
   const char* src;
-  int bytes;                    // of 16; the others become 0
+  int bytes;                    // of size; the others become 0
+  int size;                     // 16 or 4
   unsigned long long* arrival;  // or no copy: a barrier to arrive at
   int group;
 };
@@ -227,7 +232,7 @@ static void step_copy(Fiber& f) {
   const Copy& c = f.copies[f.copied++ % kCopies];
   if (!c.arrival) {
     memcpy(c.dst, c.src, c.bytes);
-    memset(c.dst + c.bytes, 0, 16 - c.bytes);
+    memset(c.dst + c.bytes, 0, c.size - c.bytes);
     return;
   }
   extern void arrive(unsigned long long*);
@@ -240,12 +245,12 @@ static void check_source(const void* src, int bytes) {
   }
   fail("a copy reads outside of the inputs");
 }
-static void begin_copy(void* dst, const void* src, int bytes) {
+static void begin_copy(void* dst, const void* src, int bytes, int size = 16) {
   if (self->begun - self->copied == kCopies) fail("too many copies under way");
-  if ((size_t)src % 16 && bytes) fail("an asynchronous copy from no multiple of 16 bytes");
-  if (__cvta_generic_to_shared(dst) % 16) fail("a copy to no multiple of 16 bytes");
+  if ((size_t)src % size && bytes) fail("an asynchronous copy from no multiple of its size");
+  if (__cvta_generic_to_shared(dst) % size) fail("a copy to no multiple of its size");
   if (bytes) check_source(src, bytes);
-  self->copies[self->begun++ % kCopies] = {(char*)dst, (const char*)src, bytes, nullptr,
+  self->copies[self->begun++ % kCopies] = {(char*)dst, (const char*)src, bytes, size, nullptr,
                                            self->group};
 }
 template <bool ALIGNED, typename T>
@@ -267,6 +272,10 @@ void copy_some(T* dst, const T* src, int i, int count, bool aligned) {
   check_source(src + i, n * sizeof(T));
   if (aligned) return begin_copy(dst + i, src + i, n * sizeof(T));
   for (int k = i; k < i + n; k++) dst[k] = src[k];
+}
+static void copy_word(float* dst, const float* src, bool valid) {
+  at_shared(__cvta_generic_to_shared(dst), 4);
+  begin_copy(dst, src, valid ? 4 : 0, 4);
 }
 static void commit_copies() { self->group++; }
 template <int COUNT>
@@ -293,7 +302,7 @@ void arrive(unsigned long long* barrier) {
 }
 static void arrive_copied(unsigned long long* barrier) {
   if (self->begun - self->copied == kCopies) fail("too many copies under way");
-  self->copies[self->begun++ % kCopies] = {nullptr, nullptr, 0, barrier, self->group};
+  self->copies[self->begun++ % kCopies] = {nullptr, nullptr, 0, 0, barrier, self->group};
 }
 static void wait_barrier(unsigned long long* barrier, int parity) {
   wait_while((const int*)barrier, 1, parity);  // its low half
