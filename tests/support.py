@@ -21,6 +21,7 @@ from mlx_sparse_nn.core.backends import (
     choose,
     cuda,
     cuda_gradients,
+    cuda_padded,
     few_rows,
     launch,
     naive,
@@ -104,6 +105,7 @@ def fresh_launches() -> Iterator[None]:
         launch._function,
         cuda._prepared,
         cuda_gradients._tile,
+        cuda_padded._prepared,
         few_rows._launches,
         scalars._launches,
     )

@@ -222,7 +222,7 @@ class Layout:
         }
 
     def resized(self, block_size: int) -> Layout:
-        """Return the layout of blocks of a larger size at the same places, to multiply from y and x.
+        """Return the layout of blocks of a larger size at the same places.
 
         The last blocks reach past the matrix as far as they do here.
         """

@@ -84,8 +84,7 @@ def test_launches_are_valid(launches, architecture, block_size, dtype, n):
         assert "wgmma" not in name or architecture == "sm_90"
         used = set(re.findall(r"\b[A-Z][A-Z_]+\b|\bT\b|\bB\b", _code(source)))
         assert set(template) <= used, f"{name} is given {set(template) - used} and reads none of it"
-    by_mlx = dtype == mx.float32 and block_size == 12 and n > 16
-    assert bool(launches) is not by_mlx
+    assert launches
 
 
 def _code(source):

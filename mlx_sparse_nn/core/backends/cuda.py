@@ -100,7 +100,10 @@ def _product(
     n_x, n_matrices = shape[-2], shape[0] if len(shape) == 3 else 1
     block_size = data.shape[-1] if data.ndim > 2 else 1
     if size := cuda_padded.padded_size(block_size, n_x, dtype):
-        data, x = cuda_padded.resize_blocks(data, size), cuda_padded.resize_features(x, block_size, size)
+        data, x = (
+            cuda_padded.resize_blocks(data, size),
+            cuda_padded.resize_features(x, block_size, size),
+        )
         bias = None if bias is None else cuda_padded.resize_features(bias, block_size, size)
         inside = size if inside == block_size else inside
         y = _product(data, side, x, n_out // block_size * size, inside, bias)

@@ -1,4 +1,4 @@
-"""The products in true float32 by CUDA cores, where TF32 is not allowed: which kernel, and its tile.
+"""The products in true float32, by CUDA cores: which kernel, and its tile.
 
 Chosen from shapes and from the sizes of the layout, on the host.
 """
@@ -63,7 +63,7 @@ def _tile(block_size: int) -> tuned.FloatTile:
     lanes = width // outputs
     rows = 256 if width <= 32 else 128
     slices = max(1, 4 // lanes)
-    return tuned.FloatTile(rows, width, 8, outputs, slices, 16 * min(2, slices), 3)
+    return tuned.FloatTile(rows, width, 8, outputs, slices, 16 * min(2, slices), 4 - min(2, slices))
 
 
 def gradients(layout: Layout, n_x: int, n_matrices: int) -> tuple[Kernel, int]:

@@ -1,7 +1,7 @@
 """Blocks of a size that is no multiple of 8, filled up to the next one that tensor cores multiply.
 
-Operands are copied on the device, block by block, with zeros behind each, and results lose these
-again. That is a pass over x and y, which takes a part of the product's time where rows of x are many.
+Operands are copied on the device, with zeros behind each block, and results lose these again: a
+pass over data, x and y.
 """
 
 from __future__ import annotations
