@@ -21,7 +21,7 @@ from mlx_sparse_nn.core.backends import (
     choose,
     cuda,
     cuda_gradients,
-    cuda_padded,
+    cuda_odd,
     few_rows,
     launch,
     naive,
@@ -105,7 +105,7 @@ def fresh_launches() -> Iterator[None]:
         launch._function,
         cuda._prepared,
         cuda_gradients._tile,
-        cuda_padded._prepared,
+        cuda_odd._prepared,
         few_rows._launches,
         scalars._launches,
     )

@@ -118,6 +118,7 @@ PANEL_DENSITY = {16: 0.025, 32: 0.15}  # from which spmm_panels is faster than s
 MAX_PANEL_COLUMNS = 2**20
 GRADIENT_PANELS = (16, 32)  # block sizes of sddmm_panels
 GRADIENT_PANEL_SHARED = 204_800  # bytes
+PADDED_ROWS = 512  # of x from which blocks of odd sizes are filled up on the device
 GRADIENT_PANEL_ROWS = 256  # rows of x from which it pays to find the blocks of a panel
 
 
@@ -146,6 +147,17 @@ class GradientTile(NamedTuple):
     warps_i: int  # along the rows of a block
     warps_k: int  # along the rows of x
     depth: int  # of a stage, in rows of x
+    stages: int
+
+
+class OddTile(NamedTuple):
+    """A thread block of ``spmm_odd``."""
+
+    rows: int  # of x
+    width: int  # outputs
+    warps: int  # along the rows of x
+    slices: int  # parts of the depth
+    depth: int  # of a stage, in inputs
     stages: int
 
 

@@ -1,26 +1,4 @@
-// Float32 by fours: into shared memory from any element on, into registers, and out again.
-
-// Copy 4 bytes from device to shared memory asynchronously, or a zero where the source is not
-// `valid`.
-__device__ __forceinline__ void copy_word(float* dst, const float* src, bool valid) {
-  const unsigned address = (unsigned)__cvta_generic_to_shared(dst);
-  const int bytes = valid ? 4 : 0;
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(src), "r"(bytes));
-}
-
-// Copy the first `count` of four floats asynchronously, and zeros behind them: at once where they
-// are ALIGNED, or one by one.
-template <bool ALIGNED>
-__device__ __forceinline__ void copy_floats(float* dst, const float* src, int count) {
-  if constexpr (ALIGNED) {
-    copy_first<true>(dst, src, count);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      copy_word(dst + i, i < count ? src + i : src, i < count);
-    }
-  }
-}
+// Float32 by fours.
 
 __device__ __forceinline__ void load_floats(float (&values)[4], const float* src) {
   const float4 value = *reinterpret_cast<const float4*>(src);

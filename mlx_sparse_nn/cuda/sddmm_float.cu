@@ -19,6 +19,7 @@
 
 #include "copies.h"
 #include "floats.h"
+#include "pieces.h"
 
 static_assert(sizeof(T) == 4 && sizeof(OUT) == 4, "true float32");
 constexpr int PADDED = (B + 3) / 4 * 4;  // columns of a block in shared memory, in whole chunks
@@ -145,7 +146,8 @@ for (int stage = 0; stage < n_stages; stage++) {
 }
 
 // Store the sums of columns k, ..., k + 3 of the group, in row i.
-float* const blocks = out + (((size_t)blockIdx.y * gridDim.z + v) * indices_shape[0] + j0) * (B * B);
+float* const blocks =
+    out + (((size_t)blockIdx.y * gridDim.z + v) * indices_shape[0] + j0) * (B * B);
 auto store = [&](int i, int k, float4 sum) {
   const int block = k / PADDED;
   const int left = block < count && i < B ? B - k % PADDED : 0;

@@ -16,6 +16,7 @@
 
 #include "copies.h"
 #include "floats.h"
+#include "pieces.h"
 
 static_assert(sizeof(T) == 4, "true float32");
 constexpr int LANES_O = WIDTH / TO;
@@ -62,9 +63,9 @@ const int x_k = thread % CHUNKS * 4;
 const float* x_mine = x + ((size_t)v * N + n0 + x_row) * n_cols;
 int next_stage = 0;
 int next_buffer = 0;
-int next_col;                    // in x, -1 behind the last block
-int next_j;                      // of the block, and
-int next_k;                      // the place in it
+int next_col;                   // in x, -1 behind the last block
+int next_j;                     // of the block, and
+int next_k;                     // the place in it
 const float* next_w[W_COPIES];  // rows of W transposed; null where there are zeros
 auto read_indices = [&]() {
   const int k = next_stage * DEPTH + x_k;

@@ -125,24 +125,3 @@ def test_faults_are_found(kernel, edit):
     assert emulation.names[0] == kernel
     right = naive.spmm(data, pattern, x) if kernel == "spmm_float" else naive.sddmm(pattern, y, x)
     assert out is None or not mx.array_equal(out, right)
-
-
-@pytest.mark.parametrize(
-    ("block_size", "dtype"), [(12, mx.bfloat16), (33, mx.float32), (100, mx.float16)]
-)
-@pytest.mark.parametrize(("cut", "offset"), [(0, 0), (5, 1)])
-def test_blocks_are_filled_up_for_tensor_cores(block_size, dtype, cut, offset):
-    """Places outside of the matrix count as zeros, whatever is stored there."""
-    pattern = trimmed(random_pattern(3, 4, block_size, density=0.7), cut, -cut)
-    names = check(pattern, 70, dtype, offset=offset)
-    assert set(names) == {"resize_blocks", "spmm_tiles", "sddmm_tiles"}
-
-
-def test_blocks_that_are_filled_up_have_gradients():
-    pattern = random_pattern(3, 4, 12, density=0.7)
-    data, x = integers(pattern.data_shape, 1, mx.bfloat16), integers((20, 48), 2, mx.bfloat16)
-    y = integers((20, 36), 3, mx.bfloat16)
-    with emulated():
-        _, gradients = mx.vjp(lambda data, x: spmm(data, pattern, x), [data, x], [y])
-    assert_equal(gradients[0], naive.sddmm(pattern, y, x))
-    assert_equal(gradients[1], naive.spmm_t(data, pattern, y))

@@ -327,8 +327,10 @@ def test_tf32_is_allowed_for_where_float32_products_may_round(cuda_calls, monkey
     assert verify(layer, x) == rounded
 
 
-@pytest.mark.parametrize(("allowed", "rounded"), [(True, True), (False, False)])
-@pytest.mark.parametrize("block_size", [12, 32])
+@pytest.mark.parametrize(
+    ("block_size", "allowed", "rounded"),
+    [(32, True, True), (32, False, False), (12, True, False), (12, False, False)],
+)
 def test_kernels_of_true_float32_are_judged_by_its_bound(
     cuda_calls, monkeypatch, block_size, allowed, rounded
 ):

@@ -11,7 +11,7 @@ from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import (
     cuda_float,
     cuda_gradients,
-    cuda_padded,
+    cuda_odd,
     cuda_scalars,
     cuda_tiles,
     launch,
@@ -47,7 +47,7 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
     has_tiles = (
         cuda_tiles.has_tiles(block_size, n_x, dtype)
         or cuda_float.takes(block_size, n_x, dtype)
-        or cuda_padded.padded_size(block_size, n_x, dtype) > 0
+        or cuda_odd.padded_size(op, block_size, n_x, dtype) > 0
     )
     if bits or (large and not by_scalars and not has_tiles):
         return False
@@ -67,9 +67,9 @@ def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``plain.sddmm``."""
     n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
-    if size := cuda_padded.padded_size(layout.block_size, n_x, x.dtype):
-        y, x = (cuda_padded.resize_features(a, layout.block_size, size) for a in (y, x))
-        return cuda_padded.resize_blocks(sddmm(layout.resized(size), y, x), layout.block_size)
+    if size := cuda_odd.padded_size("sddmm", layout.block_size, n_x, x.dtype):
+        y, x = (cuda_odd.resize_features(a, layout.block_size, size) for a in (y, x))
+        return cuda_odd.resize_blocks(sddmm(layout.resized(size), y, x), layout.block_size)
     by_cores = cuda_float.takes(layout.block_size, n_x, x.dtype)
     if by_cores and not cuda_scalars.is_skewed(layout.rows):
         kernel, n_splits = cuda_float.gradients(layout, n_x, n_matrices)
@@ -99,21 +99,23 @@ def _product(
     shape, dtype, transposed = x.shape, x.dtype, side.perm is not None
     n_x, n_matrices = shape[-2], shape[0] if len(shape) == 3 else 1
     block_size = data.shape[-1] if data.ndim > 2 else 1
-    if size := cuda_padded.padded_size(block_size, n_x, dtype):
+    if size := cuda_odd.padded_size("spmm", block_size, n_x, dtype):
         data, x = (
-            cuda_padded.resize_blocks(data, size),
-            cuda_padded.resize_features(x, block_size, size),
+            cuda_odd.resize_blocks(data, size),
+            cuda_odd.resize_features(x, block_size, size),
         )
-        bias = None if bias is None else cuda_padded.resize_features(bias, block_size, size)
+        bias = None if bias is None else cuda_odd.resize_features(bias, block_size, size)
         inside = size if inside == block_size else inside
         y = _product(data, side, x, n_out // block_size * size, inside, bias)
-        return cuda_padded.resize_features(y, size, block_size)
+        return cuda_odd.resize_features(y, size, block_size)
     if cuda_tiles.has_tiles(block_size, n_x, dtype):
         even = n_x > tuned.CUDA_FEW_ROWS and cuda_tiles.is_even(side)
         panels = n_x > tuned.CUDA_FEW_ROWS and dtype != mx.float32
         panels = panels and cuda_tiles.takes_panels(side, block_size, n_out, shape[-1])
         sizes = n_x, n_matrices, block_size, inside, n_out
         choice = cuda_tiles.by_tensor_cores, *sizes, dtype.size, transposed, even, panels
+    elif cuda_odd.takes(block_size, n_x, dtype):
+        choice = cuda_odd.product, n_x, n_matrices, block_size, inside, n_out, transposed
     elif cuda_float.takes(block_size, n_x, dtype):
         choice = cuda_float.product, n_x, n_matrices, block_size, inside, n_out, transposed
     elif cuda_scalars.takes_streaming(side, block_size, n_x):

@@ -16,10 +16,13 @@ from mlx_sparse_nn.core.layout import Layout
 
 
 def takes(block_size: int, n_x: int, dtype: mx.Dtype) -> bool:
-    """Return whether CUDA cores multiply such blocks: many rows of x, and no TF32."""
+    """Return whether CUDA cores multiply such blocks: where TF32 is not allowed, and where some
+    rows of x would not be worth filling blocks up for the tensor cores."""
+    if dtype != mx.float32 or n_x <= tuned.CUDA_FEW_ROWS:
+        return False
+    is_odd = block_size % 8 > 0 and n_x < tuned.PADDED_ROWS
     is_block = 8 <= block_size <= tuned.MAX_TILED_BLOCK
-    many = n_x > tuned.CUDA_FEW_ROWS
-    return dtype == mx.float32 and is_block and many and not cuda_tiles.allows_tf32()
+    return is_block and (is_odd or not cuda_tiles.allows_tf32())
 
 
 def product(

@@ -108,7 +108,7 @@ struct Copy {
   char* dst;
   const char* src;
   int bytes;                    // of size; the others become 0
-  int size;                     // 16 or 4
+  int size;                     // 16, 8 or 4
   unsigned long long* arrival;  // or no copy: a barrier to arrive at
   int group;
 };
@@ -273,9 +273,11 @@ void copy_some(T* dst, const T* src, int i, int count, bool aligned) {
   if (aligned) return begin_copy(dst + i, src + i, n * sizeof(T));
   for (int k = i; k < i + n; k++) dst[k] = src[k];
 }
-static void copy_word(float* dst, const float* src, bool valid) {
-  at_shared(__cvta_generic_to_shared(dst), 4);
-  begin_copy(dst, src, valid ? 4 : 0, 4);
+// pieces.h
+template <int BYTES>
+void copy_bytes(void* dst, const void* src, int taken) {
+  at_shared(__cvta_generic_to_shared(dst), BYTES);
+  begin_copy(dst, src, taken, BYTES);
 }
 static void commit_copies() { self->group++; }
 template <int COUNT>

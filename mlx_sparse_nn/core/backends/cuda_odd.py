@@ -1,0 +1,103 @@
+"""Blocks of 16 bits whose side is no multiple of 8, on CUDA: filled up for the tensor cores.
+
+Some rows of x are multiplied by a kernel that fills blocks up on their way to shared memory. For
+many, operands are copied on the device, with zeros behind each block, and results lose these again:
+a pass over data, x and y. In between, blocks are those of the next multiple of 8, float32 as well.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import mlx.core as mx
+
+from mlx_sparse_nn.core import tuned
+from mlx_sparse_nn.core.backends import cuda_tiles
+from mlx_sparse_nn.core.backends.launch import Kernel, KernelLaunch, prepare, round_up
+
+
+def padded_size(op: str, block_size: int, n_x: int, dtype: mx.Dtype) -> int:
+    """Return the size to which blocks are filled up on the device; 0 where they go as they are."""
+    size = round_up(block_size, 8)
+    if block_size <= 8 or size == block_size or n_x <= tuned.CUDA_FEW_ROWS:
+        return 0
+    by_kernels = op != "sddmm" or dtype == mx.float32
+    if (by_kernels and n_x < tuned.PADDED_ROWS) or not cuda_tiles.has_tiles(size, n_x, dtype):
+        return 0
+    return size
+
+
+def takes(block_size: int, n_x: int, dtype: mx.Dtype) -> bool:
+    """Return whether ``spmm_odd`` multiplies such blocks."""
+    is_odd = block_size % 8 > 0 and 8 < block_size < tuned.MAX_TILED_BLOCK
+    return is_odd and n_x > tuned.CUDA_FEW_ROWS and dtype != mx.float32
+
+
+def resize_blocks(blocks: mx.array, size: int) -> mx.array:
+    """Return blocks ``(..., B, B)`` as ``(..., size, size)``: cut, or with zeros behind."""
+    side = blocks.shape[-1]
+    shape = (*blocks.shape[:-2], size, size)
+    return _resized(blocks, (side, side), (size, size), shape)
+
+
+def resize_features(a: mx.array, block_size: int, size: int) -> mx.array:
+    """Return ``a (..., C block_size)`` as ``(..., C size)``, the blocks of each row resized."""
+    shape = (*a.shape[:-1], a.shape[-1] // block_size * size)
+    return _resized(a, (1, block_size), (1, size), shape)
+
+
+def _resized(
+    a: mx.array, before: tuple[int, int], after: tuple[int, int], shape: tuple[int, ...]
+) -> mx.array:
+    n_threads = round_up(-(-math.prod(shape) // 8), 256)
+    return _prepared(a.dtype, before, after, n_threads)([a], shape)
+
+
+@lru_cache(4096)
+def _prepared(
+    dtype: mx.Dtype, before: tuple[int, int], after: tuple[int, int], n_threads: int
+) -> KernelLaunch:
+    template = {"H_IN": before[0], "W_IN": before[1], "H_OUT": after[0], "W_OUT": after[1]}
+    kernel = Kernel("resize_blocks", template, (n_threads, 1, 1), 256)
+    return prepare("cuda", "resize", kernel, dtype, T=dtype)
+
+
+def product(
+    n_x: int, n_matrices: int, block_size: int, inside: int, n_out: int, transposed: bool
+) -> Kernel:
+    """Return ``spmm_odd``, in thread blocks enough to fill a GPU."""
+    tile = _tile(block_size, n_x)
+    return spmm_kernel(n_x, n_matrices, block_size, inside, n_out // block_size, transposed, tile)
+
+
+def spmm_kernel(
+    n_x: int,
+    n_matrices: int,
+    block_size: int,
+    inside: int,
+    n_block_rows: int,
+    transposed: bool,
+    tile: tuned.OddTile,
+) -> Kernel:
+    """Return ``spmm_odd`` by thread blocks of a tile."""
+    rows, width, warps_n, slices, depth, stages = tile
+    chunks, w_rows = (width // 8, depth) if transposed else (depth // 8, width)
+    stage = 2 * (rows * depth + 8 * w_rows * cuda_tiles.stride(chunks, False))
+    shared_memory = max(stages * stage, 4 * slices * rows * (width + 4))
+    threads = 32 * warps_n * slices
+    template = {"B": block_size, "INSIDE": inside, "ROWS": rows, "WIDTH": width}
+    template |= {"WARPS_N": warps_n, "WARPS_O": 1, "SLICES": slices}
+    template |= {"DEPTH": depth, "STAGES": stages, "TRANSPOSED": int(transposed)}
+    grid = n_block_rows * -(-block_size // width) * threads, -(-n_x // rows), n_matrices
+    return Kernel("spmm_odd", template, grid, threads, shared_memory)
+
+
+def _tile(block_size: int, n_x: int) -> tuned.OddTile:
+    """Return the tile of a thread block."""
+    width = round_up(block_size, 8) if block_size <= 40 else 32
+    if n_x <= 32:
+        return tuned.OddTile(32, width, 2, 4, 64, 3)
+    if n_x <= 64:
+        return tuned.OddTile(64, width, 4, 2, 64, 3)
+    return tuned.OddTile(128, width, 4, 2, 64, 3)
