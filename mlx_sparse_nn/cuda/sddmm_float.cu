@@ -2,7 +2,7 @@
 // come in splits: out[s] sums those of split s.
 //
 // Inputs
-//   y, x, indptr, indices: as there, of float
+//   y, x, indptr, indices: as there, of float; y and x end where the matrix does
 //   step     (1) int32: rows n of a split
 // Output
 //   out      (S, V, n_blocks, B, B) float
@@ -58,7 +58,7 @@ const int end_n = min(N, begin_n + step[0]);
 const int n_stages = (end_n - begin_n + DEPTH - 1) / DEPTH;
 const float* y_cols = y + ((size_t)v * N + begin_n) * n_rows + r * B;
 const float* x_rows = x + ((size_t)v * N + begin_n) * n_cols;
-const bool aligned = ((size_t)y | (size_t)x) % 16 == 0;
+const bool aligned = ((size_t)y | (size_t)x) % 16 == 0 && (n_rows | n_cols) % 4 == 0;
 for (int i = thread; i < GROUP; i += THREADS) {
   cols[i] = i < count ? indices[j0 + i] * B : 0;
 }
@@ -74,19 +74,21 @@ auto copy_stage_as = [&](int stage, auto alignment) {
   for (int i = thread; i < DEPTH * Y_CHUNKS; i += THREADS) {
     const int m = i / Y_CHUNKS;
     const int row = i % Y_CHUNKS * 4;
-    const bool valid = m < n_valid && row < B;
+    const int left = min(B, n_rows - r * B) - row;  // in the block and in y
+    const bool valid = m < n_valid && left > 0;
     copy_floats<ALIGNED>(y_tile + i * 4, valid ? y_cols + (size_t)(n0 + m) * n_rows + row : y,
-                         valid ? B - row : 0);
+                         valid ? left : 0);
   }
 #pragma unroll
   for (int i = thread; i < DEPTH * X_CHUNKS; i += THREADS) {
     const int m = i / X_CHUNKS;
     const int block = i % X_CHUNKS / (PADDED / 4);
     const int k = i % X_CHUNKS % (PADDED / 4) * 4;
-    const bool valid = m < n_valid && block < count;
+    const int left = block < count ? min(B, n_cols - cols[block]) - k : 0;
+    const bool valid = m < n_valid && left > 0;
     copy_floats<ALIGNED>(x_tile + i * 4,
                          valid ? x_rows + (size_t)(n0 + m) * n_cols + cols[block] + k : x,
-                         valid ? B - k : 0);
+                         valid ? left : 0);
   }
 };
 auto copy_stage = [&](int stage) {

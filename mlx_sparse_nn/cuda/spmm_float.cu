@@ -9,7 +9,8 @@
 //   Shared memory: STAGES stages of ROWS STRIDE + W_ROWS W_STRIDE floats; later SLICES ROWS (WIDTH
 //   + 4) floats where SLICES > 1.
 // Template
-//   B; INSIDE columns of the last block-column, 1 to B; ROWS of x and WIDTH outputs of a group; TN
+//   B; INSIDE columns of the last block-column and LAST rows of the last block-row, 1 to B: x and
+//   y end there; ROWS of x and WIDTH outputs of a group; TN
 //   and TO of a thread, TO a multiple of 4; SLICES; DEPTH of k in a stage, a multiple of 4 SLICES;
 //   STAGES; TRANSPOSED and BIAS 0 or 1.
 // Sums in float32: each slice its k in stored order, then over slices, then the bias.
@@ -48,10 +49,11 @@ const int lane_o = thread % SLICE % LANES_O;
 const int lane_n = thread % SLICE / LANES_O;
 const int N = in_register(x_shape[x_ndim - 2]);
 const int n_cols = in_register(x_shape[x_ndim - 1]);
-const int n_rows = (indptr_shape[0] - 1) * B;
-const int n_inside = n_cols - B + INSIDE;
+const int R = indptr_shape[0] - 1;
+const int n_rows = (R - 1) * B + LAST;
+const int n_outputs = min(WIDTH, (r == R - 1 ? LAST : B) - o0);  // of this group
 const float* blocks = data + (size_t)v * indices_shape[0] * (B * B);
-const bool aligned = ((size_t)x | (size_t)data) % 16 == 0;
+const bool aligned = ((size_t)x | (size_t)data) % 16 == 0 && n_cols % 4 == 0;
 const int begin = indptr[r];
 const int end = indptr[r + 1];
 const int n_stages = ((end - begin) * PADDED + DEPTH - 1) / DEPTH;
@@ -78,7 +80,7 @@ auto read_indices = [&]() {
       const int w_k = next_stage * DEPTH + (thread + i * THREADS) / W_CHUNKS;
       const int j = begin + w_k / PADDED;
       const int k_in = w_k % PADDED;
-      const bool stored = j < end && k_in < B && (INSIDE == B || indices[j] * B + k_in < n_inside);
+      const bool stored = j < end && k_in < B && (INSIDE == B || indices[j] * B + k_in < n_cols);
       next_w[i] = stored ? blocks + (size_t)perm[j] * (B * B) + k_in * B : nullptr;
     }
   }
@@ -88,12 +90,12 @@ auto copy_stage_as = [&](auto alignment) {
   if (next_stage < n_stages) {
     float* x_tile = tiles + next_buffer * STAGE;
     float* w_tile = x_tile + ROWS * STRIDE;
-    const int in_block = next_col < 0 ? 0 : WHOLE ? 4 : B - next_k;
+    const int in_block = next_col < 0 ? 0 : min(B - next_k, n_cols - next_col);
     const float* x_src = x_mine + next_col;
 #pragma unroll
     for (int i = 0; i < ROWS; i += THREADS / CHUNKS) {
       if (ROWS % (THREADS / CHUNKS) == 0 || x_row + i < ROWS) {
-        const bool valid = next_col >= 0 && n0 + x_row + i < N;
+        const bool valid = in_block > 0 && n0 + x_row + i < N;
         copy_floats<ALIGNED>(x_tile + (x_row + i) * STRIDE + x_k,
                              valid ? x_src + (size_t)i * n_cols : x, valid ? in_block : 0);
       }
@@ -110,15 +112,14 @@ auto copy_stage_as = [&](auto alignment) {
       }
     } else {
       const float* w_src = blocks + (size_t)min(next_j, end - 1) * (B * B) + next_k;
-      const int in_matrix = INSIDE == B ? in_block : min(in_block, n_inside - next_col);
 #pragma unroll
       for (int i = 0; i < WIDTH; i += THREADS / CHUNKS) {
         const int o = x_row + i;
         if (WIDTH % (THREADS / CHUNKS) == 0 || o < WIDTH) {
-          const bool valid = o0 + o < B && in_matrix > 0;
+          const bool valid = o0 + o < B && in_block > 0;
           // Of each four rows, the first ones lie together, then the second ones, and so on.
           copy_floats<ALIGNED>(w_tile + (o % 4 * (WIDTH / 4) + o / 4) * STRIDE + x_k,
-                               valid ? w_src + (o0 + o) * B : data, valid ? in_matrix : 0);
+                               valid ? w_src + (o0 + o) * B : data, valid ? in_block : 0);
         }
       }
     }
@@ -202,7 +203,7 @@ for (int stage = 0; stage < n_stages; stage++) {
 
 // Store the sums of outputs o0 + o, ..., o0 + o + 3 of row n0 + m.
 auto store = [&](int m, int o, float4 sum) {
-  const int count = n0 + m < N ? B - o0 - o : 0;
+  const int count = n0 + m < N ? n_outputs - o : 0;
   if (BIAS) {
     const float* of_row = bias + r * B + o0 + o;
     sum.x += count > 0 ? __ldg(of_row) : 0.0f;
@@ -210,7 +211,8 @@ auto store = [&](int m, int o, float4 sum) {
     sum.z += count > 2 ? __ldg(of_row + 2) : 0.0f;
     sum.w += count > 3 ? __ldg(of_row + 3) : 0.0f;
   }
-  store_floats<WHOLE>(y + ((size_t)v * N + n0 + m) * n_rows + r * B + o0 + o, sum, count);
+  store_floats<(WHOLE && LAST % 4 == 0)>(y + ((size_t)v * N + n0 + m) * n_rows + r * B + o0 + o,
+                                         sum, count);
 };
 if constexpr (SLICES == 1) {
   if (thread < SLICE) {

@@ -9,9 +9,10 @@
 //   Shared memory: STAGES stages of ROWS DEPTH + W_ROWS W_STRIDE elements; later SLICES ROWS (WIDTH
 //   + 4) floats.
 // Template
-//   T half or bfloat16; B; INSIDE columns of the last block-column, 1 to B; ROWS of x and WIDTH
-//   outputs of a group; WARPS_N and WARPS_O warps over them; SLICES; DEPTH of k in a stage, a
-//   multiple of 16 SLICES; STAGES; TRANSPOSED and BIAS 0 or 1.
+//   T half or bfloat16; B; INSIDE columns of the last block-column and LAST rows of the last
+//   block-row, 1 to B: x and y end there; ROWS of x and WIDTH outputs of a group; WARPS_N and
+//   WARPS_O warps over them; SLICES; DEPTH of k in a stage, a multiple of 16 SLICES; STAGES;
+//   TRANSPOSED and BIAS 0 or 1.
 // Sums in float32: each slice its k in stored order, then over slices, then the bias.
 
 #include "copies.h"
@@ -48,10 +49,11 @@ const int warp_n = warp / WARPS_O * TILES_N * 16;
 const int warp_o = warp % WARPS_O * TILES_O * 8;
 const int N = in_register(x_shape[x_ndim - 2]);
 const int n_cols = in_register(x_shape[x_ndim - 1]);
-const int n_rows = (indptr_shape[0] - 1) * B;
-const int n_inside = n_cols - B + INSIDE;
+const int R = indptr_shape[0] - 1;
+const int n_rows = (R - 1) * B + LAST;
+const int n_outputs = min(WIDTH, (r == R - 1 ? LAST : B) - o0);  // of this group
 const T* blocks = data + (size_t)v * indices_shape[0] * (B * B);
-const bool aligned = ((size_t)x | (size_t)data) % (2 * PIECE) == 0;
+const bool aligned = ((size_t)x | (size_t)data) % (2 * PIECE) == 0 && n_cols % PIECE == 0;
 const int begin = indptr[r];
 const int end = indptr[r + 1];
 const int n_stages = ((end - begin) * PADDED + DEPTH - 1) / DEPTH;
@@ -78,7 +80,7 @@ auto read_indices = [&]() {
       const int w_k = next_stage * DEPTH + (thread + i * THREADS) / W_CHUNKS;
       const int j = begin + w_k / PADDED;
       const int k_in = w_k % PADDED;
-      const bool stored = j < end && k_in < B && (INSIDE == B || indices[j] * B + k_in < n_inside);
+      const bool stored = j < end && k_in < B && (INSIDE == B || indices[j] * B + k_in < n_cols);
       next_w[i] = stored ? blocks + (size_t)perm[j] * (B * B) + k_in * B : nullptr;
     }
   }
@@ -88,7 +90,7 @@ auto copy_stage_by = [&](auto pieces) {
   if (next_stage < n_stages) {
     T* x_tile = tiles + next_buffer * STAGE;
     T* w_tile = x_tile + ROWS * DEPTH;
-    const int in_block = next_col < 0 ? 0 : B - next_k;
+    const int in_block = next_col < 0 ? 0 : min(B - next_k, n_cols - next_col);
     const T* x_src = x_mine + next_col;
 #pragma unroll
     for (int i = 0; i < ROWS; i += THREADS / CHUNKS) {
@@ -111,14 +113,13 @@ auto copy_stage_by = [&](auto pieces) {
       }
     } else {
       const T* w_src = blocks + (size_t)min(next_j, end - 1) * (B * B) + next_k;
-      const int in_matrix = INSIDE == B ? in_block : min(in_block, n_inside - next_col);
 #pragma unroll
       for (int i = 0; i < WIDTH; i += THREADS / CHUNKS) {
         const int o = x_row + i;
         if (WIDTH % (THREADS / CHUNKS) == 0 || o < WIDTH) {
-          const bool valid = o0 + o < B && in_matrix > 0;
+          const bool valid = o0 + o < B && in_block > 0;
           copy_pieces<TAKEN>(w_tile + swizzle<CHUNKS>(o, thread % CHUNKS) * 8,
-                             valid ? w_src + (o0 + o) * B : data, valid ? in_matrix : 0);
+                             valid ? w_src + (o0 + o) * B : data, valid ? in_block : 0);
         }
       }
     }
@@ -202,11 +203,10 @@ for (int tn = 0; tn < TILES_N; tn++) {
   }
 }
 __syncthreads();
-const int width = min(WIDTH, B - o0);
 T* const y_rows = y + ((size_t)v * N + n0) * n_rows + r * B + o0;
-for (int i = thread; i < min(ROWS, N - n0) * width; i += THREADS) {
-  const int m = i / width;
-  const int o = i % width;
+for (int i = thread; i < min(ROWS, N - n0) * n_outputs; i += THREADS) {
+  const int m = i / n_outputs;
+  const int o = i % n_outputs;
   float sum = 0.0f;
 #pragma unroll
   for (int s = 0; s < SLICES; s++) {

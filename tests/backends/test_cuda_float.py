@@ -99,8 +99,8 @@ def test_every_tile_fits_a_multiprocessor(block_size, n):
     """Of any architecture that runs the kernels: 99 KB of shared memory, 1024 threads."""
     pattern = random_pattern(9, 9, block_size, density=0.9)
     kernels = [
-        cuda_float.product(n, 1, block_size, block_size, 9 * block_size, bool(transposed))
-        for transposed in (0, 1)
+        cuda_float.product(n, 1, block_size, (block_size, block_size), 9, transposed)
+        for transposed in (False, True)
     ]
     kernels.append(cuda_float.gradients(pattern.layout, n, 1)[0])
     for kernel in kernels:

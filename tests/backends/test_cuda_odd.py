@@ -81,8 +81,8 @@ def test_gradients_and_several_matrices(monkeypatch, rows, n_matrices):
 @pytest.mark.parametrize("block_size", range(9, 128))
 def test_every_tile_fits_a_multiprocessor(block_size, n):
     for transposed in (False, True):
-        size = 9 * block_size
-        kernel = cuda_odd.product(n, 1, block_size, block_size, size, transposed)
+        inside = block_size, block_size
+        kernel = cuda_odd.product(n, 1, block_size, inside, 9, transposed)
         assert kernel.threads <= 512
         assert kernel.shared_memory <= 99 * 1024
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import mlx.core as mx
 
-from mlx_sparse_nn.core import tuned
+from mlx_sparse_nn.core import edges, tuned
 from mlx_sparse_nn.core.backends import (
     cuda_float,
     cuda_gradients,
@@ -27,7 +28,7 @@ from mlx_sparse_nn.core.backends.launch import (
 from mlx_sparse_nn.core.layout import Layout, Side
 
 NAME = "cuda"
-TAKES_EDGES = False  # sizes are those of whole blocks: derivatives.py pads and crops
+TAKES_EDGES = True  # some kernels do; for the others, whole blocks are padded and cropped here
 
 
 def is_available() -> bool:
@@ -44,36 +45,37 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
     block_size = layout.block_size
     by_scalars = dtype != mx.float32 and op != "sddmm"
     large = block_size >= 8 and n_x > tuned.CUDA_FEW_ROWS
-    has_tiles = (
+    has_kernel = (
         cuda_tiles.has_tiles(block_size, n_x, dtype)
         or cuda_float.takes(block_size, n_x, dtype)
         or cuda_odd.padded_size(op, block_size, n_x, dtype) > 0
     )
-    if bits or (large and not by_scalars and not has_tiles):
+    if bits or (large and not by_scalars and not has_kernel):
         return False
     return launch.takes(layout, n_x, dtype, n_matrices)
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
     """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c] + bias[r]; see ``plain.spmm``."""
-    return _product(data, layout.rows, x, layout.full_shape[0], layout.inside[1], bias)
+    return _multiply(data, layout, layout.rows, x, bias)
 
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; see ``plain.spmm_t``."""
-    return _product(data, layout.cols, y, layout.full_shape[1], layout.inside[0], None)
+    return _multiply(data, layout, layout.cols, y, None)
 
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``plain.sddmm``."""
-    n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
-    if size := cuda_odd.padded_size("sddmm", layout.block_size, n_x, x.dtype):
-        y, x = (cuda_odd.resize_features(a, layout.block_size, size) for a in (y, x))
-        return cuda_odd.resize_blocks(sddmm(layout.resized(size), y, x), layout.block_size)
-    by_cores = cuda_float.takes(layout.block_size, n_x, x.dtype)
-    if by_cores and not cuda_scalars.is_skewed(layout.rows):
+    block_size, n_x, n_matrices = layout.block_size, x.shape[-2], x.shape[0] if x.ndim == 3 else 1
+    if size := cuda_odd.padded_size("sddmm", block_size, n_x, x.dtype):
+        y, x = (cuda_odd.resize_features(a, block_size, size) for a in (y, x))
+        return cuda_odd.resize_blocks(sddmm(layout.resized(size), y, x), block_size)
+    if cuda_float.takes(block_size, n_x, x.dtype) and not cuda_scalars.is_skewed(layout.rows):
         kernel, n_splits = cuda_float.gradients(layout, n_x, n_matrices)
-    elif not cuda_tiles.has_tiles(layout.block_size, n_x, x.dtype) or cuda_scalars.is_skewed(
+        return launch_sddmm(NAME, kernel, layout, y, x, n_splits)
+    y, x = (edges.pad(a, size) for a, size in zip((y, x), layout.full_shape, strict=True))
+    if not cuda_tiles.has_tiles(layout.block_size, n_x, x.dtype) or cuda_scalars.is_skewed(
         layout.rows
     ):
         kernel, n_splits = cuda_scalars.gradients(layout, n_x, n_matrices)
@@ -89,6 +91,35 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     return launch_sddmm(NAME, kernel, layout, y, x, n_splits, by_columns)
 
 
+def _multiply(
+    data: mx.array, layout: Layout, side: Side, x: mx.array, bias: mx.array | None
+) -> mx.array:
+    """Return the product with a side of the matrix, whose last blocks may reach past it."""
+    block_size, n_x, dtype = layout.block_size, x.shape[-2], x.dtype
+    n_matrices, transposed = x.shape[0] if x.ndim == 3 else 1, side.perm is not None
+    (n_out, n_in), (n_whole, n_whole_in) = layout.shape, layout.full_shape
+    last, inside = layout.inside
+    if transposed:
+        n_out, n_whole, n_whole_in, last, inside = n_in, n_whole_in, n_whole, inside, last
+    if size := cuda_odd.padded_size("spmm", block_size, n_x, dtype):
+        data = cuda_odd.resize_blocks(data, size)
+        x = cuda_odd.resize_features(x, block_size, size)
+        bias = None if bias is None else cuda_odd.resize_features(bias, block_size, size)
+        inside = size if inside == block_size else inside
+        y = _product(data, side, x, side.n_block_rows * size, inside, bias)
+        return cuda_odd.resize_features(y, size, block_size, last)
+    by_cores = cuda_float.takes(block_size, n_x, dtype)
+    if by_cores or cuda_odd.takes(block_size, n_x, dtype):
+        choose_kernel = cuda_float.product if by_cores else cuda_odd.product
+        sizes = n_x, n_matrices, block_size, (last, inside), side.n_block_rows, transposed
+        launched = _prepared(dtype, bias is not None, choose_kernel, *sizes)
+        return launch_spmm(launched, data, side, x, n_out, bias)
+    x = edges.pad(x, n_whole_in)
+    bias = None if bias is None else edges.pad(bias, n_whole)
+    y = _product(data, side, x, n_whole, inside, bias)
+    return y if n_out == n_whole else y[..., :n_out]
+
+
 def _product(
     data: mx.array, side: Side, x: mx.array, n_out: int, inside: int, bias: mx.array | None
 ) -> mx.array:
@@ -99,25 +130,12 @@ def _product(
     shape, dtype, transposed = x.shape, x.dtype, side.perm is not None
     n_x, n_matrices = shape[-2], shape[0] if len(shape) == 3 else 1
     block_size = data.shape[-1] if data.ndim > 2 else 1
-    if size := cuda_odd.padded_size("spmm", block_size, n_x, dtype):
-        data, x = (
-            cuda_odd.resize_blocks(data, size),
-            cuda_odd.resize_features(x, block_size, size),
-        )
-        bias = None if bias is None else cuda_odd.resize_features(bias, block_size, size)
-        inside = size if inside == block_size else inside
-        y = _product(data, side, x, n_out // block_size * size, inside, bias)
-        return cuda_odd.resize_features(y, size, block_size)
     if cuda_tiles.has_tiles(block_size, n_x, dtype):
         even = n_x > tuned.CUDA_FEW_ROWS and cuda_tiles.is_even(side)
         panels = n_x > tuned.CUDA_FEW_ROWS and dtype != mx.float32
         panels = panels and cuda_tiles.takes_panels(side, block_size, n_out, shape[-1])
         sizes = n_x, n_matrices, block_size, inside, n_out
         choice = cuda_tiles.by_tensor_cores, *sizes, dtype.size, transposed, even, panels
-    elif cuda_odd.takes(block_size, n_x, dtype):
-        choice = cuda_odd.product, n_x, n_matrices, block_size, inside, n_out, transposed
-    elif cuda_float.takes(block_size, n_x, dtype):
-        choice = cuda_float.product, n_x, n_matrices, block_size, inside, n_out, transposed
     elif cuda_scalars.takes_streaming(side, block_size, n_x):
         choice = cuda_scalars.streaming, n_matrices, n_out
     else:
@@ -129,7 +147,7 @@ def _product(
 
 @lru_cache(4096)
 def _prepared(
-    dtype: mx.Dtype, has_bias: bool, choose_kernel: Callable[..., Kernel], *sizes: int
+    dtype: mx.Dtype, has_bias: bool, choose_kernel: Callable[..., Kernel], *sizes: Any
 ) -> KernelLaunch:
     """Return what ``choose_kernel`` says of these sizes, kept: that takes longer than to launch."""
     return prepare(NAME, "spmm", choose_kernel(*sizes), dtype, T=dtype, BIAS=int(has_bias))

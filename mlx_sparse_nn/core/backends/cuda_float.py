@@ -26,10 +26,14 @@ def takes(block_size: int, n_x: int, dtype: mx.Dtype) -> bool:
 
 
 def product(
-    n_x: int, n_matrices: int, block_size: int, inside: int, n_out: int, transposed: bool
+    n_x: int,
+    n_matrices: int,
+    block_size: int,
+    inside: tuple[int, int],
+    n_block_rows: int,
+    transposed: bool,
 ) -> Kernel:
     """Return the kernel of blocks of float32, in thread blocks enough to fill a GPU."""
-    n_block_rows = n_out // block_size
     tile = _tile(block_size)
     return spmm_kernel(n_x, n_matrices, block_size, inside, n_block_rows, transposed, tile)
 
@@ -38,7 +42,7 @@ def spmm_kernel(
     n_x: int,
     n_matrices: int,
     block_size: int,
-    inside: int,
+    inside: tuple[int, int],
     n_block_rows: int,
     transposed: bool,
     tile: tuned.FloatTile,
@@ -51,7 +55,8 @@ def spmm_kernel(
     if slices > 1:
         floats = max(floats, slices * rows * (width + 4))
     threads = round_up(rows // held * (width // outputs) * slices, 32)
-    template = {"B": block_size, "INSIDE": inside, "ROWS": rows, "WIDTH": width}
+    template = {"B": block_size, "INSIDE": inside[1], "LAST": inside[0]}
+    template |= {"ROWS": rows, "WIDTH": width}
     template |= {"TN": held, "TO": outputs, "SLICES": slices, "DEPTH": depth, "STAGES": stages}
     template["TRANSPOSED"] = int(transposed)
     grid = n_block_rows * -(-block_size // width) * threads, -(-n_x // rows), n_matrices

@@ -35,47 +35,60 @@ def takes(block_size: int, n_x: int, dtype: mx.Dtype) -> bool:
 
 
 def resize_blocks(blocks: mx.array, size: int) -> mx.array:
-    """Return blocks ``(..., B, B)`` as ``(..., size, size)``: cut, or with zeros behind."""
+    """Return blocks ``(..., B, B)`` as ``(..., size, size)``: cut, or with zeros behind and below."""
     side = blocks.shape[-1]
-    shape = (*blocks.shape[:-2], size, size)
-    return _resized(blocks, (side, side), (size, size), shape)
+    return _resized(blocks, (side, side), (size, size), size)
 
 
-def resize_features(a: mx.array, block_size: int, size: int) -> mx.array:
-    """Return ``a (..., C block_size)`` as ``(..., C size)``, the blocks of each row resized."""
-    shape = (*a.shape[:-1], a.shape[-1] // block_size * size)
-    return _resized(a, (1, block_size), (1, size), shape)
+def resize_features(a: mx.array, block_size: int, size: int, last: int = 0) -> mx.array:
+    """Return the last axis of ``a``, in blocks of one size, as as many blocks of another.
+
+    Args:
+        a: ``(..., n)``; the last block may end early.
+        block_size: Of ``a``.
+        size: Of the result.
+        last: Elements of its last block; 0 for all.
+    """
+    return _resized(a, (1, block_size), (1, size), last or size)
 
 
-def _resized(
-    a: mx.array, before: tuple[int, int], after: tuple[int, int], shape: tuple[int, ...]
-) -> mx.array:
-    n_threads = round_up(-(-math.prod(shape) // 8), 256)
-    return _prepared(a.dtype, before, after, n_threads)([a], shape)
+def _resized(a: mx.array, before: tuple[int, int], after: tuple[int, int], last: int) -> mx.array:
+    (h_in, w_in), (h_out, w_out) = before, after
+    *others, width = a.shape
+    width = -(-width // w_in) * w_out - w_out + last
+    if h_in > 1:
+        others[-1] = others[-1] // h_in * h_out
+    n_threads = round_up(math.prod(others) * -(-width // 8), 256)
+    return _prepared(a.dtype, before, after, last, n_threads)([a], (*others, width))
 
 
 @lru_cache(4096)
 def _prepared(
-    dtype: mx.Dtype, before: tuple[int, int], after: tuple[int, int], n_threads: int
+    dtype: mx.Dtype, before: tuple[int, int], after: tuple[int, int], last: int, n_threads: int
 ) -> KernelLaunch:
     template = {"H_IN": before[0], "W_IN": before[1], "H_OUT": after[0], "W_OUT": after[1]}
-    kernel = Kernel("resize_blocks", template, (n_threads, 1, 1), 256)
+    kernel = Kernel("resize_blocks", template | {"LAST": last}, (n_threads, 1, 1), 256)
     return prepare("cuda", "resize", kernel, dtype, T=dtype)
 
 
 def product(
-    n_x: int, n_matrices: int, block_size: int, inside: int, n_out: int, transposed: bool
+    n_x: int,
+    n_matrices: int,
+    block_size: int,
+    inside: tuple[int, int],
+    n_block_rows: int,
+    transposed: bool,
 ) -> Kernel:
     """Return ``spmm_odd``, in thread blocks enough to fill a GPU."""
     tile = _tile(block_size, n_x)
-    return spmm_kernel(n_x, n_matrices, block_size, inside, n_out // block_size, transposed, tile)
+    return spmm_kernel(n_x, n_matrices, block_size, inside, n_block_rows, transposed, tile)
 
 
 def spmm_kernel(
     n_x: int,
     n_matrices: int,
     block_size: int,
-    inside: int,
+    inside: tuple[int, int],
     n_block_rows: int,
     transposed: bool,
     tile: tuned.OddTile,
@@ -86,7 +99,8 @@ def spmm_kernel(
     stage = 2 * (rows * depth + 8 * w_rows * cuda_tiles.stride(chunks, False))
     shared_memory = max(stages * stage, 4 * slices * rows * (width + 4))
     threads = 32 * warps_n * slices
-    template = {"B": block_size, "INSIDE": inside, "ROWS": rows, "WIDTH": width}
+    template = {"B": block_size, "INSIDE": inside[1], "LAST": inside[0]}
+    template |= {"ROWS": rows, "WIDTH": width}
     template |= {"WARPS_N": warps_n, "WARPS_O": 1, "SLICES": slices}
     template |= {"DEPTH": depth, "STAGES": stages, "TRANSPOSED": int(transposed)}
     grid = n_block_rows * -(-block_size // width) * threads, -(-n_x // rows), n_matrices
