@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import cuda_tiles
-from mlx_sparse_nn.core.backends.launch import Kernel, round_up
+from mlx_sparse_nn.core.backends.launch import Kernel, power_of_two, round_up
 from mlx_sparse_nn.core.layout import Layout
 
 
@@ -34,7 +34,7 @@ def product(
     transposed: bool,
 ) -> Kernel:
     """Return the kernel of blocks of float32, in thread blocks enough to fill a GPU."""
-    tile = _tile(block_size)
+    tile = _tile(block_size, n_x, n_block_rows * n_matrices)
     return spmm_kernel(n_x, n_matrices, block_size, inside, n_block_rows, transposed, tile)
 
 
@@ -63,15 +63,29 @@ def spmm_kernel(
     return Kernel("spmm_float", template, grid, threads, 4 * floats)
 
 
-@cache
-def _tile(block_size: int) -> tuned.FloatTile:
-    """Return the tile of a thread block for many rows of x."""
-    outputs = 8 if 8 * round_up(block_size, 8) <= 9 * block_size else 4
+def _tile(block_size: int, n_x: int, n_groups: int) -> tuned.FloatTile:
+    """Return the tile of a thread block: a large one, if there are enough of them to fill a GPU."""
+    outputs = _held(block_size)
     width = round_up(block_size, outputs)
-    lanes = width // outputs
-    rows = 256 if width <= 32 else 128
-    slices = max(1, 4 // lanes)
-    return tuned.FloatTile(rows, width, 8, outputs, slices, 16 * min(2, slices), 4 - min(2, slices))
+    rows, slices = 256 if width <= 32 else 128, max(1, 4 * outputs // width)
+    threads = rows // 8 * (width // outputs) * slices
+    if n_groups * -(-n_x // rows) * threads >= tuned.FLOAT_THREADS:
+        return tuned.FloatTile(
+            rows, width, 8, outputs, slices, 16 * min(2, slices), 3 - slices // 2
+        )
+    # Some rows: the depth is shared among up to 256 threads, and blocks among thread blocks.
+    strips = 1 if block_size <= 40 else -(-block_size // 32)
+    width = round_up(-(-block_size // strips), outputs)
+    rows = 32 if n_x <= 32 else 64
+    held = 4 if rows == 32 or width == outputs else 8
+    lanes = rows // held * (width // outputs)
+    slices = min(16, power_of_two(256 // lanes + 1) // 2)
+    return tuned.FloatTile(rows, width, held, outputs, slices, 64, 3)
+
+
+def _held(block_size: int) -> int:
+    """Return how many outputs of a block a thread holds: 8, unless many would be none of it."""
+    return 8 if 8 * round_up(block_size, 8) <= 9 * block_size else 4
 
 
 def gradients(layout: Layout, n_x: int, n_matrices: int) -> tuple[Kernel, int]:
@@ -101,7 +115,7 @@ def sddmm_kernel(
 @cache
 def _gradient_tile(block_size: int) -> tuned.FloatGradientTile:
     """Return the tile of a thread block of weight gradients."""
-    rows = 8 if 8 * round_up(block_size, 8) <= 9 * block_size else 4
+    rows = _held(block_size)
     padded = round_up(block_size, 4)
     group = max(1, 256 // padded) if block_size <= 32 else max(1, 128 // padded)
     cols = 8 if group * padded % 8 == 0 else 4

@@ -108,8 +108,9 @@ def spmm_kernel(
 
 
 def _tile(block_size: int, n_x: int) -> tuned.OddTile:
-    """Return the tile of a thread block."""
-    width = round_up(block_size, 8) if block_size <= 40 else 32
+    """Return the tile of a thread block; a block is shared out evenly where it is wide."""
+    strips = -(-block_size // (40 if n_x <= 128 else 56))
+    width = round_up(-(-block_size // strips), 8)
     if n_x <= 32:
         return tuned.OddTile(32, width, 2, 4, 64, 3)
     if n_x <= 64:
