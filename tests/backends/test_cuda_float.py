@@ -32,9 +32,13 @@ def check(pattern, n, dtype=mx.float32, **settings):
 
 
 @pytest.mark.parametrize("block_size", [8, 9, 12, 16, 20, 24, 32, 33, 50, 64, 96, 100, 127, 128])
-def test_true_float32_of_every_block_size(block_size):
+@pytest.mark.parametrize("filled", [False, True])
+def test_true_float32_of_every_block_size(monkeypatch, block_size, filled):
     """Rows of x fill no tile, block-rows are uneven or empty."""
-    names = check(random_pattern(3, 4, block_size, density=0.7), 150, tf32=False)
+    if filled:
+        monkeypatch.setattr(tuned, "FLOAT_THREADS", 0)
+    n = 300 if filled and block_size <= 32 else 150
+    names = check(random_pattern(3, 4, block_size, density=0.7), n, tf32=False)
     assert set(names) == {"spmm_float", "sddmm_float"}
 
 

@@ -69,10 +69,9 @@ def _tile(block_size: int, n_x: int, n_groups: int) -> tuned.FloatTile:
     width = round_up(block_size, outputs)
     rows, slices = 256 if width <= 32 else 128, max(1, 4 * outputs // width)
     threads = rows // 8 * (width // outputs) * slices
-    if n_groups * -(-n_x // rows) * threads >= tuned.FLOAT_THREADS:
-        return tuned.FloatTile(
-            rows, width, 8, outputs, slices, 16 * min(2, slices), 3 - slices // 2
-        )
+    if n_x >= rows and n_groups * -(-n_x // rows) * threads >= tuned.FLOAT_THREADS:
+        depth, stages = (16, 3) if slices == 1 else (32, 2)
+        return tuned.FloatTile(rows, width, 8, outputs, slices, depth, stages)
     # Some rows: the depth is shared among up to 256 threads, and blocks among thread blocks.
     strips = 1 if block_size <= 40 else -(-block_size // 32)
     width = round_up(-(-block_size // strips), outputs)

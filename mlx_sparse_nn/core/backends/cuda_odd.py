@@ -35,7 +35,7 @@ def takes(block_size: int, n_x: int, dtype: mx.Dtype) -> bool:
 
 
 def resize_blocks(blocks: mx.array, size: int) -> mx.array:
-    """Return blocks ``(..., B, B)`` as ``(..., size, size)``: cut, or with zeros behind and below."""
+    """Return blocks ``(..., B, B)`` as ``(..., size, size)``: cut, or filled up with zeros."""
     side = blocks.shape[-1]
     return _resized(blocks, (side, side), (size, size), size)
 
