@@ -117,7 +117,8 @@ def _gradient_tile(block_size: int) -> tuned.FloatGradientTile:
     rows = _held(block_size)
     padded = round_up(block_size, 4)
     group = max(1, 256 // padded) if block_size <= 32 else max(1, 128 // padded)
-    cols = 8 if group * padded % 8 == 0 else 4
-    threads = round_up(block_size, rows) // rows * (group * padded // cols)
+    if padded % 8:
+        group += group % 2
+    threads = round_up(block_size, rows) // rows * (group * padded // 8)
     slices = 4 if threads <= 32 else 2 if threads <= 64 else 1
-    return tuned.FloatGradientTile(group, rows, cols, slices, 16, 3)
+    return tuned.FloatGradientTile(group, rows, 8, slices, 16, 3)
