@@ -12,8 +12,8 @@ before any time is taken. Two times are measured:
 Every call of MLX's takes what the call before it gave, as the layers of a model do: calls that do
 not wait for one another would share the GPU, and their times would overlap.
 
-Writes ``benchmarks/results/gpu.json`` (or ``--output``); with ``--readme`` alone it makes the
-README's table and plot from that file.
+Adds what it measured to ``benchmarks/results/gpu_<card>.json`` (or ``--output``); with ``--readme``
+alone it makes tables and the plot from these files.
 """
 
 from __future__ import annotations
@@ -26,18 +26,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from char_lm import ROOT, write_table
+import gpu_cells
+import gpu_report
 
-RESULTS = ROOT / "benchmarks/results/gpu.json"
-PLOT = ROOT / "docs/gpu.png"
 SIZE = 4096
 ROWS = (1, 16, 4096)
 BLOCK_SIZES = (16, 32, 64, 128)
 DENSITIES = (0.05, 0.1, 0.2, 0.5)
 QUBITS = (16, 20, 24)
 COLUMNS = (1, 4, 16, 64)  # of X, beside a graph
-ALL_BLOCKS = (8, 16, 24, 32, 48, 64, 96, 128)
-SOME_ROWS = (64, 256, 1024, 4096)
 
 
 def call_ms(run: Callable[[int], Any], synchronize: Callable[[], None], calls: int) -> float:
@@ -373,246 +370,36 @@ def measure_graphs() -> list[dict]:
     return results
 
 
-def measure_blocks() -> list[dict]:
-    """Time the three products of a ``SIZE x SIZE`` weight at 10%, of every block size that has
-    tiles, beside the dense product: float32 by TF32, as MLX's own, and bfloat16."""
-    import mlx.core as mx
-
-    from mlx_sparse_nn import CSRArray, patterns, sddmm, spmm, spmm_t
-
-    results = []
-    for dtype in (mx.float32, mx.bfloat16):
-        for n in SOME_ROWS:
-            x = mx.random.normal((n, SIZE)).astype(dtype)
-            w = (mx.random.normal((SIZE, SIZE)) / SIZE**0.5).astype(dtype)
-            mx.eval(x, w)
-            row = {"dtype": str(dtype).rpartition(".")[2], "rows": n}
-            row["dense"] = busy_ms(lambda x: x @ w.T, x)  # noqa: B023
-            for block_size in ALL_BLOCKS:
-                pattern = patterns.random(SIZE, SIZE, 0.1, block_size, seed=1)
-                data = mx.random.normal(pattern.data_shape) / (0.1 * SIZE) ** 0.5
-                data = data.astype(dtype)
-                masked = CSRArray(data, pattern).todense()
-                products = {
-                    "forward": lambda a: spmm(data, pattern, a),  # noqa: B023
-                    "gradient of x": lambda a: spmm_t(data, pattern, a),  # noqa: B023
-                }
-                for name, weight in (("forward", masked.T), ("gradient of x", masked)):
-                    difference = float(mx.abs(products[name](x) - x @ weight).max())
-                    if not difference < 0.1:  # both round factors to TF32, or sums to bfloat16
-                        raise SystemExit(f"{row}, B = {block_size}: {name} off by {difference}")
-                times = {name: busy_ms(f, x) for name, f in products.items()}
-                times["gradient of the weight"] = busy_ms(
-                    lambda y: sddmm(pattern, y, x),  # noqa: B023
-                    x,
-                    following=lambda _: x,  # noqa: B023
-                )
-                row[str(block_size)] = times
-            results.append(row)
-            print(row, flush=True)
-    return results
-
-
-def busy_ms(f: Callable, x: Any, following: Callable = lambda y: y) -> float:
-    """Return milliseconds a call of an MLX function in which the GPU is at work."""
-    import mlx.core as mx
-
-    return kernel_ms(chained(f, x, following), mx.synchronize, 8)
-
-
-def blocks(rows: list[dict]) -> str:
-    """Return the table of block sizes: how many times as fast as the dense product."""
-    lines = [
-        "| dtype | rows of x | MLX dense, ms | "
-        + " | ".join(f"B = {b}" for b in ALL_BLOCKS)
-        + " |",
-        "| --- | --- | --- |" + " --- |" * len(ALL_BLOCKS),
-    ]
-    for row in rows:
-        cells = []
-        for block_size in ALL_BLOCKS:
-            times = row[str(block_size)]
-            forward, mean = times["forward"], sum(times.values()) / 3
-            cells.append(f"{row['dense'] / forward:.2f}, {row['dense'] / mean:.2f}")
-        start = f"| {row['dtype']} | {row['rows']:,} | {row['dense']:.3f} | "
-        lines.append(start + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def graphs(cells: list[dict]) -> str:
-    """Return the table of graphs."""
-    lines = [
-        "| graph | longest row | columns | forward, ms | cuSPARSE | and gradients | cuSPARSE |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    kinds = ("ours", "cusparse", "ours, gradients", "cusparse, gradients")
-    for c in cells:
-        times = " | ".join(f"{c[kind]['kernel']:.3f}" for kind in kinds)
-        lines.append(
-            f"| {c['graph']}, {c['rows']:,} rows, {c['nnz'] / c['rows']:.0f} values a row "
-            f"| {c['longest']:,} | {c['columns']} | {times} |"
-        )
-    return "\n".join(lines)
-
-
-def table(results: dict) -> str:
-    """Return the README's table."""
-    lines = [
-        "| B | density | kernel, ms | MLX dense | PyTorch BSR | layer call, ms | MLX dense |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    cells = [c for c in results["layers"] if c["rows"] == 4096]
-    dense = cells[0]["mlx dense"]
-    for c in cells[1:]:
-        lines.append(
-            f"| {c['block_size']} | {c['density']:.0%} | {c['ours']['kernel']:.3f} "
-            f"| {dense['kernel']:.3f} | {c['torch bsr']['kernel']:.3f} | {c['ours']['call']:.3f} "
-            f"| {dense['call']:.3f} |"
-        )
-    lines.append(f"\n{results['device']}, bfloat16, 4096 x 4096 weight, 4096 rows of x.")
-    return "\n".join(lines)
-
-
-def aims(results: dict) -> str:
-    """Return the table of what the kernels should reach, and what they do."""
-
-    def cells(n):
-        return [c for c in results["layers"] if c["rows"] == n and "block_size" in c]
-
-    def dense(n):
-        return next(c["mlx dense"] for c in results["layers"] if c["rows"] == n)
-
-    def ratio(c):
-        return c["torch bsr"]["kernel"] / c["ours"]["kernel"]
-
-    many = {(c["block_size"], c["density"]): c for c in cells(4096)}
-    ratios = [ratio(c) for c in many.values()]
-    few = {
-        n: [c for c in cells(n) if c["block_size"] >= 32 and c["density"] in (0.1, 0.2)]
-        for n in (1, 16)
-    }
-    few_ratios = [ratio(c) for n in few for c in few[n]]
-    own, trained = dense(4096)["kernel"], results["training"][0]
-    forward = {
-        (c["block_size"], c["density"]): c["forward"]["kernel"] for c in results["training"][1:]
-    }
-    rows = [
-        (
-            "4096 rows, kernel: 1.7 times PyTorch's BSR in the geometric mean, no cell slower",
-            f"{statistics.geometric_mean(ratios):.2f}; {sum(r < 1 for r in ratios)} of "
-            f"{len(ratios)} cells slower, the least at {min(ratios):.2f}",
-        ),
-        *(
-            (
-                f"4096 rows, kernel: faster than MLX dense at B = {b}, {d:.0%}",
-                f"{forward[b, d]:.3f} ms, dense {own:.3f}",
-            )
-            for b, d in ((16, 0.1), (32, 0.2), (64, 0.35), (128, 0.5))
-        ),
-        (
-            "4096 rows, kernel: 3.5 times faster than MLX dense at B = 64, 10%",
-            f"{own / forward[64, 0.1]:.2f}",
-        ),
-        (
-            "1 and 16 rows, B >= 32, 10 and 20%, kernel: 3 times PyTorch's BSR",
-            f"{min(few_ratios):.1f} to {max(few_ratios):.1f}",
-        ),
-        *(
-            (
-                f"the same, {n} row{'s' * (n > 1)}: layer call below MLX dense's, in turns",
-                f"{sum(c['ours']['call'] < c['dense call'] for c in few[n])} of {len(few[n])}; "
-                f"{min(c['ours']['call'] for c in few[n]) * 1e3:.0f} to "
-                f"{max(c['ours']['call'] for c in few[n]) * 1e3:.0f} us, "
-                f"dense {min(c['dense call'] for c in few[n]) * 1e3:.0f} to "
-                f"{max(c['dense call'] for c in few[n]) * 1e3:.0f}",
-            )
-            for n in few
-        ),
-        *(
-            (
-                f"training, B = {c['block_size']}, {c['density']:.0%}, kernels: "
-                "within 3.2 forwards, below dense",
-                f"{c['training']['kernel'] / c['forward']['kernel']:.2f} forwards, "
-                f"{c['training']['kernel']:.3f} ms, dense {trained['training']['kernel']:.3f} "
-                f"(whole steps {c['step']['kernel']:.3f}, dense {trained['step']['kernel']:.3f})",
-            )
-            for c in results["training"][1:]
-        ),
-        *(
-            (
-                f"Ising n = {c['qubits']}, kernel: 1.3 times cuSPARSE",
-                f"{c['cusparse']['kernel'] / c['ours']['kernel']:.2f}; "
-                f"{c['ours']['kernel']:.4f} ms",
-            )
-            for c in results["ising"]
-        ),
-    ]
-    return "\n".join(["| aim | measured |", "| --- | --- |", *(f"| {a} | {b} |" for a, b in rows)])
-
-
-def plot(results: dict) -> None:
-    """Draw the speed-up over the dense layer against density, one line per block size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
-    cells = [c for c in results["layers"] if c["rows"] == 4096]
-    dense = cells[0]["mlx dense"]["kernel"]
-    for axis, key, title in (
-        (axes[0], "ours", "mlx_sparse_nn"),
-        (axes[1], "torch bsr", "PyTorch BSR"),
-    ):
-        for block_size in BLOCK_SIZES:
-            line = [c for c in cells[1:] if c["block_size"] == block_size]
-            axis.plot(
-                [c["density"] * 100 for c in line],
-                [dense / c[key]["kernel"] for c in line],
-                marker="o",
-                label=f"B = {block_size}",
-            )
-        axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set(title=title, xlabel="density, %", xscale="log", yscale="log")
-        axis.set_xticks([5, 10, 20, 50], labels=["5", "10", "20", "50"])
-        axis.set_yticks([0.1, 0.2, 0.5, 1, 2, 5], labels=["0.1", "0.2", "0.5", "1", "2", "5"])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("speed-up over MLX dense (kernel)")
-    axes[0].legend()
-    figure.savefig(PLOT, dpi=110)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--readme", action="store_true", help="only make table and plot")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument(
-        "--only", choices=["layers", "training", "ising", "graphs", "blocks"], action="append"
-    )
+    parser.add_argument("--readme", action="store_true", help="only make tables and the plot")
+    parser.add_argument("--output", type=Path, help="default: results/gpu_<card>.json")
+    parser.add_argument("--only", choices=list(PARTS), action="append", default=[])
+    parser.add_argument("--jobs", type=int, default=8, help="processes that compile at once")
     args = parser.parse_args()
     if args.readme:
-        results = json.loads(RESULTS.read_text())
-        write_table("gpu", table(results))
-        write_table("gpu_aims", aims(results), "benchmarks/README.md")
-        write_table("gpu_graphs", graphs(results.get("graphs", [])), "benchmarks/README.md")
-        write_table("gpu_blocks", blocks(results.get("blocks", [])), "benchmarks/README.md")
-        plot(results)
+        gpu_report.write()
         return
     import torch  # pyright: ignore[reportMissingImports]
 
-    parts = {
-        "layers": measure_layers,
-        "training": measure_training,
-        "ising": measure_ising,
-        "graphs": measure_graphs,
-        "blocks": measure_blocks,
-    }
-    results: dict[str, Any] = {"device": torch.cuda.get_device_name()}
-    for name, measure in parts.items():
-        if args.only is None or name in args.only:
-            results[name] = measure()
-            args.output.write_text(json.dumps(results, indent=1) + "\n")
+    card = torch.cuda.get_device_name()
+    output = args.output or gpu_report.results_of(card)
+    results = json.loads(output.read_text()) if output.exists() else {}
+    results["device"] = card
+    for name in args.only or PARTS:
+        results[name] = PARTS[name](args.jobs)
+        output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+PARTS: dict[str, Callable[[int], list[dict]]] = {
+    "layers": lambda _: measure_layers(),
+    "training": lambda _: measure_training(),
+    "ising": lambda _: measure_ising(),
+    "graphs": lambda _: measure_graphs(),
+    "rows": lambda jobs: gpu_cells.measure(gpu_cells.rows_tasks(), jobs),
+    "blocks": lambda jobs: gpu_cells.measure(gpu_cells.blocks_tasks(), jobs),
+    "quantized": lambda jobs: gpu_cells.measure(gpu_cells.quantized_tasks(), jobs),
+}
 
 
 if __name__ == "__main__":

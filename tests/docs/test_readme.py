@@ -136,8 +136,7 @@ def test_what_the_examples_say_they_print(capsys):
     ("script", "function", "mark", "page"),
     [
         ("char_lm", "table", "char_lm", "README.md"),
-        ("gpu", "table", "gpu", "README.md"),
-        ("gpu", "aims", "gpu_aims", "benchmarks/README.md"),
+        ("gpu_report", "table", "gpu", "README.md"),
         ("benchmarks.metal_traffic", "table", "metal_traffic", "benchmarks/README.md"),
         ("benchmarks.metal_counts", "text", "metal_counts", "benchmarks/README.md"),
         ("benchmarks.metal_holes", "text", "metal_holes", "benchmarks/README.md"),
@@ -149,6 +148,15 @@ def test_measured_tables_are_made_from_their_files(script, function, mark, page,
     module = importlib.import_module(script)
     table = getattr(module, function)(json.loads(module.RESULTS.read_text()))
     assert f"<!-- {mark} -->\n{table}\n<!-- end -->" in (ROOT / page).read_text()
+
+
+@pytest.mark.parametrize("part", ["aims", "rows", "blocks", "quantized", "graphs"])
+def test_tables_of_every_card_are_made_from_their_files(part, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    report = importlib.import_module("gpu_report")
+    table = report.of_cards(report.PARTS[part])
+    page = (ROOT / "benchmarks/README.md").read_text()
+    assert f"<!-- gpu_{part} -->\n{table}\n<!-- end -->" in page
 
 
 @pytest.mark.parametrize("page", ["docs/sparsify.md", "docs/pretrained.md"])
