@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_sparse_nn.core.backends import cuda, cuda_odd, cuda_tiles, plain
+from mlx_sparse_nn.core.backends import cuda, cuda_tiles, plain
 from mlx_sparse_nn.core.backends.choose import choose
 from mlx_sparse_nn.core.quantized import unpack
 from mlx_sparse_nn.diagnostics.rounding import EPS, TF32_EPS, to_numpy, tolerance, underflow
@@ -280,8 +280,7 @@ def may_round(backend: str, layer: SparseLinear, n_x: int, dtype: mx.Dtype) -> b
 def rounds_factors(backend: str, block_size: int, n_x: int, dtype: mx.Dtype) -> bool:
     """Return the same of a product with blocks of a size, computed in ``dtype``."""
     if backend == cuda.NAME:
-        size = cuda_odd.padded_size("spmm", block_size, n_x, dtype) or block_size
-        return cuda_tiles.has_tiles(size, n_x, dtype)
+        return cuda_tiles.has_tiles(block_size, n_x, dtype)
     return backend in (plain.NAME, MLX)
 
 

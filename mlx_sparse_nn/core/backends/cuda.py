@@ -48,7 +48,7 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
     has_kernel = (
         cuda_tiles.has_tiles(block_size, n_x, dtype)
         or cuda_float.takes(block_size, n_x, dtype)
-        or cuda_odd.padded_size(op, block_size, n_x, dtype) > 0
+        or cuda_odd.takes(block_size, n_x, dtype)
     )
     if bits or (large and not by_scalars and not has_kernel):
         return False

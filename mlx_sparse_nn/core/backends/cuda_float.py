@@ -16,13 +16,12 @@ from mlx_sparse_nn.core.layout import Layout
 
 
 def takes(block_size: int, n_x: int, dtype: mx.Dtype) -> bool:
-    """Return whether CUDA cores multiply such blocks: where TF32 is not allowed, and where some
-    rows of x would not be worth filling blocks up for the tensor cores."""
+    """Return whether CUDA cores multiply such blocks: where TF32 is not allowed, or tensor cores
+    have no tiles."""
     if dtype != mx.float32 or n_x <= tuned.CUDA_FEW_ROWS:
         return False
-    is_odd = block_size % 8 > 0 and n_x < tuned.PADDED_ROWS
     is_block = 8 <= block_size <= tuned.MAX_TILED_BLOCK
-    return is_block and (is_odd or not cuda_tiles.allows_tf32())
+    return is_block and not cuda_tiles.has_tiles(block_size, n_x, dtype)
 
 
 def product(

@@ -1,8 +1,9 @@
 """Blocks of 16 bits whose side is no multiple of 8, on CUDA: filled up for the tensor cores.
 
 Some rows of x are multiplied by a kernel that fills blocks up on their way to shared memory. For
-many, operands are copied on the device, with zeros behind each block, and results lose these again:
-a pass over data, x and y. In between, blocks are those of the next multiple of 8, float32 as well.
+many, and for weight gradients, operands are copied on the device, with zeros behind each block, and
+results lose these again: a pass over data, x and y. In between, blocks are those of the next
+multiple of 8. float32 of such sizes goes by ``cuda_float``.
 """
 
 from __future__ import annotations
@@ -17,21 +18,16 @@ from mlx_sparse_nn.core.backends import cuda_tiles
 from mlx_sparse_nn.core.backends.launch import Kernel, KernelLaunch, prepare, round_up
 
 
+def takes(block_size: int, n_x: int, dtype: mx.Dtype) -> bool:
+    """Return whether there are kernels for such blocks."""
+    is_odd = block_size % 8 > 0 and 8 < block_size < tuned.MAX_TILED_BLOCK
+    return is_odd and n_x > tuned.CUDA_FEW_ROWS and dtype in (mx.bfloat16, mx.float16)
+
+
 def padded_size(op: str, block_size: int, n_x: int, dtype: mx.Dtype) -> int:
     """Return the size to which blocks are filled up on the device; 0 where they go as they are."""
-    size = round_up(block_size, 8)
-    if block_size <= 8 or size == block_size or n_x <= tuned.CUDA_FEW_ROWS:
-        return 0
-    by_kernels = op != "sddmm" or dtype == mx.float32
-    if (by_kernels and n_x < tuned.PADDED_ROWS) or not cuda_tiles.has_tiles(size, n_x, dtype):
-        return 0
-    return size
-
-
-def takes(block_size: int, n_x: int, dtype: mx.Dtype) -> bool:
-    """Return whether ``spmm_odd`` multiplies such blocks."""
-    is_odd = block_size % 8 > 0 and 8 < block_size < tuned.MAX_TILED_BLOCK
-    return is_odd and n_x > tuned.CUDA_FEW_ROWS and dtype != mx.float32
+    is_padded = op == "sddmm" or n_x >= tuned.PADDED_ROWS
+    return round_up(block_size, 8) if is_padded and takes(block_size, n_x, dtype) else 0
 
 
 def resize_blocks(blocks: mx.array, size: int) -> mx.array:

@@ -250,8 +250,8 @@ static void begin_copy(void* dst, const void* src, int bytes, int size = 16) {
   if ((size_t)src % size && bytes) fail("an asynchronous copy from no multiple of its size");
   if (__cvta_generic_to_shared(dst) % size) fail("a copy to no multiple of its size");
   if (bytes) check_source(src, bytes);
-  self->copies[self->begun++ % kCopies] = {(char*)dst, (const char*)src, bytes, size, nullptr,
-                                           self->group};
+  self->copies[self->begun++ % kCopies] = {(char*)dst, (const char*)src, bytes,
+                                           size,       nullptr,          self->group};
 }
 template <bool ALIGNED, typename T>
 void copy_first(T* dst, const T* src, int count) {
