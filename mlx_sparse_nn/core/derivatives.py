@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_sparse_nn.core import blocks, edges, quantized
+from mlx_sparse_nn.core.backends import cuda
 from mlx_sparse_nn.core.backends.choose import choose
 from mlx_sparse_nn.core.layout import Layout
 from mlx_sparse_nn.core.transforms import tracing, transforming
@@ -199,21 +200,21 @@ def _put(order: mx.array, data: mx.array) -> mx.array:
 
 def _spmm(layout: Layout, data: mx.array, x: mx.array, bias: mx.array | None = None) -> mx.array:
     backend = _backend("spmm", layout, x)
-    if not layout.has_edges or backend.TAKES_EDGES:
+    if not layout.has_edges or _takes_edges(backend, "spmm", layout, x):
         return backend.spmm(data, layout, x, bias)
     return _crop(layout, 0, backend.spmm(data, layout, *_padded(layout, x, bias)))
 
 
 def _spmm_t(layout: Layout, data: mx.array, y: mx.array) -> mx.array:
     backend = _backend("spmm_t", layout, y)
-    if not layout.has_edges or backend.TAKES_EDGES:
+    if not layout.has_edges or _takes_edges(backend, "spmm_t", layout, y):
         return backend.spmm_t(data, layout, y)
     return _crop(layout, 1, backend.spmm_t(data, layout, edges.pad(y, layout.full_shape[0])))
 
 
 def _sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     backend = _backend("sddmm", layout, x)
-    if not layout.has_edges or backend.TAKES_EDGES:
+    if not layout.has_edges or _takes_edges(backend, "sddmm", layout, x):
         return backend.sddmm(layout, y, x)
     n_rows, n_cols = layout.full_shape
     return backend.sddmm(layout, edges.pad(y, n_rows), edges.pad(x, n_cols))
@@ -242,6 +243,11 @@ def _qspmm_t(
         return backend.qspmm_t(packed, scales, biases, layout, y)
     y = edges.pad(y, layout.full_shape[0])
     return _crop(layout, 1, backend.qspmm_t(packed, scales, biases, layout, y))
+
+
+def _takes_edges(backend: ModuleType, op: str, layout: Layout, x: mx.array) -> bool:
+    """Return whether a backend multiplies x as it is, by blocks that reach past the matrix."""
+    return backend.TAKES_EDGES or (backend is cuda and cuda.takes_edges(op, layout, x))
 
 
 def _padded(layout: Layout, x: mx.array, bias: mx.array | None) -> tuple[mx.array, mx.array | None]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_sparse_nn.core import edges, tuned
+from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import (
     cuda_float,
     cuda_gradients,
@@ -28,7 +28,7 @@ from mlx_sparse_nn.core.backends.launch import (
 from mlx_sparse_nn.core.layout import Layout, Side
 
 NAME = "cuda"
-TAKES_EDGES = True  # some kernels do; for the others, whole blocks are padded and cropped here
+TAKES_EDGES = False  # sizes are those of whole blocks: derivatives.py pads and crops
 
 
 def is_available() -> bool:
@@ -55,26 +55,44 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
     return launch.takes(layout, n_x, dtype, n_matrices)
 
 
+def takes_edges(op: str, layout: Layout, x: mx.array) -> bool:
+    """Return whether a product takes x, and y or bias, without zeros behind the matrix."""
+    block_size, n_x, dtype = layout.block_size, x.shape[-2], x.dtype
+    if cuda_odd.takes(block_size, n_x, dtype):
+        return True
+    if not cuda_float.takes(block_size, n_x, dtype):
+        return False
+    return op != "sddmm" or not cuda_scalars.is_skewed(layout.rows)
+
+
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
-    """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c] + bias[r]; see ``plain.spmm``."""
-    return _multiply(data, layout, layout.rows, x, bias)
+    """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c] + bias[r]; see ``plain.spmm``.
+
+    Where :func:`takes_edges` says so, x, y and bias have the sizes of the matrix.
+    """
+    if takes_edges("spmm", layout, x):
+        return _cropped(data, layout.rows, x, layout.shape[0], layout.inside, bias)
+    return _product(data, layout.rows, x, layout.full_shape[0], layout.inside[1], bias)
 
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; see ``plain.spmm_t``."""
-    return _multiply(data, layout, layout.cols, y, None)
+    if takes_edges("spmm_t", layout, y):
+        last, inside = layout.inside
+        return _cropped(data, layout.cols, y, layout.shape[1], (inside, last), None)
+    return _product(data, layout.cols, y, layout.full_shape[1], layout.inside[0], None)
 
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``plain.sddmm``."""
-    block_size, n_x, n_matrices = layout.block_size, x.shape[-2], x.shape[0] if x.ndim == 3 else 1
-    if size := cuda_odd.padded_size("sddmm", block_size, n_x, x.dtype):
-        y, x = (cuda_odd.resize_features(a, block_size, size) for a in (y, x))
-        return cuda_odd.resize_blocks(sddmm(layout.resized(size), y, x), block_size)
-    if cuda_float.takes(block_size, n_x, x.dtype) and not cuda_scalars.is_skewed(layout.rows):
+    n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
+    if takes_edges("sddmm", layout, x):
+        if size := cuda_odd.padded_size("sddmm", layout.block_size, n_x, x.dtype):
+            y, x = (cuda_odd.resize_features(a, layout.block_size, size) for a in (y, x))
+            padded = sddmm(layout.resized(size), y, x)
+            return cuda_odd.resize_blocks(padded, layout.block_size)
         kernel, n_splits = cuda_float.gradients(layout, n_x, n_matrices)
         return launch_sddmm(NAME, kernel, layout, y, x, n_splits)
-    y, x = (edges.pad(a, size) for a, size in zip((y, x), layout.full_shape, strict=True))
     if not cuda_tiles.has_tiles(layout.block_size, n_x, x.dtype) or cuda_scalars.is_skewed(
         layout.rows
     ):
@@ -91,33 +109,33 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     return launch_sddmm(NAME, kernel, layout, y, x, n_splits, by_columns)
 
 
-def _multiply(
-    data: mx.array, layout: Layout, side: Side, x: mx.array, bias: mx.array | None
+def _cropped(
+    data: mx.array,
+    side: Side,
+    x: mx.array,
+    n_out: int,
+    inside: tuple[int, int],
+    bias: mx.array | None,
 ) -> mx.array:
-    """Return the product with a side of the matrix, whose last blocks may reach past it."""
-    block_size, n_x, dtype = layout.block_size, x.shape[-2], x.dtype
-    n_matrices, transposed = x.shape[0] if x.ndim == 3 else 1, side.perm is not None
-    (n_out, n_in), (n_whole, n_whole_in) = layout.shape, layout.full_shape
-    last, inside = layout.inside
-    if transposed:
-        n_out, n_whole, n_whole_in, last, inside = n_in, n_whole_in, n_whole, inside, last
+    """Launch the kernel of a product of x and y that end with the matrix.
+
+    ``inside`` says how many rows and columns of the last blocks lie in it.
+    """
+    n_x, n_matrices, dtype = x.shape[-2], x.shape[0] if x.ndim == 3 else 1, x.dtype
+    block_size = data.shape[-1]
     if size := cuda_odd.padded_size("spmm", block_size, n_x, dtype):
+        last, cols = inside
         data = cuda_odd.resize_blocks(data, size)
         x = cuda_odd.resize_features(x, block_size, size)
         bias = None if bias is None else cuda_odd.resize_features(bias, block_size, size)
-        inside = size if inside == block_size else inside
-        y = _product(data, side, x, side.n_block_rows * size, inside, bias)
+        cols = size if cols == block_size else cols
+        y = _product(data, side, x, side.n_block_rows * size, cols, bias)
         return cuda_odd.resize_features(y, size, block_size, last)
-    by_cores = cuda_float.takes(block_size, n_x, dtype)
-    if by_cores or cuda_odd.takes(block_size, n_x, dtype):
-        choose_kernel = cuda_float.product if by_cores else cuda_odd.product
-        sizes = n_x, n_matrices, block_size, (last, inside), side.n_block_rows, transposed
-        launched = _prepared(dtype, bias is not None, choose_kernel, *sizes)
-        return launch_spmm(launched, data, side, x, n_out, bias)
-    x = edges.pad(x, n_whole_in)
-    bias = None if bias is None else edges.pad(bias, n_whole)
-    y = _product(data, side, x, n_whole, inside, bias)
-    return y if n_out == n_whole else y[..., :n_out]
+    product = cuda_float.product if dtype == mx.float32 else cuda_odd.product
+    sizes = n_x, n_matrices, block_size, inside, side.n_block_rows, side.perm is not None
+    return launch_spmm(
+        _prepared(dtype, bias is not None, product, *sizes), data, side, x, n_out, bias
+    )
 
 
 def _product(
