@@ -35,6 +35,7 @@ else:
     # counted, memory too, is that of MLX for Linux.
     collect_ignore_glob = ["emulators/*", "backends/test_metal*.py"]
     collect_ignore = ["backends/test_cuda.py", "backends/test_counts.py"]
+    collect_ignore += ["backends/test_cuda_graphs.py"]
 
 launched = Counter()  # launches of each kernel of a GPU, in this process
 EMULATED = pytest.StashKey[bool]()

@@ -21,6 +21,7 @@ from mlx_sparse_nn.core.backends import (
     choose,
     cuda,
     cuda_gradients,
+    cuda_graphs,
     cuda_odd,
     few_rows,
     launch,
@@ -106,6 +107,9 @@ def fresh_launches() -> Iterator[None]:
         cuda._prepared,
         cuda_gradients._tile,
         cuda_odd._prepared,
+        cuda_graphs._streaming,
+        cuda_graphs._launches,
+        cuda_graphs._sampling,
         few_rows._launches,
         scalars._launches,
     )

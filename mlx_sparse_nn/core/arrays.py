@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from numbers import Number
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core import derivatives, edges, index, ops
+from mlx_sparse_nn.core import algebra, draw, edges, index, indexing, ops, reductions
 from mlx_sparse_nn.core.checks import (
     ArrayLike,
     check_block_dtype,
     check_data,
     check_indices,
+    check_number,
     check_range,
     check_shape,
 )
+from mlx_sparse_nn.core.elementwise import Elementwise
 from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
 from mlx_sparse_nn.core.transforms import defer_to
+from mlx_sparse_nn.core.value_maps import Gather, SumOfRuns
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
-class CSRArray:
+class CSRArray(Elementwise):
     """A sparse matrix: an MLX array of stored values on a fixed :class:`CSRPattern`.
 
     The values may be tracers: a CSRArray can be built and used inside functions that MLX
@@ -88,7 +94,7 @@ class CSRArray:
     @property
     def T(self) -> CSRArray:
         """The transpose, on the cached transposed pattern."""
-        data = _take(self.data, self.pattern.transpose_perm)
+        data = Gather(self.pattern.transpose_perm, self.pattern.n_blocks)(self.data)
         return CSRArray(data.swapaxes(1, 2) if data.ndim == 3 else data, self.pattern.T)
 
     @property
@@ -99,9 +105,71 @@ class CSRArray:
             transposed.data = mx.conjugate(transposed.data)
         return transposed
 
+    @property
+    def indptr(self) -> np.ndarray:
+        """Where each row, or block-row, begins: read-only int32 on the host."""
+        return self.pattern.indptr
+
+    @property
+    def indices(self) -> np.ndarray:
+        """The column, or block-column, of each stored value or block: read-only int32."""
+        return self.pattern.indices
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored values and their indices."""
+        return self.data.nbytes + self.indptr.nbytes + self.indices.nbytes
+
     def todense(self) -> mx.array:
-        """Return the dense ``(n_rows, n_cols)`` array; repeated entries add up."""
+        """Return the dense ``(n_rows, n_cols)`` array; repeated entries add up.
+
+        Raises:
+            ValueError: It is larger than the memory of the machine.
+        """
         return ops.todense(self.data, self.pattern.layout)
+
+    def toarray(self) -> mx.array:
+        """Return :meth:`todense`."""
+        return self.todense()
+
+    def copy(self) -> CSRArray:
+        """Return an array of the same values. Neither changes when the other's ``data`` does."""
+        return CSRArray(self.data[:], self.pattern)
+
+    def transpose(self) -> CSRArray:
+        """Return ``A.T``."""
+        return self.T
+
+    def dot(self, other: Any) -> Any:
+        """Return ``A @ other``, or ``A * other`` of a scalar."""
+        return self * other if _is_scalar(other) else self @ other
+
+    def eval(self) -> CSRArray:
+        """Evaluate the values, and return the array: ``mx.eval(A)`` does not see into it."""
+        mx.eval(self.data)
+        return self
+
+    def plot(self, ax: Axes | None = None, *, cmap: str = "Blues") -> Axes:
+        """Draw the matrix on matplotlib's axes, to scale, and return them; values shade it.
+
+        Args:
+            ax: Where to draw; by default new axes.
+            cmap: Name of a colour map, light for what is not stored.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            TypeError: ``ax`` has no axes of matplotlib.
+        """
+        values = edges.clear(self.pattern.layout, self.data)
+        values = mx.abs(values) if self.dtype == mx.complex64 else values
+        return draw.plot(self.pattern, ax, cmap=cmap, values=values)
+
+    def spy(self, width: int = 64) -> str:
+        """Return the pattern drawn in characters; see :meth:`CSRPattern.spy`."""
+        return self.pattern.spy(width)
+
+    def _repr_svg_(self) -> str:
+        return self.pattern._repr_svg_()
 
     def tocsr(self) -> CSRArray:
         """Return the same matrix with ``block_size`` 1, rows kept in stored order."""
@@ -116,9 +184,11 @@ class CSRArray:
         data = self.data.reshape(-1)
         if self.nnz < data.size:
             inside = np.flatnonzero((row < self.shape[0]) & (col < self.shape[1]))
-            row, col, data = row[inside], col[inside], _pick(data, inside)
+            row, col, data = row[inside], col[inside], Gather(inside, data.size)(data)
         indptr, indices, order = index.sort_rows(row, col, self.shape)
-        return CSRArray(_take(data, order), CSRPattern._of(indptr, indices, self.shape))
+        return CSRArray(
+            Gather(order, order.size)(data), CSRPattern._of(indptr, indices, self.shape)
+        )
 
     def tocoo(self) -> COOArray:
         """Return the same matrix as coordinates, rows in order."""
@@ -129,42 +199,208 @@ class CSRArray:
         """Return a copy whose values are cast to ``dtype``."""
         return CSRArray(self.data.astype(dtype), self.pattern)
 
-    def sum(self, axis: int | None = None) -> mx.array:
+    def canonical(self) -> CSRArray:
+        """Return the same matrix with the columns of each row sorted, and none repeated."""
+        if self.pattern.is_canonical:
+            return self
+        merged = algebra.canonical(self.pattern)
+        return CSRArray(merged.sums(self.data), merged.pattern)
+
+    def map_values(self, function: Callable[[mx.array], mx.array]) -> CSRArray:
+        """Return a matrix of what ``function``, which takes 0 to 0, makes of the values.
+
+        Values of one place are added up first.
+        """
+        array = self.canonical()
+        return CSRArray(function(array.data), array.pattern)
+
+    def power(self, n: float) -> CSRArray:
+        """Return each value to the power ``n``, a number above 0: ``A ** n``.
+
+        Raises:
+            TypeError: ``n`` is not a number.
+            ValueError: It is not above 0: then what is not stored would not be 0.
+        """
+        check_number("CSRArray.power", "n", n)
+        if not n > 0:
+            raise ValueError(f"[CSRArray.power] n must be above 0, got {n}; use A.todense() ** n")
+        return self.map_values(lambda data: data**n)
+
+    __pow__ = power
+
+    def conj(self) -> CSRArray:
+        """Return the complex conjugate."""
+        is_complex = self.dtype == mx.complex64
+        return CSRArray(mx.conjugate(self.data), self.pattern) if is_complex else self
+
+    @property
+    def real(self) -> CSRArray:
+        """The real part."""
+        is_complex = self.dtype == mx.complex64
+        return CSRArray(mx.real(self.data), self.pattern) if is_complex else self
+
+    @property
+    def imag(self) -> CSRArray:
+        """The imaginary part; zeros, where values are real."""
+        is_complex = self.dtype == mx.complex64
+        data = mx.imag(self.data) if is_complex else mx.zeros_like(self.data)
+        return CSRArray(data, self.pattern)
+
+    def sum(self, axis: int | None = None, *, keepdims: bool = False) -> mx.array:
         """Sum all values, or over rows (``axis=0``, ``(n_cols,)``) or columns (``axis=1``).
 
         Integers and bools have the dtype that ``mx.sum`` gives them.
         """
+        axis = reductions.check_axis("CSRArray.sum", axis)
+        return reductions.keep(self._sum(axis), axis, keepdims)
+
+    def _sum(self, axis: int | None) -> mx.array:
         dtype = mx.zeros(1, self.dtype).sum().dtype
         if axis is None:
             # MLX 0.32.4 may never return from the sum of an empty array that NumPy made.
             data = edges.clear(self.pattern.layout, self.data)
             return data.sum() if self.nnz else mx.zeros((), dtype)
-        if isinstance(axis, bool) or axis not in (-2, -1, 0, 1):
-            raise ValueError(f"[CSRArray.sum] axis must be None, 0 or 1, got {axis!r}")
         if not mx.issubdtype(dtype, mx.inexact):  # which have no products
             scalar = self.tocsr()
-            places = (scalar.pattern.indices, scalar.pattern.row_indices)[axis % 2]
-            sums = mx.zeros(self.shape[1 - axis % 2], dtype)
+            places = (scalar.pattern.indices, scalar.pattern.row_indices)[axis]
+            sums = mx.zeros(self.shape[1 - axis], dtype)
             return sums.at[mx.array(places)].add(scalar.data.astype(dtype)) if self.nnz else sums
-        if axis % 2 == 0:
+        if axis == 0:
             return mx.ones(self.shape[0], self.dtype) @ self
         return self @ mx.ones(self.shape[1], self.dtype)
 
-    def diagonal(self) -> mx.array:
-        """Return the main diagonal, ``(min(n_rows, n_cols),)``; repeated entries add up."""
-        pattern, block_size, length = self.pattern, self.block_size, min(self.shape)
-        stored = np.flatnonzero(pattern.row_indices == pattern.indices)
-        places = (stored[:, None] * block_size + np.arange(block_size)) * block_size + np.arange(
-            block_size
-        )
-        rows = (pattern.indices[stored, None] * block_size + np.arange(block_size)).reshape(-1)
-        order = np.argsort(rows, kind="stable")
-        counts = np.bincount(rows, minlength=length)[:length]
-        order = places.reshape(-1)[order[: counts.sum()]]  # what lies outside comes last
-        return _sum_runs(self.data.reshape(-1), order, np.cumsum(counts) - counts)
+    def mean(self, axis: int | None = None, *, keepdims: bool = False) -> mx.array:
+        """Return means over all places, or over rows (``axis=0``) or columns; as :meth:`sum`."""
+        array = self if mx.issubdtype(self.dtype, mx.inexact) else self.astype(mx.float32)
+        count = self.shape[0] * self.shape[1] if axis is None else self.shape[int(axis) % 2]
+        return array.sum(axis, keepdims=keepdims) / count
 
-    def __matmul__(self, x: ArrayLike) -> mx.array:
-        return _matmul("A @ x", self, x)
+    def max(self, axis: int | None = None, *, keepdims: bool = False) -> mx.array:
+        """Return the largest value of all, of each column (``axis=0``) or of each row.
+
+        What is not stored counts as 0. A gradient goes in equal shares to all that have it.
+
+        Raises:
+            TypeError: The values are complex.
+            ValueError: The matrix is empty, or ``axis`` is none of its own.
+        """
+        return self._extreme("CSRArray.max", axis, keepdims, largest=True)
+
+    def min(self, axis: int | None = None, *, keepdims: bool = False) -> mx.array:
+        """Return the smallest value of all, of each column or of each row; as :meth:`max`."""
+        return self._extreme("CSRArray.min", axis, keepdims, largest=False)
+
+    def _extreme(self, owner: str, axis: int | None, keepdims: bool, largest: bool) -> mx.array:
+        axis = reductions.check_axis(owner, axis)
+        array = self.tocsr().canonical()
+        if axis is None:
+            array = array.reshape((1, self.shape[0] * self.shape[1]))
+        elif axis == 0:
+            array = array.T
+        out = reductions.extreme(owner, array.data, array.pattern, largest)
+        return reductions.keep(out if axis is not None else out.squeeze(0), axis, keepdims)
+
+    def count_nonzero(self, axis: int | None = None) -> mx.array:
+        """Count values that are not 0: all, in each column (``axis=0``) or in each row."""
+        return self.map_values(lambda data: data != 0).astype(mx.int32).sum(axis)
+
+    def reshape(self, shape: tuple[int, int]) -> CSRArray:
+        """Return the matrix of another shape that has the same numbers, row by row.
+
+        Raises:
+            ValueError: It has another number of places, or one of over 2**31 - 1 rows or columns.
+        """
+        shape = check_shape("CSRArray.reshape", shape)
+        if shape[0] * shape[1] != self.shape[0] * self.shape[1]:
+            raise ValueError(f"[CSRArray.reshape] cannot make shape {shape} of {self.shape}")
+        array = self.tocsr().canonical()
+        pattern = CSRPattern.from_places(array.pattern.places, shape)
+        return CSRArray(array.data, pattern)
+
+    def trace(self, k: int = 0) -> mx.array:
+        """Return the sum of a diagonal; ``k`` as in :meth:`diagonal`."""
+        return self.diagonal(k).sum() if min(self.shape) else mx.zeros((), self.dtype)
+
+    def tril(self, k: int = 0) -> CSRArray:
+        """Return what lies on the ``k``-th diagonal or below it."""
+        return self._where(lambda row, col: col - row <= _offset("CSRArray.tril", k))
+
+    def triu(self, k: int = 0) -> CSRArray:
+        """Return what lies on the ``k``-th diagonal or above it."""
+        return self._where(lambda row, col: col - row >= _offset("CSRArray.triu", k))
+
+    def _where(self, keeps: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> CSRArray:
+        """Return the values in places that a function of their rows and columns keeps."""
+        array = self.tocsr()
+        rows, cols = array.pattern.row_indices, array.pattern.indices
+        kept = keeps(rows, cols)
+        places = np.flatnonzero(kept)
+        indptr = np.concatenate([[0], np.cumsum(kept)])[array.pattern.indptr]
+        pattern = CSRPattern(indptr, cols[places], self.shape)
+        return CSRArray(Gather(places, rows.size)(array.data), pattern)
+
+    def diagonal(self, k: int = 0) -> mx.array:
+        """Return a diagonal: the main one, the ``k``-th above it, or the ``-k``-th below it.
+
+        Repeated entries add up.
+        """
+        k = _offset("CSRArray.diagonal", k)
+        first = max(0, -k)  # row
+        length = max(0, min(self.shape[0] - first, self.shape[1] - max(0, k)))
+        array = self.tocsr()
+        rows, cols = array.pattern.row_indices, array.pattern.indices
+        stored = np.flatnonzero(cols - rows == k)
+        counts = np.bincount(rows[stored] - first, minlength=length)
+        return SumOfRuns(stored, np.cumsum(counts) - counts, rows.size)(array.data)
+
+    def __getitem__(self, key: Any) -> Any:
+        """Return an entry, or some rows and columns.
+
+        ``A[i, j]`` is a number. ``A[i]``, ``A[a:b]``, ``A[rows]``, ``A[:, j]``, ``A[rows, a:b]``
+        and a mask of rows or columns give a CSRArray, always of two axes. Two arrays, or a mask of
+        the shape of this matrix, give the entries at these places as a dense array.
+
+        Raises:
+            IndexError: An index is out of range, or none.
+        """
+        if hasattr(key, "shape") and len(key.shape) == 2:
+            mask = np.array(key)
+            if mask.dtype != bool or mask.shape != self.shape:
+                raise IndexError(
+                    f"[A[...]] a mask must be bool and of shape {self.shape}, got {mask.dtype} of "
+                    f"shape {mask.shape}"
+                )
+            key = np.nonzero(mask)
+        rows, cols = indexing.split(key, self.shape)
+        if not isinstance(rows, slice) and not isinstance(cols, slice):
+            return self._entries(*np.broadcast_arrays(rows, cols))
+        array = self.tocsr()._rows(rows)
+        is_all = isinstance(cols, slice) and cols == slice(None)
+        return array if is_all else array.T._rows(cols).T
+
+    def _entries(self, rows: np.ndarray, cols: np.ndarray) -> mx.array:
+        array = self.tocsr().canonical()
+        gather = indexing.entries(array.pattern, rows.reshape(-1), cols.reshape(-1))
+        data = mx.concatenate([array.data, mx.zeros(1, self.dtype)])
+        return gather(data).reshape(rows.shape)
+
+    def _rows(self, rows: int | slice | np.ndarray) -> CSRArray:
+        """Return some rows, of scalars."""
+        if isinstance(rows, slice):
+            if rows == slice(None):
+                return self
+            rows = np.arange(self.shape[0])[rows]
+        pattern, gather = indexing.take_rows(self.pattern, np.atleast_1d(rows).reshape(-1))
+        return CSRArray(gather(self.data), pattern)
+
+    def __matmul__(self, x: Any) -> Any:
+        """Multiply by a dense vector or matrix, or by a sparse matrix, which gives a sparse one."""
+        if not is_sparse(x):
+            return _matmul("A @ x", self, x)
+        if x.shape[0] != self.shape[1]:
+            raise ValueError(f"[A @ B] A is {self.shape}, B is {x.shape}: inner sizes differ")
+        a, b = _of_one_block_size(self, x)
+        return CSRArray(*algebra.matmul(a.data, a.pattern, b.data, b.pattern))
 
     def __rmatmul__(self, x: ArrayLike) -> mx.array:
         x = _dense("x @ A", x)
@@ -174,20 +410,81 @@ class CSRArray:
             )
         return ops.spmm_t(self.data, self.pattern, x)
 
-    def __mul__(self, scalar: complex | np.generic | mx.array) -> CSRArray:
-        if not isinstance(scalar, Number | np.generic) and not (
-            isinstance(scalar, mx.array) and scalar.ndim == 0
-        ):
+    def __add__(self, other: CSRArray | COOArray | ArrayLike | complex | np.generic) -> Any:
+        """Add a sparse matrix; or a dense one, which gives a dense one; or 0, as ``sum`` does."""
+        if is_sparse(other):
+            a, b = _alike("A + B", self, other)
+            return CSRArray(*algebra.add(a.data, a.pattern, b.data, b.pattern))
+        if _is_scalar(other):
+            if isinstance(other, Number) and other == 0:
+                return self
             raise TypeError(
-                f"[CSRArray] * takes a scalar, got {_describe(scalar)}; a matrix product is A @ x"
+                "[A + s] a sparse matrix plus a scalar is dense; use A.todense() + s, or "
+                "CSRArray(A.data + s, A.pattern) for the stored values alone"
             )
-        value: Any = scalar.item() if isinstance(scalar, np.generic) else scalar
-        return CSRArray(self.data * value, self.pattern)
+        return self.todense() + _fitting("A + D", self, other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: CSRArray | COOArray | ArrayLike | complex | np.generic) -> Any:
+        """Subtract what can be added."""
+        return self + (-_operand("A - B", other))
+
+    def __rsub__(self, other: ArrayLike | complex | np.generic) -> Any:
+        return -self + other
+
+    def __mul__(self, other: CSRArray | COOArray | ArrayLike | complex | np.generic) -> CSRArray:
+        """Multiply by a scalar, or elementwise: :meth:`multiply`. A matrix product is ``A @ x``."""
+        if _is_scalar(other):
+            return CSRArray(self.data * _weak(other), self.pattern)
+        return self.multiply(other)
 
     __rmul__ = __mul__
 
+    def __truediv__(self, other: ArrayLike | complex | np.generic) -> CSRArray:
+        """Divide by a scalar; or elementwise by a dense array, as :meth:`multiply` multiplies."""
+        if is_sparse(other):
+            raise TypeError("[A / B] has no value where B stores nothing; divide by B.todense()")
+        if _is_scalar(other):
+            return CSRArray(self.data / _weak(other), self.pattern)
+        return CSRArray(self.data / self._values_of("A / D", other), self.pattern)
+
+    def multiply(self, other: CSRArray | COOArray | ArrayLike | complex | np.generic) -> CSRArray:
+        """Multiply elementwise, by what broadcasts to the shape of this matrix.
+
+        Args:
+            other: A sparse or dense matrix of this shape; ``(n_rows, 1)``, a number for each row;
+                ``(1, n_cols)`` or ``(n_cols,)``, one for each column; or a scalar.
+
+        Returns:
+            Of a sparse ``other``, what both store; otherwise the pattern of this matrix.
+        """
+        if _is_scalar(other):
+            return self * other
+        if is_sparse(other) and other.shape == self.shape:
+            a, b = (array.canonical() for array in _alike("A.multiply", self, other))
+            return CSRArray(*algebra.multiply(a.data, a.pattern, b.data, b.pattern))
+        if is_sparse(other):
+            other = other.todense()  # a row or column
+        return CSRArray(self.data * self._values_of("A.multiply", other), self.pattern)
+
+    def _values_of(self, owner: str, other: object) -> mx.array:
+        """Return a dense array, broadcast to this shape, where this matrix stores values."""
+        return algebra.values_at(self.pattern, _fitting(owner, self, other))
+
     def __neg__(self) -> CSRArray:
         return CSRArray(-self.data, self.pattern)
+
+    def __pos__(self) -> CSRArray:
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        raise _no_comparison()
+
+    def __ne__(self, other: object) -> bool:
+        raise _no_comparison()
+
+    __hash__ = object.__hash__
 
     def __len__(self) -> int:
         raise TypeError("sparse array length is ambiguous; use nnz or shape[0]")
@@ -211,8 +508,14 @@ class CSRArray:
         )
 
 
+# What describes the layout of a CSRArray, and has no meaning for coordinates.
+_OF_CSR_ALONE = ("indptr", "indices", "pattern", "block_size")
+
+
 class COOArray:
     """A sparse matrix as coordinates, to build a :class:`CSRArray` from.
+
+    Whatever it is asked to compute, its :meth:`tocsr` computes, and gives a CSRArray.
 
     Args:
         data: ``(nnz,)`` stored values.
@@ -228,6 +531,7 @@ class COOArray:
     __array_ufunc__ = None
 
     def __init__(self, data: ArrayLike, row: ArrayLike, col: ArrayLike, shape: tuple[int, int]):
+        defer_to(COOArray)
         self.data = check_data("COOArray", data)
         self.shape = check_shape("COOArray", shape)
         self.row = _coordinates("row", row, self.shape[0])
@@ -260,20 +564,102 @@ class COOArray:
         Args:
             canonical: Also sort the columns of each row and add up repeated entries.
         """
-        sort = index.sort_coordinates if canonical else index.sort_rows
-        indptr, indices, order = sort(self.row, self.col, self.shape)
-        data = _take(self.data, order)
-        if canonical and not index.ascends(indptr, indices):
-            rows = index.rows_of(indptr)
-            first = np.concatenate([[True], (np.diff(rows) != 0) | (np.diff(indices) != 0)])
-            data = _sum_runs(data, np.arange(rows.size), np.flatnonzero(first))
-            indptr = np.concatenate([[0], np.cumsum(first)]).astype(np.int32)[indptr]
-            indices = indices[first]
-        return CSRArray(data, CSRPattern._of(indptr, indices, self.shape))
+        if canonical:
+            merged = algebra.merge(self.row, self.col, self.shape)
+            return CSRArray(merged.sums(self.data), merged.pattern)
+        indptr, indices, order = index.sort_rows(self.row, self.col, self.shape)
+        pattern = CSRPattern._of(indptr, indices, self.shape)
+        return CSRArray(Gather(order, self.nnz)(self.data), pattern)
 
     def todense(self) -> mx.array:
         """Return the dense ``(n_rows, n_cols)`` array; repeated entries add up."""
         return self.tocsr(canonical=False).todense()
+
+    @property
+    def T(self) -> COOArray:
+        """The transpose."""
+        return COOArray(self.data, self.col, self.row, (self.shape[1], self.shape[0]))
+
+    @property
+    def H(self) -> COOArray:
+        """The conjugate transpose."""
+        data = mx.conjugate(self.data) if self.dtype == mx.complex64 else self.data
+        return COOArray(data, self.col, self.row, (self.shape[1], self.shape[0]))
+
+    def tocoo(self) -> COOArray:
+        """Return the array itself."""
+        return self
+
+    def toarray(self) -> mx.array:
+        """Return :meth:`todense`."""
+        return self.todense()
+
+    def transpose(self) -> COOArray:
+        """Return ``A.T``."""
+        return self.T
+
+    def eval(self) -> COOArray:
+        """Evaluate the values, and return the array: ``mx.eval(A)`` does not see into it."""
+        mx.eval(self.data)
+        return self
+
+    def astype(self, dtype: mx.Dtype) -> COOArray:
+        """Return a copy whose values are cast to ``dtype``."""
+        return COOArray(self.data.astype(dtype), self.row, self.col, self.shape)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what a CSRArray has by this name: ``max``, ``multiply``, ``diagonal``, ..."""
+        if name[0] == "_" or name in _OF_CSR_ALONE or not hasattr(CSRArray, name):
+            raise AttributeError(f"'COOArray' object has no attribute {name!r}")
+        return getattr(self.tocsr(canonical=False), name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.tocsr(canonical=False)[key]
+
+    def __abs__(self) -> CSRArray:
+        return abs(self.tocsr(canonical=False))
+
+    def __pow__(self, n: float) -> CSRArray:
+        return self.tocsr(canonical=False) ** n
+
+    def __matmul__(self, x: Any) -> Any:
+        return self.tocsr(canonical=False) @ x
+
+    def __rmatmul__(self, x: ArrayLike) -> mx.array:
+        return x @ self.tocsr(canonical=False)
+
+    def __add__(self, other: CSRArray | COOArray | ArrayLike | complex | np.generic) -> Any:
+        return self.tocsr(canonical=False) + other
+
+    __radd__ = __add__
+
+    def __sub__(self, other: CSRArray | COOArray | ArrayLike | complex | np.generic) -> Any:
+        return self.tocsr(canonical=False) - other
+
+    def __rsub__(self, other: ArrayLike | complex | np.generic) -> Any:
+        return other - self.tocsr(canonical=False)
+
+    def __mul__(self, other: CSRArray | COOArray | ArrayLike | complex | np.generic) -> Any:
+        return self.tocsr(canonical=False) * other
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: ArrayLike | complex | np.generic) -> CSRArray:
+        return self.tocsr(canonical=False) / other
+
+    def __neg__(self) -> COOArray:
+        return COOArray(-self.data, self.row, self.col, self.shape)
+
+    def __pos__(self) -> COOArray:
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        raise _no_comparison()
+
+    def __ne__(self, other: object) -> bool:
+        raise _no_comparison()
+
+    __hash__ = object.__hash__
 
     def __len__(self) -> int:
         raise TypeError("sparse array length is ambiguous; use nnz or shape[0]")
@@ -327,29 +713,55 @@ def _coordinates(name: str, values: ArrayLike, size: int) -> np.ndarray:
     return indices
 
 
-def _take(data: mx.array, order: np.ndarray) -> mx.array:
-    """Return ``data[order]`` along the first axis, for an order that names each place once."""
-    return derivatives.take(mx.array(order.view(np.uint32)), data)
+def _offset(owner: str, k: int) -> int:
+    """Return the number of a diagonal, or raise."""
+    if isinstance(k, bool) or not isinstance(k, int | np.integer):
+        raise TypeError(f"[{owner}] k must be an integer, got {k!r}")
+    return int(k)
 
 
-def _pick(data: mx.array, order: np.ndarray) -> mx.array:
-    """Return ``data[order]``, for an order that names some of the places."""
-    return _sum_runs(data, order, np.arange(order.size))
+def is_sparse(x: object) -> TypeGuard[CSRArray | COOArray]:
+    """Return whether ``x`` is a sparse array of this package."""
+    return isinstance(x, CSRArray | COOArray)
 
 
-def _sum_runs(data: mx.array, order: np.ndarray, starts: np.ndarray) -> mx.array:
-    """Return the sums of the runs of ``data[order]`` that begin at ``starts``.
+def _of_one_block_size(a: CSRArray | COOArray, b: CSRArray | COOArray) -> tuple[CSRArray, CSRArray]:
+    """Return both as CSR with the same size of blocks: scalars, unless they share one."""
+    a, b = (array.tocsr() if isinstance(array, COOArray) else array for array in (a, b))
+    return (a, b) if a.block_size == b.block_size else (a.tocsr(), b.tocsr())
 
-    They are a product with a sparse matrix of ones: the order of sums is fixed, and they can be
-    differentiated to any order. MLX's own gather has no second derivative.
-    """
-    indptr = np.append(starts, order.size)
-    if not mx.issubdtype(data.dtype, mx.inexact):
-        segment = np.repeat(np.arange(starts.size, dtype=np.int32), np.diff(indptr))
-        out = mx.zeros(starts.size, data.dtype)
-        return out.at[mx.array(segment)].add(data[mx.array(order.astype(np.int32))])
-    selector = CSRPattern(indptr, order, (starts.size, data.size))
-    return ops.spmm(mx.ones(order.size, data.dtype), selector, data)
+
+def _alike(owner: str, a: CSRArray | COOArray, b: CSRArray | COOArray) -> tuple[CSRArray, CSRArray]:
+    """Return both as :func:`_of_one_block_size` does, or raise where shapes differ."""
+    if a.shape != b.shape:
+        raise ValueError(f"[{owner}] A is {a.shape}, B is {b.shape}: shapes differ")
+    return _of_one_block_size(a, b)
+
+
+def _is_scalar(x: object) -> bool:
+    """Return whether ``x`` is a number, or an array of no axes."""
+    return isinstance(x, Number) or (hasattr(x, "dtype") and getattr(x, "ndim", 1) == 0)
+
+
+def _weak(x: Any) -> Any:
+    """Return a scalar so that NumPy's dtype does not decide that of the result."""
+    return x.item() if isinstance(x, np.generic | np.ndarray) else x
+
+
+def _operand(owner: str, x: Any) -> Any:
+    """Return what has a negative: numbers and arrays as they are, lists as an array."""
+    return x if is_sparse(x) or _is_scalar(x) else _dense(owner, x)
+
+
+def _fitting(owner: str, a: CSRArray, x: object) -> mx.array:
+    """Return a dense array that broadcasts to the shape of ``a``, or raise."""
+    x = _dense(owner, x)
+    shape = (1,) * (2 - x.ndim) + tuple(x.shape)
+    if len(shape) == 2 and all(n in (1, size) for n, size in zip(shape, a.shape, strict=True)):
+        return x.reshape(shape)
+    raise ValueError(
+        f"[{owner}] A is {a.shape}, and shape {tuple(x.shape)} does not broadcast to it"
+    )
 
 
 def _dense(operation: str, x: object) -> mx.array:
@@ -363,6 +775,13 @@ def _dense(operation: str, x: object) -> mx.array:
 def _describe(x: object) -> str:
     shape = getattr(x, "shape", None)
     return type(x).__name__ + (f" of shape {tuple(shape)}" if shape is not None else "")
+
+
+def _no_comparison() -> TypeError:
+    return TypeError(
+        "[A == B] sparse arrays have no elementwise ==, which is true nearly everywhere; compare "
+        "(A - B).count_nonzero() with 0, A.data == b for stored values, or A is B"
+    )
 
 
 def _truth(array: CSRArray | COOArray) -> bool:

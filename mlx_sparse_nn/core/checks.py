@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -184,16 +187,41 @@ def check_features(owner: str, name: str, value: mx.array, label: str, size: int
     )
 
 
-def check_data(owner: str, data: ArrayLike, name: str = "data") -> mx.array:
-    """Return ``data`` as an MLX array, or raise if it is not numeric."""
+def check_memory(owner: str, shape: Sequence[int], dtype: mx.Dtype) -> None:
+    """Raise unless a dense array fits into the memory: MLX would end the process."""
+    n_bytes = math.prod(shape) * dtype.size
+    if n_bytes > _memory():
+        size = " x ".join(map(str, shape))
+        raise ValueError(
+            f"[{owner}] a dense {size} array of {dtype} takes {n_bytes / 2**30:,.0f} GiB, and this "
+            f"machine has {_memory() / 2**30:,.0f}"
+        )
+
+
+@cache
+def _memory() -> int:
+    """Return the bytes of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_data(
+    owner: str, data: ArrayLike, name: str = "data", dtype: mx.Dtype | None = None
+) -> mx.array:
+    """Return ``data`` as an MLX array, or raise if it is not numeric.
+
+    NumPy arrays may have any byte order and strides. ``dtype`` casts; without it, 64-bit floats
+    become 32-bit ones, as by ``mx.array``.
+    """
     if isinstance(data, mx.array):
-        return data
+        return data if dtype is None else data.astype(dtype)
     array = check_rectangular(owner, name, data)
     if array.dtype.kind not in "biufc":
         raise TypeError(f"[{owner}] {name} must be numeric, got {array.dtype}")
     if array.dtype.itemsize > (16 if array.dtype.kind == "c" else 8):
         raise TypeError(f"[{owner}] {name} is {array.dtype}, which MLX has not; cast it by astype")
-    values = mx.array(data if isinstance(data, list | tuple) else array)
+    if not isinstance(data, list | tuple):
+        data = np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape)
+    values = mx.array(data) if dtype is None else mx.array(data, dtype)
     return values if values.size else mx.zeros(array.shape, values.dtype)
 
 

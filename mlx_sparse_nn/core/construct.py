@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core.arrays import COOArray, CSRArray
+from mlx_sparse_nn.core.arrays import COOArray, CSRArray, is_sparse
 from mlx_sparse_nn.core.blocks import split_blocks
 from mlx_sparse_nn.core.checks import (
     ArrayLike,
     check_block_dtype,
     check_data,
+    check_indices,
     check_matrix,
     check_shape,
     check_size,
@@ -24,61 +25,112 @@ if TYPE_CHECKING:
     import scipy.sparse
 
 
+_FORMS = "(data, indices, indptr), (data, (row, col)), a dense matrix, a sparse array or a shape"
+
+
 def coo_array(
-    arg: tuple[ArrayLike, tuple[ArrayLike, ArrayLike]], shape: tuple[int, int]
+    arg: Any, shape: tuple[int, int] | None = None, dtype: mx.Dtype | None = None
 ) -> COOArray:
-    """Make a sparse array from coordinates: ``coo_array((data, (row, col)), shape=(m, n))``.
+    """Make a sparse array of coordinates: ``coo_array((data, (row, col)), shape=(m, n))``.
 
     Args:
-        arg: Stored values ``(nnz,)`` and their coordinates, two ``(nnz,)`` integer arrays.
-        shape: ``(n_rows, n_cols)``.
+        arg: Stored values ``(nnz,)`` and their coordinates, two ``(nnz,)`` integer arrays; or what
+            else :func:`csr_array` takes.
+        shape: ``(n_rows, n_cols)``; by default as small as the coordinates allow.
+        dtype: Of the values.
 
     Raises:
         TypeError: ``data`` is not numeric or the coordinates are not integers.
         ValueError: Lengths differ or a coordinate is out of range.
     """
-    data, coordinates = _unpack("coo_array", "(data, (row, col))", arg, 2)
-    row, col = _unpack("coo_array", "(row, col)", coordinates, 2)
-    return COOArray(data, row, col, shape)
+    owner = "coo_array"
+    if not _is_coordinates(arg):
+        return _csr(owner, arg, shape, dtype).tocoo()
+    data, coordinates = arg
+    row, col = _unpack(owner, "(row, col)", coordinates, 2)
+    row, col = (check_indices(owner, name, a) for name, a in (("row", row), ("col", col)))
+    if shape is None:
+        shape = int(row.max(initial=-1)) + 1, int(col.max(initial=-1)) + 1
+    return COOArray(check_data(owner, data, "data", dtype), row, col, shape)
 
 
 def csr_array(
-    arg: tuple[ArrayLike, ArrayLike, ArrayLike],
-    shape: tuple[int, int],
+    arg: Any,
+    shape: tuple[int, int] | None = None,
+    dtype: mx.Dtype | None = None,
     *,
     canonical: bool = False,
 ) -> CSRArray:
-    """Make a sparse array from CSR: ``csr_array((data, indices, indptr), shape=(m, n))``.
+    """Make a sparse array of scalars, as SciPy's ``csr_array``.
 
     Args:
-        arg: Stored values ``(nnz,)``, their columns ``(nnz,)``, and row starts ``(n_rows + 1,)``.
-        shape: ``(n_rows, n_cols)``.
+        arg: ``(data, indices, indptr)``: stored values ``(nnz,)``, their columns ``(nnz,)``, and
+            row starts ``(n_rows + 1,)``; or ``(data, (row, col))``, of which equal coordinates add
+            up; or a dense matrix; or a sparse array of this package or of SciPy; or a shape
+            ``(m, n)``, which gives an empty matrix.
+        shape: ``(n_rows, n_cols)``; by default as small as the indices allow.
+        dtype: Of the values. Without it, float64 of NumPy becomes float32, as by ``mx.array``;
+            ``mx.float64`` keeps it, on the CPU.
         canonical: Sort the columns of each row and add up repeated entries. Products are right
             either way.
 
     Raises:
         TypeError: ``data`` is not numeric or the indices are not integers.
         ValueError: The indices do not describe a matrix of that shape.
+
+    Example:
+        >>> csr_array([[0.0, 2.0], [0.0, 0.0]])
+        CSRArray(2 x 2, mlx.core.float32, 1 stored values, density 0.25)
     """
-    data, indices, indptr = _unpack("csr_array", "(data, indices, indptr)", arg, 3)
-    array = CSRArray(data, CSRPattern(indptr, indices, shape))
-    return array.tocoo().tocsr() if canonical and not array.pattern.is_canonical else array
+    array = _csr("csr_array", arg, shape, dtype)
+    return array.canonical() if canonical else array
 
 
-def bsr_array(arg: tuple[ArrayLike, ArrayLike, ArrayLike], shape: tuple[int, int]) -> CSRArray:
+def _csr(owner: str, arg: Any, shape: Any, dtype: mx.Dtype | None) -> CSRArray:
+    """Return what :func:`csr_array` takes as CSR of scalars."""
+    if _is_coordinates(arg):
+        return coo_array(arg, shape, dtype).tocsr()
+    if isinstance(arg, tuple) and len(arg) == 2:
+        n_rows, n_cols = check_shape(owner, arg)
+        pattern = CSRPattern(np.zeros(n_rows + 1, np.int32), [], (n_rows, n_cols))
+        return CSRArray(mx.zeros(0, mx.float32 if dtype is None else dtype), pattern)
+    if isinstance(arg, tuple):
+        data, indices, indptr = _unpack(owner, _FORMS, arg, 3)
+        if shape is None:
+            indices = check_indices(owner, "indices", indices)
+            shape = len(indptr) - 1, int(indices.max(initial=-1)) + 1
+        return CSRArray(check_data(owner, data, "data", dtype), CSRPattern(indptr, indices, shape))
+    if is_sparse(arg) or _is_scipy(arg):
+        array = (arg if is_sparse(arg) else from_scipy(arg, dtype)).tocsr()
+        array = array if dtype is None else array.astype(dtype)
+    elif isinstance(arg, mx.array | np.ndarray | list):
+        array = from_dense(check_data(owner, arg, "a dense matrix", dtype))
+    else:
+        raise TypeError(f"[{owner}] takes {_FORMS}, got {type(arg).__name__}")
+    if shape is not None and array.shape != check_shape(owner, shape):
+        raise ValueError(f"[{owner}] shape is {tuple(shape)}, but the matrix has {array.shape}")
+    return array
+
+
+def bsr_array(
+    arg: tuple[ArrayLike, ArrayLike, ArrayLike],
+    shape: tuple[int, int],
+    dtype: mx.Dtype | None = None,
+) -> CSRArray:
     """Make a block-sparse array: ``bsr_array((blocks, indices, indptr), shape=(m, n))``.
 
     Args:
         arg: Stored blocks ``(n_blocks, B, B)``, their block-columns ``(n_blocks,)``, and starts of
             the block-rows ``(n_block_rows + 1,)``, as SciPy lays them out.
         shape: ``(n_rows, n_cols)`` in scalars. Unlike in SciPy, the last blocks may reach past it.
+        dtype: Of the values.
 
     Raises:
         TypeError: ``blocks`` is complex or not numeric, or the indices are not integers.
         ValueError: The blocks are not square, or the indices do not describe such a matrix.
     """
     blocks, indices, indptr = _unpack("bsr_array", "(blocks, indices, indptr)", arg, 3)
-    blocks = check_data("bsr_array", blocks, "blocks")
+    blocks = check_data("bsr_array", blocks, "blocks", dtype)
     if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2] or blocks.shape[1] == 0:
         raise ValueError(f"[bsr_array] blocks must be (n_blocks, B, B), got shape {blocks.shape}")
     block_size = blocks.shape[1]
@@ -119,27 +171,32 @@ def from_dense(w: ArrayLike, block_size: int = 1) -> CSRArray:
     return CSRArray(data, pattern)
 
 
-def from_scipy(array: Any) -> CSRArray | COOArray:
-    """Make a sparse array of a SciPy array or matrix in csr, coo or bsr format, stored as it is.
+def from_scipy(array: Any, dtype: mx.Dtype | None = None) -> CSRArray | COOArray:
+    """Make a sparse array of one of SciPy: csr, bsr and coo as stored, others by their ``tocsr``.
 
     SciPy's bsr has whole blocks alone. For others, convert with ``.tocsr()`` there, and go on with
     ``from_dense(A.todense(), block_size)`` here.
 
-    64-bit values become MLX's default 32-bit types, as by ``mx.array``.
+    Args:
+        array: The SciPy array.
+        dtype: Of the values. By default 64-bit values become MLX's 32-bit types, as by
+            ``mx.array``.
 
     Raises:
-        TypeError: The array is in another format, or of complex blocks.
+        TypeError: It is none of SciPy's, or of complex blocks.
         ValueError: The blocks are not square, or indices do not fit 32 bits.
     """
-    kind = getattr(array, "format", type(array).__name__)
-    if kind == "csr":
-        return csr_array((array.data, array.indices, array.indptr), shape=array.shape)
-    if kind == "bsr":
-        return bsr_array((array.data, array.indices, array.indptr), shape=array.shape)
-    if kind == "coo":
-        return coo_array((array.data, (array.row, array.col)), shape=array.shape)
-    hint = "convert with .tocsr() first" if hasattr(array, "tocsr") else "use from_dense"
-    raise TypeError(f"[from_scipy] takes csr, coo or bsr, got {kind}; {hint}")
+    if not _is_scipy(array):
+        raise TypeError(
+            f"[from_scipy] takes a sparse array of SciPy, got {type(array).__name__}; "
+            "use from_dense"
+        )
+    if array.format == "bsr":
+        return bsr_array((array.data, array.indices, array.indptr), array.shape, dtype)
+    if array.format == "coo":
+        return coo_array((array.data, (array.row, array.col)), array.shape, dtype)
+    array = array.tocsr()
+    return csr_array((array.data, array.indices, array.indptr), array.shape, dtype)
 
 
 def to_scipy(
@@ -170,6 +227,15 @@ def to_scipy(
             )
         return scipy.sparse.bsr_array(parts, shape=array.shape)
     return scipy.sparse.csr_array(parts, shape=array.shape)
+
+
+def _is_scipy(arg: Any) -> bool:
+    return hasattr(arg, "format") and hasattr(arg, "tocsr") and not is_sparse(arg)
+
+
+def _is_coordinates(arg: Any) -> bool:
+    """Return whether ``arg`` is ``(data, (row, col))``."""
+    return isinstance(arg, tuple) and len(arg) == 2 and isinstance(arg[1], tuple | list)
 
 
 def _unpack(owner: str, form: str, arg: Any, length: int) -> tuple:

@@ -155,44 +155,32 @@ def qspmm_t(
 
 def todense(layout: Layout, data: mx.array) -> mx.array:
     """Return the dense matrices ``(V, n_rows, n_cols)`` of ``data (V, n_blocks, ...)``."""
-    return _linear(blocks.todense, blocks.sample, layout, data)
+    return linear(blocks.todense, blocks.sample, layout, data)
 
 
-def take(order: mx.array, data: mx.array) -> mx.array:
-    """Return ``data[order]`` along the first axis; order ``(n,)`` holds each of 0 to n - 1."""
-    return _linear(_take, _put, order, data[None]).squeeze(0)  # [0] has no second derivative
+def sample(layout: Layout, dense: mx.array) -> mx.array:
+    """Return of dense matrices ``(V, n_rows, n_cols)`` what is stored, ``(V, n_blocks, ...)``."""
+    return linear(blocks.sample, blocks.todense, layout, dense)
 
 
-def _linear(itself: Callable, transpose: Callable, by: Any, operand: mx.array) -> mx.array:
+def linear(itself: Callable, transpose: Callable, by: Any, operand: mx.array) -> mx.array:
     """Return ``itself(by, operand)``, a linear function of ``(V, ...)``, with the rules that follow
     from its transpose."""
     if not transforming():
         return itself(by, operand)
 
     def vjp(primal: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-        return _linear(transpose, itself, by, cotangent)
+        return linear(transpose, itself, by, cotangent)
 
     def jvp(primal: mx.array, tangent: mx.array) -> mx.array:
-        return _linear(itself, transpose, by, tangent)
+        return linear(itself, transpose, by, tangent)
 
     def vmap(operand: mx.array, axis: int) -> Arrays:
         operand = mx.moveaxis(operand, axis, 0)  # (M, V, ...)
-        out = _linear(itself, transpose, by, mx.flatten(operand, 0, 1))
+        out = linear(itself, transpose, by, mx.flatten(operand, 0, 1))
         return (mx.unflatten(out, 0, operand.shape[:2]),), (0,)
 
     return _with_rules(itself, by, vjp, jvp, vmap)(operand)
-
-
-def _take(order: mx.array, data: mx.array) -> mx.array:
-    """Return ``data (V, n, ...)`` in this order."""
-    if data.ndim == 2:  # of single elements, take_along_axis is ten times faster on the CPU
-        return mx.take_along_axis(data, order[None], axis=1)
-    return mx.take(data, order, axis=1)
-
-
-def _put(order: mx.array, data: mx.array) -> mx.array:
-    """Return the ``(V, n, ...)`` of which ``data`` is what :func:`_take` gives."""
-    return _take(mx.argsort(order), data)
 
 
 # The values, by the backend that computes them.

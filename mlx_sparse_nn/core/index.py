@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +17,21 @@ from mlx_sparse_nn.core.backends.build import built_index
 
 # Of entries: where each row starts, the column of each, and the place that each came from.
 Sorted: TypeAlias = "tuple[np.ndarray, np.ndarray, np.ndarray]"
+# indptr and indices.
+Csr: TypeAlias = "tuple[np.ndarray, np.ndarray]"
+
+
+class Places(NamedTuple):
+    """The places of a canonical pattern, each of one or more entries.
+
+    Attributes:
+        indptr, indices: Of the pattern.
+        starts: Where the entries of each place begin.
+    """
+
+    indptr: np.ndarray
+    indices: np.ndarray
+    starts: np.ndarray
 
 
 class Native:
@@ -47,6 +62,8 @@ class Native:
         self._room_for = function("room_for", size, size)
         self._transpose = function("transpose", None, array, array, size, size, *out)
         self._sort_rows = function("sort_rows", None, *entries, *out)
+        self._unite = function("unite", size, *[array] * 4, size, *out)
+        self._multiply = function("multiply", size, array, array, size, *[array] * 8, size)
         self._sort_coordinates = function("sort_coordinates", None, *entries, *out, array)
 
     def in_range(self, indices: np.ndarray, limit: int) -> bool:
@@ -87,6 +104,25 @@ class Native:
         arrays = map(_address, (rows, cols))
         self._sort_coordinates(*arrays, rows.size, *shape, *map(_address, (*out, room, first)))
         return out
+
+    def unite(self, a: Csr, b: Csr) -> tuple[Places, np.ndarray]:
+        n_rows, n = a[0].size - 1, a[1].size + b[1].size
+        indptr = np.empty(n_rows + 1, np.int32)
+        indices, order, starts = (np.empty(n, np.int32) for _ in range(3))
+        operands = map(_address, (*a, *b))
+        out = map(_address, (indptr, indices, order, starts))
+        found = self._unite(*operands, n_rows, *out)
+        return Places(indptr, indices[:found].copy(), starts[:found].copy()), order
+
+    def multiply(self, a: Csr, b: Csr) -> tuple[Places, np.ndarray, np.ndarray]:
+        ends = _pair_ends(a, b)
+        most, n_rows = int(np.diff(ends[a[0]]).max(initial=0)), a[0].size - 1
+        indptr = np.empty(n_rows + 1, np.int32)
+        indices, starts, of_a, of_b = (np.empty(ends[-1], np.int32) for _ in range(4))
+        room = np.empty(2 * most, np.uint64)
+        out = map(_address, (indptr, indices, starts, of_a, of_b, room))
+        found = self._multiply(*map(_address, a), n_rows, *map(_address, b), *out, most)
+        return Places(indptr, indices[:found].copy(), starts[:found].copy()), of_a, of_b
 
     def _empty(self, n: int, n_rows: int) -> tuple[Sorted, np.ndarray]:
         """Return the arrays of n sorted entries, and what sorting them takes besides."""
@@ -164,6 +200,50 @@ def sort_coordinates(rows: np.ndarray, cols: np.ndarray, shape: tuple[int, int])
     by_column = _order(cols, shape[1])
     indptr, indices, order = _sort_rows(rows[by_column], cols[by_column], shape[0])
     return indptr, indices, by_column[order].astype(np.int32)
+
+
+def merge(rows: np.ndarray, cols: np.ndarray, shape: tuple[int, int]) -> tuple[Places, np.ndarray]:
+    """Return the places of entries ``(n,)`` int32, and the order of entries by their places."""
+    indptr, indices, order = sort_coordinates(rows, cols, shape)
+    if ascends(indptr, indices):
+        return Places(indptr, indices, np.arange(rows.size, dtype=np.int32)), order
+    rows = rows_of(indptr)
+    first = np.concatenate([[True], (np.diff(rows) != 0) | (np.diff(indices) != 0)])
+    indptr = np.concatenate([[0], np.cumsum(first)]).astype(np.int32)[indptr]
+    return Places(indptr, indices[first], np.flatnonzero(first).astype(np.int32)), order
+
+
+def unite(a: Csr, b: Csr, n_cols: int) -> tuple[Places, np.ndarray]:
+    """Return what either of two CSR patterns stores, and the order of their entries, those of ``b``
+    behind those of ``a``, by place."""
+    if (library := native()) and ascends(*a) and ascends(*b):
+        return library.unite(a, b)
+    rows = np.concatenate([rows_of(a[0]), rows_of(b[0])])
+    return merge(rows, np.concatenate([a[1], b[1]]), (a[0].size - 1, n_cols))
+
+
+def multiply(a: Csr, b: Csr, n_cols: int) -> tuple[Places, np.ndarray, np.ndarray]:
+    """Return the places of a product of CSR patterns, and the pairs of entries of ``a`` and ``b``
+    that add up to them, by place. There must be fewer than 2**31."""
+    if library := native():
+        return library.multiply(a, b)
+    ends = _pair_ends(a, b)
+    lengths = np.diff(ends)
+    of_a = np.repeat(np.arange(a[1].size, dtype=np.int32), lengths)
+    of_b = np.arange(ends[-1]) + np.repeat(b[0][a[1]] - ends[:-1], lengths)
+    places, order = merge(rows_of(a[0])[of_a], b[1][of_b], (a[0].size - 1, n_cols))
+    return places, of_a[order], of_b[order].astype(np.int32)
+
+
+def n_pairs(a: Csr, b: Csr) -> int:
+    """Return how many products of stored values a product of two CSR patterns takes."""
+    return int(_pair_ends(a, b)[-1])
+
+
+def _pair_ends(a: Csr, b: Csr) -> np.ndarray:
+    """Return where the pairs of each entry of ``a`` begin, and the end of all: int64."""
+    lengths = np.diff(b[0])[a[1]]
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
 def share(indices: np.ndarray) -> np.ndarray:

@@ -78,6 +78,7 @@ class Side:
         longest_row: Number of blocks in the longest block-row.
         is_padded: Whether a group holds block-rows of several lengths.
         is_uniform: Whether all block-rows are equally long.
+        is_constant: Whether the arrays are numbers for good, and no tracers.
         nbytes: Bytes of the index arrays.
     """
 
@@ -97,7 +98,7 @@ class Side:
         self.n_block_rows = indptr.size - 1
         self.n_blocks = indices.size
         self._static_sizes = static_sizes
-        self._is_constant = is_constant
+        self.is_constant = is_constant
         self._kept: dict[Callable, object] = {}
 
     @cached_property
@@ -137,7 +138,7 @@ class Side:
     @property
     def row_of_block(self) -> mx.array:
         """Block-row of each block, ``(n_blocks,)`` uint32."""
-        return self.keep(_row_of_block)
+        return self.keep(row_of_block)
 
     @property
     def derived_bytes(self) -> int:
@@ -153,7 +154,7 @@ class Side:
         """
         if make not in self._kept:
             made = make(self)
-            if self._is_constant:
+            if self.is_constant:
                 mx.eval(made)
                 if transforming():  # or else they are traced for good, and all that reads them
                     made = _untraced(made)
@@ -320,7 +321,8 @@ def _side(
     )
 
 
-def _row_of_block(side: Side) -> mx.array:
+def row_of_block(side: Side) -> mx.array:
+    """Return :attr:`Side.row_of_block`, to be forgotten."""
     if side.is_uniform:
         return mx.arange(side.n_blocks, dtype=mx.uint32) // max(1, side.longest_row)
     begins = mx.zeros(side.n_blocks + 1, mx.uint32).at[side.indptr[1:-1]].add(1)

@@ -10,7 +10,12 @@ import math
 import mlx.core as mx
 
 from mlx_sparse_nn.core import derivatives, tuned
-from mlx_sparse_nn.core.checks import check_array, check_block_dtype, check_features
+from mlx_sparse_nn.core.checks import (
+    check_array,
+    check_block_dtype,
+    check_features,
+    check_memory,
+)
 from mlx_sparse_nn.core.layout import Layout
 from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
 from mlx_sparse_nn.core.quantized import check_quantized
@@ -225,9 +230,11 @@ def todense(data: mx.array, layout: Layout) -> mx.array:
         layout: Layout of the pattern.
 
     Raises:
-        TypeError, ValueError: As :func:`spmm`.
+        TypeError: As :func:`spmm`.
+        ValueError: A shape does not fit, or the dense matrix is larger than the memory.
     """
     _check_shape("todense", "data", data, layout.data_shape)
+    check_memory("todense", layout.shape, data.dtype)
     return derivatives.todense(layout, data[None]).reshape(layout.shape)
 
 

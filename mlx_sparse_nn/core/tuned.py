@@ -147,6 +147,14 @@ class SimdTile(NamedTuple):
     tiles_o: int  # products of each of them along the outputs
 
 
+class GraphTile(NamedTuple):
+    """What a thread block of 256 has of a graph."""
+
+    items: int  # a value is one
+    row: int  # items that a row counts as besides; at least a 256th of them, a thread for each row
+    piece: int  # values of a piece of a long row
+
+
 class GradientTile(NamedTuple):
     """A thread block of ``sddmm_tiles``."""
 
@@ -208,6 +216,21 @@ class QuantizedTile(NamedTuple):
     across: int  # simdgroups along the outputs
     simdgroups: int
 
+
+# CUDA, graphs of at least so many stored values: 2^20 rows of 16 values, and a power law of 10^6
+# rows, 7 values on average and the longest 10^5, on an H200, microseconds. One column, by tiles of
+# 1,024 items and pieces of 256: 133 and 84; of 2,048 and 1,024: 127 and 65 (cuSPARSE 131 and 62).
+# 64 columns of the power law, pieces of 256, 512 and 1,024: 540, 594 and 668 (cuSPARSE 900).
+GRAPH_VALUES = 1 << 18
+GATHERED_TILE = GraphTile(2048, 8, 1024)
+COLUMNS_TILE = GraphTile(1024, 4, 256)
+# Columns of x up to which products go through shared memory: 4 columns of equal rows took 230 so,
+# and 128 by rows; 2 and 3 take 125 and 164.
+GATHERED_COLUMNS = 3
+# Diagonals up to which neighbouring rows ask for neighbouring places of x: the Ising Hamiltonian
+# has 41 at n = 20, and takes 61 with a thread for each row, 48 by a byte for each column, and 453
+# through shared memory, where the values of a row all ask for few lines of the cache.
+MAX_DIAGONALS = 4096
 
 # The largest first. A simdgroup has 32 x 32 sums, half a load from threadgroup memory for a product
 # of 8 x 8, and 100 registers a lane; in the last one 16 x 32, and three quarters of a load.

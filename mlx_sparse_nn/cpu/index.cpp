@@ -207,4 +207,68 @@ MLX_SPARSE_EXPORT void sort_coordinates(const int32_t* rows, const int32_t* colu
   }
 }
 
+// Unites two CSR patterns whose rows ascend. Of what either stores: where each row starts, the
+// columns, and in `order` the entries of both, those of b numbered behind those of a; `starts` says
+// where those of each place begin. Returns how many places there are.
+MLX_SPARSE_EXPORT int64_t unite(const int32_t* a_indptr, const int32_t* a_indices,
+                                const int32_t* b_indptr, const int32_t* b_indices, int64_t R,
+                                int32_t* indptr, int32_t* indices, int32_t* order,
+                                int32_t* starts) {
+  const int32_t n_a = a_indptr[R];
+  int32_t found = 0;
+  int32_t entry = 0;
+  indptr[0] = 0;
+  for (int64_t r = 0; r < R; ++r) {
+    int32_t i = a_indptr[r];
+    int32_t j = b_indptr[r];
+    while (i < a_indptr[r + 1] || j < b_indptr[r + 1]) {
+      const int32_t a_col = i < a_indptr[r + 1] ? a_indices[i] : INT32_MAX;
+      const int32_t b_col = j < b_indptr[r + 1] ? b_indices[j] : INT32_MAX;
+      indices[found] = std::min(a_col, b_col);
+      starts[found++] = entry;
+      if (a_col <= b_col) order[entry++] = i++;
+      if (b_col <= a_col) order[entry++] = n_a + j++;
+    }
+    indptr[r + 1] = found;
+  }
+  return found;
+}
+
+// Multiplies two CSR patterns: the pairs of entries whose products add up to a place, sorted by
+// their places, those of one place as rows of a have them. Of the places: where each row starts,
+// the columns, and where their pairs begin. `room` takes two numbers for each pair of the longest
+// row. Returns how many places there are.
+MLX_SPARSE_EXPORT int64_t multiply(const int32_t* a_indptr, const int32_t* a_indices, int64_t R,
+                                   const int32_t* b_indptr, const int32_t* b_indices,
+                                   int32_t* indptr, int32_t* indices, int32_t* starts,
+                                   int32_t* of_a, int32_t* of_b, uint64_t* room, int64_t most) {
+  uint64_t* keys = room;  // column, and the number of the pair in its row
+  uint64_t* pairs = room + most;
+  int32_t found = 0;
+  int32_t pair = 0;
+  indptr[0] = 0;
+  for (int64_t r = 0; r < R; ++r) {
+    uint32_t n = 0;
+    for (int32_t i = a_indptr[r]; i < a_indptr[r + 1]; ++i) {
+      for (int32_t j = b_indptr[a_indices[i]]; j < b_indptr[a_indices[i] + 1]; ++j) {
+        keys[n] = uint64_t(b_indices[j]) << 32 | n;
+        pairs[n++] = uint64_t(i) << 32 | uint32_t(j);
+      }
+    }
+    std::sort(keys, keys + n);
+    for (uint32_t k = 0; k < n; ++k) {
+      const int32_t col = keys[k] >> 32;
+      if (k == 0 || col != indices[found - 1]) {
+        indices[found] = col;
+        starts[found++] = pair;
+      }
+      const uint64_t both = pairs[uint32_t(keys[k])];
+      of_a[pair] = both >> 32;
+      of_b[pair++] = uint32_t(both);
+    }
+    indptr[r + 1] = found;
+  }
+  return found;
+}
+
 }  // namespace mlx_sparse_nn

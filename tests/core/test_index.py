@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import ROOT, pattern_of, patterns
+from support import ROOT, pattern_of, patterns, random_pattern
 
 from mlx_sparse_nn import CSRPattern, coo_array, from_dense
 from mlx_sparse_nn.core import index
@@ -236,3 +236,20 @@ def test_a_folder_that_cannot_be_made():
     """Then there is no library, and no error."""
     with mock.patch.dict(os.environ, XDG_CACHE_HOME="/proc/none"):
         assert build.built_index() is None
+
+
+@given(patterns(block_sizes=(1,)), st.integers(0, 7), st.integers(0, 5))
+def test_unions_and_products_are_numpys(library, a, n_cols, seed):
+    """The places and the order of what adds up, bit for bit."""
+    same = random_pattern(*a.shape, 1, seed=seed)
+    right = random_pattern(a.shape[1], n_cols, 1, seed=seed)
+    found = []
+    for native in (library, None):
+        with mock.patch.object(index, "native", return_value=native):
+            operand = a.indptr, a.indices
+            united = index.unite(operand, (same.indptr, same.indices), a.shape[1])
+            product = index.multiply(operand, (right.indptr, right.indices), n_cols)
+        found.append([*united[0], united[1], *product[0], *product[1:]])
+    for by_library, by_numpy in zip(*found, strict=True):
+        assert by_library.dtype == by_numpy.dtype == np.int32
+        assert np.array_equal(by_library, by_numpy)

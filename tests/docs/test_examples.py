@@ -118,11 +118,23 @@ def sampled(stdout: str) -> str:
     return stdout.partition("the model writes:\n\n")[2]
 
 
-@pytest.mark.parametrize("script", ["sparse_linear_layer.py", "train_char_lm.py"])
+@pytest.mark.parametrize(
+    "script", ["graph_attention.py", "sparse_linear_layer.py", "train_char_lm.py"]
+)
 def test_help(script: str, tmp_path: Path):
     out = succeed([script, "--help"], tmp_path, run_alone)
     assert "--device {auto,cpu,gpu}" in out
     assert "--seed" in out
+
+
+# graph_attention.py
+
+
+def test_graph_attention_finds_the_clubs(tmp_path: Path):
+    out = succeed(["graph_attention.py", "--steps", "60", "--device", "cpu"], tmp_path, run_alone)
+    right = int(out.partition("right     ")[2].split()[0])
+    assert right >= 31
+    fail(["graph_attention.py", "--steps", "0"], tmp_path, "--steps must be at least 1, got 0")
 
 
 # sparse_linear_layer.py

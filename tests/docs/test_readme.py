@@ -159,7 +159,7 @@ def test_tables_of_every_card_are_made_from_their_files(part, monkeypatch):
     assert f"<!-- gpu_{part} -->\n{table}\n<!-- end -->" in page
 
 
-@pytest.mark.parametrize("page", ["docs/sparsify.md", "docs/pretrained.md"])
+@pytest.mark.parametrize("page", ["docs/sparsify.md", "docs/pretrained.md", "docs/arrays.md"])
 def test_the_code_of_a_page_runs(page, monkeypatch, tmp_path):
     """The blocks of a page follow one another, as a reader would type them."""
     monkeypatch.chdir(tmp_path)  # one saves a file

@@ -12,6 +12,7 @@ from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import (
     cuda_float,
     cuda_gradients,
+    cuda_graphs,
     cuda_odd,
     cuda_scalars,
     cuda_tiles,
@@ -93,6 +94,8 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
             return cuda_odd.resize_blocks(padded, layout.block_size)
         kernel, n_splits = cuda_float.gradients(layout, n_x, n_matrices)
         return launch_sddmm(NAME, kernel, layout, y, x, n_splits)
+    if cuda_graphs.takes(layout.rows, layout.block_size, n_x):
+        return cuda_graphs.sample(layout, y, x)
     if not cuda_tiles.has_tiles(layout.block_size, n_x, x.dtype) or cuda_scalars.is_skewed(
         layout.rows
     ):
@@ -154,8 +157,10 @@ def _product(
         panels = panels and cuda_tiles.takes_panels(side, block_size, n_out, shape[-1])
         sizes = n_x, n_matrices, block_size, inside, n_out
         choice = cuda_tiles.by_tensor_cores, *sizes, dtype.size, transposed, even, panels
-    elif cuda_scalars.takes_streaming(side, block_size, n_x):
-        choice = cuda_scalars.streaming, n_matrices, n_out
+    elif cuda_graphs.takes(side, block_size, n_x):
+        return cuda_graphs.product(data, side, x, n_out, bias)
+    elif cuda_graphs.takes_streaming(side, block_size, n_x):
+        return cuda_graphs.stream(data, side, x, n_out, bias)
     else:
         by_columns = cuda_scalars.takes_columns(n_x, block_size, shape[-1])
         return scalars.product(NAME, data, side, x, n_out, inside, bias, by_columns)

@@ -21,18 +21,6 @@ def takes_columns(n_x: int, block_size: int, n_cols: int) -> bool:
     return n_x >= (tuned.COLUMNS_OF_NARROW if is_narrow else tuned.COLUMNS_OF_SCALARS)
 
 
-def takes_streaming(side: Side, block_size: int, n_x: int) -> bool:
-    """Return whether one thread adds up each row: short rows of scalars times one row of x."""
-    is_vector = block_size * n_x == 1 and side.perm is None
-    return is_vector and side.longest_row <= tuned.MAX_STREAMED_ROW
-
-
-def streaming(n_matrices: int, n_out: int) -> Kernel:
-    """Return the kernel of one row of x and short rows of scalars."""
-    grid = (round_up(n_out, 64), 1, n_matrices)
-    return Kernel("spmm_stream", {"ROWS": 64, "HELD": 1664}, grid, 64)
-
-
 def gradients(layout: Layout, n_x: int, n_matrices: int) -> tuple[Kernel, int]:
     """Return the kernel of weight gradients by scalars, and in how many parts the rows go."""
     block_size, side, threads = layout.block_size, layout.rows, tuned.GROUP_THREADS

@@ -29,8 +29,10 @@ _BOUND = """#undef __global__
 INPUTS = {
     "spmm": ("data", "indptr", "indices", "perm", "x", "bias"),
     "spmm_in_pieces": ("data", "indptr", "indices", "perm", "x", "bias", "partial"),
+    "spmm_of_tiles": ("data", "indptr", "indices", "perm", "x", "bias", "partial", "tiles"),
     "qspmm": ("packed", "scales", "biases", "indptr", "indices", "perm", "x", "bias"),
     "sddmm": ("y", "x", "indptr", "indices", "step"),
+    "sddmm_places": ("y", "x", "rows", "indices"),
     "sum": ("partial",),
     "resize": ("blocks",),
 }

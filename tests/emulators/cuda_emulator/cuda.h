@@ -70,6 +70,14 @@ template <typename T>
 T __ldg(const T* p) {
   return *p;
 }
+template <typename T>
+T __ldcs(const T* p) {
+  return *p;
+}
+template <typename T>
+T __ldcg(const T* p) {
+  return *p;
+}
 
 constexpr int kMaxThreads = 1024;
 constexpr int kStack = 64 * 1024;

@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 from support import computing, fresh_launches
 
+from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import cuda, cuda_tiles, plain
 
 MODEL = Path(__file__).with_name("cuda.h")
@@ -26,6 +27,7 @@ TYPES = {
     mx.float16: "__half",
     mx.bfloat16: "__nv_bfloat16",
     mx.int32: "int",
+    mx.uint8: "unsigned char",
 }
 SHARED = '__attribute__((visibility("default")))'  # with Python
 
@@ -120,7 +122,7 @@ class _Kernel:
         launch.n_buffers = len(inputs)
         kept = []
         for i, (name, array) in enumerate(zip(self.input_names, inputs, strict=True)):
-            host = _placed(array, emulation.offset if array.dtype != mx.int32 else 0)
+            host = _placed(array, emulation.offset if array.dtype in tuned.KERNEL_DTYPES else 0)
             kept.append(host)
             begin = host.ctypes.data
             launch.buffers[i] = _Buffer(begin, begin + host.nbytes)
@@ -169,7 +171,7 @@ class _Kernel:
 
 def _placed(array: mx.array, offset: int) -> np.ndarray:
     """Return a copy of ``array`` as bits, ``offset`` elements after a 16-byte boundary."""
-    bits = {2: mx.uint16, 4: mx.uint32}[array.itemsize]
+    bits = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.itemsize]
     host = np.array(mx.contiguous(array).view(bits)).reshape(-1)
     space = np.empty(host.nbytes + 64, np.uint8)
     begin = -space.ctypes.data % 16 + offset * host.itemsize

@@ -1,0 +1,196 @@
+"""Sums and products of two sparse matrices: their patterns, and how values go from one to another.
+
+Patterns are found once on the host for each pair, and kept while both are alive. Values follow by
+MLX operations, and are differentiable to any order. All patterns here are of one block size.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import wraps
+from typing import NamedTuple, TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_sparse_nn.core import derivatives, edges, index
+from mlx_sparse_nn.core.checks import INT32_MAX
+from mlx_sparse_nn.core.pattern import CSRPattern, grid_of
+from mlx_sparse_nn.core.value_maps import Gather, SumOfRuns
+
+Plan = TypeVar("Plan")
+
+
+def _kept(make: Callable[..., Plan]) -> Callable[..., Plan]:
+    """Keep what a function of one or two patterns gives, as long as they are alive."""
+    plans: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+    @wraps(make)
+    def kept(*patterns: CSRPattern) -> Plan:
+        found = plans.setdefault(patterns[0], weakref.WeakKeyDictionary())
+        plan = found.get(patterns[-1])
+        if plan is None:
+            plan = found[patterns[-1]] = make(*patterns)
+        return plan
+
+    return kept
+
+
+class Merged:
+    """Entries by their places: a canonical pattern, where those of one place add up.
+
+    Attributes:
+        pattern: The pattern.
+        sums: The map from the values of the entries to those of the pattern.
+    """
+
+    def __init__(
+        self, places: index.Places, order: np.ndarray, shape: tuple[int, int], block_size: int
+    ):
+        self.pattern = CSRPattern._of(places.indptr, places.indices, shape, block_size)
+        n = order.size
+        unique = places.starts.size == n
+        self.sums = Gather(order, n) if unique else SumOfRuns(order, places.starts, n)
+
+
+def merge(
+    rows: np.ndarray, cols: np.ndarray, shape: tuple[int, int], block_size: int = 1
+) -> Merged:
+    """Merge entries.
+
+    Args:
+        rows, cols: ``(n,)`` int32, the block-row and block-column of each.
+        shape: ``(n_rows, n_cols)`` in scalars.
+        block_size: Side of the blocks.
+    """
+    places, order = index.merge(rows, cols, grid_of(shape, block_size))
+    return Merged(places, order, shape, block_size)
+
+
+@_kept
+def canonical(pattern: CSRPattern) -> Merged:
+    """Return the canonical pattern of one that is not."""
+    return merge(pattern.row_indices, pattern.indices, pattern.shape, pattern.block_size)
+
+
+@_kept
+def gathers(pattern: CSRPattern) -> tuple[Gather, Gather]:
+    """Return the maps from what each block-row, and each block-column, has to the stored blocks."""
+    n_block_rows, n_block_cols = pattern.grid
+    return Gather(pattern.row_indices, n_block_rows), Gather(pattern.indices, n_block_cols)
+
+
+@_kept
+def sum_rows(pattern: CSRPattern) -> SumOfRuns:
+    """Return the map from stored values of scalars to their sums over each row."""
+    return SumOfRuns(None, pattern.indptr[:-1], pattern.n_blocks)
+
+
+def values_at(pattern: CSRPattern, dense: mx.array) -> mx.array:
+    """Return what a dense array has where a pattern stores values, to broadcast to them.
+
+    Args:
+        pattern: Of shape ``(n_rows, n_cols)``.
+        dense: ``(n_rows, n_cols)``, ``(n_rows, 1)``, ``(1, n_cols)`` or ``(1, 1)``.
+    """
+    if dense.size == 1 and dense.shape != pattern.shape:
+        return dense.reshape(())
+    if dense.shape == pattern.shape:
+        return derivatives.sample(pattern.layout, dense[None]).squeeze(0)
+    axis = 0 if dense.shape[1] == 1 else 1
+    gather, block_size = gathers(pattern)[axis], pattern.block_size
+    if block_size == 1:
+        return gather(dense.reshape(-1))
+    whole = edges.pad(dense.reshape(-1), pattern.grid[axis] * block_size)
+    return mx.expand_dims(gather(whole.reshape(-1, block_size)), 2 - axis)
+
+
+@_kept
+def _union(a: CSRPattern, b: CSRPattern) -> Merged:
+    places, order = index.unite((a.indptr, a.indices), (b.indptr, b.indices), a.grid[1])
+    return Merged(places, order, a.shape, a.block_size)
+
+
+def add(
+    a: mx.array, a_pattern: CSRPattern, b: mx.array, b_pattern: CSRPattern
+) -> tuple[mx.array, CSRPattern]:
+    """Return the sum of two matrices of one shape, on the union of their patterns."""
+    dtype = mx.result_type(a, b)
+    if a_pattern == b_pattern:
+        return a + b, a_pattern
+    union = _union(a_pattern, b_pattern)
+    return union.sums(mx.concatenate([a.astype(dtype), b.astype(dtype)])), union.pattern
+
+
+class Intersection(NamedTuple):
+    """What two canonical patterns both store."""
+
+    pattern: CSRPattern
+    of_a: Gather
+    of_b: Gather
+
+
+@_kept
+def _intersection(a: CSRPattern, b: CSRPattern) -> Intersection:
+    places, in_a, in_b = np.intersect1d(a.places, b.places, assume_unique=True, return_indices=True)
+    pattern = CSRPattern.from_places(places, a.shape, a.block_size)
+    return Intersection(pattern, Gather(in_a, a.n_blocks), Gather(in_b, b.n_blocks))
+
+
+def multiply(
+    a: mx.array, a_pattern: CSRPattern, b: mx.array, b_pattern: CSRPattern
+) -> tuple[mx.array, CSRPattern]:
+    """Return the elementwise product of two matrices of one shape and canonical patterns."""
+    if a_pattern == b_pattern:
+        return a * b, a_pattern
+    both = _intersection(a_pattern, b_pattern)
+    return both.of_a(a) * both.of_b(b), both.pattern
+
+
+class Pairs(NamedTuple):
+    """The products of a block of a and a block of b that make up ``a @ b``."""
+
+    pattern: CSRPattern
+    of_a: Gather
+    of_b: Gather
+    sums: SumOfRuns
+
+
+@_kept
+def _pairs(a: CSRPattern, b: CSRPattern) -> Pairs:
+    operands = (a.indptr, a.indices), (b.indptr, b.indices)
+    if (n_pairs := index.n_pairs(*operands)) > INT32_MAX:
+        raise ValueError(
+            f"[A @ B] takes {n_pairs} products of stored values, more than 2**31 - 1; multiply by "
+            "some rows of A at a time"
+        )
+    places, of_a, of_b = index.multiply(*operands, b.grid[1])
+    shape = a.shape[0], b.shape[1]
+    pattern = CSRPattern._of(places.indptr, places.indices, shape, a.block_size)
+    gathers = Gather(of_a, a.n_blocks), Gather(of_b, b.n_blocks)
+    return Pairs(pattern, *gathers, SumOfRuns(None, places.starts, n_pairs))
+
+
+def matmul(
+    a: mx.array, a_pattern: CSRPattern, b: mx.array, b_pattern: CSRPattern
+) -> tuple[mx.array, CSRPattern]:
+    """Return the product of two matrices, on the pattern of what may be stored in it.
+
+    16-bit values are multiplied and added up in float32.
+    """
+    pairs, dtype = _pairs(a_pattern, b_pattern), mx.result_type(a, b)
+    a = pairs.of_a(edges.clear(a_pattern.layout, a))
+    b = pairs.of_b(edges.clear(b_pattern.layout, b))
+    if dtype in (mx.float16, mx.bfloat16):
+        a, b = a.astype(mx.float32), b.astype(mx.float32)
+    return pairs.sums(_products(a, b)).astype(dtype), pairs.pattern
+
+
+def _products(a: mx.array, b: mx.array) -> mx.array:
+    """Return the products of values ``(n,)``, or of blocks ``(n, B, B)``."""
+    if a.ndim == 1:
+        return a * b
+    if mx.issubdtype(mx.result_type(a, b), mx.inexact):
+        return a @ b
+    return (a[..., None] * b[:, None]).sum(axis=2)  # MLX has no products of integers

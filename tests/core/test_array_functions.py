@@ -1,0 +1,416 @@
+"""Parts, reductions, functions, assembly and files of sparse arrays, against NumPy and SciPy."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from hypothesis import given
+from hypothesis import strategies as st
+from support import assert_equal, dense_of, integers, patterns, random_pattern, spoiled, to_numpy
+
+import mlx_sparse_nn as sparse
+from mlx_sparse_nn import COOArray, CSRArray, SparseParameter, csr_array, from_dense, from_scipy
+
+FUNCTIONS = (
+    *("sqrt", "sign", "sin", "tan", "arcsin", "arctan", "sinh", "tanh", "arcsinh", "arctanh"),
+    *("expm1", "log1p", "floor", "ceil", "rint", "trunc", "deg2rad", "rad2deg", "abs"),
+)
+
+
+@st.composite
+def arrays(draw, dtype=mx.float32, fewest=0):
+    """Draw blocks or scalars, unsorted and repeated, with nans outside the matrix."""
+    pattern = draw(patterns(fewest=fewest))
+    data = integers(pattern.data_shape, draw(st.integers(0, 9)), dtype)
+    return CSRArray(spoiled(pattern, data), pattern)
+
+
+def dense(a: CSRArray) -> np.ndarray:
+    return to_numpy(dense_of(a.pattern, a.data))
+
+
+def same(found: CSRArray | COOArray | mx.array, expected: np.ndarray) -> None:
+    found = found if isinstance(found, mx.array) else found.todense()
+    assert tuple(found.shape) == expected.shape
+    assert np.array_equal(to_numpy(found), expected, equal_nan=True)
+
+
+def keys(size: int):
+    index = st.integers(-size, size - 1) if size else st.nothing()
+    array = st.lists(index, max_size=5 if size else 0).map(lambda a: np.array(a, np.int64))
+    mask = st.lists(st.booleans(), min_size=size, max_size=size).map(lambda a: np.array(a, bool))
+    return st.one_of(st.slices(size), array, mask, *([index] if size else []))
+
+
+@given(st.data())
+def test_rows_and_columns(data):
+    a = data.draw(arrays())
+    rows, cols = (data.draw(keys(n)) for n in a.shape)
+    expected = dense(a)
+    same(a[rows], np.atleast_2d(expected[rows]))
+    same(a[rows, :], np.atleast_2d(expected[rows, :]))
+    part = expected[:, cols]
+    same(a[:, cols], part if part.ndim == 2 else part[:, None])
+    if isinstance(rows, slice) or isinstance(cols, slice):
+        part = expected[rows, cols]
+        by_column = isinstance(cols, int)
+        same(a[rows, cols], part if part.ndim == 2 else part[:, None] if by_column else part[None])
+
+
+@given(st.data())
+def test_entries(data):
+    a = data.draw(arrays(fewest=1))
+    if not all(a.shape):
+        return
+    expected = dense(a)
+    count = data.draw(st.integers(0, 6))
+    rows, cols = (
+        np.array(data.draw(st.lists(st.integers(-n, n - 1), min_size=count, max_size=count)), int)
+        for n in a.shape
+    )
+    same(a[rows, cols], expected[rows, cols])
+    same(a[mx.array(rows), mx.array(cols)], expected[rows, cols])
+    same(a[-1, 0], expected[-1, 0])
+    same(a[expected > 0], expected[expected > 0])
+    same(a[mx.array((expected > 0).tolist())], expected[expected > 0])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(5, -6, (0, 7), ([0, 9],), (slice(None), -8), (0, 0, 0), 1.5, "row", [0.5]),
+        *(np.ones(3, bool), np.ones((5, 6), bool), np.ones((5, 7))),
+    ],
+    ids=repr,
+)
+def test_what_is_no_index_is_refused(key):
+    with pytest.raises(IndexError, match=r"^\[A\[...\]\] "):
+        _ = from_dense(np.ones((5, 7)))[key]
+
+
+@given(arrays(), st.integers(-7, 7))
+def test_diagonals_and_triangles(a, k):
+    expected = dense(a)
+    inside = -a.shape[0] < k < a.shape[1]
+    same(a.diagonal(k), np.diag(expected, k) if inside else np.zeros(0))
+    same(a.tril(k), np.tril(expected, k))
+    same(a.triu(k), np.triu(expected, k))
+    same(a.trace(), np.trace(expected))
+
+
+@given(arrays(fewest=1), st.sampled_from([None, 0, 1, -1, -2]), st.booleans())
+def test_reductions(a, axis, keepdims):
+    if not all(a.shape):
+        return
+    expected = dense(a)
+    for name in ("sum", "max", "min"):
+        found = getattr(a, name)(axis, keepdims=keepdims)
+        same(found, np.asarray(getattr(expected, name)(axis=axis, keepdims=keepdims)))
+    mean = to_numpy(a.mean(axis, keepdims=keepdims))
+    assert np.allclose(mean, expected.mean(axis=axis, keepdims=keepdims), atol=1e-6)
+    same(a.count_nonzero(axis), np.asarray(np.count_nonzero(expected, axis=axis)))
+
+
+@pytest.mark.parametrize("dtype", [mx.int8, mx.int32, mx.uint8, mx.bool_], ids=str)
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_reductions_of_integers(dtype, block_size):
+    pattern = random_pattern(3, 4, block_size, seed=1)
+    a = CSRArray(mx.abs(integers(pattern.data_shape)).astype(dtype), pattern)
+    expected = dense(a)
+    for axis in (None, 0, 1):
+        same(a.max(axis), np.asarray(expected.max(axis)))
+        same(a.min(axis), np.asarray(expected.min(axis)))
+        assert a.max(axis).dtype == dtype
+        assert np.allclose(to_numpy(a.mean(axis)), expected.mean(axis))
+
+
+@pytest.mark.parametrize("name", ["max", "min"])
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_derivatives_of_extremes(name, axis):
+    pattern = random_pattern(5, 6, 1, 0.8, seed=2)
+    data, tangent = integers(pattern.data_shape, 1), integers(pattern.data_shape, 2)
+    weight = integers((), 3) if axis is None else integers((pattern.shape[1 - axis],), 3)
+
+    def of_sparse(data):
+        return (getattr(CSRArray(data, pattern), name)(axis) * weight).sum()
+
+    def of_dense(data):
+        return (getattr(CSRArray(data, pattern).todense(), name)(axis) * weight).sum()
+
+    assert mx.allclose(mx.grad(of_sparse)(data), mx.grad(of_dense)(data))
+    batch = mx.stack([data, -data])
+    assert_equal(mx.vmap(of_sparse)(batch), mx.stack([of_dense(data), of_dense(-data)]))
+    assert mx.allclose(mx.compile(mx.grad(of_sparse))(data), mx.grad(of_dense)(data))
+    (found,) = mx.jvp(of_sparse, [data], [tangent])[1]
+    assert mx.allclose(found, (mx.grad(of_dense)(data) * tangent).sum(), atol=1e-5)
+
+
+@given(arrays(), st.sampled_from(FUNCTIONS))
+def test_functions_of_each_value(a, name):
+    with np.errstate(all="ignore"):
+        expected = getattr(np, name)(dense(a).astype(np.float32))
+    found = to_numpy(getattr(a, name)().todense())
+    assert np.allclose(found, expected, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+@given(arrays())
+def test_powers_and_shapes(a):
+    expected = dense(a)
+    same(a**2, expected**2)
+    same(a.power(3), expected**3)
+    n_rows, n_cols = a.shape
+    same(a.reshape((n_cols, n_rows)), expected.reshape(n_cols, n_rows))
+    same(a.copy(), expected)
+    same(+a, expected)
+
+
+def test_complex_parts():
+    a = CSRArray(integers((3,), 1, mx.complex64), sparse.CSRPattern([0, 2, 3], [0, 1, 1], (2, 2)))
+    expected = dense(a)
+    for found, part in (
+        (a.conj(), expected.conj()),
+        (a.real, expected.real),
+        (a.imag, expected.imag),
+    ):
+        same(found, part)
+    same(abs(a), np.abs(expected).astype(np.float32))
+    real = from_dense(np.eye(2))
+    same(real.real, np.eye(2))
+    same(real.imag, np.zeros((2, 2)))
+    with pytest.raises(TypeError, match=r"\[CSRArray.max\] complex numbers have no order"):
+        a.max()
+
+
+@given(st.lists(arrays(), min_size=1, max_size=3))
+def test_block_diagonal(parts):
+    same(sparse.block_diag(parts), sp.block_diag([dense(a) for a in parts]).toarray())
+
+
+@given(arrays(), st.integers(0, 5), st.integers(0, 5))
+def test_stacks(a, n_rows, n_cols):
+    below, beside = from_dense(integers((n_rows, a.shape[1]))), integers((a.shape[0], n_cols))
+    same(sparse.vstack([a, below.tocoo()]), np.vstack([dense(a), dense(below)]))
+    same(sparse.hstack([beside, a]), np.hstack([to_numpy(beside), dense(a)]))
+    twice = sparse.vstack([a, a])
+    same(twice, np.vstack([dense(a)] * 2))
+    if a.shape[0] % a.block_size == 0:
+        assert twice.block_size == a.block_size
+
+
+@given(arrays(), arrays())
+def test_kronecker_products(a, b):
+    same(sparse.kron(a, b), np.kron(dense(a), dense(b)))
+
+
+def test_derivatives_of_assembly():
+    pattern = random_pattern(3, 3, 1, seed=1)
+    data, other = integers(pattern.data_shape, 1), from_dense(integers((3, 3), 2))
+
+    def f(assemble):
+        return lambda data: (assemble(CSRArray(data, pattern)).todense() ** 3).sum()
+
+    def kron(a):
+        return mx.kron(a.todense(), other.todense())
+
+    for found, expected in (
+        (lambda a: sparse.vstack([a, other, a]), lambda a: mx.concatenate([a.todense()] * 2)),
+        (lambda a: sparse.kron(a, other), kron),
+        (lambda a: a[[0, 2, 2], :], lambda a: a.todense()[mx.array([0, 2, 2])]),
+        (lambda a: a.tril(), lambda a: mx.tril(a.todense())),
+    ):
+        of_dense = lambda data, g=expected: (g(CSRArray(data, pattern)) ** 3).sum()
+        assert_equal(mx.grad(f(found))(data), mx.grad(of_dense)(data))
+
+
+def test_diagonals_have_gradients():
+    def f(d):
+        return (sparse.diags([d, d[:3]], [0, 1]).todense() ** 2).sum()
+
+    assert_equal(mx.grad(f)(mx.array([1.0, 2, 3, 4])), mx.array([4.0, 8, 12, 8]))
+
+
+def test_random_is_what_was_asked():
+    a = sparse.random(30, 40, density=0.25, seed=3, dtype=mx.float16)
+    assert (a.nnz, a.dtype, a.shape) == (300, mx.float16, (30, 40))
+    assert a.pattern == sparse.random(30, 40, density=0.25, seed=3).pattern
+    assert a.pattern != sparse.random(30, 40, density=0.25, seed=4).pattern
+    assert sparse.random(3, 4, 0).nnz == 0
+
+
+@given(arrays())
+def test_softmax_of_stored_values(a):
+    a = a.tocsr().canonical()
+    found = sparse.softmax(a)
+    stored = np.array(a.pattern.tomask())
+    with np.errstate(all="ignore"):
+        weights = np.where(stored, np.exp(dense(a)), 0)
+        weights = weights / weights.sum(1, keepdims=True)
+    assert np.allclose(to_numpy(found.todense()), np.where(stored, weights, 0), atol=1e-6)
+
+
+def test_softmax_is_stable_and_differentiates():
+    pattern = random_pattern(5, 6, 1, seed=1)
+    data = integers(pattern.data_shape) * 100
+    mask = pattern.tomask()
+
+    def of_sparse(data):
+        return (sparse.softmax(CSRArray(data, pattern)).todense() ** 2).sum()
+
+    def of_dense(data):
+        scores = mx.where(mask, CSRArray(data, pattern).todense(), -1e30)
+        return (mx.where(mask, mx.softmax(scores, axis=1), 0) ** 2).sum()
+
+    assert mx.allclose(of_sparse(data), of_dense(data))
+    small = data / 100
+    assert mx.allclose(mx.grad(of_sparse)(small), mx.grad(of_dense)(small), atol=1e-6)
+    second = [
+        mx.grad(lambda d, f=f: (mx.grad(f)(d) ** 2).sum())(small) for f in (of_sparse, of_dense)
+    ]
+    assert mx.allclose(*second, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["csr", "csc", "coo", "bsr", "dia", "lil", "dok"])
+def test_every_format_of_scipy(kind):
+    a = sp.random_array((6, 8), density=0.4, rng=np.random.default_rng(0))
+    found = from_scipy(
+        sp.bsr_array(a.tocsr(), blocksize=(2, 2)) if kind == "bsr" else a.asformat(kind)
+    )
+    assert np.allclose(to_numpy(found.todense()), a.toarray(), atol=1e-6)
+    assert found.dtype == mx.float32
+    kept = from_scipy(a.asformat("csr"), dtype=mx.float64)
+    assert np.array_equal(np.array(kept.data), a.tocsr().data)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: a.astype(">f4"),
+        lambda a: a.astype(">f8"),
+        lambda a: a.astype(">i2"),
+        lambda a: a[:, ::-1],
+        lambda a: np.asfortranarray(a),
+        lambda a: np.repeat(a, 2, axis=1)[:, ::2],
+        lambda a: a.tolist(),
+        lambda a: mx.array(a),
+    ],
+)
+def test_dense_arrays_of_any_making(change):
+    a = np.array(integers((4, 5), 1))
+    expected = np.asarray(change(a))
+    for make in (csr_array, from_dense, sparse.coo_array):
+        same(make(change(a)), expected.astype(np.float32))
+    data = change(a[:1])
+    values = np.asarray(data).reshape(-1)
+    if not isinstance(data, list | mx.array):
+        same(csr_array((values, np.arange(5), [0, 5]), (1, 5)), values[None].astype(np.float32))
+
+
+def test_shapes_are_found():
+    assert csr_array(([1.0], [4], [0, 0, 1])).shape == (2, 5)
+    assert csr_array(([1.0], ([3], [1]))).shape == (4, 2)
+    assert csr_array((2, 3)).nnz == 0
+    assert csr_array((2, 3), dtype=mx.float16).dtype == mx.float16
+    assert csr_array(from_dense(mx.ones((4, 4)), 2)).block_size == 1
+
+
+@pytest.mark.parametrize("kind", ["csr", "csc", "coo", "bsr"])
+def test_files_of_scipy(kind, tmp_path: Path):
+    a = sp.random_array((6, 8), density=0.4, rng=np.random.default_rng(0), dtype=np.float32)
+    a = sp.bsr_array(a.tocsr(), blocksize=(2, 2)) if kind == "bsr" else a.asformat(kind)
+    sp.save_npz(tmp_path / "theirs.npz", a)
+    found = sparse.load_npz(tmp_path / "theirs.npz")
+    same(found, a.toarray())
+    sparse.save_npz(tmp_path / "ours.npz", found, compressed=False)
+    back = sp.load_npz(tmp_path / "ours.npz")
+    assert back.format == ("csr" if kind == "csc" else kind)
+    assert np.array_equal(back.toarray(), a.toarray())
+
+
+@given(arrays(dtype=mx.bfloat16))
+def test_safetensors_keep_everything(a):
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        sparse.save_safetensors(f"{folder}/a.safetensors", a)
+        back = sparse.load_safetensors(f"{folder}/a.safetensors")
+        assert back.pattern == a.pattern
+        assert_equal(back.data, a.data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"indices": np.array([0, 9])}, r"indices\[1\] is 9, outside"),
+        ({"indices": np.array([0, -1])}, r"indices\[1\] is -1, outside"),
+        ({"indptr": np.array([0, 1, 7])}, "indptr must end at 2"),
+        ({"shape": np.array([2])}, "must hold a matrix"),
+        ({"format": b"dia"}, "got 'dia'"),
+        ({"data": np.ones(3)}, "data has shape"),
+        ({"indices": None}, "has no array 'indices'"),
+    ],
+)
+def test_files_that_describe_no_matrix_are_refused(change, message, tmp_path: Path):
+    parts = {"format": b"csr", "shape": np.array([2, 3]), "data": np.ones(2)}
+    parts |= {"indices": np.array([0, 1]), "indptr": np.array([0, 1, 2])} | change
+    np.savez(tmp_path / "bad.npz", **{k: v for k, v in parts.items() if v is not None})
+    with pytest.raises(ValueError, match=message):
+        sparse.load_npz(tmp_path / "bad.npz")
+    arrays = {"data": mx.ones(2), "indices": mx.array([0, 9]), "indptr": mx.array([0, 1, 2])}
+    sizes = {"n_rows": "2", "n_cols": "3", "block_size": "1"}
+    mx.save_safetensors(str(tmp_path / "bad.safetensors"), arrays, sizes)
+    with pytest.raises(ValueError, match=r"indices\[1\] is 9"):
+        sparse.load_safetensors(tmp_path / "bad.safetensors")
+
+
+def test_what_does_not_fit_the_memory_raises():
+    with pytest.raises(ValueError, match=r"a dense 1000000 x 1000000 array .* takes 3,725 GiB"):
+        csr_array((10**6, 10**6)).todense()
+
+
+def test_arrays_are_not_compared():
+    a = from_dense(np.eye(2))
+    for compare in (lambda: a == a, lambda: a != 0, lambda: a == np.eye(2)):
+        with pytest.raises(TypeError, match=r"\[A == B\] sparse arrays have no elementwise =="):
+            compare()
+    assert len({a, a.copy()}) == 2
+
+
+def test_a_parameter_trains_casts_and_is_saved(tmp_path: Path):
+    import mlx.nn as nn
+    import mlx.optimizers as optim
+
+    class Model(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            self.graph = SparseParameter(sparse.random(5, 6, 0.5, seed=seed))
+            self.out = nn.Linear(2, 3)
+
+        def __call__(self, x):
+            return self.out(self.graph.array @ x)
+
+    model, x = Model(1), mx.ones((6, 2))
+    before = model.graph.array.data
+    _, grads = nn.value_and_grad(model, lambda x: (model(x) ** 2).sum())(x)
+    optim.SGD(0.1).update(model, grads)
+    assert set(grads["graph"]) == {"weight"}
+    assert not mx.array_equal(model.graph.array.data, before)
+    model.save_weights(str(tmp_path / "model.safetensors"))
+    other = Model(2)
+    other.load_weights(str(tmp_path / "model.safetensors"))
+    assert other.graph.pattern == model.graph.pattern
+    assert_equal(other(x), model(x))
+    other.set_dtype(mx.float16)
+    assert other.graph.array.dtype == mx.float16
+    assert "SparseParameter(5 x 6" in repr(other)
+
+
+def test_drawings_and_names():
+    a = COOArray([1.0, 2.0], [0, 1], [1, 0], (2, 2)).tocsr()
+    assert a.spy() == a.pattern.spy()
+    assert a._repr_svg_() == a.pattern._repr_svg_()
+    assert a.plot().images
+    assert a.eval() is a
+    assert a.nbytes == a.data.nbytes + a.indices.nbytes + a.indptr.nbytes
+    assert not a.indices.flags.writeable
