@@ -34,8 +34,8 @@ else:
     # The emulators run on Linux. On a Mac, the other tests run the kernels themselves. What is
     # counted, memory too, is that of MLX for Linux.
     collect_ignore_glob = ["emulators/*", "backends/test_metal*.py"]
-    collect_ignore = ["backends/test_cuda.py", "backends/test_counts.py"]
-    collect_ignore += ["backends/test_cuda_graphs.py"]
+    emulated = ("cuda", "cuda_graphs", "cuda_many", "cuda_quantized", "counts")
+    collect_ignore = [f"backends/test_{name}.py" for name in emulated]
 
 launched = Counter()  # launches of each kernel of a GPU, in this process
 EMULATED = pytest.StashKey[bool]()

@@ -23,6 +23,7 @@ from mlx_sparse_nn.core.backends import (
     cuda_gradients,
     cuda_graphs,
     cuda_odd,
+    cuda_quantized,
     few_rows,
     launch,
     naive,
@@ -110,6 +111,8 @@ def fresh_launches() -> Iterator[None]:
         cuda_graphs._streaming,
         cuda_graphs._launches,
         cuda_graphs._sampling,
+        cuda_quantized._of_blocks,
+        cuda_quantized._of_packed,
         few_rows._launches,
         scalars._launches,
     )

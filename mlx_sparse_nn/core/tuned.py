@@ -105,6 +105,15 @@ METAL_QUANTIZED_GROUPS = 160
 # CUDA, the same for gradients by scalars.
 CUDA_GRADIENT_GROUPS = 1024
 CUDA_ROWS_PER_SPLIT = 64
+# CUDA, quantized blocks, x of 16 bits: up to so many rows of x, values are computed in registers. 4
+# bits, B = 64, 50%: 17 microseconds with 128 rows, where bfloat16 blocks take 16 and to dequantize
+# takes 5; with 256 rows 33, 17 and 5. Packs of eight values that a thread dequantizes: 5.3
+# microseconds with four, 5.5 with eight.
+CUDA_QUANTIZED_ROWS = 128
+CUDA_DEQUANTIZED_TURNS = 4
+# Kernels whose thread blocks may take all registers of a multiprocessor: the compiler would put off
+# their loads to save some.
+ALL_REGISTERS = ("qspmm_few", "qspmm_rows")
 
 # CUDA. Thread blocks that keep an H200 busy (132 multiprocessors).
 BLOCKS_TO_FILL_GPU = 128
@@ -114,6 +123,11 @@ MAX_SHARED_OF_TWO = 113 * 1024
 LARGE_SHARED_MEMORY = ("sm_80", "sm_87", "sm_90", "sm_100", "sm_103")  # 160 KB a thread block
 HOPPER = "sm_90"
 WGMMA_STAGES = {64: {256: 5, 128: 8}, 128: {256: 4, 128: 6}}  # by block size and rows of a tile
+# spmm_boxes: stages by block size, and the multiply-adds from which it is faster than spmm_wgmma.
+# 4,096 rows, 5, 10, 20 and 50%, in microseconds: B = 64 30.7, 40.7, 64.3, 141.4 against 29.2, 43.0,
+# 71.3, 159.4; B = 128 28.2, 37.1, 52.2, 103.4 against 25.9, 37.7, 55.8, 116.6.
+BOX_STAGES = {64: 3, 128: 4}
+BOX_PRODUCTS = 6.8e9
 PANEL_DENSITY = {16: 0.025, 32: 0.15}  # from which spmm_panels is faster than spmm_tiles
 MAX_PANEL_COLUMNS = 2**20
 GRADIENT_PANELS = (16, 32)  # block sizes of sddmm_panels
@@ -231,6 +245,29 @@ GATHERED_COLUMNS = 3
 # has 41 at n = 20, and takes 61 with a thread for each row, 48 by a byte for each column, and 453
 # through shared memory, where the values of a row all ask for few lines of the cache.
 MAX_DIAGONALS = 4096
+
+
+class QuantizedStrip(NamedTuple):
+    """A thread block of CUDA's ``qspmm_few`` or ``qspmm_rows``."""
+
+    strip: int  # outputs
+    rows: int  # of x
+    warps: int
+    steps: int  # of 32 k, that a warp loads at once, or that x is copied ahead
+
+
+# Of qspmm_rows, by the most rows of x. 4 bits, B = 64, 50%, microseconds: 17 rows 11.4, 64 rows
+# 12.8 (16.4 with 64 outputs), 128 rows 17.2 (24.0 with 32). Up to 16 rows, which only the transpose
+# has, nothing else was measured.
+QUANTIZED_STRIPS = {
+    8: QuantizedStrip(64, 8, 16, 3),
+    16: QuantizedStrip(64, 16, 8, 3),
+    32: QuantizedStrip(64, 32, 8, 3),
+    64: QuantizedStrip(32, 64, 8, 3),
+    128: QuantizedStrip(64, 64, 8, 3),
+}
+# Of qspmm_few: 3.8 microseconds with one row and 4.3 with eight, where bfloat16 blocks take 6.4.
+FEW_QUANTIZED_STRIP = QuantizedStrip(32, 8, 16, 2)
 
 # The largest first. A simdgroup has 32 x 32 sums, half a load from threadgroup memory for a product
 # of 8 x 8, and 100 registers a lane; in the last one 16 x 32, and three quarters of a load.

@@ -32,6 +32,13 @@ __device__ __forceinline__ void load_matrix2(unsigned (&fragment)[2], const T* p
   }
 }
 
+// Transpose an 8 x 8 tile of 16 bits, of which each lane holds two neighbours.
+__device__ __forceinline__ unsigned transpose_tile(unsigned pair) {
+  unsigned transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
 // Round floats to the nearest TF32, or the one farther from 0, as tensor cores take them: they
 // would cut them off. Other types are taken as they are.
 __device__ __forceinline__ unsigned to_tf32(unsigned value) {

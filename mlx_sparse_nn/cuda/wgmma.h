@@ -19,6 +19,11 @@ __device__ __forceinline__ unsigned long long describe(const T* tile, int slab) 
   return (address & 0x3ffff) >> 4 | lead << 16 | 64ull << 32 | 1ull << 62;
 }
 
+// Describe what lies `count` values of 16 bits, a multiple of 8, further on in the same tile.
+__device__ __forceinline__ unsigned long long advance(unsigned long long tile, int count) {
+  return (tile & 0xffffffff00000000ull) | ((unsigned)tile + count / 8);
+}
+
 // acc (64 x COLS, float32) += a (64 x 16) b (16 x COLS). The contraction runs along the rows of
 // a tile, or across them where A_ACROSS or B_ACROSS is 1.
 template <typename T, int COLS, int A_ACROSS, int B_ACROSS>
@@ -60,10 +65,37 @@ struct Warpgroup;
     }                                                                                       \
   }
 
+#define WARPGROUP_256(T, TYPE)                                                               \
+  template <int A_ACROSS, int B_ACROSS>                                                      \
+  struct Warpgroup<T, 256, A_ACROSS, B_ACROSS> {                                             \
+    __device__ __forceinline__ static void multiply(float (&acc)[128], unsigned long long a, \
+                                                    unsigned long long b) {                  \
+      asm volatile(                                                                          \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                         \
+          "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE                       \
+          " "                                                                                \
+          "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
+          "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "           \
+          "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "           \
+          "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, "           \
+          "%58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, "           \
+          "%72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, "           \
+          "%86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, "           \
+          "%100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "         \
+          "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, "         \
+          "%124, %125, %126, %127}, %128, "                                                  \
+          "%129, p, 1, 1, %130, %131;\n}\n"                                                  \
+          : ACC32(acc, 0), ACC32(acc, 32), ACC32(acc, 64), ACC32(acc, 96)                    \
+          : "l"(a), "l"(b), "n"(A_ACROSS), "n"(B_ACROSS));                                   \
+    }                                                                                        \
+  }
+
 WARPGROUP_64(__nv_bfloat16, "bf16");
 WARPGROUP_64(__half, "f16");
 WARPGROUP_128(__nv_bfloat16, "bf16");
 WARPGROUP_128(__half, "f16");
+WARPGROUP_256(__nv_bfloat16, "bf16");
+WARPGROUP_256(__half, "f16");
 
 // Have sums in their registers from here on. The compiler may move their first values into the loop
 // of products that follows, and these would wait for one another.

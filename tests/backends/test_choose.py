@@ -74,8 +74,8 @@ def test_metal_takes_no_tiles_of_x_whose_places_overflow(op):
 
 
 @pytest.mark.parametrize("op", ["qspmm", "qspmm_t"])
-def test_quantized_blocks_have_kernels_on_metal_and_none_on_cuda_yet(op):
-    for backend, name in ((metal, "metal"), (cuda, "plain")):
+def test_quantized_blocks_have_kernels(op):
+    for backend, name in ((metal, "metal"), (cuda, "cuda")):
         with computing(backend, plain):
             for n_x in (1, 100):
                 assert name_of(op, 96, n_x, mx.bfloat16, bits=4) == name

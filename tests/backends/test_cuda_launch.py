@@ -24,7 +24,7 @@ from support import (
     random_pattern,
 )
 
-from mlx_sparse_nn import BlockSparseLinear, CSRPattern, sddmm, spmm, spmm_t
+from mlx_sparse_nn import BlockSparseLinear, CSRPattern, qspmm, qspmm_t, sddmm, spmm, spmm_t
 from mlx_sparse_nn.core.backends import cuda, cuda_tiles, plain
 from mlx_sparse_nn.core.transforms import transforming
 
@@ -77,6 +77,26 @@ def test_launches_are_valid(launches, architecture, block_size, dtype, n):
     for name, result in results.items():
         assert tuple(result.shape) == tuple(shapes[name])
         assert result.dtype == dtype
+    _check_launches(launches, architecture)
+    assert launches
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("block_size", [32, 64, 96, 128, 160])
+@pytest.mark.parametrize("n", [1, 9, 17, 40, 300, 5000])
+def test_quantized_launches_are_valid(launches, architecture, block_size, dtype, n):
+    size = 3 * block_size
+    pattern = CSRPattern([0, 2, 2, 5], [1, 0, 2, 1, 0], (size, size), block_size)
+    matrix = mx.quantize(mx.ones(pattern.data_shape, dtype), 32, 4)
+    x, bias = mx.ones((n, size), dtype), mx.ones(size, dtype)
+    for y in (qspmm(*matrix, pattern, x, bias), qspmm_t(*matrix, pattern, x)):
+        assert (y.shape, y.dtype) == (x.shape, dtype)
+    _check_launches(launches, architecture)
+    by_mlx = dtype == mx.float32 and block_size > 128 and n > 16
+    assert bool(launches) is not by_mlx
+
+
+def _check_launches(launches, architecture):
     for name, template, grid, group, shared_memory, source in launches:
         assert all(g > 0 and g % t == 0 for g, t in zip(grid, group, strict=True)), name
         assert group[0] <= 1024
@@ -84,7 +104,6 @@ def test_launches_are_valid(launches, architecture, block_size, dtype, n):
         assert "wgmma" not in name or architecture == "sm_90"
         used = set(re.findall(r"\b[A-Z][A-Z_]+\b|\bT\b|\bB\b", _code(source)))
         assert set(template) <= used, f"{name} is given {set(template) - used} and reads none of it"
-    assert launches
 
 
 def _code(source):

@@ -10,10 +10,12 @@ import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import (
+    cuda_boxes,
     cuda_float,
     cuda_gradients,
     cuda_graphs,
     cuda_odd,
+    cuda_quantized,
     cuda_scalars,
     cuda_tiles,
     launch,
@@ -41,18 +43,16 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
     """Return whether there is a kernel for a product.
 
     There is none for large blocks without tiles and many rows of x, in float32 or for a weight
-    gradient: MLX's own batched products are made for these. Nor for quantized blocks yet.
+    gradient: MLX's own batched products are made for these. Quantized blocks have kernels of their
+    own, or are multiplied as others once they are dequantized.
     """
     block_size = layout.block_size
     by_scalars = dtype != mx.float32 and op != "sddmm"
     large = block_size >= 8 and n_x > tuned.CUDA_FEW_ROWS
-    has_kernel = (
-        cuda_tiles.has_tiles(block_size, n_x, dtype)
-        or cuda_float.takes(block_size, n_x, dtype)
-        or cuda_odd.takes(block_size, n_x, dtype)
-    )
-    if bits or (large and not by_scalars and not has_kernel):
-        return False
+    if large and not by_scalars and not cuda_tiles.has_tiles(block_size, n_x, dtype):
+        sizes = block_size, n_x, dtype
+        if bits or not (cuda_float.takes(*sizes) or cuda_odd.takes(*sizes)):
+            return False
     return launch.takes(layout, n_x, dtype, n_matrices)
 
 
@@ -112,6 +112,41 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     return launch_sddmm(NAME, kernel, layout, y, x, n_splits, by_columns)
 
 
+def qspmm(
+    packed: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    layout: Layout,
+    x: mx.array,
+    bias: mx.array | None = None,
+) -> mx.array:
+    """Return :func:`spmm` by quantized blocks; see ``plain.qspmm``."""
+    matrix, n_out, inside = (packed, scales, biases), layout.full_shape[0], layout.inside[1]
+    return _quantized_product(matrix, layout.rows, x, n_out, inside, bias)
+
+
+def qspmm_t(
+    packed: mx.array, scales: mx.array, biases: mx.array, layout: Layout, y: mx.array
+) -> mx.array:
+    """Return :func:`spmm_t` by quantized blocks; see ``plain.qspmm_t``."""
+    matrix, n_out, inside = (packed, scales, biases), layout.full_shape[1], layout.inside[0]
+    return _quantized_product(matrix, layout.cols, y, n_out, inside, None)
+
+
+def _quantized_product(
+    matrix: tuple[mx.array, mx.array, mx.array],
+    side: Side,
+    x: mx.array,
+    n_out: int,
+    inside: int,
+    bias: mx.array | None,
+) -> mx.array:
+    """Launch a kernel of packed values, or dequantize them and launch that of ``_product``."""
+    if cuda_quantized.takes_packed(x.shape[-2], x.dtype):
+        return cuda_quantized.product(matrix, side, x, n_out, inside, bias)
+    return _product(cuda_quantized.dequantize(*matrix), side, x, n_out, inside, bias)
+
+
 def _cropped(
     data: mx.array,
     side: Side,
@@ -151,7 +186,10 @@ def _product(
     shape, dtype, transposed = x.shape, x.dtype, side.perm is not None
     n_x, n_matrices = shape[-2], shape[0] if len(shape) == 3 else 1
     block_size = data.shape[-1] if data.ndim > 2 else 1
-    if cuda_tiles.has_tiles(block_size, n_x, dtype):
+    if cuda_boxes.takes(side, n_x, n_matrices, block_size, inside, dtype):
+        even = cuda_tiles.is_even(side)
+        choice = cuda_boxes.boxes, n_x, n_matrices, block_size, n_out, transposed, even
+    elif cuda_tiles.has_tiles(block_size, n_x, dtype):
         even = n_x > tuned.CUDA_FEW_ROWS and cuda_tiles.is_even(side)
         panels = n_x > tuned.CUDA_FEW_ROWS and dtype != mx.float32
         panels = panels and cuda_tiles.takes_panels(side, block_size, n_out, shape[-1])

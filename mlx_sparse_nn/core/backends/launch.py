@@ -31,11 +31,13 @@ INPUTS = {
     "spmm_in_pieces": ("data", "indptr", "indices", "perm", "x", "bias", "partial"),
     "spmm_of_tiles": ("data", "indptr", "indices", "perm", "x", "bias", "partial", "tiles"),
     "qspmm": ("packed", "scales", "biases", "indptr", "indices", "perm", "x", "bias"),
+    "dequantize": ("packed", "scales", "biases"),
     "sddmm": ("y", "x", "indptr", "indices", "step"),
     "sddmm_places": ("y", "x", "rows", "indices"),
     "sum": ("partial",),
     "resize": ("blocks",),
 }
+SCRATCH = {"spmm_boxes": ["scratch"]}  # integers that a kernel writes for itself, by its name
 MAX_THREADS = 2**31 - tuned.GROUP_THREADS  # of a grid's side, which is an int, in whole groups
 MAX_GROUPS = 2**16 - 1  # of CUDA, along a grid's second and third side
 
@@ -76,6 +78,7 @@ class Kernel(NamedTuple):
     grid: tuple[int, int, int]  # in threads
     threads: int  # of a thread block
     shared_memory: int = 0  # bytes of a thread block, where the kernel does not say it itself
+    scratch: int = 0  # integers of SCRATCH
 
 
 class KernelLaunch(NamedTuple):
@@ -87,13 +90,14 @@ class KernelLaunch(NamedTuple):
     grid: tuple[int, int, int]
     group: tuple[int, int, int]
     name: str  # "metal/spmm_few"
+    scratch: tuple[tuple[int], ...] = ()  # its shape, where there is one
 
     def __call__(self, arrays: list[mx.array], shape: tuple[int, ...]) -> mx.array:
-        function, template, dtypes, grid, group, _ = self
-        (out,) = function(
+        function, template, dtypes, grid, group, _, scratch = self
+        out, *_ = function(
             inputs=arrays,
             template=template,
-            output_shapes=[shape],
+            output_shapes=[shape, *scratch],
             output_dtypes=dtypes,
             grid=grid,
             threadgroup=group,
@@ -128,7 +132,10 @@ def prepare(
     function = _function(backend, kernel.name, inputs, kernel.threads, kernel.shared_memory)
     template = list((types | kernel.template).items())
     group, name = (kernel.threads, 1, 1), f"{backend}/{kernel.name}"
-    return KernelLaunch(function, template, [dtype], kernel.grid, group, name)
+    launched = KernelLaunch(function, template, [dtype], kernel.grid, group, name)
+    if not kernel.scratch:
+        return launched
+    return launched._replace(dtypes=[dtype, mx.int32], scratch=((kernel.scratch,),))
 
 
 @contextmanager
@@ -152,7 +159,8 @@ def _check_grid(backend: str, inputs: str, grid: tuple[int, int, int]) -> None:
     others = MAX_THREADS if backend == "metal" else MAX_GROUPS
     if grid[0] <= MAX_THREADS and max(grid[1:]) <= others:
         return
-    owner = {"sum": "sddmm", "resize": "spmm"}.get(inputs, inputs.split("_")[0])
+    owners = {"sum": "sddmm", "resize": "spmm", "dequantize": "qspmm"}
+    owner = owners.get(inputs, inputs.split("_")[0])
     raise ValueError(
         f"[{owner}] a launch must have at most {MAX_THREADS} x {others} x {others} threads, got "
         f"{' x '.join(map(str, grid))}; multiply by fewer rows of x or of the matrix at a time"
@@ -251,13 +259,14 @@ def _function(backend: str, name: str, inputs: str, threads: int, shared_memory:
     options: dict[str, Any] = {
         "name": f"mlx_sparse_nn_{name}",
         "input_names": list(INPUTS[inputs]),
-        "output_names": ["y" if "spmm" in inputs else "out"],
+        "output_names": ["y" if "spmm" in inputs else "out", *SCRATCH.get(name, [])],
         "header": _short("".join(headers)),
         "source": _short(_INCLUDE.sub("", source)),
     }
     if backend == "metal":
         return mx.fast.metal_kernel(**options)
-    bounds = f"{threads}, 1" if shared_memory > tuned.MAX_SHARED_OF_TWO else threads
+    alone = shared_memory > tuned.MAX_SHARED_OF_TWO or name in tuned.ALL_REGISTERS
+    bounds = f"{threads}, 1" if alone else threads
     options["header"] += _BOUND.format(bounds=bounds)
     return mx.fast.cuda_kernel(shared_memory=shared_memory, **options)
 

@@ -119,6 +119,8 @@ struct Copy {
   int size;                     // 16, 8 or 4
   unsigned long long* arrival;  // or no copy: a barrier to arrive at
   int group;
+  const int* map;  // or a box of a matrix
+  int row, col;
 };
 struct Product {
   void (*run)(float*, unsigned long long, unsigned long long);
@@ -236,8 +238,10 @@ static char* at_shared(unsigned address, int bytes) {
 }
 
 // copies.h
+void land_box(const Copy&);
 static void step_copy(Fiber& f) {
   const Copy& c = f.copies[f.copied++ % kCopies];
+  if (c.map) return land_box(c);
   if (!c.arrival) {
     memcpy(c.dst, c.src, c.bytes);
     memset(c.dst + c.bytes, 0, c.size - c.bytes);
@@ -297,18 +301,27 @@ void wait_copies() {
 static int in_register(int value) { return value; }
 
 // barriers.h: count in bits 48 to 63, arrivals still missing in 32 to 47, the phase below.
+// Bytes of boxes that a barrier waits for; they may land before it knows of them.
+static int& bytes_of(unsigned long long* barrier) {
+  static unsigned long long* barriers[64];
+  static int bytes[64];
+  int i = 0;
+  while (barriers[i] && barriers[i] != barrier) i++;
+  barriers[i] = barrier;
+  return bytes[i];
+}
 static void init_barrier(unsigned long long* barrier, int count) {
   *barrier = (unsigned long long)count << 48 | (unsigned long long)count << 32;
+  bytes_of(barrier) = 0;
+}
+static void end_phase(unsigned long long* barrier) {
+  const unsigned long long count = *barrier >> 48, missing = *barrier >> 32 & 0xffff;
+  if (!missing && !bytes_of(barrier)) *barrier = count << 48 | count << 32 | unsigned(*barrier + 1);
 }
 void arrive(unsigned long long* barrier) {
-  unsigned long long count = *barrier >> 48, missing = *barrier >> 32 & 0xffff,
-                     phase = unsigned(*barrier);
-  if (!missing) fail("an arrival too many at a barrier");
-  if (--missing == 0) {
-    missing = count;
-    phase++;
-  }
-  *barrier = count << 48 | missing << 32 | phase;
+  if (!(*barrier >> 32 & 0xffff)) fail("an arrival too many at a barrier");
+  *barrier -= 1ull << 32;
+  end_phase(barrier);
 }
 static void arrive_copied(unsigned long long* barrier) {
   if (self->begun - self->copied == kCopies) fail("too many copies under way");
@@ -325,6 +338,49 @@ template <int COUNT>
 void take_registers() {
   static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256);
 }
+
+// boxes.h
+struct Map {
+  const char* matrix;
+  int rows, cols, box_rows;
+};
+template <typename T>
+void make_map(int* map, int*, const T* matrix, int rows, int cols, int box_rows) {
+  static_assert(sizeof(T) == 2);
+  if ((size_t)matrix % 16 || cols % 8) fail("rows of boxes from no multiple of 16 bytes");
+  if (box_rows > 256) fail("a box of more than 256 rows");
+  check_source(matrix, 16);
+  check_source(matrix + (size_t)rows * cols - 8, 16);
+  const Map made = {(const char*)matrix, rows, cols, box_rows};
+  memcpy(map, &made, sizeof made);
+  __syncwarp();
+}
+static void arrive_before(unsigned long long* barrier, int bytes) {
+  bytes_of(barrier) += bytes;
+  arrive(barrier);
+}
+template <typename T>
+void copy_box(T* dst, const int* map, int row, int col, unsigned long long* barrier) {
+  const int bytes = ((const Map*)map)->box_rows * 128;
+  if (__cvta_generic_to_shared(dst) % 1024) fail("a box to no multiple of 1024 bytes");
+  at_shared(__cvta_generic_to_shared(dst), bytes);
+  self->copies[self->begun++ % kCopies] = {(char*)dst,  nullptr, bytes, 0,  barrier,
+                                           self->group, map,     row,   col};
+}
+void land_box(const Copy& c) {
+  Map of;
+  memcpy(&of, c.map, sizeof of);
+  for (int i = 0; i < of.box_rows * 8; i++) {
+    const int row = c.row + i / 8, col = c.col + i % 8 * 8;
+    char* dst = c.dst + (i ^ i / 8 % 8) * 16;
+    const bool there = row >= 0 && row < of.rows && col >= 0 && col < of.cols;
+    if (there) memcpy(dst, of.matrix + (size_t(row) * of.cols + col) * 2, 16);
+    if (!there) memset(dst, 0, 16);
+  }
+  bytes_of(c.arrival) -= c.bytes;
+  end_phase(c.arrival);
+}
+static void show_barriers() {}
 
 // mma.h
 template <typename T>
@@ -363,6 +419,15 @@ template <bool TRANS, typename T>
 void load_matrix2(unsigned (&r)[2], const T* p) {
   load_matrices<TRANS>(r, p);
 }
+static unsigned transpose_tile(unsigned pair) {
+  unsigned transposed = 0;
+  for (int i = 0; i < 2; i++) {  // element (lane / 4, lane % 4 * 2 + i) comes from its mirror image
+    const int row = threadIdx.x % 4 * 2 + i, col = threadIdx.x % 32 / 4;
+    const unsigned mirror = exchange(pair, row * 4 + col / 2);
+    transposed |= (mirror >> col % 2 * 16 & 0xffff) << i * 16;
+  }
+  return transposed;
+}
 unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
 float __uint_as_float(unsigned u) { return __builtin_bit_cast(float, u); }
 // Cuts off what tensor cores do not read.
@@ -396,6 +461,29 @@ void multiply(float (&acc)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a
     }
   }
   __syncwarp();
+}
+
+// quantized.h
+unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const unsigned long long bytes = a | (unsigned long long)b << 32;
+  unsigned picked = 0;
+  for (int i = 0; i < 4; i++)
+    picked |= unsigned(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return picked;
+}
+void store16(void* to, uint4 words) { memcpy(to, &words, 16); }
+template <unsigned MASK, unsigned SET>
+unsigned mask_and_set(unsigned word) {
+  return word & MASK | SET;
+}
+template <typename T>
+unsigned fma2(T, unsigned a, unsigned b, unsigned c) {
+  unsigned sums = 0;
+  for (int i = 0; i < 2; i++) {
+    const T sum(fmaf(element<T>(a, i), element<T>(b, i), element<T>(c, i)));
+    sums |= unsigned(__builtin_bit_cast(unsigned short, sum)) << 16 * i;
+  }
+  return sums;
 }
 
 // wgmma.h: element (i, k) of an operand, by its descriptor.

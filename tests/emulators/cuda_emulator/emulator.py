@@ -28,6 +28,7 @@ TYPES = {
     mx.bfloat16: "__nv_bfloat16",
     mx.int32: "int",
     mx.uint8: "unsigned char",
+    mx.uint32: "unsigned",
 }
 SHARED = '__attribute__((visibility("default")))'  # with Python
 
@@ -131,7 +132,7 @@ class _Kernel:
             ctypes.c_int.in_dll(library, f"{name}_ndim").value = array.ndim
         outputs = []
         for name, shape, dtype in zip(self.output_names, output_shapes, output_dtypes, strict=True):
-            bits = np.uint32 if dtype == mx.float32 else np.uint16
+            bits = {2: np.uint16, 4: np.uint32}[dtype.size]
             outputs.append(np.full(shape, np.iinfo(bits).max, bits))  # NaN
             ctypes.c_void_p.in_dll(library, f"out_{name}").value = outputs[-1].ctypes.data
         library.run(ctypes.byref(launch))
