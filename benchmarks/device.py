@@ -1,14 +1,16 @@
 """Run the tests on this machine's GPU, then time the layer there beside ``nn.Linear``.
 
-Arguments go to pytest. Fails where MLX finds no GPU, where a test fails, and where the tests ran no
-kernel; what ran is printed below them. The times are those of many calls under one
-evaluation, the median of several, in microseconds a call. Writes
+Up to eight processes share the tests, and the GPU. The distributed layers are tested through NCCL
+where there are two GPUs. Arguments go to pytest. Fails where MLX finds no GPU, where a test fails,
+and where the tests ran no kernel; what ran is printed below them. The times are those of many calls
+under one evaluation, the median of several, in microseconds a call. Writes
 ``benchmarks/results/device.json``.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from mlx_sparse_nn import BlockSparseLinear
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/device.json"
+PROCESSES = 8  # of pytest: each compiles its own kernels
 SIZE = 2048
 CALLS = 50
 
@@ -73,8 +76,12 @@ def main() -> None:
     # What runs on emulators needs no GPU, and counts are those of the CPU's operations.
     others = ["tests/emulators", "tests/backends/test_cuda.py", "tests/backends/test_counts.py"]
     ignored = [*(f"--ignore={path}" for path in others), "--ignore-glob=*/test_metal*"]
-    command = [sys.executable, "-m", "pytest", "--device", "gpu", "tests", *ignored, *sys.argv[1:]]
-    failed = subprocess.run(command, cwd=ROOT, check=False).returncode
+    count = max(1, min(PROCESSES, (os.cpu_count() or 1) // 2))
+    processes = ["--numprocesses", str(count), "--dist", "loadscope"]
+    command = [sys.executable, "-m", "pytest", "--device", "gpu", "tests", *ignored, *processes]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    command += sys.argv[1:]
+    failed = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     results = measure()
     device = mx.device_info()
     RESULTS.write_text(json.dumps({"device": device, "results": results}, indent=2) + "\n")

@@ -13,7 +13,8 @@ Every call of MLX's takes what the call before it gave, as the layers of a model
 not wait for one another would share the GPU, and their times would overlap.
 
 Adds what it measured to ``benchmarks/results/gpu_<card>.json`` (or ``--output``); with ``--readme``
-alone it makes tables and the plot from these files.
+alone it makes tables and the plot from these files. ``--ranks 2`` adds tensor parallel FFNs on two
+GPUs, and measures nothing else; see ``ranks.py``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 
 import gpu_cells
 import gpu_report
+import ranks
 
 SIZE = 4096
 ROWS = (1, 16, 4096)
@@ -375,10 +377,20 @@ def main() -> None:
     parser.add_argument("--readme", action="store_true", help="only make tables and the plot")
     parser.add_argument("--output", type=Path, help="default: results/gpu_<card>.json")
     parser.add_argument("--only", choices=list(PARTS), action="append", default=[])
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="only tensor parallel FFNs, on N GPUs"
+    )
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile at once")
     args = parser.parse_args()
     if args.readme:
         gpu_report.write()
+        return
+    if args.ranks:
+        found = ranks.measure_on(args.ranks)
+        output = args.output or gpu_report.results_of(found["device"])
+        results = json.loads(output.read_text()) if output.exists() else {}
+        results |= {"device": found["device"], "ranks": found["ffn"]}
+        output.write_text(json.dumps(results, indent=1) + "\n")
         return
     import torch  # pyright: ignore[reportMissingImports]
 

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+import ranks
 from char_lm import ROOT, write_table
 from gpu_cells import ALL_BLOCKS, PRODUCTS, ROWS
 
@@ -29,6 +30,7 @@ def write() -> None:
     page = "benchmarks/README.md"
     for name, text in PARTS.items():
         write_table(f"gpu_{name}", of_cards(text), page)
+    write_table("gpu_ranks", of_cards(parallel), "docs/distributed.md")
 
 
 def of_cards(text: Callable[[dict], str]) -> str:
@@ -138,6 +140,11 @@ def graphs(results: dict) -> str:
             f"| {c['longest']:,} | {c['columns']} | {times} |"
         )
     return "\n".join(lines)
+
+
+def parallel(results: dict) -> str:
+    """Return the table of tensor parallel FFNs."""
+    return ranks.table(results["ranks"]) if "ranks" in results else ""
 
 
 def table(results: dict) -> str:

@@ -20,10 +20,12 @@ from mlx_sparse_nn import CSRPattern, sddmm, spmm, spmm_t
 from mlx_sparse_nn.core.backends import (
     choose,
     cuda,
+    cuda_dense,
     cuda_gradients,
     cuda_graphs,
     cuda_odd,
     cuda_quantized,
+    cuda_small,
     few_rows,
     launch,
     naive,
@@ -106,6 +108,8 @@ def fresh_launches() -> Iterator[None]:
     caches = (
         launch._function,
         cuda._prepared,
+        cuda_dense._expansion,
+        cuda_dense._sampling,
         cuda_gradients._tile,
         cuda_odd._prepared,
         cuda_graphs._streaming,
@@ -113,6 +117,7 @@ def fresh_launches() -> Iterator[None]:
         cuda_graphs._sampling,
         cuda_quantized._of_blocks,
         cuda_quantized._of_packed,
+        cuda_small._launches,
         few_rows._launches,
         scalars._launches,
     )

@@ -20,7 +20,7 @@ from mlx_sparse_nn.core import blocks, edges, quantized
 from mlx_sparse_nn.core.backends import cuda
 from mlx_sparse_nn.core.backends.choose import choose
 from mlx_sparse_nn.core.layout import Layout
-from mlx_sparse_nn.core.transforms import tracing, transforming
+from mlx_sparse_nn.core.transforms import needs_rules, tracing
 
 # What MLX passes to a rule and gets back: one array or axis, or a list of them.
 Arrays = Any
@@ -29,7 +29,7 @@ Axes = Any
 
 def spmm(layout: Layout, data: mx.array, x: mx.array) -> mx.array:
     """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c]."""
-    if not transforming():
+    if not needs_rules():
         return _spmm(layout, data, x)
 
     def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
@@ -45,9 +45,22 @@ def spmm(layout: Layout, data: mx.array, x: mx.array) -> mx.array:
     return _with_rules(_spmm, layout, vjp, jvp, vmap)(data, x)
 
 
+def spmm_of_row(
+    layout: Layout, data: mx.array, x: mx.array, bias: mx.array | None
+) -> mx.array | None:
+    """Return the product with a single row, x ``(1, ..., 1, n_cols)`` as it is: two views less.
+
+    None where a transform may need rules, or the backend an x of two axes.
+    """
+    if layout.has_edges or needs_rules():
+        return None
+    backend = choose("spmm", layout, 1, x.dtype)
+    return backend.spmm(data, layout, x, bias) if backend.TAKES_AXES else None
+
+
 def spmm_bias(layout: Layout, data: mx.array, x: mx.array, bias: mx.array) -> mx.array:
     """Return ``spmm(layout, data, x) + bias``, rounded once; bias ``(n_rows,)``."""
-    if not transforming():
+    if not needs_rules():
         return _spmm(layout, data, x, bias)
 
     def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
@@ -62,7 +75,7 @@ def spmm_bias(layout: Layout, data: mx.array, x: mx.array, bias: mx.array) -> mx
 
 def spmm_t(layout: Layout, data: mx.array, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]."""
-    if not transforming():
+    if not needs_rules():
         return _spmm_t(layout, data, y)
 
     def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
@@ -80,7 +93,7 @@ def spmm_t(layout: Layout, data: mx.array, y: mx.array) -> mx.array:
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]."""
-    if not transforming():
+    if not needs_rules():
         return _sddmm(layout, y, x)
 
     def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
@@ -100,7 +113,7 @@ def qspmm(
     layout: Layout, packed: mx.array, scales: mx.array, biases: mx.array, x: mx.array
 ) -> mx.array:
     """Return :func:`spmm` by the blocks that packed, scales and biases stand for."""
-    if not transforming():
+    if not needs_rules():
         return _qspmm(layout, packed, scales, biases, x)
 
     def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
@@ -122,7 +135,7 @@ def qspmm_bias(
     bias: mx.array,
 ) -> mx.array:
     """Return ``qspmm(...) + bias``, rounded once; bias ``(n_rows,)``."""
-    if not transforming():
+    if not needs_rules():
         return _qspmm(layout, packed, scales, biases, x, bias)
 
     def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
@@ -140,7 +153,7 @@ def qspmm_t(
     layout: Layout, packed: mx.array, scales: mx.array, biases: mx.array, y: mx.array
 ) -> mx.array:
     """Return :func:`spmm_t` by the blocks that packed, scales and biases stand for."""
-    if not transforming():
+    if not needs_rules():
         return _qspmm_t(layout, packed, scales, biases, y)
 
     def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
@@ -166,7 +179,7 @@ def sample(layout: Layout, dense: mx.array) -> mx.array:
 def linear(itself: Callable, transpose: Callable, by: Any, operand: mx.array) -> mx.array:
     """Return ``itself(by, operand)``, a linear function of ``(V, ...)``, with the rules that follow
     from its transpose."""
-    if not transforming():
+    if not needs_rules():
         return itself(by, operand)
 
     def vjp(primal: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:

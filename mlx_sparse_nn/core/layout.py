@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
@@ -74,7 +75,7 @@ class Side:
         n_block_cols: Number of block-columns.
         groups: The block-rows by length, the shortest first; each is in one group.
         is_in_order: Whether the columns of every block-row ascend, and none repeats; False for
-            scalars, where nobody asks.
+            scalars of so sparse a matrix that nobody asks.
         longest_row: Number of blocks in the longest block-row.
         is_padded: Whether a group holds block-rows of several lengths.
         is_uniform: Whether all block-rows are equally long.
@@ -210,11 +211,12 @@ class Layout:
         return sum(side.derived_bytes for side in sides)
 
     def state(self) -> dict[str, mx.array]:
-        """Return all arrays but ``rows.indices``, for a module to hold."""
+        """Return all arrays, for a module to hold."""
         rows, cols = self.rows, self.cols
         assert cols.perm is not None
         return {
             "indptr": rows.indptr,
+            "indices": rows.indices,
             "static_sizes": rows.static_sizes,
             "cols_indptr": cols.indptr,
             "cols_indices": cols.indices,
@@ -235,20 +237,17 @@ class Layout:
         layout.__dict__["rows"] = self.rows
         return layout
 
-    def with_arrays(self, indices: mx.array, state: dict[str, mx.array]) -> Layout:
+    def with_arrays(self, state: dict[str, mx.array]) -> Layout:
         """Return the layout that reads these arrays, which may be tracers, in place of its own.
 
         Args:
-            indices: Those of ``rows``. Python may have written into this array, which nothing
-                notices: what is outside the matrix is taken for the last block-column.
-            state: The others, as :meth:`state` gives them.
+            state: What :meth:`state` gives. Nobody may have written into these arrays: a wrong
+                index would lead outside a buffer.
         """
         rows, cols = self.rows, self.cols
-        last = mx.array(rows.n_block_cols - 1, mx.uint32)
-        indices = mx.minimum(indices.view(mx.uint32), last).view(mx.int32)
         layout = Layout(self._index, self.shape, self.block_size)
         layout.__dict__["rows"] = Side(
-            state["indptr"], indices, None, state["static_sizes"], rows.n_block_cols
+            state["indptr"], state["indices"], None, state["static_sizes"], rows.n_block_cols
         )
         layout.__dict__["cols"] = Side(
             state["cols_indptr"],
@@ -257,6 +256,20 @@ class Layout:
             state["cols_static_sizes"],
             cols.n_block_cols,
         )
+        return layout
+
+    def waiting_for(self, array: mx.array) -> Layout:
+        """Return the same layout, by whose rows no kernel starts before ``array`` is there.
+
+        MLX's kernels run side by side unless one reads what another wrote; ``mx.depends`` says on
+        the host alone what comes first.
+        """
+        if array.size == 0:
+            return self
+        zero = array.reshape(-1)[:1].view(mx.uint8)[:1].astype(mx.int32) * 0
+        layout, rows = copy(self), copy(self.rows)
+        rows.indptr = rows.indptr + zero
+        layout.__dict__["rows"] = rows
         return layout
 
 
@@ -307,7 +320,9 @@ def _side(
 
     def static_sizes() -> mx.array:
         groups = group_lengths(np.diff(indptr), max(1, tuned.GROUP_VALUES // block_size**2))
-        in_order = block_size > 1 and index.ascends(indptr, indices)
+        size = (indptr.size - 1) * n_cols
+        asked = block_size > 1 or indices.size * tuned.SPARSEST_ORDERED >= size
+        in_order = asked and index.ascends(indptr, indices)
         sizes = [int(in_order), *(int(size) for group in groups for size in group)]
         return mx.zeros((0, *sizes), mx.int32)
 

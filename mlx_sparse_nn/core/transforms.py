@@ -21,6 +21,7 @@ since MLX (0.32.4) has no other way:
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from functools import cache, wraps
@@ -49,6 +50,7 @@ class Tracing(threading.local):
     def __init__(self):
         self.graph: Literal["exported", "shapeless"] | None = None
         self.refuses_kernels = False
+        self.is_replay = False
         # A probe of each thread's own: what MLX has compiled in a thread has to go before the
         # thread ends, since MLX would wait for Python where the interpreter may be shutting down.
         seen: list[mx.array] = []  # what the probe's Python was called with
@@ -75,6 +77,48 @@ def transforming() -> bool:
         seen.clear()
         probe(_tracer())
     return bool(seen)
+
+
+def needs_rules() -> bool:
+    """Return whether a transform may ask for the rules of a product that is computed now.
+
+    What ``mx.compile`` alone traces needs none: each would be an operation that computes nothing,
+    and takes MLX as long as a view at every call.
+    """
+    if tracing.is_replay or not transforming():
+        return False
+    if tracing.refuses_kernels or tracing.graph is not None:
+        return True
+    return _draw_attention() == _attention_in_derivatives(mx.default_device().type)
+
+
+def _draw_attention() -> str:
+    """Return MLX's drawing of an attention. On a GPU it is another one while derivatives are taken,
+    which MLX (0.32.4) tells nobody otherwise; where it is not, all that is traced needs rules."""
+    drawn, operand = StringIO(), _operand()
+    attention = mx.fast.scaled_dot_product_attention(operand, operand, operand, scale=1.0)
+    mx.export_to_dot(drawn, attention)
+    return re.sub(r"\d+", "", drawn.getvalue())  # without addresses
+
+
+@cache
+def _attention_in_derivatives(device: mx.DeviceType) -> str:
+    drawings = []
+    mx.vjp(lambda a: drawings.append(_draw_attention()) or a, [mx.array(0.0)], [mx.array(0.0)])
+    return drawings[0]
+
+
+@cache
+def _operand() -> mx.array:
+    """Return queries, keys and values for which MLX has kernels of both kinds."""
+    operand = mx.zeros((1, 1, 128, 64), mx.float16)
+    mx.eval(operand)
+    return operand
+
+
+def replayed(fun: Callable) -> Callable:
+    """Return a function during which no product needs rules: its graph is for calls without."""
+    return _noted(fun, is_replay=True)
 
 
 def ask_directly(is_tracer: Callable[[mx.array], bool]) -> None:

@@ -16,6 +16,9 @@ GROUP_VALUES = 4096
 # Distinct lengths of rows above which lengths are rounded before they are grouped: else it takes
 # longer than a product to group them (3,000 lengths of a power-law pattern).
 MAX_EXACT_LENGTHS = 256
+# Scalars: from one value in so many on, it is asked whether columns are in order, for products that
+# write the matrix dense; of graphs it would take longer than all else of a layout.
+SPARSEST_ORDERED = 1024
 
 # Plain MLX. Below this many rows of x, blocks of at least twice that side are multiplied where they
 # lie: 0.4 to 0.9 of the time of gathering them (1 to 7 rows, B = 8 to 64).
@@ -49,6 +52,7 @@ GROUP_THREADS = 256  # of a thread block, where the kernel leaves it open
 # Up to this many rows of x, reading the stored values is what bounds a product of blocks.
 METAL_FEW_ROWS = 8
 CUDA_FEW_ROWS = 16
+REPLAYED_ROWS = 16  # of a layer's call outside of transforms: there, the host takes longest
 # Scalars. Values that a lane takes one after the other; a row of more is long, and cut into pieces.
 # A piece of MIN_PIECE values is worth the search for its row. Where rows are even and fill a GPU, a
 # second launch gains nothing: up to twice the mean row, there may be four times as many rounds, or
@@ -117,6 +121,7 @@ ALL_REGISTERS = ("qspmm_few", "qspmm_rows")
 
 # CUDA. Thread blocks that keep an H200 busy (132 multiprocessors).
 BLOCKS_TO_FILL_GPU = 128
+MULTIPROCESSORS = 132  # of an H100 and of an H200
 MAX_STREAMED_ROW = 64  # values of a row up to which one thread adds them up: Ising, n = 20 and 24
 # Bytes of shared memory above which one thread block fits on a multiprocessor.
 MAX_SHARED_OF_TWO = 113 * 1024
@@ -134,6 +139,20 @@ GRADIENT_PANELS = (16, 32)  # block sizes of sddmm_panels
 GRADIENT_PANEL_SHARED = 204_800  # bytes
 GRADIENT_PANEL_ROWS = 256  # rows of x from which it pays to find the blocks of a panel
 
+# CUDA, through the dense matrix. Bytes of the largest that is written, for all V together.
+DENSE_BYTES = 2**29
+DENSE_LEAST_ROWS = 16  # of x
+DENSE_STRIP_BYTES = 16_384  # of shared memory, in which rows of it are put together
+DENSE_LEAST_STRIP = 512  # values of a block-row, or of 16 rows of it: a thread block writes them
+DENSE_SAMPLING_GROUPS = 1024  # thread blocks that keep a GPU busy with taking its stored places
+
+
+class DenseFrom(NamedTuple):
+    """From which share of stored values on a product goes through the dense matrix."""
+
+    density: float  # of very many rows of x
+    per_row: float  # of n rows more, by this over n
+
 
 # CUDA, true float32. Threads of large tiles from which they are faster than those that share the
 # depth: with 256 rows, B = 32 and 10%, 26 microseconds against 37.
@@ -149,6 +168,15 @@ class Tile(NamedTuple):
     rows: int  # of x
     warps_n: int  # along them
     warps_o: int  # along the outputs
+    depth: int  # of a stage, in inputs
+    stages: int
+
+
+class SmallTile(NamedTuple):
+    """A thread block of ``spmm_small``."""
+
+    rows: int  # of x
+    warps: int  # that multiply, two block-rows each
     depth: int  # of a stage, in inputs
     stages: int
 
@@ -295,6 +323,98 @@ SOME_ROWS_TILES = {
     64: Tile(64, 2, 2, 32, 4),
     128: Tile(64, 2, 4, 32, 4),
 }
+# By dtype (float32 as TF32, or true), product, and block size. "tiles" are the other multiples of 8
+# up to MAX_TILED_BLOCK, "odd" all other sizes from 9 on; "scalars" what goes by scalars; "large"
+# what plain MLX takes above it. A rule is where the time of stored blocks, which grows with their
+# number, meets that of writing and multiplying the dense matrix: 1, 10 and 50%, 16 to 4,096 rows,
+# 3072 x 3072 and 4096 x 4096, on an H200. To write 4096 x 4096 in 16 bits takes 11 microseconds, to
+# take 10% of it 6. At 64 and 1,024 rows, 3072 x 3072, 10%, B = 1, stored blocks take 46 and 460
+# microseconds, the dense matrix 14 and 33, nn.Linear 7.7 and 26; their gradients 70 and 1011, 12
+# and 32, 7.8 and 29. True float32 and odd sizes: from 10%, 4096 x 4096. In true float32, 4,096
+# rows, B = 32 takes 397 microseconds, B = 8 881, nn.Linear 2,695; gradients 561, 1,133 and 2,587.
+# In bfloat16, 256 rows, B = 33 takes 26, the dense matrix 27.
+DENSE_FROM: dict[str, dict[str, dict[int | str, DenseFrom]]] = {
+    "16 bits": {
+        "spmm": {
+            "scalars": DenseFrom(0.005, 1.4),
+            8: DenseFrom(0.02, 9.0),
+            16: DenseFrom(0.3, 4.0),
+            32: DenseFrom(0.35, 4.0),
+            64: DenseFrom(0.6, 4.0),
+            128: DenseFrom(0.7, 4.0),
+            24: DenseFrom(0.055, 6.0),
+            40: DenseFrom(0.09, 5.0),
+            "tiles": DenseFrom(0.11, 4.0),
+            "odd": DenseFrom(0.05, 13.0),
+        },
+        "sddmm": {
+            "scalars": DenseFrom(0.002, 0.5),
+            8: DenseFrom(0.02, 6.5),
+            16: DenseFrom(0.25, 4.0),
+            32: DenseFrom(0.35, 4.0),
+            64: DenseFrom(0.6, 4.0),
+            128: DenseFrom(0.7, 4.0),
+            24: DenseFrom(0.05, 6.0),
+            40: DenseFrom(0.08, 5.0),
+            "tiles": DenseFrom(0.1, 4.0),
+            "odd": DenseFrom(0.002, 0.5),
+            "large": DenseFrom(0.1, 4.0),
+        },
+    },
+    "tf32": {
+        "spmm": {
+            "scalars": DenseFrom(0.011, 3.4),
+            8: DenseFrom(0.042, 17.0),
+            16: DenseFrom(0.11, 12.0),
+            32: DenseFrom(0.17, 12.0),
+            64: DenseFrom(0.2, 12.0),
+            128: DenseFrom(0.18, 12.0),
+            "tiles": DenseFrom(0.095, 12.0),
+            "odd": DenseFrom(0.06, 25.0),
+            "large": DenseFrom(0.05, 4.0),
+        },
+        "sddmm": {
+            "scalars": DenseFrom(0.008, 1.4),
+            8: DenseFrom(0.052, 10.0),
+            16: DenseFrom(0.11, 12.0),
+            32: DenseFrom(0.2, 12.0),
+            64: DenseFrom(0.25, 12.0),
+            128: DenseFrom(0.25, 12.0),
+            "tiles": DenseFrom(0.12, 12.0),
+            "odd": DenseFrom(0.08, 4.0),
+            "large": DenseFrom(0.05, 4.0),
+        },
+    },
+    "float32": {
+        "spmm": {
+            "scalars": DenseFrom(0.1, 4.0),
+            8: DenseFrom(0.28, 2.0),
+            16: DenseFrom(0.45, 2.0),
+            "tiles": DenseFrom(0.6, 2.0),
+            "odd": DenseFrom(0.35, 2.0),
+            "large": DenseFrom(0.3, 4.0),
+        },
+        "sddmm": {
+            "scalars": DenseFrom(0.1, 4.0),
+            8: DenseFrom(0.2, 1.0),
+            16: DenseFrom(0.33, 1.0),
+            "tiles": DenseFrom(0.43, 1.0),
+            "odd": DenseFrom(0.3, 1.0),
+            "large": DenseFrom(0.3, 4.0),
+        },
+    },
+}
+# CUDA, blocks of 8 in 16 bits: from SMALL_LEAST_ROWS on. Whether there are more than SMALL_FEW_ROWS
+# decides for the tile, and for the least and the largest share of stored values. Microseconds at
+# 10%, 4096 x 4096, beside spmm_tiles and nn.Linear: 64 rows 9.4 (15.5, 8.5), 128 rows 13.7 (25,
+# 13.7), 256 rows 20.4 (48, 15.3), 1,024 rows 44.9 (181, 43.3), 4,096 rows 151 (707, 158). The tile
+# of many rows has to fill so much of the GPU: it takes 40.3 for 512 rows, where the dense matrix
+# takes 36.
+SMALL_LEAST_ROWS = 33
+SMALL_FEW_ROWS = 256
+SMALL_FILLED = 0.85
+SMALL_DENSITY = {False: (0.04, 0.15), True: (0.01, 0.11)}
+SMALL_TILES = {False: SmallTile(64, 8, 128, 6), True: SmallTile(128, 16, 128, 6)}
 GRADIENT_TILES = {
     16: GradientTile(8, 1, 4, 64, 3),
     32: GradientTile(4, 1, 4, 32, 4),

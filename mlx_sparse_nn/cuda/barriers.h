@@ -1,3 +1,5 @@
+#pragma once
+
 // Barriers in shared memory between warps that copy and warps that compute: mbarrier of NVIDIA's
 // PTX ISA. The phases of a barrier are numbered from 0. A phase ends when `count` threads have
 // arrived in it.

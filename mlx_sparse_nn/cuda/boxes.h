@@ -1,3 +1,5 @@
+#pragma once
+
 // Copies of boxes, 64 columns of some rows, by the tensor memory accelerator: a thread begins one.
 // See "Tensor Map" and "cp.async.bulk.tensor" in NVIDIA's PTX ISA.
 

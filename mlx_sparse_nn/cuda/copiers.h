@@ -1,3 +1,5 @@
+#pragma once
+
 // Stages that some threads copy for the tensor cores of others. A thread shows its copies of a
 // stage when it has begun those of LAG stages more, so that it need not wait for them.
 template <int STAGES, int LAG>

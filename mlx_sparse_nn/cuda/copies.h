@@ -1,3 +1,5 @@
+#pragma once
+
 // Copies into shared memory, 16 bytes at a time, asynchronous where they can be.
 
 // Copy 16 bytes from device to shared memory, or zeros where the source is not `valid`:

@@ -1,3 +1,5 @@
+#pragma once
+
 // Loads of what lies at any place.
 
 // COUNT values as one load, of an address that is a multiple of its bytes.

@@ -1,3 +1,5 @@
+#pragma once
+
 // Tensor-core products by a warp, of fragments from shared memory. See "Warp Level Matrix
 // Multiply-Accumulate Instructions" in NVIDIA's PTX ISA.
 
@@ -100,4 +102,27 @@ __device__ __forceinline__ void multiply<float>(float (&acc)[4], unsigned a0, un
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// acc (16 x 8, float32) += a (16 x 8) b (8 x 8) of 16 bits.
+template <typename T>
+__device__ __forceinline__ void multiply_half(float (&acc)[4], unsigned a0, unsigned a1,
+                                              unsigned b0);
+template <>
+__device__ __forceinline__ void multiply_half<__nv_bfloat16>(float (&acc)[4], unsigned a0,
+                                                             unsigned a1, unsigned b0) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a0), "r"(a1), "r"(b0));
+}
+template <>
+__device__ __forceinline__ void multiply_half<__half>(float (&acc)[4], unsigned a0, unsigned a1,
+                                                      unsigned b0) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a0), "r"(a1), "r"(b0));
 }

@@ -1,3 +1,5 @@
+#pragma once
+
 // Blocks in MLX's affine packing: value = scale q + bias, with one scale and one bias for each
 // group of a stored row. The q lie one after the other, the lowest bits first.
 

@@ -1,3 +1,5 @@
+#pragma once
+
 // Reads an array in order, ahead of its use: the lanes of a warp hold 64 values from the last one
 // read on.
 struct Reader {

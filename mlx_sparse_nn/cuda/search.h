@@ -1,3 +1,5 @@
+#pragma once
+
 // The block-row of stored block j: the last one that begins at j or before it. A whole warp
 // searches together, 32 block-rows at a time; each of its lanes receives the same.
 __device__ __forceinline__ int search_row(const int* indptr, const int R, const int j,

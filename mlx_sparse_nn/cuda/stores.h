@@ -1,3 +1,5 @@
+#pragma once
+
 // Stores of tensor-core products.
 
 #include <cuda_bf16.h>

@@ -1,3 +1,5 @@
+#pragma once
+
 // Sum over the lanes whose numbers differ in the bits FIRST, 2 FIRST, ... below LAST. Each of them
 // receives the sum. The order is fixed.
 template <int FIRST, int LAST>

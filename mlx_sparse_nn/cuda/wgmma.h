@@ -1,3 +1,5 @@
+#pragma once
+
 // Hopper's asynchronous products of tiles in shared memory by a warpgroup, 128 threads. See
 // "Asynchronous Warpgroup Level Matrix Instructions" in NVIDIA's PTX ISA.
 

@@ -66,7 +66,8 @@ class AdviceReport(Report):
         layer: The layer, in words.
         device: The device that computed.
         backends: What computed the products of the sparse layer, by rows of x and product:
-            ``report.backends[16]["weight gradient"]`` is ``"metal"``, ``"cuda"`` or ``"plain"``;
+            ``report.backends[16]["weight gradient"]`` is ``"metal"``, ``"cuda"``,
+            ``"cuda-dense"``, which is MLX's product with the dense matrix, or ``"plain"``;
             ``"mlx"`` is MLX's own sum, of the bias gradient.
         timings: One for each task, batch size and method, in this order.
         left_out: Why a method or a batch size was not timed, by its name.

@@ -46,7 +46,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Compare the kernels of this machine's GPU, or of its CPU where there is none, with an "
         "oracle that computes on the CPU in float64, then time the layer beside nn.Linear. Ends "
-        "with a table to paste into an issue. Exits 1 if a product is wrong."
+        "with a table to paste into an issue. Exits 1 if a product is wrong. CUDA compiles each "
+        "kernel at its first launch, one after the other, which takes minutes."
     )
     add = parser.add_argument
     add("--device", choices=("gpu", "cpu"), help="(default: the GPU, where there is one)")

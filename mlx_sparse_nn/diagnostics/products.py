@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_sparse_nn.core.backends import cuda, cuda_tiles, plain
+from mlx_sparse_nn.core.backends import cuda, cuda_dense, cuda_tiles, plain
 from mlx_sparse_nn.core.backends.choose import choose
 from mlx_sparse_nn.core.quantized import unpack
 from mlx_sparse_nn.diagnostics.rounding import EPS, TF32_EPS, to_numpy, tolerance, underflow
@@ -31,8 +31,8 @@ class ProductCheck:
     Attributes:
         layer: Path of the layer in the model; its type where it was given itself.
         product: ``"forward"``, ``"input gradient"``, ``"weight gradient"`` or ``"bias gradient"``.
-        backend: What computed it: ``"metal"``, ``"cuda"`` or ``"plain"``; ``"mlx"`` is a sum or a
-            product of MLX's own.
+        backend: What computed it: ``"metal"``, ``"cuda"``, ``"cuda-dense"`` or ``"plain"``;
+            ``"mlx"`` is a sum or a product of MLX's own.
         shape: Shape of the product.
         dtype: Its dtype.
         index: The element, one integer for each axis; empty if the product has no elements.
@@ -213,8 +213,8 @@ def backends_of(layer: SparseLinear, n_x: int, dtype: mx.Dtype) -> dict[str, str
         dtype: Of x.
 
     Returns:
-        ``"metal"``, ``"cuda"`` or ``"plain"``; ``"mlx"`` for the bias gradient, if there is a bias:
-        MLX's own sum.
+        ``"metal"``, ``"cuda"``, ``"cuda-dense"`` or ``"plain"``; ``"mlx"`` for the bias gradient,
+        if there is a bias: MLX's own sum.
     """
     computed, layout = mx.result_type(values_of(layer), dtype), layer.pattern.layout
     ops, bits = _OPS, 0
@@ -281,7 +281,7 @@ def rounds_factors(backend: str, block_size: int, n_x: int, dtype: mx.Dtype) -> 
     """Return the same of a product with blocks of a size, computed in ``dtype``."""
     if backend == cuda.NAME:
         return cuda_tiles.has_tiles(block_size, n_x, dtype)
-    return backend in (plain.NAME, MLX)
+    return backend in (cuda_dense.NAME, plain.NAME, MLX)
 
 
 def dtype_name(dtype: mx.Dtype) -> str:

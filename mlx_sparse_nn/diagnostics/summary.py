@@ -9,7 +9,6 @@ from typing import Literal, TypeAlias
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_sparse_nn.core.checks import check_model, check_size
 from mlx_sparse_nn.core.relative_error import relative_error
@@ -26,7 +25,6 @@ from mlx_sparse_nn.layers.pattern_module import PatternModule
 
 ErrorOf: TypeAlias = Literal["weights", "outputs"]
 
-_INDICES = ("indptr", "indices")
 _AMOUNTS = ("weights", "index", "dead", "share")
 
 
@@ -269,8 +267,8 @@ def _row(path: str, module: nn.Module, arrays: dict[str, mx.array], optimizer_ar
     index_bytes, block_size, dead_inputs, dead_outputs = 0, None, None, None
     if isinstance(module, PatternModule):
         pattern = module.pattern
-        layout = [array for _, array in tree_flatten(module["_layout"])]
-        index_bytes = sum(a.nbytes for a in [*layout, *(module[name] for name in _INDICES)])
+        # The module's own index arrays share their memory with these.
+        index_bytes = sum(array.nbytes for array in module["_layout"].values())
         index_bytes += pattern.layout.derived_bytes
         shape, block_size, density, macs = (
             pattern.shape,

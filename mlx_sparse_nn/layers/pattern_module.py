@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_sparse_nn.core import ops
+from mlx_sparse_nn.core import ops, tuned
 from mlx_sparse_nn.core.checks import (
     check_array,
     check_block_dtype,
@@ -21,6 +21,7 @@ from mlx_sparse_nn.core.checks import (
 )
 from mlx_sparse_nn.core.layout import Layout
 from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
+from mlx_sparse_nn.core.replay import Replay
 from mlx_sparse_nn.core.transforms import transforming
 from mlx_sparse_nn.layers.checkpoints import RESTORE, guard
 
@@ -119,8 +120,41 @@ class PatternModule(nn.Module):
         to :meth:`_multiply_quantized`."""
         # Who calls the layer goes on with what was written: a later error must not take it back.
         self.__dict__.pop("_rollback", None)
+        if self._is_replayed(weight, x):
+            arrays = (weight, x) if bias is None else (weight, x, bias)
+            y = self._replay(*arrays)
+            if y is not None:
+                return y
         owner = type(self).__name__
         return ops.multiply(weight, self._bound_layout(), x, bias, owner, "input_dims")
+
+    def _is_replayed(self, weight: mx.array, x: Any) -> bool:
+        """Return whether the host takes longer than the GPU for x, if nothing traces the call.
+
+        Where no kernel computes, MLX would fuse its own operations, and it divides by zero where it
+        fuses those of empty arrays (0.32.4 on CUDA).
+        """
+        return (
+            type(x) is mx.array
+            and 0 < x.size <= tuned.REPLAYED_ROWS * self._pattern.shape[1]
+            and _on_gpu()
+            and weight.size > 0
+            and weight.dtype in tuned.KERNEL_DTYPES
+            and self._emptied is None
+        )
+
+    @property
+    def _replay(self) -> Replay:
+        """The product with the layer's pattern, which MLX replays."""
+        replay = self.__dict__.get("_replayed")
+        if replay is None:
+            layout, owner = self._pattern.layout, type(self).__name__
+
+            def multiply(weight: mx.array, x: mx.array, bias: mx.array | None = None) -> mx.array:
+                return ops.multiply(weight, layout, x, bias, owner, "input_dims")
+
+            self.__dict__["_replayed"] = replay = Replay(multiply)
+        return replay
 
     def _multiply_quantized(
         self, matrix: tuple[mx.array, mx.array, mx.array], x: mx.array, bias: mx.array | None = None
@@ -141,7 +175,7 @@ class PatternModule(nn.Module):
         layout = self._pattern.layout
         if self["indices"] is self.__dict__.get("_laid_out") or not transforming():
             return layout
-        return layout.with_arrays(self["indices"], self["_layout"])
+        return layout.with_arrays(self["_layout"])
 
     def _lay_out(self, pattern: CSRPattern) -> None:
         """Take over a pattern, and all arrays that the products read of it."""
@@ -155,6 +189,7 @@ class PatternModule(nn.Module):
         dict.__setitem__(self, "_layout", layout.state())
         self.__dict__["_pattern"] = pattern
         self.__dict__["_laid_out"] = self["indices"]
+        self.__dict__.pop("_replayed", None)
         self.forget_errors()
 
     def forget_errors(self) -> None:
@@ -222,7 +257,8 @@ class PatternModule(nn.Module):
             super().__setitem__(name, nothing)
         if key in _INDICES:
             super().__setitem__("_layout", {})
-            self.__dict__.pop("_laid_out", None)
+            for name in ("_laid_out", "_replayed"):
+                self.__dict__.pop(name, None)
             # Only its sizes are needed from now on: an array is held by whatever reads its memory.
             empty = np.zeros(self._pattern.grid[0] + 1, np.int32), np.zeros(0, np.int32)
             sizes = self._pattern.shape, self._pattern.block_size
@@ -320,8 +356,12 @@ class PatternModule(nn.Module):
         return super().apply(map_fn, without_indices(filter_fn))
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("_rollback", "_laid_out")
+        derived = ("_rollback", "_laid_out", "_replayed")
         return {key: value for key, value in self.__dict__.items() if key not in derived}
+
+
+def _on_gpu() -> bool:
+    return mx.default_device().type is mx.gpu  # "==" of these enums takes longer
 
 
 class Emptied:

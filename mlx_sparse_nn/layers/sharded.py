@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.nn.layers.distributed import sum_gradients
 
+from mlx_sparse_nn.core import derivatives
 from mlx_sparse_nn.core.checks import (
     check_features,
     check_indices,
@@ -19,6 +20,7 @@ from mlx_sparse_nn.core.checks import (
     check_name,
 )
 from mlx_sparse_nn.core.pattern import CSRPattern
+from mlx_sparse_nn.core.transforms import needs_rules, tracing
 from mlx_sparse_nn.layers.checkpoints import fingerprint, sha256
 from mlx_sparse_nn.layers.linear import BlockSparseLinear, check_layer
 from mlx_sparse_nn.layers.lora import SparseLinear
@@ -179,7 +181,8 @@ class _Sharded(PatternModule):
 class AllToShardedBlockSparseLinear(_Sharded):
     """A rank's block-rows of a layer: from all inputs to this rank's range of the outputs.
 
-    The gradient to the input is summed over the ranks. Made by :func:`shard_block_sparse`.
+    The gradient to the input is summed over the ranks, while each computes that of its weight. Made
+    by :func:`shard_block_sparse`.
 
     Attributes:
         weight: The stored blocks of these rows, ``(n_blocks, block_size, block_size)``.
@@ -189,8 +192,33 @@ class AllToShardedBlockSparseLinear(_Sharded):
     def __call__(self, x: mx.array) -> mx.array:
         """Return this rank's outputs: ``(..., input_dims)`` -> ``(..., output_dims)``."""
         check_features(type(self).__name__, "x", x, "input_dims", self.input_dims)
+        weight, bias = self.weight, self.get("bias")
+        if self._overlaps(x):
+            return self._summing_early()(weight, x, *(() if bias is None else (bias,)))
         x = sum_gradients(self.group)(x)  # pyright: ignore[reportCallIssue]
-        return self._multiply(self.weight, x, self.get("bias"))
+        return self._multiply(weight, x, bias)
+
+    def _overlaps(self, x: mx.array) -> bool:
+        if self.group.size() == 1 or tracing.graph is not None or not needs_rules():
+            return False
+        return x.dtype == self.weight.dtype and mx.issubdtype(x.dtype, mx.floating)
+
+    def _summing_early(self) -> Callable[..., mx.array]:
+        """Return the product of weight, x and perhaps a bias. Of its gradients, that to x comes
+        first, and those of the parameters are computed while the ranks sum it up."""
+        layout, group = self._bound_layout(), self.group
+
+        def vjp(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple:
+            weight, x, *bias = primals
+            y, rows = (a.reshape(-1, a.shape[-1]) for a in (cotangent, x))
+            d_x = derivatives.spmm_t(layout, weight, y)
+            total = mx.distributed.all_sum(d_x, group=group).reshape(x.shape)
+            d_weight = derivatives.sddmm(layout.waiting_for(d_x), y, rows)
+            return d_weight, total, *(y.sum(axis=0) for _ in bias)
+
+        product: Any = mx.custom_function(lambda *operands: self._multiply(*operands))
+        product.vjp(vjp)
+        return product
 
 
 class ShardedToAllBlockSparseLinear(_Sharded):

@@ -12,7 +12,6 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_unflatten
-from mlx_lm.models import llama
 from support import (
     ROOT,
     assert_equal,
@@ -176,6 +175,7 @@ class TestAFile:
         check_close(file, lambda x: block.eval()(x, None), mx.random.normal((2, 7, 64)))
 
     def test_of_a_model_of_mlx_lm(self, file):
+        llama = pytest.importorskip("mlx_lm.models.llama")
         config = {
             "model_type": "llama",
             "hidden_size": 64,

@@ -1,7 +1,8 @@
 """What each process of test_sharded.py runs: every check, on all ranks at once.
 
-Usage: ``MLX_HOSTFILE=... MLX_RANK=... python -m layers.sharded_worker results.json``. After a check
-fails the process writes what it has and exits, since the ranks are out of step from then on.
+Usage: ``MLX_RANK=... python -m layers.sharded_worker results.json ring``, or ``nccl``, beside the
+variables that MLX's backend asks for. After a check fails the process writes what it has and exits,
+since the ranks are out of step from then on.
 """
 
 import json
@@ -313,8 +314,8 @@ CHECKS = {
 }
 
 
-def main(results: Path):
-    group = mx.distributed.init(strict=True, backend="ring")
+def main(results: Path, backend: str):
+    group = mx.distributed.init(strict=True, backend=backend)
     outcomes = {}
     for name, check in CHECKS.items():
         mx.random.seed(0)
@@ -329,4 +330,4 @@ def main(results: Path):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

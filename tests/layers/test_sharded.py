@@ -1,4 +1,5 @@
-"""Data and tensor parallel layers on processes of this machine, by MLX's ring backend."""
+"""Data and tensor parallel layers on processes of this machine, by MLX's ring backend, and by NCCL
+where there are two GPUs."""
 
 import json
 import os
@@ -30,6 +31,7 @@ from support import (
 )
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern
+from mlx_sparse_nn.core import derivatives
 from mlx_sparse_nn.layers.sharded import (
     Sharding,
     check_same_pattern,
@@ -58,21 +60,34 @@ def free_ports(count):
                 s.close()
 
 
-def run_on_ranks(n_ranks, folder):
-    """Run the worker on ``n_ranks`` processes; return each one's outcomes and its output."""
+def environment(backend, n_ranks, folder):
+    """Return the variables by which the ranks find each other."""
+    ports = free_ports(n_ranks)
+    if backend == "nccl":
+        found = {"NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": str(ports[0])}
+        return found | {"MLX_WORLD_SIZE": str(n_ranks)}
     hosts = folder / "hosts.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(n_ranks)]))
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
+    return {"MLX_HOSTFILE": str(hosts)}
+
+
+def run_on_ranks(backend, n_ranks, folder):
+    """Run the worker on ``n_ranks`` processes; return each one's outcomes and its output."""
+    variables = environment(backend, n_ranks, folder)
+    # Each rank of NCCL has a GPU of its own.
+    devices = lambda rank: {"CUDA_VISIBLE_DEVICES": str(rank)} if backend == "nccl" else {}
     results = [folder / f"{rank}.json" for rank in range(n_ranks)]
     logs = [folder / f"{rank}.txt" for rank in range(n_ranks)]
     end = time.monotonic() + TIMEOUT
     with ExitStack() as opened:
         processes = [
             subprocess.Popen(
-                [sys.executable, "-W", "error", "-m", WORKER, str(results[rank])],
+                [sys.executable, "-W", "error", "-m", WORKER, str(results[rank]), backend],
                 cwd=ROOT / "tests",  # which puts it on the path, as pytest does
                 env={
                     **os.environ,
-                    "MLX_HOSTFILE": str(hosts),
+                    **variables,
+                    **devices(rank),
                     "MLX_RANK": str(rank),
                     "TMPDIR": own_folder(f"rank{rank}"),
                 },
@@ -94,9 +109,16 @@ def run_on_ranks(n_ranks, folder):
     ]
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=lambda n: f"{n} processes")
+@pytest.fixture(
+    scope="module",
+    params=[("ring", 2), ("ring", 3), ("nccl", 2)],
+    ids=lambda group: f"{group[1]} processes by {group[0]}",
+)
 def outcomes(request, tmp_path_factory):
-    return run_on_ranks(request.param, tmp_path_factory.mktemp("ranks"))
+    backend, n_ranks = request.param
+    if backend == "nccl" and not (mx.cuda.is_available() and mx.device_count(mx.gpu) >= n_ranks):
+        pytest.skip(f"NCCL needs {n_ranks} GPUs")
+    return run_on_ranks(backend, n_ranks, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("check", sharded_worker.CHECKS)
@@ -270,3 +292,14 @@ BAD = [
 def test_bad_arguments_are_refused(call, error, message):
     with pytest.raises(error, match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_a_layout_that_waits_is_the_same(dtype):
+    """Whatever it waits for: gradients that are not finite, and none at all."""
+    layout = random_pattern(5, 6, 8).layout
+    y, x = integers((4, 40), 1, dtype), integers((4, 48), 2, dtype)
+    expected = derivatives.sddmm(layout, y, x)
+    for values in ([[1.0, 2.0]], [[float("nan")]], [[float("-inf"), 0.0]], [[]], 3.0):
+        waiting = layout.waiting_for(mx.array(values).astype(dtype))
+        assert_equal(derivatives.sddmm(waiting, y, x), expected)

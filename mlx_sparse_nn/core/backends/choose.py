@@ -6,12 +6,12 @@ from types import ModuleType
 
 import mlx.core as mx
 
-from mlx_sparse_nn.core.backends import cpu, cuda, dense, metal, plain
+from mlx_sparse_nn.core.backends import cpu, cuda, cuda_dense, dense, metal, plain
 from mlx_sparse_nn.core.layout import Layout
 from mlx_sparse_nn.core.transforms import tracing
 
 # By kind of device, the first one that is available and takes a product computes it.
-GPU = (metal, cuda, plain)
+GPU = (metal, cuda_dense, cuda, plain)
 CPU = (cpu, plain)
 
 

@@ -26,6 +26,7 @@ from mlx_sparse_nn.core.transforms import ask_directly
 
 NAME = "cpu"
 TAKES_EDGES = True  # sizes are those of the matrix, past which the last blocks may reach
+TAKES_AXES = False  # of size 1 before a single row of x
 ELEMENTS = {
     mx.float32: "float",
     mx.bfloat16: "bfloat16",

@@ -17,6 +17,7 @@ from mlx_sparse_nn.core.backends import (
     cuda_odd,
     cuda_quantized,
     cuda_scalars,
+    cuda_small,
     cuda_tiles,
     launch,
     scalars,
@@ -32,6 +33,7 @@ from mlx_sparse_nn.core.layout import Layout, Side
 
 NAME = "cuda"
 TAKES_EDGES = False  # sizes are those of whole blocks: derivatives.py pads and crops
+TAKES_AXES = True  # of size 1 before a single row of x
 
 
 def is_available() -> bool:
@@ -186,6 +188,8 @@ def _product(
     shape, dtype, transposed = x.shape, x.dtype, side.perm is not None
     n_x, n_matrices = shape[-2], shape[0] if len(shape) == 3 else 1
     block_size = data.shape[-1] if data.ndim > 2 else 1
+    if cuda_small.takes(side, block_size, n_x, dtype):
+        return cuda_small.product(data, side, x, n_out, inside, bias)
     if cuda_boxes.takes(side, n_x, n_matrices, block_size, inside, dtype):
         even = cuda_tiles.is_even(side)
         choice = cuda_boxes.boxes, n_x, n_matrices, block_size, n_out, transposed, even

@@ -18,6 +18,7 @@ from mlx_sparse_nn.core.layout import Layout
 
 NAME = "dense"
 TAKES_EDGES = True
+TAKES_AXES = False  # of size 1 before a single row of x
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:

@@ -17,6 +17,7 @@ from mlx_sparse_nn.core.quantized import bits_of
 
 NAME = "metal"
 TAKES_EDGES = False  # sizes are those of whole blocks: derivatives.py pads and crops
+TAKES_AXES = True  # of size 1 before a single row of x
 _tensor_units = False  # whether products may use them: off until a run on an M5 is recorded
 
 

@@ -23,6 +23,7 @@ from mlx_sparse_nn.core.transforms import tracing
 
 NAME = "plain"
 TAKES_EDGES = False  # sizes are those of whole blocks: derivatives.py pads and crops
+TAKES_AXES = False  # of size 1 before a single row of x
 _NARROW = (mx.bfloat16, mx.float16)
 
 

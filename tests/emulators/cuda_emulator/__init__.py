@@ -3,6 +3,6 @@
 See ``cuda.h`` for what is modelled, and README.md for what is not.
 """
 
-from .emulator import CudaFault, emulated
+from .emulator import CudaFault, emulated, in_full
 
-__all__ = ["CudaFault", "emulated"]
+__all__ = ["CudaFault", "emulated", "in_full"]

@@ -485,6 +485,11 @@ unsigned fma2(T, unsigned a, unsigned b, unsigned c) {
   }
   return sums;
 }
+// The same of 8 columns of a, as if zeros followed.
+template <typename T>
+void multiply_half(float (&acc)[4], unsigned a0, unsigned a1, unsigned b0) {
+  multiply<T>(acc, a0, a1, 0, 0, b0, 0);
+}
 
 // wgmma.h: element (i, k) of an operand, by its descriptor.
 template <typename T>

@@ -18,7 +18,7 @@ import numpy as np
 from support import computing, fresh_launches
 
 from mlx_sparse_nn.core import tuned
-from mlx_sparse_nn.core.backends import cuda, cuda_tiles, plain
+from mlx_sparse_nn.core.backends import cuda, cuda_tiles, launch, plain
 
 MODEL = Path(__file__).with_name("cuda.h")
 FLAGS = ["-O1", "-Wno-everything"]
@@ -104,6 +104,9 @@ class _Kernel:
     header: str
     shared_memory: int
 
+    def __post_init__(self) -> None:
+        self.source, self.header = in_full(self.source), in_full(self.header)
+
     def __call__(
         self,
         inputs: list[mx.array],
@@ -179,6 +182,16 @@ def _placed(array: mx.array, offset: int) -> np.ndarray:
     placed = space[begin : begin + host.nbytes].view(host.dtype)
     placed[:] = host
     return placed
+
+
+def in_full(code: str) -> str:
+    """Return code with the files of the package that it includes, each without comments."""
+
+    def text(match: re.Match) -> str:
+        included = Path(match[1]).read_text(encoding="utf-8")
+        return launch._short(re.sub(r'#include ".+"\n|#pragma once\n', "", included))
+
+    return re.sub(r'#include "(/.+)"\n', text, code)
 
 
 def _without_ptx(header: str) -> str:
