@@ -224,6 +224,19 @@ class Layout:
             "cols_static_sizes": cols.static_sizes,
         }
 
+    def resized(self, block_size: int) -> Layout:
+        """Return the layout of blocks of a larger size at the same places.
+
+        The last blocks reach past the matrix as far as they do here.
+        """
+        (n_rows, n_cols), (below, behind) = self.full_shape, self.inside
+        grid = n_rows // self.block_size, n_cols // self.block_size
+        inside = (block_size if n == self.block_size else n for n in (below, behind))
+        shape = [(n - 1) * block_size + last for n, last in zip(grid, inside, strict=True)]
+        layout = Layout(self._index, (shape[0], shape[1]), block_size)
+        layout.__dict__["rows"] = self.rows
+        return layout
+
     def with_arrays(self, state: dict[str, mx.array]) -> Layout:
         """Return the layout that reads these arrays, which may be tracers, in place of its own.
 

@@ -194,6 +194,14 @@ class DenseFrom(NamedTuple):
     per_row: float  # of n rows more, by this over n
 
 
+# CUDA, true float32. Threads of large tiles from which they are faster than those that share the
+# depth: with 256 rows, B = 32 and 10%, 26 microseconds against 37.
+FLOAT_THREADS = 2**14
+# CUDA, blocks of odd sizes. Rows of x from which it pays to fill them up on the device: 4,096 rows,
+# B = 33 and 10% take 403 microseconds in shared memory, and a pass over x or y takes 21.
+PADDED_ROWS = 512
+
+
 class Tile(NamedTuple):
     """A thread block of ``spmm_tiles``."""
 
@@ -235,6 +243,40 @@ class GradientTile(NamedTuple):
     group: int  # blocks
     warps_i: int  # along the rows of a block
     warps_k: int  # along the rows of x
+    depth: int  # of a stage, in rows of x
+    stages: int
+
+
+class OddTile(NamedTuple):
+    """A thread block of ``spmm_odd``."""
+
+    rows: int  # of x
+    width: int  # outputs
+    warps: int  # along the rows of x
+    slices: int  # parts of the depth
+    depth: int  # of a stage, in inputs
+    stages: int
+
+
+class FloatTile(NamedTuple):
+    """A thread block of ``spmm_float``."""
+
+    rows: int  # of x
+    width: int  # outputs
+    held: int  # rows of a thread
+    outputs: int  # of a thread
+    slices: int  # parts of the depth
+    depth: int  # of a stage, in inputs
+    stages: int
+
+
+class FloatGradientTile(NamedTuple):
+    """A thread block of ``sddmm_float``."""
+
+    group: int  # blocks
+    rows: int  # of a block, of a thread
+    cols: int  # of the group, of a thread
+    slices: int  # parts of the depth
     depth: int  # of a stage, in rows of x
     stages: int
 
@@ -322,12 +364,15 @@ SOME_ROWS_TILES = {
     128: Tile(64, 2, 4, 32, 4),
 }
 # By dtype (float32 as TF32, or true), product, and block size. "tiles" are the other multiples of 8
-# up to MAX_TILED_BLOCK; "scalars" what goes by scalars; "large" what plain MLX takes above it, and
-# "plain" below. A rule is where the time of stored blocks, which grows with their number, meets
-# that of writing and multiplying the dense matrix: 1, 10 and 50%, 16 to 4,096 rows, 3072 x 3072 and
-# 4096 x 4096, on an H200. To write 4096 x 4096 in 16 bits takes 11 microseconds, to take 10% of it
-# 6. At 64 and 1,024 rows, 3072 x 3072, 10%, B = 1, stored blocks take 46 and 460 microseconds, the
-# dense matrix 14 and 33, nn.Linear 7.7 and 26; their gradients 70 and 1011, 12 and 32, 7.8 and 29.
+# up to MAX_TILED_BLOCK, "odd" all other sizes from 9 on; "scalars" what goes by scalars; "large"
+# what plain MLX takes above it. A rule is where the time of stored blocks, which grows with their
+# number, meets that of writing and multiplying the dense matrix: 1, 10 and 50%, 16 to 4,096 rows,
+# 3072 x 3072 and 4096 x 4096, on an H200. To write 4096 x 4096 in 16 bits takes 11 microseconds, to
+# take 10% of it 6. At 64 and 1,024 rows, 3072 x 3072, 10%, B = 1, stored blocks take 46 and 460
+# microseconds, the dense matrix 14 and 33, nn.Linear 7.7 and 26; their gradients 70 and 1011, 12
+# and 32, 7.8 and 29. True float32 and odd sizes: from 10%, 4096 x 4096. In true float32, 4,096
+# rows, B = 32 takes 397 microseconds, B = 8 881, nn.Linear 2,695; gradients 561, 1,133 and 2,587.
+# In bfloat16, 256 rows, B = 33 takes 26, the dense matrix 27.
 DENSE_FROM: dict[str, dict[str, dict[int | str, DenseFrom]]] = {
     "16 bits": {
         "spmm": {
@@ -340,6 +385,7 @@ DENSE_FROM: dict[str, dict[str, dict[int | str, DenseFrom]]] = {
             24: DenseFrom(0.055, 6.0),
             40: DenseFrom(0.09, 5.0),
             "tiles": DenseFrom(0.11, 4.0),
+            "odd": DenseFrom(0.05, 13.0),
         },
         "sddmm": {
             "scalars": DenseFrom(0.002, 0.5),
@@ -351,7 +397,7 @@ DENSE_FROM: dict[str, dict[str, dict[int | str, DenseFrom]]] = {
             24: DenseFrom(0.05, 6.0),
             40: DenseFrom(0.08, 5.0),
             "tiles": DenseFrom(0.1, 4.0),
-            "plain": DenseFrom(0.002, 0.5),
+            "odd": DenseFrom(0.002, 0.5),
             "large": DenseFrom(0.1, 4.0),
         },
     },
@@ -364,7 +410,7 @@ DENSE_FROM: dict[str, dict[str, dict[int | str, DenseFrom]]] = {
             64: DenseFrom(0.2, 12.0),
             128: DenseFrom(0.18, 12.0),
             "tiles": DenseFrom(0.095, 12.0),
-            "plain": DenseFrom(0.008, 0.5),
+            "odd": DenseFrom(0.06, 25.0),
             "large": DenseFrom(0.05, 4.0),
         },
         "sddmm": {
@@ -375,22 +421,27 @@ DENSE_FROM: dict[str, dict[str, dict[int | str, DenseFrom]]] = {
             64: DenseFrom(0.25, 12.0),
             128: DenseFrom(0.25, 12.0),
             "tiles": DenseFrom(0.12, 12.0),
-            "plain": DenseFrom(0.008, 0.5),
+            "odd": DenseFrom(0.08, 4.0),
             "large": DenseFrom(0.05, 4.0),
         },
     },
     "float32": {
-        op: {
+        "spmm": {
             "scalars": DenseFrom(0.1, 4.0),
-            8: DenseFrom(0.035, 4.0),
-            16: DenseFrom(0.065, 4.0),
-            24: DenseFrom(0.09, 4.0),
-            32: DenseFrom(0.125, 4.0),
-            "tiles": DenseFrom(0.3, 4.0),
-            "plain": DenseFrom(0.045, 4.0),
+            8: DenseFrom(0.28, 2.0),
+            16: DenseFrom(0.45, 2.0),
+            "tiles": DenseFrom(0.6, 2.0),
+            "odd": DenseFrom(0.35, 2.0),
             "large": DenseFrom(0.3, 4.0),
-        }
-        for op in ("spmm", "sddmm")
+        },
+        "sddmm": {
+            "scalars": DenseFrom(0.1, 4.0),
+            8: DenseFrom(0.2, 1.0),
+            16: DenseFrom(0.33, 1.0),
+            "tiles": DenseFrom(0.43, 1.0),
+            "odd": DenseFrom(0.3, 1.0),
+            "large": DenseFrom(0.3, 4.0),
+        },
     },
 }
 # CUDA, blocks of 8 in 16 bits: from SMALL_LEAST_ROWS on. Whether there are more than SMALL_FEW_ROWS

@@ -25,8 +25,10 @@ def name_of(op, block_size, n_x, dtype, n_blocks=1, bits=0):
         (1, 1, mx.float32, "cuda"),
         (4, 4096, mx.float32, "cuda"),
         (8, 16, mx.float32, "cuda"),
-        (8, 17, mx.float32, "plain"),
-        (128, 64, mx.float32, "plain"),
+        (8, 17, mx.float32, "cuda"),
+        (33, 64, mx.float32, "cuda"),
+        (128, 64, mx.float32, "cuda"),
+        (136, 17, mx.float32, "plain"),
         (64, 64, mx.bfloat16, "cuda"),
         (16, 0, mx.bfloat16, "plain"),
         (1, 8, mx.complex64, "plain"),
@@ -42,13 +44,13 @@ def test_cuda_takes_what_it_has_kernels_for(op, block_size, n_x, dtype, name):
 def test_float32_blocks_go_to_tensor_cores_where_mlx_allows_tf32(monkeypatch, op):
     monkeypatch.setattr(cuda_tiles, "allows_tf32", lambda: True)
     with computing(cuda, plain):
-        for block_size, name in ((8, "cuda"), (12, "plain"), (48, "cuda"), (136, "plain")):
+        for block_size, name in ((8, "cuda"), (12, "cuda"), (48, "cuda"), (136, "plain")):
             assert name_of(op, block_size, 17, mx.float32) == name
 
 
 def test_gradients_of_16_bit_blocks_need_a_kernel_of_their_size():
     with computing(cuda, plain):
-        for block_size, name in ((8, "cuda"), (12, "plain"), (48, "cuda"), (136, "plain")):
+        for block_size, name in ((8, "cuda"), (12, "cuda"), (48, "cuda"), (136, "plain")):
             assert name_of("sddmm", block_size, 64, mx.float16) == name
             assert name_of("spmm", block_size, 64, mx.float16) == "cuda"
 

@@ -96,8 +96,7 @@ def test_launches_are_valid(launches, architecture, block_size, dtype, n):
         assert tuple(result.shape) == tuple(shapes[name])
         assert result.dtype == dtype
     _check_launches(launches, architecture)
-    by_mlx = dtype == mx.float32 and block_size == 12 and n > 16
-    assert bool(launches) is not by_mlx
+    assert launches
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)

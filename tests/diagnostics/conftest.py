@@ -28,6 +28,7 @@ def cuda_calls(monkeypatch):
 
     for op in ("spmm", "spmm_t", "sddmm"):
         monkeypatch.setattr(cuda, op, recorded(op))
+    monkeypatch.setattr(cuda, "takes_edges", lambda *_: plain.TAKES_EDGES)
     monkeypatch.setattr(cuda_tiles, "allows_tf32", lambda: True)
     with computing(cuda, plain):
         yield calls

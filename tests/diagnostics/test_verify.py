@@ -13,7 +13,7 @@ from support import backend, device_of, patterns, untyped
 
 from mlx_sparse_nn import BlockSparseLinear, CSRPattern
 from mlx_sparse_nn import patterns as builders
-from mlx_sparse_nn.core.backends import choose, cuda, plain
+from mlx_sparse_nn.core.backends import choose, cuda, cuda_tiles, plain
 from mlx_sparse_nn.core.quantized import BITS
 from mlx_sparse_nn.diagnostics.verify import MismatchError, verify
 
@@ -260,11 +260,13 @@ def test_a_shared_layer_is_checked_once_with_its_first_input():
     ("block_size", "dtype", "n", "expected"),
     [
         (32, mx.float32, 64, ["cuda", "cuda", "cuda"]),
-        (12, mx.float32, 64, ["plain", "plain", "plain"]),  # MLX's own matmul is the faster one
+        (12, mx.float32, 64, ["cuda", "cuda", "cuda"]),
+        (136, mx.float32, 64, ["plain", "plain", "plain"]),
         (32, mx.float32, 8, ["cuda", "cuda", "cuda"]),
         (32, mx.bfloat16, 64, ["cuda", "cuda", "cuda"]),
         (8, mx.bfloat16, 64, ["cuda", "cuda", "cuda"]),
-        (12, mx.bfloat16, 64, ["cuda", "cuda", "plain"]),
+        (12, mx.bfloat16, 64, ["cuda", "cuda", "cuda"]),
+        (136, mx.bfloat16, 64, ["cuda", "cuda", "plain"]),
         (1, mx.float32, 64, ["cuda", "cuda", "cuda"]),
         (32, mx.float64, 8, ["plain", "plain", "plain"]),
     ],
@@ -286,7 +288,7 @@ def test_it_says_what_computed_each_product(cuda_calls, block_size, dtype, n, ex
 
 def test_wrong_products_are_named_with_what_computed_them(cuda_calls, monkeypatch):
     """The forward product by a kernel, the weight gradient by plain MLX."""
-    layer = BlockSparseLinear(64, 64, block_size=12, density=0.5)
+    layer = BlockSparseLinear(64, 64, block_size=136, density=0.5)
     layer.set_dtype(mx.bfloat16)
     for module, op in ((cuda, "spmm"), (plain, "sddmm")):
         right = getattr(module, op)
@@ -323,6 +325,19 @@ def test_tf32_is_allowed_for_where_float32_products_may_round(cuda_calls, monkey
     assert {check.backend for check in rounded.checks[:3]} == {"plain"}
     uses(False)
     assert verify(layer, x) == rounded
+
+
+@pytest.mark.parametrize(
+    ("block_size", "allowed", "rounded"),
+    [(32, True, True), (32, False, False), (12, True, False), (12, False, False)],
+)
+def test_kernels_of_true_float32_are_judged_by_its_bound(
+    cuda_calls, monkeypatch, block_size, allowed, rounded
+):
+    monkeypatch.setattr(cuda_tiles, "allows_tf32", lambda: allowed)
+    monkeypatch.setattr(VERIFY, "matmul_uses_tf32", lambda: True)
+    report = verify(BlockSparseLinear(64, 64, block_size=block_size), mx.random.normal((64, 64)))
+    assert [(check.backend, check.tf32) for check in report.checks[:3]] == [("cuda", rounded)] * 3
 
 
 def test_tf32_is_found_by_what_matmul_gives(monkeypatch):

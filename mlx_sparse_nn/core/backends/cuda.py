@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import (
     cuda_boxes,
+    cuda_float,
     cuda_fragments,
     cuda_gradients,
     cuda_graphs,
+    cuda_odd,
     cuda_quantized,
     cuda_rows,
     cuda_scalars,
@@ -51,12 +54,16 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
     by_scalars = dtype != mx.float32 and op != "sddmm"
     large = block_size >= 8 and n_x > tuned.CUDA_FEW_ROWS
     if large and not by_scalars and not cuda_tiles.has_tiles(block_size, n_x, dtype):
-        return False
+        sizes = block_size, n_x, dtype
+        if bits or not (cuda_float.takes(*sizes) or cuda_odd.takes(*sizes)):
+            return False
     return launch.takes(layout, n_x, dtype, n_matrices)
 
 
 def takes_edges(op: str, layout: Layout, x: mx.array) -> bool:
     """Return whether a product takes x, and y or bias, without zeros behind the matrix."""
+    if _has_any_size(op, layout, x):
+        return True
     block_size, n_x, itemsize = layout.block_size, x.shape[-2], x.itemsize
     if not cuda_tiles.has_tiles(block_size, n_x, x.dtype):
         return False
@@ -68,26 +75,49 @@ def takes_edges(op: str, layout: Layout, x: mx.array) -> bool:
     return fits and not cuda_scalars.is_skewed(layout.rows)
 
 
+def _has_any_size(op: str, layout: Layout, x: mx.array) -> bool:
+    """Return whether a kernel of odd block sizes, or of true float32, computes a product."""
+    block_size, n_x, dtype = layout.block_size, x.shape[-2], x.dtype
+    if cuda_odd.takes(block_size, n_x, dtype):
+        return True
+    if not cuda_float.takes(block_size, n_x, dtype):
+        return False
+    return op != "sddmm" or not cuda_scalars.is_skewed(layout.rows)
+
+
+def _is_cropped(op: str, layout: Layout, x: mx.array) -> bool:
+    """Return whether :func:`_cropped` computes a product."""
+    return _has_any_size(op, layout, x) or (layout.has_edges and takes_edges(op, layout, x))
+
+
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
     """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c] + bias[r]; see ``plain.spmm``.
 
-    Where :func:`takes_edges` says so, x and y have the sizes of the matrix.
+    Where :func:`takes_edges` says so, x, y and bias have the sizes of the matrix.
     """
-    if layout.has_edges and takes_edges("spmm", layout, x):
-        return _cropped(data, layout.rows, x, layout.shape[0], layout.inside[1], bias)
+    if _is_cropped("spmm", layout, x):
+        return _cropped(data, layout.rows, x, layout.shape[0], layout.inside, bias)
     return _product(data, layout.rows, x, layout.full_shape[0], layout.inside[1], bias)
 
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; see ``plain.spmm_t``."""
-    if layout.has_edges and takes_edges("spmm_t", layout, y):
-        return _cropped(data, layout.cols, y, layout.shape[1], layout.inside[0], None)
+    if _is_cropped("spmm_t", layout, y):
+        last, inside = layout.inside
+        return _cropped(data, layout.cols, y, layout.shape[1], (inside, last), None)
     return _product(data, layout.cols, y, layout.full_shape[1], layout.inside[0], None)
 
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``plain.sddmm``."""
     n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
+    if _has_any_size("sddmm", layout, x):
+        if size := cuda_odd.padded_size("sddmm", layout.block_size, n_x, x.dtype):
+            y, x = (cuda_odd.resize_features(a, layout.block_size, size) for a in (y, x))
+            padded = sddmm(layout.resized(size), y, x)
+            return cuda_odd.resize_blocks(padded, layout.block_size)
+        kernel, n_splits = cuda_float.gradients(layout, n_x, n_matrices)
+        return launch_sddmm(NAME, kernel, layout, y, x, n_splits)
     if cuda_graphs.takes(layout.rows, layout.block_size, n_x):
         return cuda_graphs.sample(layout, y, x)
     if not cuda_tiles.has_tiles(layout.block_size, n_x, x.dtype) or cuda_scalars.is_skewed(
@@ -106,17 +136,6 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
         return launched(arrays, (*x.shape[:-2], *layout.data_shape))
     by_columns = kernel.template.get("WIDTH", 1) > 1
     return launch_sddmm(NAME, kernel, layout, y, x, n_splits, by_columns)
-
-
-def _cropped(
-    data: mx.array, side: Side, x: mx.array, n_out: int, inside: int, bias: mx.array | None
-) -> mx.array:
-    """Launch the kernel of a product of x and y that end with the matrix."""
-    shape, dtype, transposed = x.shape, x.dtype, side.perm is not None
-    n_matrices = shape[0] if len(shape) == 3 else 1
-    sizes = shape[-2], n_matrices, data.shape[-1], inside, n_out
-    choice = cuda_fragments.cropped, *sizes, dtype.size, transposed, cuda_tiles.is_even(side)
-    return launch_spmm(_prepared(dtype, bias is not None, *choice), data, side, x, n_out, bias)
 
 
 def qspmm(
@@ -152,6 +171,40 @@ def _quantized_product(
     if cuda_quantized.takes_packed(x.shape[-2], x.dtype):
         return cuda_quantized.product(matrix, side, x, n_out, inside, bias)
     return _product(cuda_quantized.dequantize(*matrix), side, x, n_out, inside, bias)
+
+
+def _cropped(
+    data: mx.array,
+    side: Side,
+    x: mx.array,
+    n_out: int,
+    inside: tuple[int, int],
+    bias: mx.array | None,
+) -> mx.array:
+    """Launch the kernel of a product of x and y that end with the matrix.
+
+    ``inside`` says how many rows and columns of the last blocks lie in it.
+    """
+    n_x, n_matrices, dtype = x.shape[-2], x.shape[0] if x.ndim == 3 else 1, x.dtype
+    block_size = data.shape[-1]
+    if size := cuda_odd.padded_size("spmm", block_size, n_x, dtype):
+        last, cols = inside
+        data = cuda_odd.resize_blocks(data, size)
+        x = cuda_odd.resize_features(x, block_size, size)
+        bias = None if bias is None else cuda_odd.resize_features(bias, block_size, size)
+        cols = size if cols == block_size else cols
+        y = _product(data, side, x, side.n_block_rows * size, cols, bias)
+        return cuda_odd.resize_features(y, size, block_size, last)
+    transposed = side.perm is not None
+    sizes = n_x, n_matrices, block_size, inside, side.n_block_rows, transposed
+    if cuda_odd.takes(block_size, n_x, dtype):
+        choice = cuda_odd.product, *sizes
+    elif cuda_float.takes(block_size, n_x, dtype):
+        choice = cuda_float.product, *sizes
+    else:
+        sizes = n_x, n_matrices, block_size, inside[1], n_out, dtype.size, transposed
+        choice = cuda_fragments.cropped, *sizes, cuda_tiles.is_even(side)
+    return launch_spmm(_prepared(dtype, bias is not None, *choice), data, side, x, n_out, bias)
 
 
 def _product(
@@ -196,7 +249,7 @@ def _product(
 
 @lru_cache(4096)
 def _prepared(
-    dtype: mx.Dtype, has_bias: bool, choose_kernel: Callable[..., Kernel], *sizes: int
+    dtype: mx.Dtype, has_bias: bool, choose_kernel: Callable[..., Kernel], *sizes: Any
 ) -> KernelLaunch:
     """Return what ``choose_kernel`` says of these sizes, kept: that takes longer than to launch."""
     return prepare(NAME, "spmm", choose_kernel(*sizes), dtype, T=dtype, BIAS=int(has_bias))

@@ -59,12 +59,12 @@ def _least_density(op: str, block_size: int, dtype: mx.Dtype, n_x: int, tf32: bo
 
 
 def _kind_of_blocks(op: str, block_size: int, dtype: mx.Dtype) -> str:
-    """Return what multiplies stored blocks: tiles, scalars, or plain MLX, small or large ones."""
-    if block_size % 8 == 0 and block_size <= tuned.MAX_TILED_BLOCK:
-        return "tiles"
+    """Return what multiplies stored blocks: tiles, of odd sizes too, scalars, or plain MLX."""
+    if 8 <= block_size <= tuned.MAX_TILED_BLOCK:
+        return "odd" if block_size % 8 else "tiles"
     if block_size < 8 or (dtype.size == 2 and op != "sddmm"):
         return "scalars"
-    return "plain" if block_size <= tuned.MAX_TILED_BLOCK else "large"
+    return "large"
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:

@@ -36,11 +36,18 @@ INPUTS = {
     "sddmm": ("y", "x", "indptr", "indices", "step"),
     "sddmm_places": ("y", "x", "rows", "indices"),
     "sum": ("partial",),
+    "resize": ("blocks",),
     "expand": ("data", "indptr", "indices", "sizes"),
     "sample": ("matrix", "indptr", "indices", "sizes"),
 }
 # Whose argument a launch is of, where its inputs' name does not say it.
-_OWNERS = {"sum": "sddmm", "dequantize": "qspmm", "expand": "spmm", "sample": "sddmm"}
+_OWNERS = {
+    "sum": "sddmm",
+    "resize": "spmm",
+    "dequantize": "qspmm",
+    "expand": "spmm",
+    "sample": "sddmm",
+}
 SCRATCH = {"spmm_boxes": ["scratch"]}  # integers that a kernel writes for itself, by its name
 MAX_THREADS = 2**31 - tuned.GROUP_THREADS  # of a grid's side, which is an int, in whole groups
 MAX_GROUPS = 2**16 - 1  # of CUDA, along a grid's second and third side

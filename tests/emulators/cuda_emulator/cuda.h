@@ -120,7 +120,8 @@ static unsigned random_number() {
 struct Copy {
   char* dst;
   const char* src;
-  int bytes;                    // of 16; the others become 0
+  int bytes;                    // of size; the others become 0
+  int size;                     // 16, 8 or 4
   unsigned long long* arrival;  // or no copy: a barrier to arrive at
   int group;
   const int* map;  // or a box of a matrix
@@ -250,7 +251,7 @@ static void step_copy(Fiber& f) {
   if (c.map) return land_box(c);
   if (!c.arrival) {
     memcpy(c.dst, c.src, c.bytes);
-    memset(c.dst + c.bytes, 0, 16 - c.bytes);
+    memset(c.dst + c.bytes, 0, c.size - c.bytes);
     return;
   }
   extern void arrive(unsigned long long*);
@@ -263,13 +264,13 @@ static void check_source(const void* src, int bytes) {
   }
   fail("a copy reads outside of the inputs");
 }
-static void begin_copy(void* dst, const void* src, int bytes) {
+static void begin_copy(void* dst, const void* src, int bytes, int size = 16) {
   if (self->begun - self->copied == kCopies) fail("too many copies under way");
-  if ((size_t)src % 16 && bytes) fail("an asynchronous copy from no multiple of 16 bytes");
-  if (__cvta_generic_to_shared(dst) % 16) fail("a copy to no multiple of 16 bytes");
+  if ((size_t)src % size && bytes) fail("an asynchronous copy from no multiple of its size");
+  if (__cvta_generic_to_shared(dst) % size) fail("a copy to no multiple of its size");
   if (bytes) check_source(src, bytes);
-  self->copies[self->begun++ % kCopies] = {(char*)dst, (const char*)src, bytes, nullptr,
-                                           self->group};
+  self->copies[self->begun++ % kCopies] = {(char*)dst, (const char*)src, bytes,
+                                           size,       nullptr,          self->group};
 }
 template <bool ALIGNED, typename T>
 void copy_first(T* dst, const T* src, int count) {
@@ -290,6 +291,12 @@ void copy_some(T* dst, const T* src, int i, int count, bool aligned) {
   check_source(src + i, n * sizeof(T));
   if (aligned) return begin_copy(dst + i, src + i, n * sizeof(T));
   for (int k = i; k < i + n; k++) dst[k] = src[k];
+}
+// pieces.h
+template <int BYTES>
+void copy_bytes(void* dst, const void* src, int taken) {
+  at_shared(__cvta_generic_to_shared(dst), BYTES);
+  begin_copy(dst, src, taken, BYTES);
 }
 static void commit_copies() { self->group++; }
 template <int COUNT>
@@ -325,7 +332,7 @@ void arrive(unsigned long long* barrier) {
 }
 static void arrive_copied(unsigned long long* barrier) {
   if (self->begun - self->copied == kCopies) fail("too many copies under way");
-  self->copies[self->begun++ % kCopies] = {nullptr, nullptr, 0, barrier, self->group};
+  self->copies[self->begun++ % kCopies] = {nullptr, nullptr, 0, 0, barrier, self->group};
 }
 static void wait_barrier(unsigned long long* barrier, int parity) {
   wait_while((const int*)barrier, 1, parity);  // its low half
@@ -364,7 +371,7 @@ void copy_box(T* dst, const int* map, int row, int col, unsigned long long* barr
   const int bytes = ((const Map*)map)->box_rows * 128;
   if (__cvta_generic_to_shared(dst) % 1024) fail("a box to no multiple of 1024 bytes");
   at_shared(__cvta_generic_to_shared(dst), bytes);
-  self->copies[self->begun++ % kCopies] = {(char*)dst,  nullptr, bytes, barrier,
+  self->copies[self->begun++ % kCopies] = {(char*)dst,  nullptr, bytes, 0,  barrier,
                                            self->group, map,     row,   col};
 }
 void land_box(const Copy& c) {
