@@ -197,9 +197,6 @@ class DenseFrom(NamedTuple):
 # CUDA, true float32. Threads of large tiles from which they are faster than those that share the
 # depth: with 256 rows, B = 32 and 10%, 26 microseconds against 37.
 FLOAT_THREADS = 2**14
-# CUDA, blocks of odd sizes. Rows of x from which it pays to fill them up on the device: 4,096 rows,
-# B = 33 and 10% take 403 microseconds in shared memory, and a pass over x or y takes 21.
-PADDED_ROWS = 512
 
 
 class Tile(NamedTuple):
@@ -244,17 +241,6 @@ class GradientTile(NamedTuple):
     warps_i: int  # along the rows of a block
     warps_k: int  # along the rows of x
     depth: int  # of a stage, in rows of x
-    stages: int
-
-
-class OddTile(NamedTuple):
-    """A thread block of ``spmm_odd``."""
-
-    rows: int  # of x
-    width: int  # outputs
-    warps: int  # along the rows of x
-    slices: int  # parts of the depth
-    depth: int  # of a stage, in inputs
     stages: int
 
 

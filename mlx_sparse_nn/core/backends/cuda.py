@@ -112,7 +112,7 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``plain.sddmm``."""
     n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
     if _has_any_size("sddmm", layout, x):
-        if size := cuda_odd.padded_size("sddmm", layout.block_size, n_x, x.dtype):
+        if size := cuda_odd.padded_size(layout.block_size, n_x, x.dtype):
             y, x = (cuda_odd.resize_features(a, layout.block_size, size) for a in (y, x))
             padded = sddmm(layout.resized(size), y, x)
             return cuda_odd.resize_blocks(padded, layout.block_size)
@@ -187,7 +187,7 @@ def _cropped(
     """
     n_x, n_matrices, dtype = x.shape[-2], x.shape[0] if x.ndim == 3 else 1, x.dtype
     block_size = data.shape[-1]
-    if size := cuda_odd.padded_size("spmm", block_size, n_x, dtype):
+    if size := cuda_odd.padded_size(block_size, n_x, dtype):
         last, cols = inside
         data = cuda_odd.resize_blocks(data, size)
         x = cuda_odd.resize_features(x, block_size, size)
@@ -197,9 +197,7 @@ def _cropped(
         return cuda_odd.resize_features(y, size, block_size, last)
     transposed = side.perm is not None
     sizes = n_x, n_matrices, block_size, inside, side.n_block_rows, transposed
-    if cuda_odd.takes(block_size, n_x, dtype):
-        choice = cuda_odd.product, *sizes
-    elif cuda_float.takes(block_size, n_x, dtype):
+    if cuda_float.takes(block_size, n_x, dtype):
         choice = cuda_float.product, *sizes
     else:
         sizes = n_x, n_matrices, block_size, inside[1], n_out, dtype.size, transposed
