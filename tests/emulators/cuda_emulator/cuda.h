@@ -533,7 +533,7 @@ template <typename T, int COLS, int ACROSS>
 struct FragmentProduct {
   static constexpr int K = 32 / sizeof(T);
   static void run(float* acc, unsigned long long a, unsigned long long b) {
-    const float(*rows)[16] = (const float(*)[16])a;
+    const float (*rows)[16] = (const float (*)[16])a;
     for (int j = 0; j < COLS / 4; j++) {
       const int col = j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2;
       for (int k = 0; k < K; k++) {
@@ -546,7 +546,7 @@ struct FragmentProduct {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     memcpy(fragments[warp][lane], a, sizeof a);
     __syncwarp();
-    float(*rows)[16] = self->factors[self->n_factors++ % 64];
+    float (*rows)[16] = self->factors[self->n_factors++ % 64];
     for (int i = 0; i < 2; i++) {
       for (int k = 0; k < K; k++) {
         const int word = k * sizeof(T) / 4;
