@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 SIZE = 4096
-ROWS = (17, 33, 64, 128, 256, 512, 1024, 2048)
+ROWS = (17, 64, 128, 256, 512, 1024, 2048)
 BSR_BLOCKS = (16, 32, 64, 128)
 ALL_BLOCKS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 SOME_BLOCKS = (8, 16, 32, 64, 128)

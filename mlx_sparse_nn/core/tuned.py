@@ -153,10 +153,10 @@ SLICED_BLOCK = 16
 SLICED_ROWS = 512
 SLICED = 0.2
 # spmm_boxes: stages by block size, and the multiply-adds from which it is faster than spmm_wgmma.
-# 4,096 rows, 5, 10, 20 and 50%, in microseconds: B = 64 30.7, 40.7, 64.3, 141.4 against 29.2, 43.0,
-# 71.3, 159.4; B = 128 28.2, 37.1, 52.2, 103.4 against 25.9, 37.7, 55.8, 116.6.
+# 4,096 rows, 5, 10, 20 and 50%, in microseconds: B = 64 30.7, 40.7 or 54.5, 61.2, 130.5 against
+# 29.2, 43.7, 71.3, 160.2; B = 128 28.2, 36.8, 50.5, 96.7 against 25.9, 38.2, 55.7, 114.2.
 BOX_STAGES = {64: 3, 128: 4}
-BOX_PRODUCTS = 6.8e9
+BOX_PRODUCTS = 1e10
 PANEL_DENSITY = {16: 0.025, 32: 0.15}  # from which spmm_panels is faster than spmm_tiles
 FLOAT_PANEL_DENSITY = {16: 0.08}  # the same of float32: 230 us at 10%, spmm_tiles 293
 MAX_PANEL_COLUMNS = 2**20
@@ -358,14 +358,15 @@ SOME_ROWS_TILES = {
 # microseconds, the dense matrix 14 and 33, nn.Linear 7.7 and 26; their gradients 70 and 1011, 12
 # and 32, 7.8 and 29. True float32 and odd sizes: from 10%, 4096 x 4096. In true float32, 4,096
 # rows, B = 32 takes 397 microseconds, B = 8 881, nn.Linear 2,695; gradients 561, 1,133 and 2,587.
-# In bfloat16, 256 rows, B = 33 takes 26, the dense matrix 27.
+# In bfloat16, 256 rows, B = 33 takes 26, the dense matrix 27. B = 16 and 32, 50%: 19 and 12 with 64
+# rows, 26 and 26 with 128, 40 and 34 with 256, the dense matrix 26, 30 and 32.
 DENSE_FROM: dict[str, dict[str, dict[int | str, DenseFrom]]] = {
     "16 bits": {
         "spmm": {
             "scalars": DenseFrom(0.005, 1.4),
             8: DenseFrom(0.02, 9.0),
-            16: DenseFrom(0.3, 4.0),
-            32: DenseFrom(0.35, 4.0),
+            16: DenseFrom(0.3, 27.0),
+            32: DenseFrom(0.35, 27.0),
             64: DenseFrom(0.6, 4.0),
             128: DenseFrom(0.7, 4.0),
             24: DenseFrom(0.09, 6.0),

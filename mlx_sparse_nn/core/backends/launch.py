@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -239,9 +239,7 @@ def launch_sddmm(
     launch = prepare(backend, "sddmm", kernel, out_dtype, T=dtype, OUT=out_dtype)
     if by_columns:
         y, x = y.swapaxes(-1, -2), x.swapaxes(-1, -2)
-    # Of three numbers: MLX keeps arrays of up to 8 bytes on the host, where kernels read slowly.
-    step = mx.array([rows_per_split, 0, 0], dtype=mx.int32)
-    arrays = [y, x, side.indptr, side.indices, step]
+    arrays = [y, x, side.indptr, side.indices, _step(rows_per_split)]
     out = launch(arrays, (n_splits, *shape))
     if n_splits == 1:
         return out.reshape(shape)
@@ -249,6 +247,14 @@ def launch_sddmm(
     threads = tuned.GROUP_THREADS
     kernel = Kernel("sum_splits", {}, (round_up(partial.shape[1], threads), 1, 1), threads)
     return prepare(backend, "sum", kernel, dtype, T=dtype)([partial], shape)
+
+
+@lru_cache(4096)
+def _step(rows: int) -> mx.array:
+    """Return a size for a kernel, kept. On CUDA, MLX (0.32.4) leaves arrays of up to 8 bytes on the
+    host, from where a kernel reads them for 10 microseconds; a new one of more bytes has to move
+    first, which takes 150."""
+    return mx.array([rows, 0, 0], dtype=mx.int32)
 
 
 def round_up(value: int, multiple: int) -> int:
