@@ -46,7 +46,7 @@ def gallery() -> dict[str, CSRPattern | BlockSparseLinear]:
         "random(512, 256, 0.125)": patterns.random(512, 256, 0.125),
         "covering(512, 512, 0.01)": patterns.covering(512, 512, 0.01),
         "from_mask(mask, 16)": patterns.from_mask(mask, 16),
-        "from_dense(w)": patterns.from_dense(w),
+        "from_dense(w, 32)": patterns.from_dense(w, 32),
         "strongest(scores, 0.3, 16)": patterns.strongest(scores, 0.3, 16),
         "from_linear(l, density=0.3)": BlockSparseLinear.from_linear(linear, density=0.3),
     }

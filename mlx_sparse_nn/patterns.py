@@ -170,8 +170,9 @@ def from_mask(mask: ArrayLike, block_size: int = 32) -> CSRPattern:
     return _where(owner, mask, block_size)
 
 
-def from_dense(w: ArrayLike, block_size: int = 32) -> CSRPattern:
-    """Return the blocks of ``w`` ``(n_rows, n_cols)`` that hold a nonzero.
+def from_dense(w: ArrayLike, block_size: int = 1) -> CSRPattern:
+    """Return the blocks of ``w`` ``(n_rows, n_cols)`` that hold a nonzero: scalars by default, as
+    the array that ``mlx_sparse_nn.from_dense`` makes of it.
 
     Raises:
         TypeError: ``w`` is not numeric.
