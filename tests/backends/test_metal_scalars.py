@@ -5,7 +5,7 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from support import (
     assert_equal,
@@ -211,7 +211,7 @@ def launches():
     """Note the launches of kernels, and let MLX compute in their place."""
     noted = []
 
-    def kernel(backend, name, inputs, threads, shared_memory):
+    def kernel(backend, name, inputs, threads, shared_memory, cluster):
         def call(inputs, template, output_shapes, output_dtypes, grid, threadgroup):
             noted.append((name, dict(template), grid))
             return [stand_in(inputs, dict(template), output_shapes[0], output_dtypes[0])]
@@ -331,6 +331,7 @@ class TestLaunches:
     skew=st.integers(0, 20).map(lambda bits: 2**bits),
     has_blocks=st.booleans(),
 )
+@example(n_x=31, block_size=1, n_rows=256, mean=4096, skew=256, has_blocks=False)
 def test_no_lane_works_long_and_every_grid_fits(n_x, block_size, n_rows, mean, skew, has_blocks):
     """Up to a longest row of 4 million values; beyond, what a lane takes grows as its root."""
     n_block_rows = -(-n_rows // block_size)

@@ -6,7 +6,6 @@ from shapes and from the sizes of the layout, on the host.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -296,8 +295,10 @@ def _by_path(path: Path, inputs: list[str]) -> tuple[str, str]:
     MLX hashes its text at every launch, in a compiled graph too: 6 KB take 2 microseconds, 17 take
     4. It looks for names such as ``x_shape`` in the text, and keeps compiled kernels by it.
     """
+    from hashlib import sha256  # takes a while to import
+
     texts = _texts(path)
-    digest = hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
+    digest = sha256("".join(texts).encode()).hexdigest()[:16]
     sizes = rf"\b(?:{'|'.join(inputs)})_(?:shape|strides|ndim)\b"
     names = " ".join(sorted(set(re.findall(sizes, texts[1]))))
     files = _INCLUDE.findall(path.read_text(encoding="utf-8"))

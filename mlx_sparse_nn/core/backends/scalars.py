@@ -168,6 +168,6 @@ def share(
         piece = limit = max(limit, min(even, twice_mean))
     else:
         filling = power_of_two(n_blocks * block_size**2 // outputs // tuned.PIECES_TO_FILL_GPU)
-        piece = min(limit, max(tuned.MIN_PIECE, filling))
+        piece = min(limit, max(tuned.MIN_PIECE, filling, root))
     is_long = longest * block_size > limit
     return Sharing(rows, width, lanes, max(1, piece // block_size) if is_long else 0)

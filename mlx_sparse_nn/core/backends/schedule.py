@@ -119,7 +119,7 @@ def cut(count: int, width: int, cost: Cost) -> list[Cut]:
     """Cut ``count`` units of ``width`` blocks into steps; the first stays on the stream in use."""
     streams: list = [None]
     multiplies = count * width * cost.multiplies_per_block
-    if _on_cpu() and multiplies >= tuned.MIN_PARALLEL_MULTIPLIES:
+    if mx.default_device().type is mx.cpu and multiplies >= tuned.MIN_PARALLEL_MULTIPLIES:
         streams += _more_streams()
     n_steps = max(1, -(-count * width * cost.bytes_per_block // cost.bytes_per_step))
     n_steps = min(count, -(-n_steps // len(streams)) * len(streams))
@@ -200,7 +200,7 @@ def _bytes_per_step(side: Side, total: int, operand_bytes: int, copied: int) -> 
         operand_bytes: Bytes of operands and result.
         copied: Bytes of copies of them that are there throughout.
     """
-    if not _on_cpu():
+    if mx.default_device().type is not mx.cpu:
         return tuned.GPU_STEP_BYTES
     operand_bytes += side.nbytes * (1 if side.is_uniform else 3)  # with its buckets
     room = 4 * max(operand_bytes, tuned.MIN_OPERAND_BYTES) - operand_bytes - copied
@@ -208,10 +208,6 @@ def _bytes_per_step(side: Side, total: int, operand_bytes: int, copied: int) -> 
         return tuned.CPU_STEP_BYTES
     share = room // (_n_streams() + tuned.STEPS_IN_FLIGHT)
     return max(tuned.MIN_STEP_BYTES, min(tuned.CPU_STEP_BYTES, share))
-
-
-def _on_cpu() -> bool:
-    return mx.default_device().type == mx.cpu
 
 
 def _n_streams() -> int:
