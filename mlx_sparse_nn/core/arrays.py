@@ -212,7 +212,12 @@ class CSRArray(Elementwise):
         Values of one place are added up first.
         """
         array = self.canonical()
-        return CSRArray(function(array.data), array.pattern)
+        data, inside = array.data, array._inside
+        if inside is None:
+            return CSRArray(function(data), array.pattern)
+        # Ones outside: a slope that is infinite at 0 would make their gradients nan.
+        out = function(mx.where(inside, data, mx.ones((), data.dtype)))
+        return CSRArray(mx.where(inside, out, mx.zeros((), out.dtype)), array.pattern)
 
     def power(self, n: float) -> CSRArray:
         """Return each value to the power ``n``, a number above 0: ``A ** n``.
@@ -271,9 +276,12 @@ class CSRArray(Elementwise):
 
     def mean(self, axis: int | None = None, *, keepdims: bool = False) -> mx.array:
         """Return means over all places, or over rows (``axis=0``) or columns; as :meth:`sum`."""
-        array = self if mx.issubdtype(self.dtype, mx.inexact) else self.astype(mx.float32)
-        count = self.shape[0] * self.shape[1] if axis is None else self.shape[int(axis) % 2]
-        return array.sum(axis, keepdims=keepdims) / count
+        axis = reductions.check_axis("CSRArray.mean", axis)
+        count = self.shape[0] * self.shape[1] if axis is None else self.shape[axis]
+        is_wide = self.dtype in (mx.float32, mx.float64, mx.complex64)
+        array = self if is_wide else self.astype(mx.float32)
+        dtype = self.dtype if mx.issubdtype(self.dtype, mx.inexact) else mx.float32
+        return (array.sum(axis, keepdims=keepdims) / count).astype(dtype)
 
     def max(self, axis: int | None = None, *, keepdims: bool = False) -> mx.array:
         """Return the largest value of all, of each column (``axis=0``) or of each row.
@@ -302,6 +310,7 @@ class CSRArray(Elementwise):
 
     def count_nonzero(self, axis: int | None = None) -> mx.array:
         """Count values that are not 0: all, in each column (``axis=0``) or in each row."""
+        axis = reductions.check_axis("CSRArray.count_nonzero", axis)
         return self.map_values(lambda data: data != 0).astype(mx.int32).sum(axis)
 
     def reshape(self, shape: tuple[int, int]) -> CSRArray:
@@ -323,11 +332,11 @@ class CSRArray(Elementwise):
 
     def tril(self, k: int = 0) -> CSRArray:
         """Return what lies on the ``k``-th diagonal or below it."""
-        return self._where(lambda row, col: col - row <= _offset("CSRArray.tril", k))
+        return self._where(lambda row, col: col - row <= check_offset("CSRArray.tril", k))
 
     def triu(self, k: int = 0) -> CSRArray:
         """Return what lies on the ``k``-th diagonal or above it."""
-        return self._where(lambda row, col: col - row >= _offset("CSRArray.triu", k))
+        return self._where(lambda row, col: col - row >= check_offset("CSRArray.triu", k))
 
     def _where(self, keeps: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> CSRArray:
         """Return the values in places that a function of their rows and columns keeps."""
@@ -344,7 +353,7 @@ class CSRArray(Elementwise):
 
         Repeated entries add up.
         """
-        k = _offset("CSRArray.diagonal", k)
+        k = check_offset("CSRArray.diagonal", k)
         first = max(0, -k)  # row
         length = max(0, min(self.shape[0] - first, self.shape[1] - max(0, k)))
         array = self.tocsr()
@@ -373,7 +382,7 @@ class CSRArray(Elementwise):
             key = np.nonzero(mask)
         rows, cols = indexing.split(key, self.shape)
         if not isinstance(rows, slice) and not isinstance(cols, slice):
-            return self._entries(*np.broadcast_arrays(rows, cols))
+            return self._entries(*indexing.pairs(rows, cols))
         array = self.tocsr()._rows(rows)
         is_all = isinstance(cols, slice) and cols == slice(None)
         return array if is_all else array.T._rows(cols).T
@@ -403,7 +412,7 @@ class CSRArray(Elementwise):
         return CSRArray(*algebra.matmul(a.data, a.pattern, b.data, b.pattern))
 
     def __rmatmul__(self, x: ArrayLike) -> mx.array:
-        x = _dense("x @ A", x)
+        x = _dense("x @ A", x, self.dtype)
         if x.shape[-1:] != self.shape[:1]:
             raise ValueError(
                 f"[x @ A] x has shape {x.shape}, A is {self.shape}: inner sizes differ"
@@ -428,10 +437,20 @@ class CSRArray(Elementwise):
 
     def __sub__(self, other: CSRArray | COOArray | ArrayLike | complex | np.generic) -> Any:
         """Subtract what can be added."""
-        return self + (-_operand("A - B", other))
+        if is_sparse(other):
+            a, b = _alike("A - B", self, other)
+            dtype = mx.result_type(a.data, b.data)
+            if dtype == mx.bool_:
+                raise TypeError("[A - B] bool has no difference; cast one by astype")
+            return a + -b.astype(dtype)  # unsigned values are promoted before they are negated
+        if _is_scalar(other):
+            return self + other
+        return self.todense() - _fitting("A - D", self, other)
 
     def __rsub__(self, other: ArrayLike | complex | np.generic) -> Any:
-        return -self + other
+        if _is_scalar(other):
+            return -self + other
+        return _fitting("D - A", self, other) - self.todense()
 
     def __mul__(self, other: CSRArray | COOArray | ArrayLike | complex | np.generic) -> CSRArray:
         """Multiply by a scalar, or elementwise: :meth:`multiply`. A matrix product is ``A @ x``."""
@@ -447,7 +466,10 @@ class CSRArray(Elementwise):
             raise TypeError("[A / B] has no value where B stores nothing; divide by B.todense()")
         if _is_scalar(other):
             return CSRArray(self.data / _weak(other), self.pattern)
-        return CSRArray(self.data / self._values_of("A / D", other), self.pattern)
+        divisor = self._values_of("A / D", other)
+        if (inside := self._inside) is not None:
+            divisor = mx.where(inside, divisor, mx.ones((), divisor.dtype))
+        return CSRArray(self._cleared / divisor, self.pattern)
 
     def multiply(self, other: CSRArray | COOArray | ArrayLike | complex | np.generic) -> CSRArray:
         """Multiply elementwise, by what broadcasts to the shape of this matrix.
@@ -466,7 +488,20 @@ class CSRArray(Elementwise):
             return CSRArray(*algebra.multiply(a.data, a.pattern, b.data, b.pattern))
         if is_sparse(other):
             other = other.todense()  # a row or column
-        return CSRArray(self.data * self._values_of("A.multiply", other), self.pattern)
+        return CSRArray(self._cleared * self._values_of("A.multiply", other), self.pattern)
+
+    @property
+    def _inside(self) -> mx.array | None:
+        """Which values lie in the matrix; None if all do."""
+        layout = self.pattern.layout
+        if not layout.has_edges:
+            return None
+        return edges.clear(layout, mx.ones(self.data.shape, mx.int8)) > 0
+
+    @property
+    def _cleared(self) -> mx.array:
+        """The values, zeros outside of the matrix: there may be anything."""
+        return edges.clear(self.pattern.layout, self.data)
 
     def _values_of(self, owner: str, other: object) -> mx.array:
         """Return a dense array, broadcast to this shape, where this matrix stores values."""
@@ -533,12 +568,27 @@ class COOArray:
     def __init__(self, data: ArrayLike, row: ArrayLike, col: ArrayLike, shape: tuple[int, int]):
         defer_to(COOArray)
         self.data = check_data("COOArray", data)
-        self.shape = check_shape("COOArray", shape)
-        self.row = _coordinates("row", row, self.shape[0])
-        self.col = _coordinates("col", col, self.shape[1])
+        self._shape = check_shape("COOArray", shape)
+        self._row = _coordinates("row", row, self.shape[0])
+        self._col = _coordinates("col", col, self.shape[1])
         lengths = {"data": self.data.shape, "row": self.row.shape, "col": self.col.shape}
         if len(set(lengths.values())) > 1 or self.data.ndim != 1:
             raise ValueError(f"[COOArray] data, row and col must be of one length, got {lengths}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n_rows, n_cols)``."""
+        return self._shape
+
+    @property
+    def row(self) -> np.ndarray:
+        """Row of each stored value: read-only int32."""
+        return self._row
+
+    @property
+    def col(self) -> np.ndarray:
+        """Column of each stored value: read-only int32."""
+        return self._col
 
     @property
     def ndim(self) -> int:
@@ -564,6 +614,9 @@ class COOArray:
         Args:
             canonical: Also sort the columns of each row and add up repeated entries.
         """
+        if self.data.shape != self.row.shape:
+            shapes = f"{self.data.shape}, the coordinates need {self.row.shape}"
+            raise ValueError(f"[COOArray] data has shape {shapes}")
         if canonical:
             merged = algebra.merge(self.row, self.col, self.shape)
             return CSRArray(merged.sums(self.data), merged.pattern)
@@ -698,7 +751,7 @@ def csr_matmul(A: CSRArray, x: ArrayLike) -> mx.array:
 
 
 def _matmul(owner: str, A: CSRArray, x: ArrayLike) -> mx.array:
-    x = _dense(owner, x)
+    x = _dense(owner, x, A.dtype)
     inner = x.shape[-1 if x.ndim == 1 else -2] if x.ndim else None
     if inner != A.shape[1]:
         raise ValueError(f"[{owner}] A is {A.shape}, x has shape {x.shape}: inner sizes differ")
@@ -710,10 +763,11 @@ def _matmul(owner: str, A: CSRArray, x: ArrayLike) -> mx.array:
 def _coordinates(name: str, values: ArrayLike, size: int) -> np.ndarray:
     indices = check_indices("COOArray", name, values)
     check_range("COOArray", name, indices, size)
+    indices.flags.writeable = False
     return indices
 
 
-def _offset(owner: str, k: int) -> int:
+def check_offset(owner: str, k: int) -> int:
     """Return the number of a diagonal, or raise."""
     if isinstance(k, bool) or not isinstance(k, int | np.integer):
         raise TypeError(f"[{owner}] k must be an integer, got {k!r}")
@@ -748,14 +802,9 @@ def _weak(x: Any) -> Any:
     return x.item() if isinstance(x, np.generic | np.ndarray) else x
 
 
-def _operand(owner: str, x: Any) -> Any:
-    """Return what has a negative: numbers and arrays as they are, lists as an array."""
-    return x if is_sparse(x) or _is_scalar(x) else _dense(owner, x)
-
-
 def _fitting(owner: str, a: CSRArray, x: object) -> mx.array:
     """Return a dense array that broadcasts to the shape of ``a``, or raise."""
-    x = _dense(owner, x)
+    x = _dense(owner, x, a.dtype)
     shape = (1,) * (2 - x.ndim) + tuple(x.shape)
     if len(shape) == 2 and all(n in (1, size) for n, size in zip(shape, a.shape, strict=True)):
         return x.reshape(shape)
@@ -764,11 +813,13 @@ def _fitting(owner: str, a: CSRArray, x: object) -> mx.array:
     )
 
 
-def _dense(operation: str, x: object) -> mx.array:
+def _dense(operation: str, x: object, dtype: mx.Dtype) -> mx.array:
+    """Return an operand beside values of ``dtype``: numbers of Python and NumPy keep float64."""
     if isinstance(x, mx.array):
         return x
     if isinstance(x, np.ndarray | list | tuple):
-        return check_data(operation, x)
+        keeps = dtype == mx.float64 and np.asarray(x).dtype == np.float64
+        return check_data(operation, x, dtype=mx.float64 if keeps else None)
     raise TypeError(f"[{operation}] x must be a dense array, got {_describe(x)}")
 
 

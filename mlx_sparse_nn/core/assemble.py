@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.core import algebra, reductions
-from mlx_sparse_nn.core.arrays import COOArray, CSRArray, is_sparse
+from mlx_sparse_nn.core.arrays import COOArray, CSRArray, check_offset, is_sparse
 from mlx_sparse_nn.core.checks import (
     ArrayLike,
     check_data,
@@ -43,6 +43,7 @@ def eye(m: int, n: int | None = None, k: int = 0, dtype: mx.Dtype = mx.float32) 
                [0, 1]], dtype=float32)
     """
     shape = check_size("eye", "m", m), check_size("eye", "n", m if n is None else n)
+    k = check_offset("eye", k)
     rows = np.arange(max(0, -k), max(0, min(shape[0], shape[1] - k)), dtype=np.int32)
     return _of_entries(mx.ones(rows.size, dtype), rows, rows + k, shape)
 
@@ -72,9 +73,10 @@ def diags(
                [0, 2]], dtype=float32)
     """
     if isinstance(offsets, int | np.integer):
-        diagonals, offsets = [diagonals], [int(offsets)]
-    values = [check_data("diags", d, "a diagonal").reshape(-1) for d in diagonals]
-    offsets = [int(k) for k in offsets]
+        alone = len(diagonals) == 1 and hasattr(diagonals[0], "__len__")
+        diagonals, offsets = (diagonals if alone else [diagonals]), [int(offsets)]
+    values = [check_data("diags", d, "a diagonal", dtype).reshape(-1) for d in diagonals]
+    offsets = [check_offset("diags", k) for k in offsets]
     if len(values) != len(offsets) or not values:
         raise ValueError(
             f"[diags] offsets must be as many as diagonals, got {len(offsets)} and {len(values)}"

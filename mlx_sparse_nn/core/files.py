@@ -100,9 +100,11 @@ def save_safetensors(file: str | PathLike, A: CSRArray | COOArray) -> None:
         A: The array; coordinates are written as csr.
 
     Raises:
-        TypeError: ``A`` is not a sparse array of this package.
+        TypeError: ``A`` is not a sparse array of this package, or of float64.
     """
     _check("save_safetensors", A)
+    if A.dtype == mx.float64:
+        raise TypeError("[save_safetensors] MLX writes no float64 there; use save_npz, or astype")
     A = A.tocsr(canonical=False) if isinstance(A, COOArray) else A
     arrays = {"data": A.data, "indices": mx.array(A.indices), "indptr": mx.array(A.indptr)}
     sizes = {"n_rows": A.shape[0], "n_cols": A.shape[1], "block_size": A.block_size}

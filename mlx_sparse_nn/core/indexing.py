@@ -29,7 +29,7 @@ def split(key: Any, shape: tuple[int, int]) -> tuple[Any, Any]:
         key = key[:at] + (slice(None),) * (3 - len(key)) + key[at + 1 :]
     if len(key) > 2:
         raise IndexError(f"[{OWNER}] a matrix has two axes, got {len(key)} indices")
-    rows, cols = (*key, slice(None)) if len(key) == 1 else key
+    rows, cols = (*key, slice(None), slice(None))[:2]
     return _normal(rows, shape[0], "row"), _normal(cols, shape[1], "column")
 
 
@@ -54,11 +54,26 @@ def _normal(key: Any, size: int, axis: str) -> Any:
         raise IndexError(
             f"[{OWNER}] indices are integers, slices, arrays of integers or masks, got {key!r}"
         )
-    outside = (array < -size) | (array >= size)
+    wide = array.astype(np.int64)
+    outside = (wide < (0 if array.dtype.kind == "u" else -size)) | (wide >= size)
     if outside.any():
         worst = array[outside].flat[0]
         raise IndexError(f"[{OWNER}] {axis} {worst} is outside a matrix of {size} {axis}s")
-    return np.where(array < 0, array + size, array).astype(np.int64)
+    return np.where(wide < 0, wide + size, wide)
+
+
+def pairs(rows: Any, cols: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return indices of rows and columns, of one shape.
+
+    Raises:
+        IndexError: Their shapes do not broadcast.
+    """
+    try:
+        rows, cols = np.broadcast_arrays(rows, cols)
+    except ValueError:
+        shapes = f"{np.shape(rows)} and {np.shape(cols)}"
+        raise IndexError(f"[{OWNER}] indices of shapes {shapes} do not broadcast") from None
+    return rows, cols
 
 
 def take_rows(pattern: CSRPattern, rows: np.ndarray) -> tuple[CSRPattern, Gather]:

@@ -59,7 +59,7 @@ def extreme(owner: str, data: mx.array, pattern: CSRPattern, largest: bool) -> m
     def shares(data: mx.array) -> mx.array:
         """Return the part that each value has in the extreme of its row."""
         found = values(data)
-        equal = of_rows(found) == data
+        equal = (of_rows(found) == data) | mx.isnan(data)
         count = algebra.sum_rows(pattern)(equal.astype(mx.float32))
         count = count + mx.where(found == 0, n_zeros, 0)
         return (equal / of_rows(mx.maximum(count, 1))).astype(data.dtype)
@@ -89,7 +89,11 @@ def _extreme_stored(data: mx.array, pattern: CSRPattern, largest: bool) -> mx.ar
     if not data.size:
         return out
     place = out.at[algebra.gathers(pattern)[0].index]
-    return place.maximum(data) if largest else place.minimum(data)
+    out = place.maximum(data) if largest else place.minimum(data)
+    if not mx.issubdtype(data.dtype, mx.floating):
+        return out
+    n_nans = algebra.sum_rows(pattern)(mx.isnan(data).astype(mx.float32))
+    return mx.where(n_nans > 0, mx.array(np.nan, data.dtype), out)
 
 
 def _least(dtype: mx.Dtype, largest: bool) -> float | int | bool:

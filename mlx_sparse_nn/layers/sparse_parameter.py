@@ -6,6 +6,7 @@ import mlx.core as mx
 
 from mlx_sparse_nn.core.arrays import COOArray, CSRArray, is_sparse
 from mlx_sparse_nn.core.checks import check_dims
+from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.layers.pattern_module import PatternModule
 
 
@@ -39,6 +40,16 @@ class SparseParameter(PatternModule):
         array = array.tocsr() if isinstance(array, COOArray) else array
         super().__init__(array.pattern)
         self.weight = array.data
+
+    def _lay_out(self, pattern: CSRPattern) -> None:
+        super()._lay_out(pattern)
+        # Arrays of its own, since `array` reads those of its pattern: MLX refuses to compile a
+        # function that reads its inputs, a module's state, by another way. `a[:]` is the same one.
+        for key in ("indptr", "indices"):
+            dict.__setitem__(self, key, mx.contiguous(self[key]))
+        state = {name: mx.contiguous(array) for name, array in self["_layout"].items()}
+        dict.__setitem__(self, "_layout", state)
+        self.__dict__["_laid_out"] = self["indices"]
 
     @property
     def array(self) -> CSRArray:

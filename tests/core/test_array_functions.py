@@ -3,12 +3,23 @@
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import scipy.sparse as sp
 from hypothesis import given
 from hypothesis import strategies as st
-from support import assert_equal, dense_of, integers, patterns, random_pattern, spoiled, to_numpy
+from support import (
+    assert_equal,
+    dense_of,
+    device_of,
+    integers,
+    patterns,
+    random_pattern,
+    spoiled,
+    to_numpy,
+    untyped,
+)
 
 import mlx_sparse_nn as sparse
 from mlx_sparse_nn import COOArray, CSRArray, SparseParameter, csr_array, from_dense, from_scipy
@@ -375,7 +386,6 @@ def test_arrays_are_not_compared():
 
 
 def test_a_parameter_trains_casts_and_is_saved(tmp_path: Path):
-    import mlx.nn as nn
     import mlx.optimizers as optim
 
     class Model(nn.Module):
@@ -411,3 +421,118 @@ def test_drawings_and_names():
     assert a.eval() is a
     assert a.nbytes == a.data.nbytes + a.indices.nbytes + a.indptr.nbytes
     assert not a.indices.flags.writeable
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a, d: a / d,
+        lambda a, d: a.sqrt(),
+        lambda a, d: a**0.5,
+        lambda a, d: a.multiply(d[:, :1]),
+    ],
+)
+def test_gradients_are_finite_where_blocks_reach_past_the_matrix(function):
+    whole = from_dense(mx.ones((3, 3)), 2)
+    data, d = spoiled(whole.pattern, whole.data), mx.ones((3, 3)) * 2
+
+    def loss(data, d):
+        return function(CSRArray(data, whole.pattern), d).todense().sum()
+
+    for found in mx.grad(loss, argnums=(0, 1))(data, d):
+        assert mx.isfinite(found).all()
+    assert loss(data, d) == function(from_dense(mx.ones((3, 3))), d).todense().sum()
+
+
+@pytest.mark.parametrize("dtype", [mx.uint8, mx.uint32], ids=str)
+def test_unsigned_values_are_promoted_before_they_are_subtracted(dtype):
+    a = csr_array(mx.array([[3, 0], [0, 5]], dtype=dtype))
+    expected = -np.array([[3, 0], [0, 5]])
+    same(mx.zeros((2, 2)) - a, expected)
+    same(sparse.eye(2) - a, np.eye(2) + expected)
+    same(sparse.eye(2) - mx.full((2, 2), 1, dtype), np.eye(2) - 1)
+    with pytest.raises(TypeError, match=r"\[A - B\] bool has no difference"):
+        _ = a.astype(mx.bool_) - a.astype(mx.bool_)
+
+
+def test_means_of_many_places_in_16_bits():
+    i = np.arange(1000)
+    a = csr_array((mx.full((1000,), 50.0, mx.float16), (i, i)), shape=(1000, 1000))
+    assert a.mean().dtype == mx.float16
+    assert a.mean().item() == pytest.approx(0.05, rel=1e-3)
+
+
+def test_extremes_pass_on_nan():
+    a = csr_array(mx.array([[float("nan"), 1.0], [-1.0, -2.0]]))
+    for name in ("max", "min"):
+        for axis in (None, 0, 1):
+            expected = getattr(np.array(a.todense()), name)(axis=axis)
+            same(getattr(a, name)(axis), np.asarray(expected))
+
+
+def test_float64_stays_what_it_is():
+    with device_of(mx.float64):
+        one, tenth = sparse.eye(1, dtype=mx.float64), np.array([[0.1]])
+        for found in (one @ tenth, tenth @ one, (one * tenth).data, one + tenth):
+            assert found.dtype == mx.float64
+            assert found.reshape(-1)[0].item() in (0.1, 1.1)
+        assert sparse.diags([0.1], [0], (1, 1), mx.float64).data.item() == 0.1
+        with pytest.raises(TypeError, match="no float64 there; use save_npz"):
+            sparse.save_safetensors("none.safetensors", one)
+
+
+def test_coordinates_cannot_be_written():
+    a = sparse.coo_array((mx.ones(3), ([0, 1, 2], [0, 1, 2])), shape=(3, 3))
+    with pytest.raises(ValueError, match="read-only"):
+        a.col[0] = 10**9
+    for name in ("row", "col", "shape"):
+        with pytest.raises(AttributeError):
+            setattr(a, name, None)
+    a.data = mx.ones(2)
+    with pytest.raises(ValueError, match=r"data has shape \(2,\), the coordinates need \(3,\)"):
+        _ = a @ mx.ones(3)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint64])
+def test_indices_of_any_width(dtype):
+    a = sparse.eye(70000)
+    for found in (a[np.array([5], dtype)], a[mx.array(np.array([5], dtype))], a[:, [dtype(5)]].T):
+        assert found.indices.tolist() == [5]
+    assert a[np.array([5], dtype), np.array([5], dtype)].item() == 1
+    with pytest.raises(IndexError, match="row 18446744073709551615 is outside"):
+        a[np.array([2**64 - 1], np.uint64)]
+    with pytest.raises(IndexError, match="do not broadcast"):
+        a[[0, 1], [0, 1, 2]]
+    assert a[()].shape == a.shape
+
+
+def test_one_diagonal_without_offsets():
+    v = mx.array([1.0, 2.0, 3.0])
+    for found in (sparse.diags(v), sparse.diags([v]), sparse.diags([np.array(v)])):
+        same(found, np.diag([1, 2, 3]))
+    assert_equal(mx.compile(lambda v: sparse.diags([v]).sum())(v), v.sum())
+    for call in (
+        lambda: sparse.eye(3, k=untyped(1.5)),
+        lambda: sparse.diags([1.0], [untyped(0.5)]),
+    ):
+        with pytest.raises(TypeError, match="k must be an integer, got"):
+            call()
+
+
+def test_a_parameter_trains_in_a_compiled_step():
+    import mlx.optimizers as optim
+
+    array = sparse.eye(5)
+    parameter, optimizer = SparseParameter(array), optim.SGD(0.1)
+    state = [parameter.state, optimizer.state]
+
+    def step(x):
+        grads = nn.value_and_grad(parameter, lambda x: (parameter(x) - array @ x * 2).sum())(x)[1]
+        optimizer.update(parameter, grads)
+
+    x = mx.ones((5,))
+    compiled = mx.compile(step, inputs=state, outputs=state)
+    for _ in range(3):
+        compiled(x)
+        mx.eval(state)
+    assert mx.allclose(parameter.weight, mx.full((5,), 0.7), atol=1e-5)
