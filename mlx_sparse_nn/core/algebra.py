@@ -168,8 +168,8 @@ def _pairs(a: CSRPattern, b: CSRPattern) -> Pairs:
     places, of_a, of_b = index.multiply(*operands, b.grid[1])
     shape = a.shape[0], b.shape[1]
     pattern = CSRPattern._of(places.indptr, places.indices, shape, a.block_size)
-    gathers = Gather(of_a, a.n_blocks), Gather(of_b, b.n_blocks)
-    return Pairs(pattern, *gathers, SumOfRuns(None, places.starts, n_pairs))
+    gather_a, gather_b = Gather(of_a, a.n_blocks), Gather(of_b, b.n_blocks)
+    return Pairs(pattern, gather_a, gather_b, SumOfRuns(None, places.starts, n_pairs))
 
 
 def matmul(

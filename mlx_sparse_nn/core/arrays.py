@@ -160,7 +160,7 @@ class CSRArray(Elementwise):
             ImportError: matplotlib is not installed.
             TypeError: ``ax`` has no axes of matplotlib.
         """
-        values = edges.clear(self.pattern.layout, self.data)
+        values = self._cleared
         values = mx.abs(values) if self.dtype == mx.complex64 else values
         return draw.plot(self.pattern, ax, cmap=cmap, values=values)
 
@@ -263,8 +263,7 @@ class CSRArray(Elementwise):
         dtype = mx.zeros(1, self.dtype).sum().dtype
         if axis is None:
             # MLX 0.32.4 may never return from the sum of an empty array that NumPy made.
-            data = edges.clear(self.pattern.layout, self.data)
-            return data.sum() if self.nnz else mx.zeros((), dtype)
+            return self._cleared.sum() if self.nnz else mx.zeros((), dtype)
         if not mx.issubdtype(dtype, mx.inexact):  # which have no products
             scalar = self.tocsr()
             places = (scalar.pattern.indices, scalar.pattern.row_indices)[axis]

@@ -21,12 +21,3 @@ template <int VALUE>
 struct Count {
   static constexpr int value = VALUE;
 };
-
-// The largest power of two that is at most `value` and `most`.
-constexpr __device__ int floor_power(int value, int most) {
-  int power = 1;
-  while (2 * power <= value && 2 * power <= most) {
-    power *= 2;
-  }
-  return power;
-}

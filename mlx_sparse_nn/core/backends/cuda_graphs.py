@@ -137,6 +137,7 @@ def _diagonals(side: Side) -> Diagonals | None:
     places = side.indices - row_of_block(side).view(mx.int32) + n_rows
     is_stored = mx.zeros(n_rows + side.n_block_cols, mx.bool_)
     is_stored[places] = True
+    # Once for each pattern: of its indices, which are constants.
     stored = np.flatnonzero(np.array(is_stored))
     if stored.size > tuned.MAX_DIAGONALS:
         return None
@@ -189,6 +190,7 @@ def _for_columns(side: Side) -> Tiles:
 
 
 def _cut_side(side: Side, sizes: tuned.GraphTile) -> Tiles:
+    # Once for each pattern: of its indices, which are constants.
     tiles, pieces = cut(np.array(side.indptr), sizes)
     return Tiles(mx.array(tiles), mx.array(pieces) if pieces.size else None)
 
