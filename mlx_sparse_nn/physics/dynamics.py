@@ -102,7 +102,7 @@ def _step(
     basis.extend(state)
     done = 0  # columns multiplied by H so far
     while True:
-        rest, norm = basis.multiply(H, done)
+        norm = basis.multiply(H)
         done += 1
         left_out = 0.0 if done == dim else norm
         values, vectors = basis.ritz(done)
@@ -114,8 +114,7 @@ def _step(
         step = _longest_step(exponents, vectors, left_out, remaining, rate, may_shorten=last)
         if step or last:
             break
-        basis.projected[done, done - 1] = norm
-        basis.append(rest, norm)
+        basis.append(norm)
     amplitudes = vectors @ (np.exp(exponents * step) * vectors[0].conj())
     if basis.dtype != mx.complex64:
         amplitudes = amplitudes.real

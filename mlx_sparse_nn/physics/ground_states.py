@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,12 @@ from mlx_sparse_nn.physics.checks import (
     check_tol,
 )
 from mlx_sparse_nn.physics.krylov import Krylov, Normals, scaled
-from mlx_sparse_nn.physics.precision import pairwise_sum, work_dtype
+from mlx_sparse_nn.physics.host_columns import HostColumns
+from mlx_sparse_nn.physics.precision import epsilon, work_dtype
+from mlx_sparse_nn.physics.units import Scaled
 
-_MIN_BASIS = 32  # columns before a restart, at least, beyond the k that wait for their product
+_MIN_BASIS = 20  # columns, and two for each level
+_SURE = 0.01  # of the distance to a level above: see _solve
 
 
 @dataclass(frozen=True)
@@ -106,80 +110,132 @@ def lanczos(
     if tol is None:
         tol = 1e-9 if dtype == mx.float64 else 1e-5
     tol = check_tol(owner, tol)
-    size = min(dim, max(_MIN_BASIS, 4 * k) + k)
+    size = min(dim, _MIN_BASIS + 2 * k)
+    sign = 1
     check_basis_memory(owner, size, dim, dtype)
 
     with mx.stream(mx.cpu if dtype == mx.float64 else mx.default_device()):
         normals = Normals(dim, dtype, seed)
-        check_hermitian(owner, H, normals)
-        return _solve(H, k, v0, tol, max_iter, Krylov(dim, size, dtype), normals)
+        H = check_hermitian(owner, H, normals)
+        basis = Krylov(dim, size, dtype, room=2 * k)
+        start = normals() if v0 is None else v0
+        found = _solve(H, k, sign, start, tol, max_iter, basis, normals)
+        return _result(H, k, sign, tol, found, basis.columns)
 
 
 def _solve(
     H: Any,
     k: int,
-    v0: mx.array | None,
+    sign: int,
+    start: mx.array,
     tol: float,
     max_iter: int,
     basis: Krylov,
     normals: Normals,
-) -> LanczosResult:
-    """Grow the basis from ``k`` vectors until ``k`` Ritz pairs are good enough.
+) -> tuple[int, float, bool]:
+    """Leave the lowest k Ritz vectors of ``sign * H`` in the first columns of the basis.
 
-    What a product adds to the basis becomes its next column: ``k`` columns wait for their product.
+    A Krylov space of one vector has each level once. So when k levels have converged they are kept,
+    and another space grows from a random vector in their complement: if it has a level below the
+    highest of the k, that was missed, and takes the place of the highest; and so on.
+
+    Returns:
+        The number of products, the largest energy found, and whether nothing is left to be done.
     """
-    for start in range(k):
-        basis.extend(normals() if start or v0 is None else v0.astype(basis.dtype))
-    done = iterations = 0  # columns multiplied by H so far; products
+    basis.extend(start)
+    kept = kept_errors = np.zeros(0)  # levels of former spaces, in the first columns
+    products, scale, pace = 0, 0.0, _Pace()
     while True:
-        rest, norm = basis.multiply(H, done)
-        iterations += 1
-        if basis.filled < basis.dim:
-            if norm > 0:
-                basis.projected[basis.filled, done] = norm
-                basis.append(rest, norm)
-            else:  # the space is invariant: go on in a new direction, to find its other copies
-                basis.extend(normals())
-        done += 1
-        values, vectors = basis.ritz(done)
-        border = basis.projected[done : basis.filled, :done]
-        estimates = np.linalg.norm(border @ vectors[:, :k], axis=0)
-        scale = float(np.abs(values).max())
-        reached = done >= k and (estimates <= 0.5 * tol * scale).all()
-        if reached or iterations >= max_iter or done == basis.dim:
-            break
-        if basis.filled == basis.size < basis.dim:
-            kept = (done + k) // 2
-            basis.restart(values[:kept], vectors[:, :kept])
-            done = kept
+        steps, norm = basis.grow(H, min(pace.steps, max_iter - products))
+        products += steps
+        first, done = kept.size, basis.filled - (norm > 0)
+        values, vectors = basis.ritz(done, first, sign)
+        border = basis.projected[done, first:done] @ vectors if norm > 0 else np.zeros(values.size)
+        scale = max(scale, float(np.abs(values).max()))
 
-    return _result(H, basis.combine(vectors[:, :k]), tol, scale, iterations)
+        levels = np.concatenate([kept, values])
+        errors = np.concatenate([kept_errors, np.abs(border)])
+        lowest = np.argsort(levels, kind="stable")[:k]
+        worst = errors[lowest].max() if lowest.size == k else math.inf
+        goal = 0.5 * tol * scale
+        finished = done == basis.dim or (k == 1 and worst <= goal)
+        if first == k:
+            above = values[0] - kept.max() + 30 * epsilon(basis.dtype) * scale
+            if above >= 0:  # as it seems, no level is missing
+                worst, goal = errors[k], max(goal, _SURE * above)
+                finished = finished or worst <= goal
+        if finished or products == max_iter or worst <= goal or norm == 0:
+            combinations = np.eye(done)
+            combinations[first:, first:] = vectors
+            kept, kept_errors = levels[lowest], errors[lowest]
+            basis.restart(sign * kept, combinations[:, lowest], left_out=kept_errors)
+            if finished or products == max_iter:
+                return products, scale, finished
+            basis.extend(normals())
+            pace = _Pace()
+            continue
+        pace.update(products, worst, goal)
+        if basis.filled == basis.size < basis.dim:
+            count = (values.size + max(1, k - first)) // 2
+            basis.restart(
+                sign * values[:count], vectors[:, :count], first=first, border=border[:count]
+            )
+
+
+class _Pace:
+    """How many products to take before the host looks at the levels again.
+
+    Attributes:
+        steps: Half of what convergence takes if the error goes on to fall as it did, 1 to 8.
+    """
+
+    def __init__(self):
+        self.steps = 8
+        self._last: tuple[int, float] | None = None  # number of products, logarithm of the error
+
+    def update(self, products: int, error: float, goal: float) -> None:
+        """Set ``steps`` after ``products`` products in all have led to an error."""
+        if error > 0 and math.isfinite(error):
+            logarithm, self.steps = math.log(error), 8
+            if self._last is not None and logarithm < self._last[1]:
+                rate = (self._last[1] - logarithm) / (products - self._last[0])
+                left = (logarithm - math.log(goal)) / rate if goal > 0 else 8
+                self.steps = int(min(max(left / 2, 1), 8))
+            self._last = products, logarithm
 
 
 def _result(
-    H: Any, states: list[mx.array], tol: float, scale: float, iterations: int
+    H: Scaled, k: int, sign: int, tol: float, found: tuple[int, float, bool], columns: HostColumns
 ) -> LanczosResult:
-    """Measure the energies and residuals of the states, and warn if they are not good enough."""
-    energies, residuals = [], []
-    for x in states:
-        product = H @ x
-        norm = pairwise_sum(mx.abs(x).square())
-        energy = pairwise_sum(mx.real(mx.conjugate(x) * product)) / norm
-        error = pairwise_sum(mx.abs(product - energy * x).square()) / norm
-        mx.eval(energy, error)  # one product at a time in memory
-        energies.append(energy)
-        residuals.append(mx.sqrt(error))
-    order = np.argsort([float(energy) for energy in energies], kind="stable")
-    energies, residuals, states = ([a[i] for i in order] for a in (energies, residuals, states))
-    worst = max(float(residual) for residual in residuals)
-    converged = bool(worst <= tol * scale)
+    """Rotate k states to eigenvectors of H in their span, measure them, and warn if they are bad.
+
+    ``found`` is what :func:`_solve` returned.
+    """
+    products, scale, finished = found
+    for i in range(k):
+        columns.write(k + i, H @ columns.column(i))
+    overlaps, elements = (columns.overlaps(k, first, first + k) for first in (0, k))
+    inverse = np.linalg.inv(np.linalg.cholesky(overlaps)).conj().T  # makes the states orthonormal
+    projected = inverse.conj().T @ elements @ inverse
+    energies, vectors = np.linalg.eigh((projected + projected.conj().T) / 2)
+    for first in (0, k):
+        columns.combine(first, inverse @ vectors)
+    residuals = columns.distances(k, energies)
+    worst = float(residuals.max())
+    converged = bool(finished and worst <= tol * scale)
     if not converged:
+        unit = 2.0**H.exponent
+        reason = (
+            f"the largest residual is {worst * unit:.2g}, tol asks for {tol:.2g} * "
+            f"{scale * unit:.4g} = {tol * scale * unit:.2g}"
+            if worst > tol * scale
+            else "a level of several states may be missing some"
+        )
         warnings.warn(
-            f"[lanczos] not converged after {iterations} products: the largest residual is "
-            f"{worst:.2g}, tol asks for {tol:.2g} * {scale:.4g} = {tol * scale:.2g}",
+            f"[lanczos] not converged after {products} products: {reason}",
             RuntimeWarning,
             stacklevel=4,
         )
-    return LanczosResult(
-        mx.stack(energies), mx.stack(states, axis=1), mx.stack(residuals), iterations, converged
-    )
+    real = mx.float64 if columns.dtype == mx.float64 else mx.float32
+    energies, residuals = (H.to_own(mx.array(a, dtype=real)) for a in (energies, residuals))
+    return LanczosResult(energies, columns.columns(k), residuals, products, converged)
