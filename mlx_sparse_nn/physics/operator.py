@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import mlx.core as mx
 import numpy as np
 
@@ -132,6 +135,17 @@ class IsingOperator:
         if x.ndim == 1:
             return self._apply(x)
         return self._apply(x.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+    def _arrays(self) -> list[mx.array]:
+        """Return h, J and g: what the operator depends on."""
+        return [self.field, self.coupling, self.longitudinal]
+
+    def _with_arrays(self, arrays: Sequence[mx.array]) -> IsingOperator:
+        """Return the same operator with other h, J and g, of the same shapes and dtypes."""
+        other = copy.copy(self)
+        other.field, other.coupling, other.longitudinal = arrays
+        other._diagonal = other._make_diagonal(self.n_qubits - (not self.periodic))
+        return other
 
     def __repr__(self) -> str:
         chain = "ring" if self.periodic else "open chain"
