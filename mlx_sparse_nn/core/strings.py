@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+
+import mlx.core as mx
+
+from mlx_sparse_nn.core.transforms import note_transforms
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,9 @@ class PauliTerms:
     flips: tuple[int, ...]
     signs: tuple[int, ...]
 
+    def __post_init__(self):
+        note_transforms()
+
     @cached_property
     def parity(self) -> tuple[int, ...]:
         """What a transposed string is multiplied by: -1 for an odd number of bits in both masks."""
@@ -35,12 +43,11 @@ class PauliTerms:
 
 
 @lru_cache(1024)
-def of_parts(terms: PauliTerms, by_complex: bool) -> PauliTerms:
+def by_parts(terms: PauliTerms, by_complex: bool) -> PauliTerms:
     """Return strings that act on complex states as on vectors of floats: their parts in turn.
 
     Bit 0 of such a place says which part it is, clear for the real one. Complex coefficients count
-    as twice as many: their real parts, and then their imaginary parts, which turn real parts into
-    imaginary ones, and these into real ones, times -1.
+    as twice as many, by :func:`real_coefficients`: their real parts, then their imaginary parts.
 
     Args:
         terms: The strings.
@@ -48,8 +55,53 @@ def of_parts(terms: PauliTerms, by_complex: bool) -> PauliTerms:
     """
     flips, signs = ([mask << 1 for mask in masks] for masks in (terms.flips, terms.signs))
     if by_complex:
-        # i (re + i im) = -im + i re: a part moves to the other; what comes from im, a place with
-        # bit 0 set, gets -1. The sign of a string is of clear bits: so the coefficient is -im.
+        # i (re + i im) = -im + i re: each part comes from the other, and -1 goes to one of them.
         flips += [flip | 1 for flip in flips]
         signs += [sign | 1 for sign in signs]
+    return PauliTerms(terms.n_qubits + 1, tuple(flips), tuple(signs))
+
+
+def real_coefficients(coefficients: mx.array) -> mx.array:
+    """Return those of :func:`by_parts`: what comes from an imaginary part has bit 0 set, and so
+    keeps its sign, which is to be -1."""
+    if coefficients.dtype != mx.complex64:
+        return coefficients
+    return mx.concatenate([mx.real(coefficients), -mx.imag(coefficients)], axis=-1)
+
+
+def moments_by_parts(
+    moments: Callable[[PauliTerms, mx.array, mx.array], mx.array],
+    terms: PauliTerms,
+    u: mx.array,
+    x: mx.array,
+    real: bool,
+) -> mx.array:
+    """Return moments ``(V, n_terms)`` by a function that takes real states alone.
+
+    Args:
+        moments: Returns ``(V, n_terms)`` of strings and real states.
+        terms: The strings.
+        u: ``(V, N, 2**n)``.
+        x: ``(V, N, 2**n)``.
+        real: Whether only real parts are wanted.
+    """
+    if x.dtype != mx.complex64:
+        return moments(terms, u, x)
+    found = moments(_of_products(terms, real), u.view(mx.float32), x.view(mx.float32))
+    if real:
+        return -found
+    re, im = mx.split(found, 2, axis=-1)
+    return 1j * im - re
+
+
+@lru_cache(1024)
+def _of_products(terms: PauliTerms, real: bool) -> PauliTerms:
+    """Return strings whose moments are minus real parts, and imaginary parts, of products.
+
+    (a + i b) (c + i d) = a c - b d + i (a d + b c): a clear bit 0 among those of a sign gives -1.
+    """
+    flips, signs = ([mask << 1 for mask in masks] for masks in (terms.flips, terms.signs))
+    if not real:
+        flips += [flip | 1 for flip in flips]
+    signs = [sign | 1 for sign in signs] + ([] if real else signs)
     return PauliTerms(terms.n_qubits + 1, tuple(flips), tuple(signs))

@@ -21,14 +21,15 @@
 //   LOW at least 1, HIGH 0 where size = TILE, THREADS; PARTS 1 or 2; START 0, from zero, 1 or 2;
 //   SIGNED 0 where no z_t has a bit; STREAM 1 if diagonal and out should leave the cache to x;
 //   TOGETHER terms whose loads are under way at once.
-// Sums in float32: what a sum starts from, the terms that flip middle bits, in order, then the others.
+// Sums in float32: what a sum starts from, the terms that flip middle bits, in order, then the
+// others.
 
 #include "packs.h"
 #include "streams.h"
 
 constexpr int TILE = 1 << (LOW + HIGH);
 constexpr int VECTOR = LOW < 2 ? 1 << LOW : 4;
-constexpr int HELD = TILE > THREADS * VECTOR ? TILE / (THREADS * VECTOR) : 1;  // of a thread
+constexpr int HELD = TILE > THREADS* VECTOR ? TILE / (THREADS * VECTOR) : 1;  // of a thread
 constexpr unsigned ALIGNED = ~(VECTOR - 1u);
 constexpr unsigned LOW_BITS = (1u << LOW) - 1;
 typedef Pack<float, VECTOR> Vector;
@@ -46,11 +47,12 @@ const int4* strings = reinterpret_cast<const int4*>(terms) + 1;
 const unsigned v = n / x_shape[x_ndim - 2];
 const float* c = coefficients + (size_t)v * n_terms;
 const float* xn = x + (size_t)n * size;
-const float* start =
-    diagonal + (START == 1 ? (size_t)v * (size / PARTS) : START == 2 ? (size_t)n * size : 0);
+const float* start = diagonal + (START == 1   ? (size_t)v * (size / PARTS)
+                                 : START == 2 ? (size_t)n * size
+                                              : 0);
 
-// acc += c_t s_t(j) x[j] of the places j = from, from + 1, ..., whose values come, each to the place
-// that differs in the low bits of m.
+// acc += c_t s_t(j) x[j] of the places j = from, from + 1, ..., whose values come, each to the
+// place that differs in the low bits of m.
 auto add = [&](Vector& acc, Vector value, float w, unsigned m, unsigned z, unsigned from) {
   if (SIGNED) {
     w = __popc(~from & z & ALIGNED) & 1 ? -w : w;
@@ -124,8 +126,7 @@ __syncthreads();
 for (int t = 0; t < n_near; t++) {
   const int4 string = __ldg(strings + t);
   const float w = __ldg(c + string.z);
-  const unsigned flip =
-      ((unsigned)string.x >> high_shift << LOW) | (string.x & LOW_BITS);
+  const unsigned flip = ((unsigned)string.x >> high_shift << LOW) | (string.x & LOW_BITS);
 #pragma unroll
   for (int h = 0; h < HELD; h++) {
     const unsigned from = (locals[h] ^ flip) & ALIGNED;

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends.launch import MAX_THREADS, Kernel, KernelLaunch, prepare
-from mlx_sparse_nn.core.strings import PauliTerms, of_parts
+from mlx_sparse_nn.core.strings import PauliTerms, by_parts, real_coefficients
 from mlx_sparse_nn.core.transforms import tracing
 
 NAME = "cuda"
@@ -46,15 +46,18 @@ def is_available() -> bool:
     return mx.cuda.is_available()
 
 
-def takes(terms: PauliTerms, n_states: int, dtype: mx.Dtype) -> bool:
+def takes(op: str, terms: PauliTerms, n_states: int, dtype: mx.Dtype) -> bool:
     """Return whether there is a kernel: for float32 and complex64, where an axis holds all parts.
 
     Args:
+        op: ``"product"``; plain MLX computes moments.
         terms: The strings.
-        n_states: States, of all matrices.
+        n_states: States, of all sums of strings.
         dtype: Of the states.
     """
-    if tracing.refuses_kernels or n_states == 0 or dtype not in (mx.float32, mx.complex64):
+    if op != "product" or tracing.refuses_kernels or n_states == 0:
+        return False
+    if dtype not in (mx.float32, mx.complex64):
         return False
     n_bits = terms.n_qubits + (dtype == mx.complex64)
     low, _, threads = tile_of(n_bits)
@@ -65,11 +68,10 @@ def product(
     terms: PauliTerms, coefficients: mx.array, diagonal: mx.array | None, x: mx.array
 ) -> mx.array:
     """Return ``(V, N, 2**n)``; see ``pauli_plain.product``."""
-    dtype, by_complex = x.dtype, coefficients.dtype == mx.complex64
+    dtype = x.dtype
     if dtype == mx.complex64:
-        x, terms = x.view(mx.float32), of_parts(terms, by_complex)
-    if by_complex:
-        coefficients = mx.concatenate([mx.real(coefficients), -mx.imag(coefficients)], axis=-1)
+        terms = by_parts(terms, coefficients.dtype == mx.complex64)
+        coefficients, x = real_coefficients(coefficients), x.view(mx.float32)
     n_states = x.shape[0] * x.shape[1]
     parts = 2 if dtype == mx.complex64 else 1
     tile = tile_of(terms.n_qubits)
