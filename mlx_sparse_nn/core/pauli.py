@@ -1,29 +1,24 @@
-"""Sums of Pauli strings times states: products without a matrix, and their diagonals."""
+"""Sums of Pauli strings times states: products without a matrix, and their diagonals.
+
+Derivatives are the product again, and moments: both are functions that MLX differentiates, maps
+and compiles, to any order, as those of ``derivatives``. Coefficients are ``(V, n_terms)``,
+diagonals ``(V, 2**n)`` and states ``(V, N, 2**n)``: V sums of the same strings.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
+from mlx_sparse_nn.core.backends.choose import choose_pauli
+from mlx_sparse_nn.core.derivatives import with_rules
+from mlx_sparse_nn.core.strings import PauliTerms
+from mlx_sparse_nn.core.transforms import needs_rules
 
-@dataclass(frozen=True)
-class PauliTerms:
-    """Strings that are not diagonal, as masks of bits of the basis index. Known on the host.
-
-    String ``t`` takes the amplitude of index ``k`` to index ``k ^ flips[t]``, times -1 for every
-    bit of ``signs[t]`` that is clear in ``k``: a set bit has z = +1. It is the product of X on the
-    bits of ``flips[t]`` after Z on those of ``signs[t]``.
-
-    Attributes:
-        n_qubits: n, at least 1.
-        flips: m_t of every string, in (0, 2**n).
-        signs: z_t of every string, in [0, 2**n).
-    """
-
-    n_qubits: int
-    flips: tuple[int, ...]
-    signs: tuple[int, ...]
+# What MLX passes to a rule and gets back: one array or axis, or a list of them.
+Arrays = Any
+Axes = Any
 
 
 def pauli_product(
@@ -47,15 +42,15 @@ def pauli_product(
     """
     operands = [x, coefficients] + ([] if diagonal is None else [diagonal])
     dtype = mx.result_type(*operands, mx.float32)
+    real = mx.float32 if dtype == mx.complex64 else dtype
+    by_complex = coefficients.dtype == mx.complex64
+    coefficients = coefficients.astype(dtype if by_complex else real)[None]
     x = x.astype(dtype)
-    y = mx.zeros_like(x) if diagonal is None else diagonal * x
-    by_flip: dict[int, mx.array] = {}  # what each flip moves
-    for c, flip, sign in zip(parts(coefficients), terms.flips, terms.signs, strict=True):
-        scaled = c * _signed(x, sign, terms.n_qubits)
-        by_flip[flip] = by_flip[flip] + scaled if flip in by_flip else scaled
-    for flip, scaled in by_flip.items():
-        y = y + _flipped(scaled, flip, terms.n_qubits)
-    return y
+    states = x.reshape(1, -1, x.shape[-1]) if x.size else x.reshape(1, 0, x.shape[-1])
+    if diagonal is None or diagonal.dtype == mx.complex64:
+        y = _product(terms, coefficients, None, states).reshape(x.shape)
+        return y if diagonal is None else y + diagonal * x
+    return _product(terms, coefficients, diagonal.astype(real)[None], states).reshape(x.shape)
 
 
 def pauli_diagonal(
@@ -99,35 +94,114 @@ def _energies(strings: dict[int, mx.array], n_bits: int, dtype: mx.Dtype) -> mx.
     return energies
 
 
-def _signed(x: mx.array, mask: int, n_qubits: int) -> mx.array:
-    """Return ``(..., 2**n)`` times -1 for every clear bit of the index among those of a mask."""
-    shape = x.shape
-    for low, length in _runs(mask):
-        signs = mx.ones(1, x.dtype)
-        for _ in range(length):
-            signs = mx.concatenate([-signs, signs])
-        x = x.reshape(*shape[:-1], 1 << (n_qubits - low - length), 1 << length, 1 << low)
-        x = x * signs[:, None]
-    return x.reshape(shape)
+# The product and the moments, with their rules.
 
 
-def _flipped(x: mx.array, mask: int, n_qubits: int) -> mx.array:
-    """Return ``(..., 2**n)`` with the bits of a mask flipped in its index."""
-    shape = x.shape
-    for low, length in _runs(mask):
-        x = x.reshape(*shape[:-1], 1 << (n_qubits - low - length), 1 << length, 1 << low)
-        x = x[..., ::-1, :]  # flips all bits of the run
-    return x.reshape(shape)
+def _product(
+    terms: PauliTerms, coefficients: mx.array, diagonal: mx.array | None, x: mx.array
+) -> mx.array:
+    """Return ``(V, N, 2**n)``; see ``pauli_plain.product``."""
+    operands = (coefficients, x) if diagonal is None else (coefficients, diagonal, x)
+    if not needs_rules():
+        return _compute_product(terms, *operands)
+
+    def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
+        coefficients, diagonal, x = _three(primals)
+        d_c = _moments(terms, cotangent, _conj(x), coefficients.dtype != mx.complex64)
+        d_x = _product(terms, _turned(terms, _conj(coefficients)), diagonal, cotangent)
+        if diagonal is None:
+            return d_c, d_x
+        return d_c, _real((cotangent * _conj(x)).sum(axis=1)), d_x
+
+    def jvp(primals: Arrays, tangents: Arrays) -> mx.array:
+        coefficients, diagonal, x = _three(primals)
+        d_coefficients, d_diagonal, d_x = _three(tangents)
+        parts = []
+        if d_coefficients is not None:
+            parts.append(_product(terms, d_coefficients, None, x))
+        if d_diagonal is not None:
+            parts.append(d_diagonal[:, None] * x)
+        if d_x is not None:
+            parts.append(_product(terms, coefficients, diagonal, d_x))
+        return sum(parts[1:], parts[0])
+
+    def vmap(operands: Arrays, axes: Axes) -> Arrays:
+        def product(*operands: mx.array) -> mx.array:
+            return _product(terms, *_three(operands))
+
+        (*sums, x), (*sums_axes, x_axis) = operands, axes
+        if any(axis is not None for axis in sums_axes):
+            return _mapped(product, operands, axes), 0
+        x = mx.moveaxis(x, x_axis, 1)  # (V, M, N, 2**n): more states
+        return mx.unflatten(product(*sums, mx.flatten(x, 1, 2)), 1, x.shape[1:3]), 1
+
+    return with_rules(_compute_product, terms, vjp, jvp, vmap)(*operands)
 
 
-def _runs(mask: int) -> list[tuple[int, int]]:
-    """Return the runs of set bits, each as its lowest bit and its length."""
-    runs, low = [], 0
-    while mask >> low:
-        length = 0
-        while mask >> (low + length) & 1:
-            length += 1
-        if length:
-            runs.append((low, length))
-        low += length + 1
-    return runs
+def _moments(terms: PauliTerms, u: mx.array, x: mx.array, real: bool) -> mx.array:
+    """Return ``(V, n_terms)``; see ``pauli_plain.moments``."""
+    if not needs_rules():
+        return _compute_moments((terms, real), u, x)
+
+    def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
+        u, x = primals
+        d_u = _product(terms, cotangent, None, _conj(x))
+        return d_u, _product(terms, _turned(terms, cotangent), None, _conj(u))
+
+    def jvp(primals: Arrays, tangents: Arrays) -> mx.array:
+        (u, x), (d_u, d_x) = primals, tangents
+        if d_u is None:
+            return _moments(terms, u, d_x, real)
+        if d_x is None:
+            return _moments(terms, d_u, x, real)
+        return _moments(terms, d_u, x, real) + _moments(terms, u, d_x, real)
+
+    def vmap(operands: Arrays, axes: Axes) -> Arrays:
+        return _mapped(lambda u, x: _moments(terms, u, x, real), operands, axes), 0
+
+    return with_rules(_compute_moments, (terms, real), vjp, jvp, vmap)(u, x)
+
+
+def _compute_product(terms: PauliTerms, *operands: mx.array) -> mx.array:
+    coefficients, diagonal, x = _three(operands)
+    backend = choose_pauli("product", terms, x.shape[0] * x.shape[1], x.dtype)
+    return backend.product(terms, coefficients, diagonal, x)
+
+
+def _compute_moments(by: tuple[PauliTerms, bool], u: mx.array, x: mx.array) -> mx.array:
+    terms, real = by
+    backend = choose_pauli("moments", terms, x.shape[0] * x.shape[1], x.dtype)
+    return backend.moments(terms, u, x, real)
+
+
+def _three(operands: Arrays) -> Arrays:
+    """Return coefficients, diagonal and states; the diagonal may be left out, and is None then."""
+    coefficients, *diagonal, x = operands
+    return coefficients, diagonal[0] if diagonal else None, x
+
+
+def _mapped(product: Any, operands: Arrays, axes: Axes) -> mx.array:
+    """Map a product over an axis of any operands, which becomes one of more sums of strings."""
+    sizes = [a.shape[axis] for a, axis in zip(operands, axes, strict=True) if axis is not None]
+    stacked = [
+        mx.broadcast_to(a, (sizes[0], *a.shape)) if axis is None else mx.moveaxis(a, axis, 0)
+        for a, axis in zip(operands, axes, strict=True)
+    ]
+    out = product(*(mx.flatten(a, 0, 1) for a in stacked))
+    return mx.unflatten(out, 0, stacked[-1].shape[:2])
+
+
+def _turned(terms: PauliTerms, coefficients: mx.array) -> mx.array:
+    """Return the coefficients of the transposed sum of the same strings."""
+    if min(terms.parity, default=1) > 0:
+        return coefficients
+    return coefficients * mx.array(terms.parity, dtype=coefficients.dtype)
+
+
+def _conj(a: mx.array) -> mx.array:
+    """Conjugate: MLX's gradients of complex products are by the conjugate of the other factor."""
+    return mx.conjugate(a) if a.dtype == mx.complex64 else a
+
+
+def _real(a: mx.array) -> mx.array:
+    return mx.real(a) if a.dtype == mx.complex64 else a
