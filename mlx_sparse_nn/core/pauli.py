@@ -64,11 +64,11 @@ def pauli_diagonal(
     Args:
         n_qubits: n, at least 1.
         signs: The bits of Z of every string, in [0, 2**n), each string once.
-        coefficients: ``(n_strings,)``, real.
+        coefficients: ``(n_strings,)``, real; or complex, if ``dtype`` is.
         dtype: Of the diagonal.
     """
     strings = dict(zip(signs, parts(coefficients.astype(dtype)), strict=True))
-    return mx.broadcast_to(_energies(strings, n_qubits, dtype), (1 << n_qubits,))
+    return _repeated(_energies(strings, n_qubits, dtype), 1 << n_qubits)
 
 
 def parts(values: mx.array) -> list[mx.array]:
@@ -86,12 +86,22 @@ def _energies(strings: dict[int, mx.array], n_bits: int, dtype: mx.Dtype) -> mx.
         above = {s ^ 1 << bit: c for s, c in strings.items() if s >> bit == 1}
         if above:
             change = _energies(above, bit, dtype)
-            energies = mx.concatenate(
-                [mx.broadcast_to(e, (1 << bit,)) for e in (energies - change, energies + change)]
-            )
+            energies, change = _repeated(energies, 1 << bit), _repeated(change, 1 << bit)
+            energies = mx.concatenate([energies - change, energies + change])
         elif energies.size > 1:
             energies = mx.concatenate([energies, energies])
     return energies
+
+
+def _repeated(value: mx.array, size: int) -> mx.array:
+    """Return ``(size,)`` of ``(1,)`` or of ``(size,)``, of powers of 2.
+
+    64 at a time: so a gradient adds up to 64 terms at a time, not all of them one after another.
+    """
+    while value.size < size:
+        times = min(64, size // value.size)
+        value = mx.broadcast_to(value[:, None], (value.size, times)).reshape(-1)
+    return value
 
 
 # The product and the moments, with their rules.
