@@ -17,6 +17,7 @@ import numpy as np
 from mlx_sparse_nn.core.checks import check_size
 from mlx_sparse_nn.core.transforms import transforming
 from mlx_sparse_nn.physics.precision import epsilon, pairwise_sum
+from mlx_sparse_nn.physics.units import Scaled, in_own_unit
 
 Values: TypeAlias = "float | Sequence[float] | np.ndarray | mx.array"
 
@@ -201,15 +202,14 @@ def check_hamiltonian(owner: str, H: Any) -> int:
     return shape[0]
 
 
-def check_hermitian(owner: str, H: Any, normals: Callable[[], mx.array]) -> None:
-    """Raise unless ``<u|H v> = <H u|v>`` for two random vectors, to rounding."""
+def check_hermitian(owner: str, H: Any, normals: Callable[[], mx.array]) -> Scaled:
+    """Return H in a unit near its norm, or raise unless ``<u|H v> = <H u|v>`` for random vectors.
+
+    They have to agree to rounding.
+    """
     u, v = normals(), normals()
-    Hu, Hv = H @ u, H @ v
-    for product in (Hu, Hv):
-        if not isinstance(product, mx.array):
-            raise TypeError(f"[{owner}] H @ x must be an mx.array, got {type(product).__name__}")
-        if product.shape != u.shape:
-            raise ValueError(f"[{owner}] H @ x has shape {product.shape}, x has {u.shape}")
+    H, Hv = in_own_unit(owner, H, v)
+    Hu = H @ u
     difference = mx.abs(pairwise_sum(mx.conjugate(u) * Hv) - pairwise_sum(mx.conjugate(Hu) * v))
     norms = [mx.sqrt(pairwise_sum(mx.abs(a).square())) for a in (u, Hv)]
     difference, *norms = (float(a) for a in (difference, *norms))
@@ -217,9 +217,10 @@ def check_hermitian(owner: str, H: Any, normals: Callable[[], mx.array]) -> None
         raise ValueError(f"[{owner}] H @ x is not finite")
     if difference > 100 * epsilon(Hv.dtype) * norms[0] * norms[1]:
         raise ValueError(
-            f"[{owner}] H is not Hermitian: <u|Hv> and <Hu|v> differ by {difference:.3g} "
-            "for random u and v"
+            f"[{owner}] H is not Hermitian: <u|Hv> and <Hu|v> differ by "
+            f"{difference / (norms[0] * norms[1]):.3g} of |u| |Hv| for random u and v"
         )
+    return H
 
 
 def check_state(owner: str, name: str, psi: mx.array, dim: int | None = None) -> mx.array:

@@ -112,9 +112,11 @@ class IsingOperator(PauliSum):
         )
 
     def _arrays(self) -> list[mx.array]:
+        """Return h, J and g: what the operator depends on."""
         return [self.field, self.coupling, self.longitudinal]
 
     def _with_arrays(self, arrays: Sequence[mx.array]) -> IsingOperator:
+        """Return the same operator with other h, J and g, of the same shapes."""
         field, coupling, longitudinal = arrays
         return IsingOperator(
             self.n_qubits,
