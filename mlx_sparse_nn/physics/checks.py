@@ -19,7 +19,8 @@ from mlx_sparse_nn.core.transforms import transforming
 from mlx_sparse_nn.physics.precision import epsilon, pairwise_sum
 from mlx_sparse_nn.physics.units import Scaled, in_own_unit
 
-Values: TypeAlias = "float | Sequence[float] | np.ndarray | mx.array"
+Values: TypeAlias = "float | Sequence[float | mx.array] | np.ndarray | mx.array"
+Pairs: TypeAlias = "Sequence[Sequence[int]] | np.ndarray"
 
 
 def check_chain(owner: str, n_qubits: int, periodic: bool) -> tuple[int, int]:
@@ -30,7 +31,7 @@ def check_chain(owner: str, n_qubits: int, periodic: bool) -> tuple[int, int]:
     return n_qubits, n_qubits if periodic else n_qubits - 1
 
 
-def check_bonds(owner: str, bonds: Any, n_qubits: int) -> list[tuple[int, int]]:
+def check_bonds(owner: str, bonds: Pairs, n_qubits: int) -> list[tuple[int, int]]:
     """Return bonds as pairs of different sites, each once, or raise."""
     if isinstance(bonds, str) or not (hasattr(bonds, "__iter__") and hasattr(bonds, "__len__")):
         raise TypeError(f"[{owner}] bonds must be a list of pairs of sites, got {bonds!r}")

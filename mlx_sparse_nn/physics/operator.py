@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from mlx_sparse_nn.physics.checks import (
+    Pairs,
     Values,
     check_bonds,
     check_chain,
@@ -70,7 +71,7 @@ class IsingOperator(PauliSum):
         coupling: Values = 1.0,
         longitudinal: Values = 0.0,
         periodic: bool = False,
-        bonds: Bonds | None = None,
+        bonds: Pairs | None = None,
         dtype: mx.Dtype = mx.float32,
     ):
         owner = "IsingOperator"
@@ -129,7 +130,7 @@ class IsingOperator(PauliSum):
         )
 
 
-def _bonds(owner: str, n_qubits: int, periodic: bool, bonds: Bonds | None) -> Bonds:
+def _bonds(owner: str, n_qubits: int, periodic: bool, bonds: Pairs | None) -> Bonds:
     if bonds is None:
         check_chain(owner, n_qubits, periodic)
         return ring(n_qubits) if periodic else chain(n_qubits)
