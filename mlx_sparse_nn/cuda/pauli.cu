@@ -6,9 +6,10 @@
 // ones and below HIGH high ones. Terms that flip no middle bit read the tile, others read x.
 //
 // Inputs
-//   coefficients  (V, n_terms) float
+//   coefficients  (V, n_terms) float; (n_terms) where V = 1
 //   diagonal      (V, size / PARTS) float, START 1; START 2, (V, N, size), what a sum starts from
-//   x             (V, N, size) float, size a power of two; of complex states, PARTS 2, their parts
+//   x             (V, N, size) float, any (..., size) where V = 1, size a power of two; of complex
+//   states, PARTS 2, their parts
 //                 in turn, so that bit 0 says which
 //   terms         (n_terms + 1, 4) int32: n_near and zeros; then m_t, z_t, the place of c_t, zero.
 //                 The first n_near flip no middle bit.
@@ -44,7 +45,7 @@ const int high_shift = __popc(size - 1) - HIGH;
 const int n_terms = terms_shape[0] - 1;
 const int n_near = terms[0];
 const int4* strings = reinterpret_cast<const int4*>(terms) + 1;
-const unsigned v = n / x_shape[x_ndim - 2];
+const unsigned v = coefficients_ndim > 1 ? n / x_shape[x_ndim - 2] : 0;
 const float* c = coefficients + (size_t)v * n_terms;
 const float* xn = x + (size_t)n * size;
 const float* start = diagonal + (START == 1   ? (size_t)v * (size / PARTS)

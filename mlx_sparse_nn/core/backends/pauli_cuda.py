@@ -67,12 +67,12 @@ def takes(op: str, terms: PauliTerms, n_states: int, dtype: mx.Dtype) -> bool:
 def product(
     terms: PauliTerms, coefficients: mx.array, diagonal: mx.array | None, x: mx.array
 ) -> mx.array:
-    """Return ``(V, N, 2**n)``; see ``pauli_plain.product``."""
+    """Return the product, of the shape of x; see ``pauli_plain.product``."""
     dtype = x.dtype
     if dtype == mx.complex64:
         terms = by_parts(terms, coefficients.dtype == mx.complex64)
         coefficients, x = real_coefficients(coefficients), x.view(mx.float32)
-    n_states = x.shape[0] * x.shape[1]
+    n_states = x.size >> terms.n_qubits
     parts = 2 if dtype == mx.complex64 else 1
     tile = tile_of(terms.n_qubits)
     launch, strings = _prepared(terms, n_states, parts, diagonal is not None, tile)
