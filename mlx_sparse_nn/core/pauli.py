@@ -44,13 +44,14 @@ def pauli_product(
     dtype = mx.result_type(*operands, mx.float32)
     real = mx.float32 if dtype == mx.complex64 else dtype
     by_complex = coefficients.dtype == mx.complex64
-    coefficients = coefficients.astype(dtype if by_complex else real)[None]
-    x = x.astype(dtype)
-    states = x.reshape(1, -1, x.shape[-1]) if x.size else x.reshape(1, 0, x.shape[-1])
-    if diagonal is None or diagonal.dtype == mx.complex64:
-        y = _product(terms, coefficients, None, states).reshape(x.shape)
-        return y if diagonal is None else y + diagonal * x
-    return _product(terms, coefficients, diagonal.astype(real)[None], states).reshape(x.shape)
+    coefficients, x = coefficients.astype(dtype if by_complex else real), x.astype(dtype)
+    if diagonal is not None and diagonal.dtype == mx.complex64:
+        return diagonal * x + pauli_product(terms, coefficients, None, x)
+    operands = [coefficients] + ([] if diagonal is None else [diagonal.astype(real)])
+    if not needs_rules():
+        return _compute_product(terms, *operands, x)
+    states = x.reshape(1, -1 if x.size else 0, x.shape[-1])
+    return _product(terms, *_three([*(a[None] for a in operands), states])).reshape(x.shape)
 
 
 def pauli_diagonal(
@@ -110,7 +111,7 @@ def _repeated(value: mx.array, size: int) -> mx.array:
 def _product(
     terms: PauliTerms, coefficients: mx.array, diagonal: mx.array | None, x: mx.array
 ) -> mx.array:
-    """Return ``(V, N, 2**n)``; see ``pauli_plain.product``."""
+    """Return ``(V, N, 2**n)``."""
     operands = (coefficients, x) if diagonal is None else (coefficients, diagonal, x)
     if not needs_rules():
         return _compute_product(terms, *operands)
@@ -149,7 +150,7 @@ def _product(
 
 
 def _moments(terms: PauliTerms, u: mx.array, x: mx.array, real: bool) -> mx.array:
-    """Return ``(V, n_terms)``; see ``pauli_plain.moments``."""
+    """Return the moments ``(V, n_terms)`` of states, or their real parts."""
     if not needs_rules():
         return _compute_moments((terms, real), u, x)
 
@@ -174,13 +175,13 @@ def _moments(terms: PauliTerms, u: mx.array, x: mx.array, real: bool) -> mx.arra
 
 def _compute_product(terms: PauliTerms, *operands: mx.array) -> mx.array:
     coefficients, diagonal, x = _three(operands)
-    backend = choose_pauli("product", terms, x.shape[0] * x.shape[1], x.dtype)
+    backend = choose_pauli("product", terms, x.size >> terms.n_qubits, x.dtype)
     return backend.product(terms, coefficients, diagonal, x)
 
 
 def _compute_moments(by: tuple[PauliTerms, bool], u: mx.array, x: mx.array) -> mx.array:
     terms, real = by
-    backend = choose_pauli("moments", terms, x.shape[0] * x.shape[1], x.dtype)
+    backend = choose_pauli("moments", terms, x.size >> terms.n_qubits, x.dtype)
     return backend.moments(terms, u, x, real)
 
 

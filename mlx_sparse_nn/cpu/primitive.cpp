@@ -313,7 +313,8 @@ class SampledSparseProduct : public CPUPrimitive {
   int B_;
 };
 
-// Inputs: terms, coefficients, x, [diagonal].
+// Inputs: terms, coefficients (n_terms), x (..., size), [diagonal (size)]; or V of each, x with N
+// states for each.
 class PauliSum : public CPUPrimitive {
  public:
   PauliSum(mx::Stream stream, const Kernel<PauliProduct>* kernel)
@@ -333,36 +334,46 @@ class PauliSum : public CPUPrimitive {
   Mapped vmap(const std::vector<mx::array>& inputs, const std::vector<int>& axes) override {
     check_unmapped(axes, {0});
     auto in = inputs;
+    const bool has_v = static_cast<int>(inputs[1].ndim()) - (axes[1] >= 0) > 1;
+    int m = axes[1] >= 0 ? inputs[1].shape(axes[1]) : -1;
+    if (inputs.size() > 3 && axes[3] >= 0) m = inputs[3].shape(axes[3]);
+    const int axis = m < 0 && has_v ? 1 : 0;
+    mx::Shape shape;
+    if (m < 0) {
+      in[2] = mx::moveaxis(in[2], axes[2], axis, stream());
+      shape = in[2].shape();
+      if (has_v) in[2] = mx::flatten(in[2], 1, 2, stream());
+    } else {
+      in[2] = matrices(in[2], axes[2], m, false);  // (m, ..., size) or (m, V, N, size)
+      shape = in[2].shape();
+      const int64_t V = has_v ? int64_t(m) * shape[1] : m;
+      const int size = shape.back();
+      const int N = in[2].size() / (V * size);
+      in[2] = mx::reshape(in[2], {static_cast<int>(V), N, size}, stream());
+      for (size_t i = 1; i < in.size(); ++i) {
+        if (i != 2) in[i] = matrices(inputs[i], axes[i], m, has_v);
+      }
+    }
     auto primitive = std::make_shared<PauliSum>(stream(), kernel_);
-    int m = -1;
-    for (size_t i = 1; i < inputs.size(); ++i) {
-      if (i != 2 && axes[i] >= 0) m = inputs[i].shape(axes[i]);
-    }
-    const int axis = m < 0 ? 1 : 0;
-    if (m < 0) in[2] = mx::flatten(mx::moveaxis(in[2], axes[2], 1, stream()), 1, 2, stream());
-    for (size_t i = 1; m >= 0 && i < inputs.size(); ++i) {
-      in[i] = matrices(inputs[i], axes[i], m, true);
-    }
-    const int many = m < 0 ? inputs[2].shape(axes[2]) : m, each = in[2].shape(axis) / many;
     const mx::array y(in[2].shape(), in[2].dtype(), primitive, in);
-    return {{mx::unflatten(y, axis, {many, each}, stream())}, {axis}};
+    return {{mx::reshape(y, shape, stream())}, {axis}};
   }
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     auto& encoder = mx::cpu::get_command_encoder(stream());
-    const auto& x = inputs[2];
+    const auto &coefficients = inputs[1], &x = inputs[2];
     outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
     PauliProduct p{};
     p.terms = static_cast<const int32_t*>(contiguous(inputs[0], encoder));
-    p.coefficients = contiguous(inputs[1], encoder);
+    p.coefficients = contiguous(coefficients, encoder);
     p.x = contiguous(x, encoder);
     p.diagonal = inputs.size() > 3 ? contiguous(inputs[3], encoder) : nullptr;
     p.out = outputs[0].data<char>();
     p.n_terms = inputs[0].shape(0);
-    p.V = x.shape(0);
-    p.N = x.shape(1);
+    p.V = coefficients.ndim() > 1 ? coefficients.shape(0) : 1;
+    p.N = x.size() / x.shape(-1) / p.V;
     p.parts = x.dtype() == mx::complex64 ? 2 : 1;
-    p.size = x.shape(2) * p.parts;
+    p.size = x.shape(-1) * p.parts;
     p.crew = crew();
     p.scratch = temporary(kernel_->scratch(&p), encoder);
     encoder.dispatch([p, compute = kernel_->compute]() { compute(&p); });

@@ -14,6 +14,7 @@ from mlx_sparse_nn.core.backends import (
     metal,
     pauli_cpu,
     pauli_cuda,
+    pauli_metal,
     pauli_plain,
     plain,
 )
@@ -25,7 +26,7 @@ from mlx_sparse_nn.core.transforms import tracing
 GPU = (metal, cuda_dense, cuda, plain)
 CPU = (cpu, plain)
 # The same of sums of Pauli strings.
-PAULI_GPU = (pauli_cuda, pauli_plain)
+PAULI_GPU = (pauli_metal, pauli_cuda, pauli_plain)
 PAULI_CPU = (pauli_cpu, pauli_plain)
 
 

@@ -36,7 +36,7 @@ def takes(op: str, terms: PauliTerms, n_states: int, dtype: mx.Dtype) -> bool:
 def product(
     terms: PauliTerms, coefficients: mx.array, diagonal: mx.array | None, x: mx.array
 ) -> mx.array:
-    """Return ``(V, N, 2**n)``; see ``pauli_plain.product``."""
+    """Return the product, of the shape of x; see ``pauli_plain.product``."""
     if x.dtype == mx.complex64:
         terms = by_parts(terms, coefficients.dtype == mx.complex64)
         coefficients = real_coefficients(coefficients)

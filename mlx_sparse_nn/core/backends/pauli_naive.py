@@ -16,7 +16,7 @@ from mlx_sparse_nn.core.strings import PauliTerms
 def product(
     terms: PauliTerms, coefficients: mx.array, diagonal: mx.array | None, x: mx.array
 ) -> mx.array:
-    """Return ``(V, N, 2**n)``."""
+    """Return ``(V, N, 2**n)``, of V sums of strings."""
     y = mx.zeros_like(x) if diagonal is None else diagonal[:, None] * x
     for t, moved in enumerate(_strings_times(terms, x)):
         y = y + coefficients[:, t, None, None] * moved

@@ -20,19 +20,22 @@ def takes(op: str, terms: PauliTerms, n_states: int, dtype: mx.Dtype) -> bool:
 def product(
     terms: PauliTerms, coefficients: mx.array, diagonal: mx.array | None, x: mx.array
 ) -> mx.array:
-    """Return the product of V sums of strings and N states each.
+    """Return the product of a sum of strings and states, or of V sums and N states each.
 
     Args:
         terms: The strings.
-        coefficients: ``(V, n_terms)``, real or complex64.
-        diagonal: ``(V, 2**n)``, real, or None.
-        x: ``(V, N, 2**n)``; complex64 if the coefficients are.
+        coefficients: ``(n_terms,)`` or ``(V, n_terms)``, real or complex64.
+        diagonal: ``(2**n,)`` or ``(V, 2**n)``, real, or None.
+        x: ``(..., 2**n)`` or ``(V, N, 2**n)``; complex64 if the coefficients are.
     """
-    y = mx.zeros_like(x) if diagonal is None else diagonal[:, None] * x
+    if coefficients.ndim == 2:  # along N
+        coefficients = coefficients[:, None]
+        diagonal = None if diagonal is None else diagonal[:, None]
+    y = mx.zeros_like(x) if diagonal is None else diagonal * x
     by_flip: dict[int, mx.array] = {}  # what each flip moves
     for t, c in enumerate(_columns(coefficients)):
         flip = terms.flips[t]
-        scaled = c[..., None] * _signed(x, terms.signs[t], terms.n_qubits)
+        scaled = c * _signed(x, terms.signs[t], terms.n_qubits)
         by_flip[flip] = by_flip[flip] + scaled if flip in by_flip else scaled
     for flip, scaled in by_flip.items():
         y = y + _flipped(scaled, flip, terms.n_qubits)
@@ -60,9 +63,9 @@ def moments(terms: PauliTerms, u: mx.array, x: mx.array, real: bool) -> mx.array
 
 
 def _columns(values: mx.array) -> list[mx.array]:
-    """Return the columns ``(V, 1)`` of ``(V, n)``. Indexing would gather, which has no second
+    """Return the columns ``(..., 1)`` of ``(..., n)``. Indexing would gather, which has no second
     derivative."""
-    return list(mx.split(values, values.shape[1], axis=1)) if values.shape[1] else []
+    return list(mx.split(values, values.shape[-1], axis=-1)) if values.shape[-1] else []
 
 
 def _signed(x: mx.array, mask: int, n_qubits: int) -> mx.array:
