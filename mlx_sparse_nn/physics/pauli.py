@@ -245,7 +245,9 @@ class PauliSum:
         nnz = n_rows * len(by_flip)
         if nnz > INT32_MAX:
             raise ValueError(f"[{owner}] {nnz} stored values do not fit 32-bit indices")
-        check_memory(owner, f"n_qubits {self.n_qubits}", 4 * nnz * (max(4, self._dtype.size) + 4))
+        # Values and indices; sorting and gathering hold each twice, as measured.
+        n_bytes = nnz * 2 * (max(4, self._dtype.size) + 4)
+        check_memory(owner, f"n_qubits {self.n_qubits}", n_bytes)
 
         values = [] if self._diagonal is None else [self._diagonal]  # of each column, by flip
         coefficients = parts(self._moving_coefficients)
@@ -254,16 +256,13 @@ class PauliSum:
                 signs = tuple(self._moving.signs[t] for t in strings)
                 c = mx.concatenate([coefficients[t] for t in strings])
                 values.append(pauli_diagonal(self.n_qubits, signs, c, c.dtype))
-        rows = np.arange(n_rows, dtype=np.int32)
-        columns = rows[:, None] ^ np.array(list(by_flip), dtype=np.int32)
-        order = np.argsort(columns, axis=1)
-        columns = np.take_along_axis(columns, order, axis=1)
-        indptr = np.arange(n_rows + 1) * len(by_flip)
-        pattern = CSRPattern(indptr, columns.reshape(-1), self.shape)
+        columns, places = _sorted_flips(n_rows, list(by_flip))
+        indptr = np.arange(n_rows + 1, dtype=np.int32) * np.int32(len(by_flip))
+        pattern = CSRPattern._of(indptr, columns.reshape(-1), self.shape)
         if not values:
             return CSRArray(mx.zeros(0, self._dtype), pattern)
         every = mx.concatenate([v.astype(self._dtype) for v in values])
-        return CSRArray(Gather((order * n_rows + columns).reshape(-1), nnz)(every), pattern)
+        return CSRArray(Gather(places.reshape(-1), nnz)(every), pattern)
 
     def __matmul__(self, x: ArrayLike) -> mx.array:
         """Return ``H @ x``.
@@ -510,6 +509,22 @@ def _merged(
         return strings, mx.array(values, dtype=dtype) if values else mx.zeros(0, dtype)
     arrays = [v if isinstance(v, mx.array) else mx.array([v], dtype=dtype) for v in values]
     return strings, mx.concatenate(arrays).astype(dtype)
+
+
+def _sorted_flips(n_rows: int, flips: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the columns ``row ^ flip`` of every row in ascending order, ``(n_rows, n_flips)``, and
+    where each lies among the columns of all flips, one flip after another. Both are int32."""
+    columns = np.empty((n_rows, len(flips)), dtype=np.int32)
+    places = np.empty_like(columns)
+    chunk = 1 << 14  # rows at a time: sorting takes int64, of few rows then
+    for start in range(0, n_rows, chunk):
+        rows = np.arange(start, min(start + chunk, n_rows), dtype=np.int32)
+        unsorted = rows[:, None] ^ np.array(flips, dtype=np.int32)
+        order = np.argsort(unsorted, axis=1)
+        part = np.s_[start : start + rows.size]
+        columns[part] = np.take_along_axis(unsorted, order, axis=1)
+        places[part] = order * n_rows + columns[part]
+    return columns, places
 
 
 def _string(letters: str, sites: Sequence[int]) -> String:

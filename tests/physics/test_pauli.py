@@ -162,6 +162,7 @@ class TestSparse:
     def test_of_nothing(self):
         H = pauli_sum({}, 2)
         assert len(H) == H.tocsr().nnz == 0
+        assert (H.tocsr() @ mx.ones(4)).tolist() == [0] * 4
         assert not mx.any(H @ mx.ones(4)).item()
         assert not mx.any(H.diagonal()).item()
 
