@@ -36,6 +36,7 @@ class Krylov:
 
     Attributes:
         filled: Number of columns.
+        epsilon: Rounding of the dtype.
         at_once: Products that :meth:`grow` takes before the host looks at what they gave.
         projected: ``(size, size)`` NumPy array, H in the basis; its lower triangle is right. Real,
             since the coefficients of the recurrence are.
@@ -54,7 +55,15 @@ class Krylov:
         self._left_out = np.zeros(size + 1)  # by the projected matrix of H times a column, norms
         self.at_once = _AT_ONCE if isinstance(self.columns, DeviceColumns) else 1
         self._again = False  # whether the next column is orthogonalised too
-        self._eps = epsilon(dtype)
+        self.epsilon = epsilon(dtype)
+
+    def begin(self, states: mx.array, energies: np.ndarray) -> None:
+        """Make the first columns of eigenvectors of H, ``(dim, k)``, with energies ``(k,)``."""
+        for j in range(states.shape[1]):
+            self.columns.write(j, states[:, j])
+        self.filled = energies.size
+        self.projected[: self.filled, : self.filled] = np.diag(energies)
+        self._left_out[: self.filled] = self.epsilon**0.75 * np.abs(energies).max()
 
     def extend(self, x: mx.array) -> None:
         """Make the next column of the part of ``(dim,)`` that is not in the basis."""
@@ -125,8 +134,8 @@ class Krylov:
         # The recurrence goes on from the last two columns: both are made orthogonal.
         columns.forget(self.filled + 1)
         columns.orthogonalise(self.filled - 1)
-        self._losses[self.filled - 1, : self.filled - 1] = self._eps
-        self._losses[: self.filled - 1, self.filled - 1] = self._eps
+        self._losses[self.filled - 1, : self.filled - 1] = self.epsilon
+        self._losses[: self.filled - 1, self.filled - 1] = self.epsilon
         factor = self._orthogonalise()
         if not norm * factor > self._rounding():
             return 0.0
@@ -142,10 +151,6 @@ class Krylov:
             sign: -1 for the negative of H.
         """
         return np.linalg.eigh(sign * self.projected[first:done, first:done])  # reads the lower half
-
-    def combine(self, coefficients: np.ndarray) -> list[mx.array]:
-        """Return p combinations of the first m columns, ``(dim,)``; coefficients ``(m, p)``."""
-        return [self.columns.combination(c) for c in coefficients.T]
 
     def restart(
         self,
@@ -188,12 +193,12 @@ class Krylov:
     def _orthogonalise(self) -> float:
         """Subtract from what will be the next column its part in the basis; return its norm."""
         j = self.filled
-        self._losses[j, :j] = self._losses[:j, j] = self._eps
+        self._losses[j, :j] = self._losses[:j, j] = self.epsilon
         return self.columns.orthogonalise(j)
 
     def _rounding(self) -> float:
         """Return the norm of a rest that may be rounding alone."""
-        return 30 * self._eps * float(np.abs(self.projected[: self.filled, : self.filled]).max())
+        return 30 * self.epsilon * float(np.abs(self.projected[: self.filled, : self.filled]).max())
 
     def _note(self, alpha: float, norm: float) -> bool:
         """Note the coefficient of the last column in its product, and the norm of the rest.
@@ -207,13 +212,13 @@ class Krylov:
         self.projected[n - 1, n - 1] = alpha
         lower = self.projected[:n, :n]
         T = lower + np.tril(lower, -1).T
-        rounding = self._eps * float(np.abs(lower).max())
+        rounding = self.epsilon * float(np.abs(lower).max())
         losses = T @ self._losses[:n, n - 1] - self._losses[:n, :n] @ T[:, n - 1]
         losses += np.copysign(rounding + self._left_out[:n], losses)
         losses[-1] = rounding  # it has just been subtracted
         losses /= max(norm, rounding) or 1.0
         self._losses[n, :n] = self._losses[:n, n] = losses
-        limits = np.where(self._left_out[:n] > 0, _LOSS_TO_KEPT, self._eps**0.75)
+        limits = np.where(self._left_out[:n] > 0, _LOSS_TO_KEPT, self.epsilon**0.75)
         return bool((np.abs(losses) > limits).any())
 
 
