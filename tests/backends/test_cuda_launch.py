@@ -54,8 +54,7 @@ def launches(monkeypatch, architecture):
         def call(inputs, template, output_shapes, output_dtypes, grid, threadgroup):
             recorded.append((name, dict(template), grid, threadgroup, shared_memory, source))
             assert len(inputs) == len(input_names)
-            cluster = re.search(r"cluster_dims\((\d+), 1, 1\)", header)
-            assert grid[0] // threadgroup[0] % (int(cluster[1]) if cluster else 1) == 0
+            assert "cluster_dims" not in header  # MLX replays graphs of clusters wrongly
             zeros = mx.zeros(output_shapes[0], output_dtypes[0])
             mx.eval(zeros)
             return [mx.depends(zeros, inputs)]  # one operation, as a launch is
