@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import cuda_tiles
-from mlx_sparse_nn.core.backends.launch import Kernel, KernelLaunch, launch_spmm, prepare, round_up
+from mlx_sparse_nn.core.backends.launch import Kernel, KernelLaunch, launch_spmm, prepare
 from mlx_sparse_nn.core.layout import Side
 
 BLOCK_SIZE = 8

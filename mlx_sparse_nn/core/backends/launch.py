@@ -282,9 +282,7 @@ def round_up(value: int, multiple: int) -> int:
 
 
 @cache
-def _function(
-    backend: str, name: str, inputs: str, threads: int, shared_memory: int
-) -> Any:
+def _function(backend: str, name: str, inputs: str, threads: int, shared_memory: int) -> Any:
     """Return MLX's function of the kernel ``<backend>/<name>``, built when it is first launched."""
     options: dict[str, Any] = {
         "name": f"mlx_sparse_nn_{name}",
