@@ -16,6 +16,7 @@ import numpy as np
 
 from mlx_sparse_nn.core.checks import check_size
 from mlx_sparse_nn.core.transforms import transforming
+from mlx_sparse_nn.physics.parameters import read
 from mlx_sparse_nn.physics.precision import epsilon, pairwise_sum
 from mlx_sparse_nn.physics.units import Scaled, in_own_unit
 
@@ -256,12 +257,17 @@ def _check_amplitudes(owner: str, name: str, psi: mx.array) -> mx.array:
         raise ValueError(f"[{owner}] {name} must not be empty, got shape {psi.shape}")
     psi = psi.astype(mx.result_type(psi, mx.float32))
     if not transforming():
-        largest = float(mx.abs(psi).max())
-        if not math.isfinite(largest):
-            raise ValueError(f"[{owner}] {name} must be finite, its largest magnitude is {largest}")
-        if largest == 0:
-            raise ValueError(f"[{owner}] {name} must not be zero")
+        check_magnitude(owner, name, psi)
     return psi
+
+
+def check_magnitude(owner: str, name: str, psi: mx.array) -> None:
+    """Raise if amplitudes are all zero, or not finite."""
+    largest = float(mx.abs(psi).max())
+    if not math.isfinite(largest):
+        raise ValueError(f"[{owner}] {name} must be finite, its largest magnitude is {largest}")
+    if largest == 0:
+        raise ValueError(f"[{owner}] {name} must not be zero")
 
 
 def check_index(owner: str, name: str, value: int, last: int) -> int:
@@ -279,13 +285,27 @@ def check_axis(owner: str, axis: str) -> None:
         raise ValueError(f"[{owner}] axis must be 'z' or 'x', got {axis!r}")
 
 
-def check_time(owner: str, t: float) -> float:
-    """Return a finite time, or raise."""
-    if isinstance(t, bool) or not isinstance(t, int | float | np.integer | np.floating):
-        raise TypeError(f"[{owner}] t must be a number, got {t!r}")
-    if not math.isfinite(t):
+def check_times(owner: str, t: Values) -> tuple[np.ndarray, bool]:
+    """Return finite times as ``(K,)`` float64, and whether they are more than a number, or raise.
+
+    An MLX array is read.
+    """
+    if isinstance(t, mx.array):
+        read(owner, "t", t)
+        host = np.array(t.astype(mx.float32) if t.dtype == mx.bfloat16 else t)
+    else:
+        host = np.asarray(t)
+        elements = t if isinstance(t, list | tuple) else []
+        if any(isinstance(a, mx.array) for a in elements):
+            raise TypeError(f"[{owner}] t must be numbers or one mx.array, got {t!r}; use mx.stack")
+    if host.dtype.kind not in "iuf":
+        raise TypeError(f"[{owner}] t must be a number or a sequence of numbers, got {t!r}")
+    if host.ndim > 1 or not host.size:
+        raise ValueError(f"[{owner}] t must be a number or (K,) of them, got shape {host.shape}")
+    times = host.astype(np.float64)
+    if not np.isfinite(times).all():
         raise ValueError(f"[{owner}] t must be finite, got {t}")
-    return float(t)
+    return times.reshape(-1), host.ndim == 1
 
 
 def check_tol(owner: str, tol: float, minimum: float = 0.0) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_sparse_nn.core.arrays import COOArray, CSRArray
 
@@ -30,13 +32,14 @@ def parameters(H: Any) -> tuple[list[mx.array], Rebuild]:
     return [], lambda arrays: H
 
 
-def read(owner: str, name: str, *arrays: mx.array) -> None:
-    """Evaluate arrays, or raise if ``mx.vmap`` or ``mx.compile`` is tracing them.
+@contextmanager
+def reading(owner: str, name: str) -> Iterator[None]:
+    """Say which argument is meant where ``mx.vmap`` or ``mx.compile`` does not let it be evaluated.
 
     ``mx.grad`` and ``mx.jvp`` let arrays be evaluated, so a rule has to stand over the caller.
     """
     try:
-        mx.eval(arrays)
+        yield
     except ValueError as error:
         if "[eval]" not in str(error):
             raise
@@ -44,6 +47,26 @@ def read(owner: str, name: str, *arrays: mx.array) -> None:
             f"[{owner}] {name} must hold numbers, got a tracer of mx.vmap or mx.compile; "
             f"call {owner} outside of them"
         ) from None
+
+
+def read(owner: str, name: str, *arrays: mx.array) -> None:
+    """Evaluate arrays, or raise as :func:`reading` does."""
+    with reading(owner, name):
+        mx.eval(arrays)
+
+
+def detached(arrays: Sequence[mx.array]) -> list[mx.array]:
+    """Return copies of arrays that no transform traces.
+
+    MLX keeps all that is computed of a traced array, evaluated or not, until the transform ends.
+    """
+    return [_detached(a) for a in arrays]
+
+
+def _detached(a: mx.array) -> mx.array:
+    if a.dtype == mx.bfloat16:  # which NumPy does not have
+        return mx.view(_detached(mx.view(a, mx.uint16)), mx.bfloat16)
+    return mx.array(np.array(a), dtype=a.dtype)
 
 
 def refuse_derivatives(owner: str, name: str, array: mx.array) -> mx.array:

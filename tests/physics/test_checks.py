@@ -460,9 +460,17 @@ ROWS = [
     ),
     *(([evolve], {"t": t}, ValueError, f"t must be finite, got {t}") for t in (NAN, INF, -INF)),
     *(
-        ([evolve], {"t": t}, TypeError, f"t must be a number, got {t!r}")
-        for t in (None, "1", True, 1j, mx.array(1.0))
+        ([evolve], {"t": t}, TypeError, f"t must be a number or a sequence of numbers, got {t!r}")
+        for t in (None, "1", True, 1j, ["1"], [True, False])
     ),
+    *(
+        ([evolve], {"t": t}, ValueError, f"t must be a number or (K,) of them, got shape {shape}")
+        for t, shape in (([], (0,)), (np.ones((2, 2)), (2, 2)), (mx.ones((1, 3)), (1, 3)))
+    ),
+    ([evolve], {"t": [1.0, INF]}, ValueError, "t must be finite, got [1.0, inf]"),
+    ([evolve], {"t": mx.array([1.0, NAN])}, ValueError, "t must be finite, got array([1, nan]"),
+    ([evolve], {"t": [mx.array(1.0), 2.0]}, TypeError, "t must be numbers or one mx.array, got ["),
+    ([evolve], {"tol": 1e-12}, ValueError, "tol must be at least 2.6e-07, which"),
 ]
 CASES = [(function, *row) for functions, *row in ROWS for function in functions]
 UNCHECKED = {"imaginary"}  # true or false of any object
@@ -586,7 +594,7 @@ def test_operands_of_an_operator_are_dense_numbers(x, message):
             evolve,
             {"H": IsingOperator(20, 0.7), "psi": mx.ones(2**20)},
             2**26,
-            "a basis of 31 vectors of 1048576 needs 0.30 GiB, this machine has 0.06 GiB",
+            "a basis of 33 vectors of 1048576 needs 0.32 GiB, this machine has 0.06 GiB",
         ),
     ],
 )
