@@ -116,7 +116,9 @@ class TestByTheState:
             [as_mlx(PSI)],
             [as_mlx(DIRECTION)],
         )
-        expected = difference(lambda psi: exact((H0, J0, G0), psi, TIMES, imaginary), PSI, DIRECTION)
+        expected = difference(
+            lambda psi: exact((H0, J0, G0), psi, TIMES, imaginary), PSI, DIRECTION
+        )
         np.testing.assert_allclose(to_numpy(tangent), expected, atol=1e-5 * np.abs(expected).max())
 
     def test_a_real_state_has_a_real_gradient(self, imaginary):
