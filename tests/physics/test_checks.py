@@ -198,7 +198,7 @@ ROWS = [
         )
     ),
     *(
-        ([IsingOperator], {"bonds": bonds}, error, message)
+        ([transverse_field_ising, IsingOperator], {"bonds": bonds}, error, message)
         for bonds, error, message in (
             (3, TypeError, "bonds must be a list of pairs of sites, got 3"),
             ("01", TypeError, "bonds must be a list of pairs of sites, got '01'"),
@@ -216,13 +216,13 @@ ROWS = [
         )
     ),
     (
-        [IsingOperator],
+        [transverse_field_ising, IsingOperator],
         {"bonds": [(0, 1)], "periodic": True},
         ValueError,
         "periodic must be False where bonds are given, got True; ring(n) gives those of a ring",
     ),
     (
-        [IsingOperator],
+        [transverse_field_ising, IsingOperator],
         {"bonds": [(0, 1)], "coupling": [1.0, 2.0]},
         ValueError,
         "coupling must be a number or one for each of 1 bonds, got shape (2,)",
