@@ -95,7 +95,8 @@ class TestMatrix:
     def test_two_forms_of_terms(self):
         bonds = [(0, 1), (2, 1)]
         by_rows = pauli_sum({"XY": [[0.5, 0, 1], (0.25, 2, 1)], "Z": [(2, 2), (2, 0)]}, 3)
-        for values in ([0.5, 0.25], np.array([0.5, 0.25]), mx.array([0.5, 0.25])):
+        scalars = [mx.array(0.5), 0.25]
+        for values in ([0.5, 0.25], np.array([0.5, 0.25]), mx.array([0.5, 0.25]), scalars):
             for places in (bonds, np.array(bonds)):
                 by_places = pauli_sum({"XY": (values, places), "Z": (2, range(0, 3, 2))}, 3)
                 assert by_places.strings == by_rows.strings
