@@ -36,5 +36,5 @@ def moments(terms: PauliTerms, u: mx.array, x: mx.array, real: bool) -> mx.array
 
 def tile_of(n_bits: int) -> Tile:
     """Return the tile of a state of so many bits."""
-    low = min(n_bits, tuned.CUDA_PAULI_BITS)
+    low = min(n_bits, tuned.CUDA_PAULI_BITS, max(tuned.CUDA_PAULI_FEWEST_BITS, n_bits - 8))
     return Tile(low, max(32, min(tuned.GROUP_THREADS, (1 << low) // 4)), 4 << low)
