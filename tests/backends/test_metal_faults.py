@@ -23,6 +23,7 @@ from unittest import mock
 
 import metal_emulator
 import mlx.core as mx
+import numpy as np
 import pytest
 from hypothesis import settings
 from metal_compiler import Variant, arrays_in_memory
@@ -203,7 +204,7 @@ class PauliCase(NamedTuple):
 
     def expected(self) -> mx.array:
         terms, arrays = self.operands()
-        return getattr(pauli_naive, self.op)(terms, *arrays)
+        return mx.array(getattr(pauli_naive, self.op)(terms, *map(np.array, arrays)))
 
 
 PAULI_CASES = {
