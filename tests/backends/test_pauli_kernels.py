@@ -364,6 +364,14 @@ class TestTransforms:
         (found,) = untyped(mx.import_function(path))(c, d, x)
         self.same([found], [pauli_product(self.TERMS, c, d, x)])
 
+    def test_a_trace_for_every_shape_is_refused(self, tmp_path):
+        c, d, x = self.operands(mx.float32, mx.float32)
+        product = lambda x: pauli_product(self.TERMS, c, d, x)
+        with pytest.raises(ValueError, match=r"\[H @ x\] .* shapeless=True; leave that out"):
+            mx.compile(product, shapeless=True)(x)
+        with pytest.raises(ValueError, match=r"\[H @ x\] .* shapeless=True; leave that out"):
+            mx.export_function(str(tmp_path / "a.mlxfn"), product, x, shapeless=True)
+
 
 class TestChoice:
     @pytest.mark.parametrize("dtype", [mx.float32, mx.complex64, mx.float64], ids=str)
