@@ -108,6 +108,7 @@ def fresh_launches() -> Iterator[None]:
     """Forget the kernels and launches that are kept, before and after."""
     caches = (
         launch._function,
+        launch._prepared_sum,
         cuda._prepared,
         cuda_dense._expansion,
         cuda_dense._sampling,
@@ -118,7 +119,7 @@ def fresh_launches() -> Iterator[None]:
         cuda_graphs._sampling,
         cuda_quantized._of_blocks,
         cuda_quantized._of_packed,
-        cuda_small._launches,
+        cuda_small._launch,
         few_rows._launches,
         pauli_launch._prepared,
         scalars._launches,

@@ -7,9 +7,11 @@ diagonals ``(V, 2**n)`` and states ``(V, N, 2**n)``: V sums of the same strings.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_sparse_nn.core.backends.choose import choose_pauli
 from mlx_sparse_nn.core.derivatives import with_rules
@@ -19,6 +21,8 @@ from mlx_sparse_nn.core.transforms import needs_rules
 # What MLX passes to a rule and gets back: one array or axis, or a list of them.
 Arrays = Any
 Axes = Any
+
+_LOW_BITS = 8  # of a diagonal, whose states are computed at once
 
 
 def pauli_product(
@@ -65,11 +69,11 @@ def pauli_diagonal(
     Args:
         n_qubits: n, at least 1.
         signs: The bits of Z of every string, in [0, 2**n), each string once.
-        coefficients: ``(n_strings,)``, real.
+        coefficients: ``(n_strings,)``, real; or complex, if ``dtype`` is.
         dtype: Of the diagonal.
     """
     strings = dict(zip(signs, parts(coefficients.astype(dtype)), strict=True))
-    return mx.broadcast_to(_energies(strings, n_qubits, dtype), (1 << n_qubits,))
+    return _repeated(_energies(strings, n_qubits, dtype), 1 << n_qubits)
 
 
 def parts(values: mx.array) -> list[mx.array]:
@@ -82,17 +86,45 @@ def _energies(strings: dict[int, mx.array], n_bits: int, dtype: mx.Dtype) -> mx.
 
     ``(1,)`` is that of all values, where no string has a bit.
     """
-    energies = strings.get(0, mx.zeros(1, dtype))
-    for bit in range(n_bits):
+    n_low = min(n_bits, _LOW_BITS)
+    energies = _low_energies({s: c for s, c in strings.items() if s < 1 << n_low}, n_low, dtype)
+    for bit in range(n_low, n_bits):
         above = {s ^ 1 << bit: c for s, c in strings.items() if s >> bit == 1}
         if above:
             change = _energies(above, bit, dtype)
-            energies = mx.concatenate(
-                [mx.broadcast_to(e, (1 << bit,)) for e in (energies - change, energies + change)]
-            )
+            energies, change = _repeated(energies, 1 << bit), _repeated(change, 1 << bit)
+            energies = mx.concatenate([energies - change, energies + change])
         elif energies.size > 1:
             energies = mx.concatenate([energies, energies])
     return energies
+
+
+def _low_energies(strings: dict[int, mx.array], n_bits: int, dtype: mx.Dtype) -> mx.array:
+    """Return the same of a few bits, all strings at once."""
+    if not any(strings):
+        return strings.get(0, mx.zeros(1, dtype))
+    signs = mx.array(_walsh()[list(strings), : 1 << n_bits], dtype=dtype)  # (strings, states)
+    return (mx.concatenate(list(strings.values()))[:, None] * signs).sum(axis=0)
+
+
+@cache
+def _walsh() -> np.ndarray:
+    """Return the sign of every string of few bits, its row, in every state, its column."""
+    signs = np.ones((1, 1), np.float32)
+    for _ in range(_LOW_BITS):
+        signs = np.kron([[1, 1], [-1, 1]], signs)
+    return signs
+
+
+def _repeated(value: mx.array, size: int) -> mx.array:
+    """Return ``(size,)`` of ``(1,)`` or of ``(size,)``, of powers of 2.
+
+    Some at a time: so a gradient adds up as many terms at a time, not all one after another.
+    """
+    while value.size < size:
+        times = min(1 << _LOW_BITS, size // value.size)
+        value = mx.broadcast_to(value[:, None], (value.size, times)).reshape(-1)
+    return value
 
 
 # The product and the moments, with their rules.
