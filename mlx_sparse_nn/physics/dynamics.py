@@ -49,7 +49,9 @@ def evolve(
             any order.
         imaginary: Whether to evolve in imaginary time, towards the ground state if ``t > 0``.
         tol: Error allowed over the whole time: the norm of the difference from the exact state,
-            over the norm of the state. By default 1e-6, or 1e-10 if H or the result is float64.
+            over the norm of the state. By default 1e-6, or 1e-10 if H or the result is float64. In
+            imaginary time an error counts when it is made: it grows as fast as what the state comes
+            to, so that a state with a part of 1e-3 there loses up to three digits.
             Rounding adds about :math:`10^{-7} \sqrt{t \Delta E / 2}` in complex64, where
             :math:`\Delta E` is the spread of H's energies; a smaller ``tol`` is refused. Real time
             with H in float64, which is on the CPU, is computed in pairs of float64, and rounded to

@@ -76,6 +76,7 @@ class FlowRules:
     ) -> list[mx.array]:
         """Return the gradients by all operands, of that by the states."""
         flow, (psi, arrays, t) = self.flow, self._split(operands)
+        self._check_finite("the gradient by its states", cotangent)
         with mx.stream(flow.device):
             product = self._product(arrays)
             unit, norm = flow.unit(product, psi)
@@ -113,6 +114,7 @@ class FlowRules:
         """Return the derivative of the states along tangents of the operands, ``(K, dim)``."""
         flow, (psi, arrays, _) = self.flow, self._split(operands)
         d_psi, d_arrays, d_t = self._split(moves)
+        self._check_finite("the tangent of an argument", *moves)
         with mx.stream(flow.device):
             product = self._product(arrays)
             unit, norm = flow.unit(product, psi)
@@ -162,6 +164,10 @@ class FlowRules:
         if not self.flow.imaginary:
             return product.scaled(rate, -1j)
         return row * dot(row, rate) - rate
+
+    def _check_finite(self, name: str, *arrays: mx.array) -> None:
+        if not all(math.isfinite(float(mx.abs(a).max())) for a in arrays if a.size):
+            raise ValueError(f"[{self.flow.owner}] {name} must be finite")
 
     def _product(self, arrays: Sequence[mx.array]) -> Product:
         return self.flow.product(self.rebuild(arrays))

@@ -1,5 +1,6 @@
 """Gradients of evolve against differences of dense matrix exponentials, in float64."""
 
+import math
 import tracemalloc
 
 import mlx.core as mx
@@ -9,6 +10,7 @@ import scipy.linalg
 from spins import dense_ising
 from support import to_numpy, untyped
 
+from mlx_sparse_nn import CSRArray, from_dense
 from mlx_sparse_nn.physics import (
     IsingOperator,
     adjoint,
@@ -16,6 +18,7 @@ from mlx_sparse_nn.physics import (
     expectation,
     flow,
     magnetization,
+    pauli_sum,
     recurrence,
     transverse_field_ising,
 )
@@ -169,6 +172,54 @@ class TestByTime:
 
         expected = difference(lambda t: loss(exact((H0, J0, G0), PSI, [t], imaginary)), 0.9, 1.0)
         assert mx.grad(f)(mx.array(0.9)).item() == pytest.approx(expected, rel=1e-4)
+
+
+class TestComplexHamiltonians:
+    """Of H with imaginary parts: strings with one Y, and stored values."""
+
+    @KINDS
+    def test_by_coefficients(self, imaginary):
+        c = np.array([0.4, -1.1, 0.8])
+
+        def model(c):
+            odd = {"XY": [(c[0], 0, 1)], "YX": [(c[1], 1, 3)]}
+            return pauli_sum({**odd, "ZZ": [(c[2], 0, 4)], "X": [(1, 2)]}, N)
+
+        parts = [model(row).todense() for row in (*np.eye(3).tolist(), [0.0, 0.0, 0.0])]
+        rest = to_numpy(parts.pop()).astype(np.complex128)
+        parts = [to_numpy(part) - rest for part in parts]
+
+        def f(*c):
+            return loss(evolve(model(c), as_mlx(PSI), [1.3], imaginary=imaginary))
+
+        def g(c):
+            H = rest + sum(a * part for a, part in zip(c, parts, strict=True))
+            state = scipy.linalg.expm((-1.3 if imaginary else -1.3j) * H) @ PSI
+            return loss((state / np.linalg.norm(state) if imaginary else state)[None])
+
+        slopes = mx.grad(f, argnums=(0, 1, 2))(*map(mx.array, c.tolist()))
+        expected = [difference(g, c, unit) for unit in np.eye(3)]
+        np.testing.assert_allclose(slopes, expected, rtol=1e-4, atol=1e-3)
+
+    @pytest.mark.parametrize("stores", [True, False])
+    @KINDS
+    def test_by_values(self, imaginary, stores):
+        rng = np.random.default_rng(1)
+        H, move = rng.normal(size=(2, DIM, DIM)) + 1j * rng.normal(size=(2, DIM, DIM))
+        H, move = (H + H.conj().T) / 8, move + move.conj().T
+        form = from_dense(as_mlx(H))
+
+        def f(data):
+            A = CSRArray(data, form.pattern) if stores else data
+            return loss(evolve(A, as_mlx(PSI), [0.8], imaginary=imaginary))
+
+        def g(H):
+            state = scipy.linalg.expm((-0.8 if imaginary else -0.8j) * H) @ PSI
+            return loss((state / np.linalg.norm(state) if imaginary else state)[None])
+
+        slope = to_numpy(mx.grad(f)(form.data if stores else as_mlx(H))).reshape(DIM, DIM)
+        expected = difference(g, H, move)
+        assert np.vdot(slope, move).real == pytest.approx(expected, rel=1e-4, abs=1e-3)
 
 
 class TestClosedForms:
@@ -389,6 +440,16 @@ class TestRefused:
         for function in (f, lambda x: mx.grad(lambda y: mx.real(f(y)).sum())(x)):
             with pytest.raises(ValueError, match=rf"^\[evolve\] {name} must hold numbers"):
                 getattr(mx, transform)(function)(mx.stack([of, of]) if transform == "vmap" else of)
+
+    def test_what_is_not_finite(self):
+        def f(h):
+            return loss(evolve(IsingOperator(N, h), as_mlx(PSI), [1.0])) * math.inf
+
+        h = mx.array(0.7)
+        with pytest.raises(ValueError, match=r"^\[evolve\] the gradient by its states must be fin"):
+            mx.grad(f)(h)
+        with pytest.raises(ValueError, match=r"^\[evolve\] the tangent of an argument must be fin"):
+            mx.jvp(f, [h], [h * math.nan])
 
     def test_second_derivatives(self):
         def f(h):
