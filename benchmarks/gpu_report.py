@@ -12,7 +12,7 @@ from char_lm import ROOT, write_table
 from gpu_cells import ALL_BLOCKS, PRODUCTS, ROWS
 
 FOLDER = ROOT / "benchmarks/results"
-RESULTS = FOLDER / "gpu_h200.json"  # of the card whose numbers README.md shows
+RESULTS = FOLDER / "gpu_h200.json"  # of the card whose numbers docs/backends.md shows
 PLOT = ROOT / "docs/gpu.png"
 CARDS = ("h200", "h100")
 
@@ -25,7 +25,7 @@ def results_of(card: str) -> Path:
 def write() -> None:
     """Write all tables, and the plot."""
     results = json.loads(RESULTS.read_text())
-    write_table("gpu", table(results))
+    write_table("gpu", table(results), "docs/backends.md")
     plot(results)
     page = "benchmarks/README.md"
     for name, text in PARTS.items():
@@ -148,7 +148,7 @@ def parallel(results: dict) -> str:
 
 
 def table(results: dict) -> str:
-    """Return the README's table."""
+    """Return the table of docs/backends.md."""
     lines = [
         "| B | density | kernel, ms | MLX dense | PyTorch BSR | layer call, ms | MLX dense |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -125,7 +125,7 @@ def label(results: Result, peer: str) -> str:
 
 
 def summary(results: Result) -> str:
-    """Return the README's table: ratios at 1024 features and 256 rows, and of Ising products."""
+    """Return the table of docs/backends.md: 1024 features and 256 rows, and Ising products."""
     peers = [p for p in SUMMARY if p in results["machine"]["peers"]]
     head = ["product", *(label(results, peer) for peer in peers)]
     rows = []
@@ -522,7 +522,7 @@ def pyplot() -> Any:
 
 
 MARKS: dict[tuple[str, str], Callable[[Result], str]] = {  # page, mark: what is between the marks
-    ("README.md", "cpu"): summary,
+    ("docs/backends.md", "cpu"): summary,
     (PAGE, "cpu_aims"): aims,
     (PAGE, "cpu_slopes"): slopes,
     (PAGE, "cpu_tables"): lambda results: tables(results) + "\n\n" + machine(results),

@@ -9,7 +9,8 @@ language model that mlx-lm loads, with a text that it is for. At each density th
   distilled   the same, after some minutes of training towards the dense model, block by block
 
 What is done is kept in the folder of --checkpoint. Interrupt it at any time: --resume goes on.
-On Linux without a GPU, load OpenBLAS before MLX (README.md): dense products take long otherwise.
+On Linux without a GPU, load OpenBLAS before MLX (docs/backends.md): dense products are slow
+otherwise.
 
   python examples/sparsify_pretrained.py --plot pretrained.png
   python examples/sparsify_pretrained.py --densities 0.5 --minutes 10 --checkpoint runs/half
