@@ -60,9 +60,8 @@ def problems(folder: Path) -> list[str]:
             if len(picture.get("alt") or "") < 4:
                 found.append(f"{name}: {picture.get('src')} is not described")
     ids = set().union(*(page.ids for page in pages.values()))
-    found += [
-        f"{name} has no place on a page" for name in api_pages.public_names() if name not in ids
-    ]
+    missing = [name for name in api_pages.public_names() if name not in ids]
+    return found + [f"{name} has no place on a page" for name in missing]
 
 
 def main() -> None:

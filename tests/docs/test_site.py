@@ -11,7 +11,7 @@ from mlx_sparse_nn import patterns, physics
 
 sys.path.insert(0, str(ROOT / "docs/site"))
 
-import api_pages  # noqa: E402
+import api_pages
 
 NAMES = api_pages.public_names()
 
