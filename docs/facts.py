@@ -56,20 +56,25 @@ def pretrained(what: str) -> dict[float, float]:
 
 def at_densities(values: dict[float, float], form: str) -> str:
     """Return the values of a sparse model, from the densest down."""
-    return ", ".join(f"{values[d]:{form}} at {d:g}" for d in sorted(values, reverse=True) if d < 1)
+    return ", ".join(f"{values[d]:{form}}" for d in sorted(values, reverse=True) if d < 1)
 
 
 def quality() -> list[str]:
     """Return how often MiniLM finds the text that a sentence belongs to."""
     values = pretrained("accuracy")
-    what = "MiniLM made sparse: a sentence finds its text, of 150"
+    densities = ", ".join(f"{d:g}" for d in sorted(values, reverse=True) if d < 1)
+    what = f"MiniLM at densities {densities}: how often a sentence finds its text, of 150"
     return [what, f"{values[1.0]:.2f}", at_densities(values, ".2f")]
 
 
 def size() -> list[str]:
     """Return the bytes of its linear layers."""
     values = {density: n / MIB for density, n in pretrained("linear_bytes").items()}
-    return ["its linear layers, MiB", f"{values[1.0]:.1f}", at_densities(values, ".1f")]
+    return [
+        "its linear layers, at these densities, MiB",
+        f"{values[1.0]:.1f}",
+        at_densities(values, ".1f"),
+    ]
 
 
 def has_run() -> list[str]:

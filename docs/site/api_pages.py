@@ -5,6 +5,7 @@ page of the folder or file that defines it, so a new name needs nothing here.
 """
 
 import inspect
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,7 +93,8 @@ def text(key: str, names: dict[str, object]) -> str:
 
 def _markdown(rst: str) -> str:
     """Return a sentence of a docstring for a cell of a table."""
-    return rst.replace("``", "`").replace("|", "\\|").replace(":func:", "").replace(":class:", "")
+    formulas = re.sub(r":math:`(.*?)`", r"$\1$", rst)
+    return re.sub(r":\w+:(?=`)", "", formulas).replace("``", "`").replace("|", "\\|")
 
 
 def write(folder: Path) -> None:

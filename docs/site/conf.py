@@ -4,8 +4,11 @@ The source folder is the root of the repository, so a link that works in a check
 pages are shown, works here. ``make docs`` builds it.
 """
 
+import inspect
 import sys
 from pathlib import Path
+
+from sphinx.util.inspect import stringify_signature  # pyright: ignore[reportMissingImports]
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
@@ -62,7 +65,6 @@ suppress_warnings = ["myst.header"]  # pages that begin with a heading of the se
 autodoc_default_options = {
     "members": True,
     "inherited-members": "Module, dict, tuple, ValueError, AssertionError, Exception",
-    "show-inheritance": False,
 }
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -79,6 +81,7 @@ html_theme = "furo"
 html_title = "mlx_sparse_nn"
 html_static_path = [str(FOLDER / "static")]
 html_css_files = ["site.css"]
+html_favicon = str(FOLDER / "static/icon.svg")
 html_extra_path = [str(FOLDER / "extra")]  # index.html, which leads to README.html
 html_copy_source = False
 html_show_sphinx = False
@@ -98,7 +101,19 @@ def add_menu(app, docname, source) -> None:
             source[0] += "\n".join(["", "```{toctree}", *tree, "```", ""])
 
 
+def add_signature(app, what, name, value, options, signature, returns):
+    """Show how a class is called: a ``__new__`` that takes anything hides ``__init__``."""
+    if what == "class" and signature and signature.startswith("(*args"):
+        called = inspect.signature(value.__init__)
+        rest = list(called.parameters.values())[1:]
+        return stringify_signature(
+            called.replace(parameters=rest), unqualified_typehints=True
+        ), returns
+    return None
+
+
 def setup(app) -> None:
     api_pages.write(ROOT / "docs/api")
     mathml.setup(app)
     app.connect("source-read", add_menu)
+    app.connect("autodoc-process-signature", add_signature)
