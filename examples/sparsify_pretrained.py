@@ -223,7 +223,7 @@ def table(results: dict[str, Any]) -> str:
         ]
         sizes = [f"{row[key] / 2**20:.1f}" for key in ("linear_bytes", "bytes")]
         speed = f"{row['forward']['dense'] / row['forward']['model']:.1f}"
-        lines.append([f"{row['density']:.0%}", row["method"], *cells, *sizes, speed])
+        lines.append([f"{row['density']:g}", row["method"], *cells, *sizes, speed])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
