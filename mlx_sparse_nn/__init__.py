@@ -1,7 +1,7 @@
 """Block-sparse layers, sparse arrays and sparse Hamiltonians for MLX."""
 
 try:
-    import mlx.core
+    from mlx import core as _mlx  # noqa: F401
 except ImportError as error:  # on Linux, MLX alone has no backend: its library is a package more
     if "libmlx" not in str(error):
         raise
