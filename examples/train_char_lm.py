@@ -265,11 +265,9 @@ def check_finite(what: str, loss: float, step: int) -> None:
 
 def said(loss: float, bar: tqdm, args: argparse.Namespace) -> str:
     """Return what stands behind the bar."""
-    characters, seconds = (
-        (bar.n - bar.initial) * args.batch * args.context,
-        bar.format_dict["elapsed"],
-    )
-    return f"loss {loss:.3f}, {characters / max(seconds, 1e-9):,.0f} characters/s"
+    characters = (bar.n - bar.initial) * args.batch * args.context
+    speed = characters / max(bar.format_dict["elapsed"], 1e-9)
+    return f"loss {loss:.3f}, {speed:,.0f} characters/s"
 
 
 def report(model: CharLM, seconds: float, validation_loss: float) -> None:
