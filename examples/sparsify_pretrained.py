@@ -256,7 +256,10 @@ def draw(path: Path, results: dict[str, Any]) -> None:
         (row for row in rows if row["method"] == "calibrated"), key=lambda row: row["density"]
     )
     densities = [row["density"] for row in sparse]
-    for key, label, style in (("bytes", "the whole file", "o-"), ("linear_bytes", "linear", "s-")):
+    for key, label, style in (
+        ("bytes", "the whole file", "o-"),
+        ("linear_bytes", "linear layers", "s-"),
+    ):
         sizes = [*(row[key] for row in sparse), dense[key]]
         middle.plot([*densities, 1.0], [size / 2**20 for size in sizes], style, label=label)
     middle.set(ylabel="MiB", title="size")
@@ -265,8 +268,8 @@ def draw(path: Path, results: dict[str, Any]) -> None:
     speeds = [row["forward"]["dense"] / row["forward"]["model"] for row in sparse]
     right.plot(densities, speeds, "o-")
     right.axhline(1, color="tab:gray", linewidth=1)
-    right.set(ylabel="times as fast as dense", title=f"speed ({results['machine']})")
-    right.title.set_fontsize(8)
+    right.set(ylabel="times as fast as dense", title="speed")
+    figure.suptitle(results["machine"].partition(", Device")[0], fontsize="medium")
     for axis in (left, middle, right):
         axis.set_xlabel("density of the layers")
     figure.savefig(path, dpi=120)
