@@ -49,6 +49,19 @@ PAGES = {
 }
 
 
+def examples() -> dict[str, str]:
+    """Return the code of ``examples.md`` by the full name that it is of."""
+    text = Path(__file__).with_name("examples.md").read_text(encoding="utf-8")
+    found = re.findall(r"^## (\S+)\n```python\n(.*?)```", text, re.MULTILINE | re.DOTALL)
+    return {f"mlx_sparse_nn.{name}": code for name, code in found}
+
+
+def imports(code: str) -> str:
+    """Return the import of what an example uses of the package."""
+    used = sorted(set(re.findall(r"[A-Za-z_]\w*", code)) & set(mlx_sparse_nn.__all__))
+    return f"from mlx_sparse_nn import {', '.join(used)}\n" if used else ""
+
+
 def public_names() -> dict[str, object]:
     """Return every public object by its full name, in order of the alphabet."""
     found = {}
@@ -77,7 +90,7 @@ def page_of(value: object) -> str:
 
 def text(key: str, names: dict[str, object]) -> str:
     """Return a page: a list of its names, then each with its docstring."""
-    page = PAGES[key]
+    page, more = PAGES[key], examples()
     lines = [f"# {page.title}", "", page.says, "", "| name | in one line |", "| --- | --- |"]
     for name, value in names.items():
         first = (inspect.getdoc(value) or "").partition("\n\n")[0].replace("\n", " ")
@@ -88,6 +101,8 @@ def text(key: str, names: dict[str, object]) -> str:
         directive = "autoclass" if inspect.isclass(value) else "autofunction"
         short = name.removeprefix("mlx_sparse_nn.")
         lines += ["", f"## `{short}`", "", "```{eval-rst}", f".. {directive}:: {name}", "```"]
+        if code := more.get(name):
+            lines += ["", "```python", imports(code) + code.rstrip(), "```"]
     return "\n".join(lines) + "\n"
 
 

@@ -3,6 +3,10 @@
 import inspect
 import sys
 
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
 import pytest
 from support import ROOT
 
@@ -57,6 +61,28 @@ def test_a_name_is_described_where_one_looks_for_it(name):
 )
 def test_pages_are_those_of_the_rooms(name, key):
     assert api_pages.page_of(NAMES[f"mlx_sparse_nn.{name}"]) == key
+
+
+MORE = api_pages.examples()
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_an_example_runs(name, tmp_path, monkeypatch):
+    assert name in NAMES
+    assert ">>>" not in (inspect.getdoc(NAMES[name]) or "")  # a docstring's own is enough
+    monkeypatch.chdir(tmp_path)  # some write a file
+    names = {"mx": mx, "nn": nn, "np": np, "optim": optim}
+    device = mx.default_device()
+    try:
+        exec(compile(api_pages.imports(MORE[name]) + MORE[name], name, "exec"), names)
+    finally:
+        mx.set_default_device(device)
+
+
+def test_every_name_has_an_example():
+    documented = {name for name, value in NAMES.items() if ">>>" in (inspect.getdoc(value) or "")}
+    missing = sorted(NAMES.keys() - documented - MORE.keys())
+    assert not missing, f"an Example in its docstring, or in docs/site/examples.md: {missing}"
 
 
 def test_pages_are_written_once(tmp_path):
