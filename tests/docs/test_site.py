@@ -1,5 +1,6 @@
 """The site: its API pages have every public name, each on the page where one looks for it."""
 
+import doctest
 import inspect
 import sys
 
@@ -77,6 +78,68 @@ def test_an_example_runs(name, tmp_path, monkeypatch):
         exec(compile(api_pages.imports(MORE[name]) + MORE[name], name, "exec"), names)
     finally:
         mx.set_default_device(device)
+
+
+# What stands before the example of a docstring, in the words of its reader: "model" is theirs.
+STAGE = {
+    "advise": "",
+    "calibrate": "model, batches = encoder, inputs",
+    "layer_moments": "model, tokens = Model(), rows",
+    "qspmm": "pattern = patterns.banded(64, 64, 1, 32); data = mx.ones(pattern.data_shape); "
+    "x = mx.ones((3, 64))",
+    "refit": "dense, model, batches = Model(), Model(), [rows]; sparsify(model, density=0.5)",
+    "restore": "made = nn.Sequential(nn.Linear(64, 64)); sparsify(made, density=0.5); "
+    "made.save_weights('sparse.safetensors'); model = nn.Sequential(nn.Linear(64, 64))",
+    "save_trainable": "model = mlp; sparsify(model, density=0.5)",
+    "sensitivity": "model, batches = encoder, inputs",
+    "shard_boundaries": "mlp = nn.Module(); up, down = nn.Linear(64, 96), nn.Linear(96, 64); "
+    "mlp.up, mlp.down = map(BlockSparseLinear.from_linear, (up, down))",
+    "sparsify": "",
+    "summary": "model = mlp",
+    "verify": "model = mlp; sparsify(model, density=0.5); model = model.layers[0]",
+}
+SETTING = """
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Module()]
+        self.layers[0].up = nn.Linear(64, 64)
+
+    def __call__(self, x):
+        return self.layers[0].up(x)
+
+
+mx.random.seed(0)
+encoder = nn.TransformerEncoder(num_layers=2, dims=64, num_heads=4)
+inputs = [(mx.random.normal((2, 32, 64)), None)]
+mlp = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 64))
+rows = mx.random.normal((64, 64))
+"""
+
+
+def examples_of(name):
+    """Return the examples of a docstring, and those of the methods of a class."""
+    value = NAMES[name]
+    module = sys.modules[value.__module__]
+    names = vars(module) | {k: getattr(mlx_sparse_nn, k) for k in mlx_sparse_nn.__all__}
+    names |= {k: getattr(physics, k) for k in physics.__all__ if "physics" in name}
+    names |= {"mx": mx, "nn": nn, "np": np}
+    found = doctest.DocTestFinder().find(value, name, module=module, globs=names)
+    return [test for test in found if test.examples]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if examples_of(name)])
+def test_the_example_of_a_docstring_runs(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    short = name.removeprefix("mlx_sparse_nn.")
+    for test in examples_of(name):
+        if short in STAGE:  # what it prints depends on the machine, or on what is drawn
+            exec(SETTING + STAGE[short], test.globs)
+            for example in test.examples:
+                exec(example.source, test.globs)
+        else:
+            assert doctest.DocTestRunner(optionflags=flags).run(test).failed == 0, test.name
 
 
 def test_every_name_has_an_example():
