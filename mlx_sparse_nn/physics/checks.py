@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.core.checks import check_size
-from mlx_sparse_nn.core.transforms import transforming
-from mlx_sparse_nn.physics.precision import epsilon, pairwise_sum
+from mlx_sparse_nn.core.transforms import is_traced, transforming
+from mlx_sparse_nn.physics.precision import epsilon, largest_part, pairwise_sum
 
 Values: TypeAlias = "float | Sequence[float] | np.ndarray | mx.array"
 
@@ -107,15 +107,43 @@ def check_basis_memory(owner: str, size: int, dim: int, dtype: mx.Dtype) -> None
 
 def check_hamiltonian(owner: str, H: Any) -> int:
     """Return the dimension of a square Hamiltonian, or raise."""
-    if isinstance(H, np.ndarray) or not (hasattr(H, "shape") and hasattr(H, "__matmul__")):
+    made_by = {base.__module__.split(".")[0] for base in type(H).__mro__}
+    if made_by & {"numpy", "scipy"} or not (hasattr(H, "shape") and hasattr(H, "__matmul__")):
+        if "scipy" in made_by:  # NumPy computes its products, which no transform of MLX can follow
+            advice = "mlx_sparse_nn.from_scipy(H) makes a CSRArray of a sparse matrix"
+        elif "numpy" in made_by:
+            advice = "mx.array(H) makes one of it"
+        else:
+            advice = "any object with shape whose H @ psi is an mx.array will also do"
         raise TypeError(
             f"[{owner}] H must be a CSRArray, an IsingOperator or an mx.array, got "
-            f"{type(H).__name__}; any object with shape whose H @ psi is an mx.array will also do"
+            f"{type(H).__name__}; {advice}"
         )
     shape = tuple(H.shape)
     if len(shape) != 2 or shape[0] != shape[1]:
         raise ValueError(f"[{owner}] H must be square, got shape {shape}")
     return shape[0]
+
+
+def check_product(owner: str, H: Any, psi: mx.array) -> mx.array:
+    """Return ``H @ psi``, or raise unless MLX computes it from ``psi``.
+
+    A product that NumPy computes would have the gradient 0, without a word.
+    """
+    advice = "must be computed by MLX from psi, or mx.grad and its like cannot follow it"
+    try:
+        product = H @ psi
+    except ValueError as error:
+        if not str(error).startswith("[eval]"):
+            raise
+        raise TypeError(f"[{owner}] H @ psi {advice}: it reads the numbers of psi") from error
+    if not isinstance(product, mx.array):
+        raise TypeError(f"[{owner}] H @ psi must be an mx.array, got {type(product).__name__}")
+    if product.shape != psi.shape:
+        raise ValueError(f"[{owner}] H @ psi has shape {product.shape}, psi has {psi.shape}")
+    if is_traced(psi) and not is_traced(product):
+        raise TypeError(f"[{owner}] H @ psi {advice}: it does not depend on psi")
+    return product
 
 
 def check_hermitian(owner: str, H: Any, normals: Callable[[], mx.array]) -> None:
@@ -153,11 +181,22 @@ def check_state(owner: str, name: str, psi: mx.array, dim: int | None = None) ->
 
 def check_state_of_sites(owner: str, psi: mx.array) -> tuple[mx.array, int]:
     """Return a state of ``(2**n,)``, as :func:`check_state` does, and n, or raise."""
-    _check_array(owner, "psi", psi)
-    n = psi.size.bit_length() - 1
-    if psi.ndim != 1 or n < 1 or psi.size != 1 << n:
-        raise ValueError(f"[{owner}] psi has shape {psi.shape}, expected (2**n,) with n >= 1")
+    n = _sites(owner, psi, "(2**n,)", (1,))
     return _check_amplitudes(owner, "psi", psi), n
+
+
+def check_columns_of_sites(owner: str, psi: mx.array) -> tuple[mx.array, int]:
+    """Return states of ``(2**n,)`` or ``(2**n, k)``, whatever they hold, and n, or raise."""
+    return psi, _sites(owner, psi, "(2**n,) or (2**n, k)", (1, 2))
+
+
+def _sites(owner: str, psi: mx.array, expected: str, ndims: tuple[int, ...]) -> int:
+    """Return n of a shape that begins with 2**n, or raise."""
+    _check_array(owner, "psi", psi)
+    n = (psi.shape[0] if psi.ndim else 0).bit_length() - 1
+    if psi.ndim not in ndims or n < 1 or psi.shape[0] != 1 << n:
+        raise ValueError(f"[{owner}] psi has shape {psi.shape}, expected {expected} with n >= 1")
+    return n
 
 
 def _check_array(owner: str, name: str, psi: mx.array) -> None:
@@ -171,7 +210,7 @@ def _check_amplitudes(owner: str, name: str, psi: mx.array) -> mx.array:
         raise ValueError(f"[{owner}] {name} must not be empty, got shape {psi.shape}")
     psi = psi.astype(mx.result_type(psi, mx.float32))
     if not transforming():
-        largest = float(mx.abs(psi).max())
+        largest = float(largest_part(psi))
         if not math.isfinite(largest):
             raise ValueError(f"[{owner}] {name} must be finite, its largest magnitude is {largest}")
         if largest == 0:
@@ -190,8 +229,8 @@ def check_index(owner: str, name: str, value: int, last: int) -> int:
 
 def check_axis(owner: str, axis: str) -> None:
     """Raise unless ``axis`` is one of those along which a spin is measured."""
-    if axis not in ("z", "x"):
-        raise ValueError(f"[{owner}] axis must be 'z' or 'x', got {axis!r}")
+    if axis not in ("z", "x", "y"):
+        raise ValueError(f"[{owner}] axis must be 'z', 'x' or 'y', got {axis!r}")
 
 
 def check_time(owner: str, t: float) -> float:
