@@ -58,7 +58,7 @@ def test_every_observable_is_that_of_the_standard_matrices(axis):
     one = STANDARD[axis]
     expected = [mean({site: one}) for site in range(n)]
     np.testing.assert_allclose(magnetization(psi, axis), expected, atol=1e-5)
-    expected = [[mean({i: one, j: one}) if i != j else 1 for i in range(n)] for j in range(n)]
+    expected = [[mean({i: one, j: one}) if i != j else 1.0 for i in range(n)] for j in range(n)]
     np.testing.assert_allclose(correlation(psi, axis), expected, atol=1e-5)
 
 
