@@ -59,7 +59,7 @@ def test_every_observable_is_that_of_the_standard_matrices(axis):
     expected = [mean({site: one}) for site in range(n)]
     np.testing.assert_allclose(magnetization(psi, axis), expected, atol=1e-5)
     expected = [[mean({i: one, j: one}) if i != j else 1.0 for i in range(n)] for j in range(n)]
-    np.testing.assert_allclose(correlation(psi, axis), expected, atol=1e-5)
+    np.testing.assert_allclose(correlation(psi, axis), np.array(expected), atol=1e-5)
 
 
 def test_ground_state_and_evolution_are_those_of_the_matrix_by_hand():
