@@ -19,6 +19,7 @@ from mlx_sparse_nn.physics import (
     fidelity,
     lanczos,
     magnetization,
+    pauli_sum,
     transverse_field_ising,
     variance,
 )
@@ -132,6 +133,20 @@ class TestValues:
             assert entanglement_entropy(cat, cut).item() == pytest.approx(np.log(2), rel=1e-6)
             assert entanglement_entropy(mx.ones(16), cut).item() == pytest.approx(0, abs=1e-6)
             assert entanglement_entropy(cat * 1j, cut).item() == pytest.approx(np.log(2), rel=1e-6)
+
+    @pytest.mark.parametrize("axis", PAULI)
+    def test_axes_are_those_of_pauli_strings(self, axis):
+        """A Dzyaloshinskii-Moriya chain winds its spins, which shows both signs of Y."""
+        n, name = 5, axis.upper()
+        bonds = [(i, i + 1) for i in range(n - 1)]
+        moriya = pauli_sum({"XY": (1.0, bonds), "YX": (-1.0, bonds), "X": (0.3, range(n))}, n)
+        psi = lanczos(moriya).states[:, 0]
+        spins = [expectation(pauli_sum({name: [(1.0, i)]}, n), psi).item() for i in range(n)]
+        np.testing.assert_allclose(magnetization(psi, axis), spins, atol=1e-5)
+        pairs = correlation(psi, axis)
+        for i, j in [(0, 1), (1, 2), (4, 2)]:
+            expected = expectation(pauli_sum({2 * name: [(1.0, i, j)]}, n), psi).item()
+            assert pairs[i, j].item() == pytest.approx(expected, abs=1e-5)
 
     def test_spins_that_point_along_an_axis(self):
         """A spin in a field along y turns into x: the sign of Y is what the precession sees."""
