@@ -299,6 +299,7 @@ class TestEveryNormAndUnit:
         assert slope(mx.array(0.7 * kelvin)).item() == pytest.approx(-dense, rel=1e-5)
 
     @pytest.mark.parametrize("unit", [1.380649e-23, 1e-30, 1e20])
+    @pytest.mark.not_emulated("needs mx.compile")
     def test_a_variance_that_float32_has_not(self, unit):
         psi = random_state(4)
         H = ising(psi, unit)
@@ -376,6 +377,7 @@ class TestHamiltoniansThatMLXCannotFollow:
 
     @pytest.mark.parametrize("transform", [name for name in TRANSFORMS if name != "none"])
     @pytest.mark.parametrize("function", [expectation, variance])
+    @pytest.mark.not_emulated("needs mx.compile")
     def test_a_product_by_numpy_is_refused(self, function, transform):
         H = OnTheHost(lambda x: mx.array(np.array(x) * 2))
         message = rf"\[{function.__name__}\] H @ psi must be computed by MLX from psi"
