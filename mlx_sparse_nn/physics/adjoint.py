@@ -35,7 +35,7 @@ class Slope:
 
     Args:
         arrays: What H depends on.
-        rebuild: Makes H of such arrays, in its own unit.
+        rebuild: Makes H of such arrays.
 
     Attributes:
         factor: c.

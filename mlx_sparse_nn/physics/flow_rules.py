@@ -83,7 +83,7 @@ class FlowRules:
             # Relative to the largest, so that sums are of ordinary size.
             largest = float(mx.abs(cotangent).max()) or 1.0
             cotangents = [weighted(product.from_array(c / largest)) for c in cotangent]
-            slope = Slope(arrays, self._in_unit_of(product))
+            slope = Slope(arrays, self.rebuild)
             total: Weighted = None
             for i in np.flatnonzero(flow.times == 0):
                 total = added(total, cotangents[i])
@@ -116,13 +116,15 @@ class FlowRules:
         with mx.stream(flow.device):
             product = self._product(arrays)
             unit, norm = flow.unit(product, psi)
-            rebuild, zero = self._in_unit_of(product), unit * 0.0
+            zero = unit * 0.0
 
             def slope(row: Row) -> Row:
                 if not arrays:
                     return zero
-                x = product.to_states(row)
-                _, (out,) = mx.jvp(lambda *a: rebuild(a) @ x, list(arrays), list(d_arrays))
+                x, exponent = product.to_states(row), product.H.exponent
+                _, (out,) = mx.jvp(
+                    lambda *a: Scaled(self.rebuild(a), exponent) @ x, list(arrays), list(d_arrays)
+                )
                 return product.to_row(out)
 
             begin = weighted(product.from_array(d_psi), 1 / norm)
@@ -171,9 +173,6 @@ class FlowRules:
 
     def _product(self, arrays: Sequence[mx.array]) -> Product:
         return self.flow.product(self.rebuild(arrays))
-
-    def _in_unit_of(self, product: Product) -> Rebuild:
-        return lambda arrays: Scaled(self.rebuild(arrays), product.H.exponent)
 
     def _split(
         self, operands: Sequence[mx.array]
