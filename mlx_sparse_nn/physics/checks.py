@@ -265,6 +265,13 @@ def check_state(owner: str, name: str, psi: mx.array, dim: int | None = None) ->
 
     What it holds is looked at unless a transform is running.
     """
+    return check_sized_state(owner, name, psi, dim)[0]
+
+
+def check_sized_state(
+    owner: str, name: str, psi: mx.array, dim: int | None = None
+) -> tuple[mx.array, mx.array]:
+    """Return a state as :func:`check_state` does, and its largest part, ``()``, or raise."""
     _check_array(owner, name, psi)
     if psi.ndim != 1 or dim not in (None, psi.size):
         needs = "expected one axis" if dim is None else f"H needs ({dim},)"
@@ -272,10 +279,10 @@ def check_state(owner: str, name: str, psi: mx.array, dim: int | None = None) ->
     return _check_amplitudes(owner, name, psi)
 
 
-def check_state_of_sites(owner: str, psi: mx.array) -> tuple[mx.array, int]:
-    """Return a state of ``(2**n,)``, as :func:`check_state` does, and n, or raise."""
+def check_state_of_sites(owner: str, psi: mx.array) -> tuple[mx.array, mx.array, int]:
+    """Return a state of ``(2**n,)``, as :func:`check_sized_state` does, and n, or raise."""
     n = _sites(owner, psi, "(2**n,)", (1,))
-    return _check_amplitudes(owner, "psi", psi), n
+    return *_check_amplitudes(owner, "psi", psi), n
 
 
 def check_columns_of_sites(owner: str, psi: mx.array) -> tuple[mx.array, int]:
@@ -297,23 +304,26 @@ def _check_array(owner: str, name: str, psi: mx.array) -> None:
         raise TypeError(f"[{owner}] {name} must be an mx.array, got {type(psi).__name__}")
 
 
-def _check_amplitudes(owner: str, name: str, psi: mx.array) -> mx.array:
-    """Return amplitudes as float32 or wider, or raise if they are all zero or not finite."""
+def _check_amplitudes(owner: str, name: str, psi: mx.array) -> tuple[mx.array, mx.array]:
+    """Return amplitudes as float32 or wider, and their largest part, or raise.
+
+    They must not all be zero, and must be finite.
+    """
     if not psi.size:
         raise ValueError(f"[{owner}] {name} must not be empty, got shape {psi.shape}")
     psi = psi.astype(mx.result_type(psi, mx.float32))
-    if not transforming():
-        check_magnitude(owner, name, psi)
-    return psi
+    return psi, largest_part(psi) if transforming() else check_magnitude(owner, name, psi)
 
 
-def check_magnitude(owner: str, name: str, psi: mx.array) -> None:
-    """Raise if amplitudes are all zero, or not finite."""
-    largest = float(largest_part(psi))
-    if not math.isfinite(largest):
-        raise ValueError(f"[{owner}] {name} must be finite, its largest magnitude is {largest}")
-    if largest == 0:
+def check_magnitude(owner: str, name: str, psi: mx.array) -> mx.array:
+    """Return the largest part of amplitudes, ``()``, or raise if it is zero or not finite."""
+    largest = largest_part(psi)
+    host = float(largest)
+    if not math.isfinite(host):
+        raise ValueError(f"[{owner}] {name} must be finite, its largest magnitude is {host}")
+    if host == 0:
         raise ValueError(f"[{owner}] {name} must not be zero")
+    return largest
 
 
 def check_index(owner: str, name: str, value: int, last: int) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -23,7 +23,7 @@ from mlx_sparse_nn.physics.checks import (
     check_hamiltonian,
     check_index,
     check_product,
-    check_state,
+    check_sized_state,
     check_state_of_sites,
 )
 from mlx_sparse_nn.physics.precision import (
@@ -32,6 +32,7 @@ from mlx_sparse_nn.physics.precision import (
     pairwise_sum,
     parts_of,
     power_of_two,
+    times_real,
 )
 
 _TINY = 1e-300  # replaces smaller eigenvalues, so that the logarithm of 0 is finite
@@ -55,8 +56,8 @@ def expectation(H: Any, psi: mx.array) -> mx.array:
         ValueError: ``H`` is not square, ``psi`` does not have shape ``(n,)``, is empty, zero or not
             finite, or the energy does not fit its dtype.
     """
-    _, _, energy, unit = _energy("expectation", H, psi)
-    return _with_unit("expectation", "energy", energy, unit)
+    measured = _energy("expectation", H, psi)
+    return _with_unit("expectation", "energy", measured.energy, measured.unit)
 
 
 def variance(H: Any, psi: mx.array) -> mx.array:
@@ -77,11 +78,11 @@ def variance(H: Any, psi: mx.array) -> mx.array:
     Raises:
         TypeError, ValueError: As in :func:`expectation`.
     """
-    state, product, energy, unit = _energy("variance", H, psi)
+    state, norm, product, energy, unit = _energy("variance", H, psi)
     rest = [h - energy * x for h, x in zip_longest(product, state, fillvalue=0)]
     factor = power_of_two(mx.stack([largest_part(part) for part in rest]).max())
     rest = [part * factor for part in rest]
-    squared = _dot(rest, rest) / _dot(state, state)
+    squared = _dot(rest, rest) / norm
     rounding = (8 * epsilon(energy.dtype) * energy * factor).square()  # all that an eigenstate has
     return _with_unit("variance", "variance", squared, unit / factor, 2, rounding)
 
@@ -105,9 +106,9 @@ def magnetization(psi: mx.array, axis: str = "z") -> mx.array:
         ValueError: ``psi`` does not have shape ``(2**n,)``, is zero or not finite, or ``axis`` is
             none of these.
     """
-    psi, n = check_state_of_sites("magnetization", psi)
+    psi, largest, n = check_state_of_sites("magnetization", psi)
     check_axis("magnetization", axis)
-    norm, spins = _moments(_probabilities(psi, axis, range(n)), 1)
+    norm, spins = _moments(_probabilities(psi, largest, axis, range(n)), 1)
     return spins / norm
 
 
@@ -135,10 +136,10 @@ def correlation(
             range, or ``axis`` is none of these.
     """
     owner = "correlation"
-    psi, n = check_state_of_sites(owner, psi)
+    psi, largest, n = check_state_of_sites(owner, psi)
     check_axis(owner, axis)
     if i is None and j is None:
-        return _all_pairs(_probabilities(psi, axis, range(n)), n)
+        return _all_pairs(_probabilities(psi, largest, axis, range(n)), n)
     if i is None or j is None:
         alone, missing = ("i", "j") if j is None else ("j", "i")
         raise TypeError(
@@ -146,7 +147,7 @@ def correlation(
             "correlation(psi, axis)[i] is that of a site with all"
         )
     low, high = sorted(check_index(owner, name, site, n - 1) for name, site in (("i", i), ("j", j)))
-    weights = _probabilities(psi, axis, {low, high})
+    weights = _probabilities(psi, largest, axis, {low, high})
     if low == high:
         norm = pairwise_sum(weights)
         return mx.stop_gradient(norm / norm)
@@ -182,11 +183,12 @@ def entanglement_entropy(psi: mx.array, cut: int) -> mx.array:
         ValueError: ``psi`` does not have shape ``(2**n,)``, is zero or not finite, or ``cut`` is
             out of range.
     """
-    psi, n = check_state_of_sites("entanglement_entropy", psi)
+    psi, largest, n = check_state_of_sites("entanglement_entropy", psi)
     cut = check_index("entanglement_entropy", "cut", cut, n)
     dtype = mx.float64 if psi.dtype == mx.float64 else mx.float32
     with mx.stream(mx.cpu):  # MLX has eigh and float64 there only
-        parts = [part.reshape(-1, 1 << cut).astype(mx.float64) for part in _scaled_parts(psi)]
+        parts = _scaled_parts(psi, largest)
+        parts = [part.reshape(-1, 1 << cut).astype(mx.float64) for part in parts]
         parts = [part if part.shape[0] <= part.shape[1] else part.T for part in parts]
         if len(parts) == 2:
             # The real matrix [[Re, -Im], [Im, Re]] has each eigenvalue of Re + i Im twice.
@@ -220,23 +222,27 @@ def fidelity(a: mx.array, b: mx.array) -> mx.array:
         ValueError: A state is not one-dimensional, or is empty, zero or not finite, or the lengths
             of the states differ.
     """
-    a = check_state("fidelity", "a", a)
-    b = check_state("fidelity", "b", b)
+    a, largest_a = check_sized_state("fidelity", "a", a)
+    b, largest_b = check_sized_state("fidelity", "b", b)
     if a.size != b.size:
         raise ValueError(f"[fidelity] a has {a.size} amplitudes, b has {b.size}")
-    x, y = ([*_scaled_parts(psi), mx.zeros(1)][:2] for psi in (a, b))  # a real state: and 0
+    x, y = _scaled_parts(a, largest_a), _scaled_parts(b, largest_b)
+    norms = _dot(x, x) * _dot(y, y)
+    if len(x) == len(y) == 1:
+        return pairwise_sum(x[0] * y[0]).square() / norms
+    x, y = ([*parts, mx.zeros(1)][:2] for parts in (x, y))  # beside a complex state
     overlap = [x[0] * y[0] + x[1] * y[1], x[0] * y[1] - x[1] * y[0]]
     squared = _total([pairwise_sum(part).square() for part in overlap])
-    return squared / (_dot(x, x) * _dot(y, y))
+    return squared / norms
 
 
-def _scaled_parts(psi: mx.array) -> list[mx.array]:
+def _scaled_parts(psi: mx.array, largest: mx.array) -> list[mx.array]:
     """Return the parts of a state, times the power of two that keeps squares in range.
 
     No observable depends on that factor, so derivatives of every order are right if it is taken for
     a constant.
     """
-    factor = power_of_two(largest_part(psi))
+    factor = power_of_two(largest)
     return [part * factor for part in parts_of(psi)]
 
 
@@ -250,23 +256,27 @@ def _total(terms: list[mx.array]) -> mx.array:
     return terms[0] + terms[1] if len(terms) == 2 else terms[0]
 
 
-def _energy(
-    owner: str, H: Any, psi: mx.array
-) -> tuple[list[mx.array], list[mx.array], mx.array, mx.array]:
-    """Return the parts of a state of a norm near 1, of its product with H, its energy and the unit.
+class _Energy(NamedTuple):
+    """The energy of a scaled state, in a unit that is a power of two."""
 
-    Product and energy are in that unit, a power of two that is a constant to transforms.
-    """
-    psi = check_state(owner, "psi", psi, check_hamiltonian(owner, H))
-    factor = power_of_two(largest_part(psi))
-    parts = [part * factor for part in parts_of(psi)]
-    factor = factor * power_of_two(mx.sqrt(_dot(parts, parts)))
-    tiny = mx.finfo(factor.dtype).smallest_normal
-    psi = psi * mx.clip(factor, tiny, 1 / tiny)
-    state, product = parts_of(psi), check_product(owner, H, psi)
+    state: list[mx.array]  # its parts
+    norm: mx.array  # squared, between 1 / dim and dim, and mostly near 1
+    product: list[mx.array]  # the parts of H times the state, in the unit
+    energy: mx.array  # in the unit
+    unit: mx.array  # in that of H; transforms take it for a constant
+
+
+def _energy(owner: str, H: Any, psi: mx.array) -> _Energy:
+    """Return the energy of a state, and of what it is made."""
+    dim = check_hamiltonian(owner, H)
+    psi, largest = check_sized_state(owner, "psi", psi, dim)
+    factor = power_of_two(largest) * 2.0 ** -(dim.bit_length() // 2)
+    psi = times_real(psi, mx.maximum(factor, mx.finfo(factor.dtype).smallest_normal))
+    product = check_product(owner, H, psi)
     factor = power_of_two(largest_part(product))
-    product = [part * factor for part in parts_of(product)]
-    return state, product, _dot(state, product) / _dot(state, state), 1 / factor
+    state, product = parts_of(psi), [part * factor for part in parts_of(product)]
+    norm = _dot(state, state)
+    return _Energy(state, norm, product, _dot(state, product) / norm, 1 / factor)
 
 
 def _with_unit(
@@ -296,12 +306,12 @@ def _with_unit(
     return result
 
 
-def _probabilities(psi: mx.array, axis: str, sites: Iterable[int]) -> mx.array:
+def _probabilities(psi: mx.array, largest: mx.array, axis: str, sites: Iterable[int]) -> mx.array:
     """Return ``(2**n,)`` of how likely ``sites`` point along ``axis``, where their bits are set.
 
     The others are measured along z. The sum is not 1.
     """
-    parts = _scaled_parts(psi)
+    parts = _scaled_parts(psi, largest)
     if axis == "y" and len(parts) == 1:
         parts.append(mx.zeros_like(psi))
     signs = mx.array([[-1.0], [1.0]], dtype=parts[0].dtype)

@@ -6,6 +6,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_sparse_nn.core.transforms import transforming
+
 
 def work_dtype(H: Any, v: mx.array | None = None) -> mx.Dtype:
     """Return the dtype of ``H @ v``, at least float32."""
@@ -47,6 +49,17 @@ def power_of_two(largest: mx.array) -> mx.array:
     exponent = mx.right_shift(mx.view(mx.stop_gradient(largest), integer), shift)
     inverse = mx.clip(last - 2 - exponent, 1, last - 2).astype(integer)
     return mx.view(mx.left_shift(inverse, shift), largest.dtype)
+
+
+def times_real(x: mx.array, factor: mx.array) -> mx.array:
+    """Return an array times a real number, ``()``.
+
+    Where no rule for derivatives is needed, a complex array is taken for one of twice as many real
+    numbers: on the CPU, MLX (0.32.4) needs 20 times as long for complex products.
+    """
+    if x.dtype == mx.complex64 and not transforming():
+        return mx.view(mx.view(x, mx.float32) * factor, mx.complex64)
+    return x * factor
 
 
 def pairwise_sum(terms: mx.array) -> mx.array:
