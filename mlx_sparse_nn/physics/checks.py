@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core.checks import check_size
+from mlx_sparse_nn.core.checks import check_size, shown
 from mlx_sparse_nn.core.transforms import is_traced, transforming
 from mlx_sparse_nn.physics.parameters import read
 from mlx_sparse_nn.physics.precision import epsilon, largest_part, pairwise_sum
@@ -35,7 +35,7 @@ def check_chain(owner: str, n_qubits: int, periodic: bool) -> tuple[int, int]:
 def check_bonds(owner: str, bonds: Pairs, n_qubits: int) -> list[tuple[int, int]]:
     """Return bonds as pairs of different sites, each once, or raise."""
     if isinstance(bonds, str) or not (hasattr(bonds, "__iter__") and hasattr(bonds, "__len__")):
-        raise TypeError(f"[{owner}] bonds must be a list of pairs of sites, got {bonds!r}")
+        raise TypeError(f"[{owner}] bonds must be a list of pairs of sites, got {shown(bonds)}")
     checked, first = [], {}
     for index, bond in enumerate(bonds):
         name = f"bonds[{index}]"
@@ -141,12 +141,12 @@ def _real_numbers(
     """Return finite real numbers of shape ``()`` or ``shape`` as float64, or raise."""
     array = np.asarray(values.tolist() if isinstance(values, mx.array) else values)
     if array.dtype.kind not in "iuf":
-        raise TypeError(f"[{owner}] {name} must be real numbers, got {values!r}")
+        raise TypeError(f"[{owner}] {name} must be real numbers, got {shown(values)}")
     if array.shape not in ((), shape):
         raise ValueError(f"[{owner}] {name} must be {expected}, got shape {array.shape}")
     array = array.astype(np.float64)
     if not np.isfinite(array).all():
-        raise ValueError(f"[{owner}] {name} must be finite, got {values!r}")
+        raise ValueError(f"[{owner}] {name} must be finite, got {shown(values)}")
     return array
 
 
@@ -329,7 +329,7 @@ def check_magnitude(owner: str, name: str, psi: mx.array) -> mx.array:
 def check_index(owner: str, name: str, value: int, last: int) -> int:
     """Return ``value`` as an int of 0 to ``last``, or raise."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"[{owner}] {name} must be an integer, got {value!r}")
+        raise TypeError(f"[{owner}] {name} must be an integer, got {shown(value)}")
     if not 0 <= value <= last:
         raise ValueError(f"[{owner}] {name} must be in [0, {last}], got {value}")
     return int(value)
@@ -338,7 +338,7 @@ def check_index(owner: str, name: str, value: int, last: int) -> int:
 def check_axis(owner: str, axis: str) -> None:
     """Raise unless ``axis`` is one of those along which a spin is measured."""
     if axis not in ("z", "x", "y"):
-        raise ValueError(f"[{owner}] axis must be 'z', 'x' or 'y', got {axis!r}")
+        raise ValueError(f"[{owner}] axis must be 'z', 'x' or 'y', got {shown(axis)}")
 
 
 def check_times(owner: str, t: Values) -> tuple[np.ndarray, bool]:
@@ -353,9 +353,11 @@ def check_times(owner: str, t: Values) -> tuple[np.ndarray, bool]:
         host = np.asarray(t)
         elements = t if isinstance(t, list | tuple) else []
         if any(isinstance(a, mx.array) for a in elements):
-            raise TypeError(f"[{owner}] t must be numbers or one mx.array, got {t!r}; use mx.stack")
+            raise TypeError(
+                f"[{owner}] t must be numbers or one mx.array, got {shown(t)}; use mx.stack"
+            )
     if host.dtype.kind not in "iuf":
-        raise TypeError(f"[{owner}] t must be a number or a sequence of numbers, got {t!r}")
+        raise TypeError(f"[{owner}] t must be a number or a sequence of numbers, got {shown(t)}")
     if host.ndim > 1 or not host.size:
         raise ValueError(f"[{owner}] t must be a number or (K,) of them, got shape {host.shape}")
     times = host.astype(np.float64)
@@ -367,7 +369,7 @@ def check_times(owner: str, t: Values) -> tuple[np.ndarray, bool]:
 def check_tol(owner: str, tol: float, minimum: float = 0.0) -> float:
     """Return a positive tolerance of [minimum, 1), or raise."""
     if isinstance(tol, bool) or not isinstance(tol, int | float | np.floating):
-        raise TypeError(f"[{owner}] tol must be a number, got {tol!r}")
+        raise TypeError(f"[{owner}] tol must be a number, got {shown(tol)}")
     if not (minimum <= tol < 1 and tol > 0):
         interval = f"[{minimum:g}, 1)" if minimum else "(0, 1)"
         raise ValueError(f"[{owner}] tol must be in {interval}, got {tol}")

@@ -560,6 +560,26 @@ def test_a_transform_makes_nan_of_a_state_without_a_norm(function, name, value):
     assert mx.isnan(total).item()
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda i: correlation(mx.ones(16), "z", i, 1), "[correlation] i must be an integer"),
+        (lambda cut: entanglement_entropy(mx.ones(16), cut), "[entanglement_entropy] cut must be"),
+        (lambda axis: magnetization(mx.ones(16), axis), "[magnetization] axis must be 'z', 'x' or"),
+        (lambda tol: evolve(H, mx.ones(16), 1.0, tol=tol), "[evolve] tol must be a number"),
+        (lambda n: IsingOperator(n, 0.7).diagonal(), "[IsingOperator] n_qubits must be an integer"),
+        (lambda k: lanczos(H, k).energies, "[lanczos] k must be an integer"),
+    ],
+)
+@pytest.mark.parametrize("transform", [mx.compile, mx.vmap], ids=["compile", "vmap"])
+@pytest.mark.not_emulated("needs mx.compile")
+def test_what_is_traced_is_named(call, message, transform):
+    """It has no numbers to show: MLX would say [eval], and nothing of the argument."""
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)) as error:
+        transform(call)(mx.ones(2, dtype=mx.int32))
+    assert "traced by a transform" in str(error.value)
+
+
 def test_a_state_is_checked_in_a_new_thread():
     """Where MLX traces a compiled function for the first time."""
     with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="must not be zero"):
