@@ -49,6 +49,12 @@ def from_kron_order(psi: mx.array) -> mx.array:
 
     Raises:
         TypeError, ValueError: As in :func:`to_kron_order`.
+
+    Example:
+        >>> up, down = [1.0, 0.0], [0.0, 1.0]
+        >>> psi = from_kron_order(mx.array(np.kron(up, down)))  # site 0 is up, site 1 down
+        >>> magnetization(psi)
+        array([1, -1], dtype=float32)
     """
     return _reordered(*check_columns_of_sites("from_kron_order", psi))
 

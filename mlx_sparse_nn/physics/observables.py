@@ -105,6 +105,10 @@ def magnetization(psi: mx.array, axis: str = "z") -> mx.array:
         TypeError: ``psi`` is not an array.
         ValueError: ``psi`` does not have shape ``(2**n,)``, is zero or not finite, or ``axis`` is
             none of these.
+
+    Example:
+        >>> magnetization(mx.array([1.0, -1j]), "y")  # one site, along y
+        array([1], dtype=float32)
     """
     psi, largest, n = check_state_of_sites("magnetization", psi)
     check_axis("magnetization", axis)
@@ -134,6 +138,15 @@ def correlation(
         TypeError: ``psi`` is not an array, a site is not an integer, or just one is None.
         ValueError: ``psi`` does not have shape ``(2**n,)``, is zero or not finite, a site is out of
             range, or ``axis`` is none of these.
+
+    Example:
+        >>> up_up_down = mx.zeros(8).at[0b011].add(1.0)
+        >>> correlation(up_up_down)
+        array([[1, 1, -1],
+               [1, 1, -1],
+               [-1, -1, 1]], dtype=float32)
+        >>> correlation(up_up_down, "z", 0, 2)
+        array(-1, dtype=float32)
     """
     owner = "correlation"
     psi, largest, n = check_state_of_sites(owner, psi)

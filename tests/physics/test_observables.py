@@ -1,5 +1,7 @@
 """Observables against dense matrices, and their derivatives against differences in float64."""
 
+import doctest
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import scipy.sparse.linalg
 from spins import PAULI_X, PAULI_Z, dense_ising, on_site, random_state
 from support import assert_equal, device_of, to_numpy
 
-from mlx_sparse_nn import CSRArray, csr_array, from_scipy
+from mlx_sparse_nn import CSRArray, csr_array, from_scipy, physics
 from mlx_sparse_nn.physics import (
     IsingOperator,
     correlation,
@@ -17,9 +19,11 @@ from mlx_sparse_nn.physics import (
     exact_ground_energy,
     expectation,
     fidelity,
+    from_kron_order,
     lanczos,
     magnetization,
     pauli_sum,
+    to_kron_order,
     transverse_field_ising,
     variance,
 )
@@ -591,6 +595,18 @@ class TestDerivatives:
             twice = transform(derivative[outer](derivative[inner](entropy)))
             with pytest.raises(ValueError, match=r"\[entanglement_entropy\] psi has been diff"):
                 mx.eval(twice(psi))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [magnetization, correlation, to_kron_order, from_kron_order],
+    ids=lambda f: f.__name__,
+)
+def test_the_example_of_a_docstring(function):
+    names = {**vars(physics), "mx": mx, "np": np}
+    (example,) = doctest.DocTestFinder(recurse=False).find(function, globs=names)
+    assert len(example.examples) > 1 or function is magnetization
+    assert doctest.DocTestRunner().run(example).failed == 0
 
 
 def test_recovers_the_field_from_measured_magnetisation():
