@@ -37,7 +37,7 @@ def largest_part(x: mx.array) -> mx.array:
 
 
 def power_of_two(largest: mx.array) -> mx.array:
-    """Return the power of two that brings a magnitude, ``()``, to [1/2, 1).
+    """Return the power of two that brings a magnitude, ``()``, to [1/2, 1); for 0, it is 1.
 
     Products with it are exact. Neither it nor its inverse leaves the normal numbers, so what is
     nearly too large or too small for the dtype ends in [2**-23, 4). Transforms take it for a
@@ -48,7 +48,8 @@ def power_of_two(largest: mx.array) -> mx.array:
     shift = mx.array(mantissa, integer)
     exponent = mx.right_shift(mx.view(mx.stop_gradient(largest), integer), shift)
     inverse = mx.clip(last - 2 - exponent, 1, last - 2).astype(integer)
-    return mx.view(mx.left_shift(inverse, shift), largest.dtype)
+    power = mx.view(mx.left_shift(inverse, shift), largest.dtype)
+    return mx.where(largest == 0, mx.array(1, largest.dtype), power)
 
 
 def times_real(x: mx.array, factor: mx.array) -> mx.array:

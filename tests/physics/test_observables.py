@@ -325,6 +325,26 @@ class TestEveryNormAndUnit:
         rest = variance(IsingOperator(4, unit, coupling=0.0), uniform).item()
         assert rest == pytest.approx(0, abs=(1e-5 * unit) ** 2)
 
+    def test_the_curvature_of_the_variance_at_an_eigenstate(self):
+        """The variance is 0 there and its gradient too, but 2 (H - E)^2 / <psi|psi> is not."""
+        H = mx.diag(mx.array([1.0, 2.0, 4.0, 8.0]))
+        psi, direction = mx.array([0, 3.0, 0, 0]), mx.array([1.0, 1, 1, 1])
+        slope = mx.grad(lambda psi: variance(H, psi))
+        np.testing.assert_array_equal(slope(psi), np.zeros(4))
+        curvature = mx.jvp(slope, [psi], [direction])[1][0]
+        np.testing.assert_allclose(curvature, 2 / 9 * np.array([1.0, 0, 4, 36]), rtol=1e-6)
+
+    def test_gradients_to_couplings_that_are_zero(self):
+        """H is 0 there: its unit must not be the smallest one, in which slopes lose digits."""
+        psi = mx.array([1.0, 1e-4, 1e-6, 0.5])
+        slopes = mx.grad(lambda h, g: expectation(IsingOperator(2, h, coupling=g), psi), (0, 1))
+        by_h, by_g = slopes(mx.array(0.0), mx.array(0.0))
+        state = to_numpy(psi).astype(np.float64)
+        x = on_site(PAULI_X, 0, 2) + on_site(PAULI_X, 1, 2)
+        assert by_h.item() == pytest.approx(-mean(x, state), rel=1e-6)
+        zz = on_site(PAULI_Z, 0, 2) @ on_site(PAULI_Z, 1, 2)
+        assert by_g.item() == pytest.approx(-mean(zz, state), rel=1e-6)
+
     def test_an_energy_that_float32_has_not(self):
         H = mx.full((4, 4), 3e38)
         message = r"\[expectation\] the energy is not finite, or does not fit mlx.core.float32"
