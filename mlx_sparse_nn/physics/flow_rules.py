@@ -117,27 +117,19 @@ class FlowRules:
             product = self._product(arrays)
             unit, norm = flow.unit(product, psi)
             zero = unit * 0.0
-
-            def slope(row: Row) -> Row:
-                if not arrays:
-                    return zero
-                x, exponent = product.to_states(row), product.H.exponent
-                _, (out,) = mx.jvp(
-                    lambda *a: Scaled(self.rebuild(a), exponent) @ x, list(arrays), list(d_arrays)
-                )
-                return product.to_row(out)
-
+            # H is linear in its arrays: its derivative is the H of their tangents.
+            slope = product.of(Scaled(self.rebuild(d_arrays), product.H.exponent))
             begin = weighted(product.from_array(d_psi), 1 / norm)
             if flow.imaginary:  # the norm of psi does not count
                 begin = orthogonal(begin, unit)
             pairs = [(zero if begin is None else begin[0] * begin[1], unit)] * flow.times.size
             for factor, order, distances in flow.sides(product):
-                turned = weighted(slope(unit), distances[-1])
+                turned = weighted(slope(unit), distances[-1]) if arrays else None
                 scale = max((v[1] for v in (begin, turned) if v is not None), default=1.0)
                 first = zero if begin is None else begin[0] * (begin[1] / scale)
                 way = tangents(
                     product,
-                    lambda row, scale=scale: slope(row) / scale,
+                    lambda row, scale=scale: slope(row) / scale if arrays else zero,
                     (first, unit),
                     distances,
                     factor,

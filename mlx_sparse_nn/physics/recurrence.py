@@ -49,6 +49,10 @@ class Product:
         is_real = not mx.issubdtype(H.dtype, mx.complexfloating)
         self.in_pairs = is_complex and is_real and (stores or dtype == mx.float64)
 
+    def of(self, H: Scaled) -> Product:
+        """Return the product with another H."""
+        return Product(H, self.is_complex, self.dtype, self.on_host)
+
     def __call__(self, row: Row) -> Row:
         """Return the product with one row."""
         return self.to_row(self.H @ self.to_states(row))

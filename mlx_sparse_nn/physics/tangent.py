@@ -21,7 +21,7 @@ import numpy as np
 from mlx_sparse_nn.physics.adjoint import dot
 from mlx_sparse_nn.physics.recurrence import Product, Row
 
-_SIZE = 30  # most products in one step
+_SIZE = 48  # most products in one step
 _GRID = 64  # intervals on which the error of a step is integrated
 
 Pair = tuple[Row, Row]  # tangent, state

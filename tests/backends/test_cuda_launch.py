@@ -63,8 +63,7 @@ def launches(monkeypatch, architecture):
         def call(inputs, template, output_shapes, output_dtypes, grid, threadgroup):
             recorded.append((name, dict(template), grid, threadgroup, shared_memory, source))
             assert len(inputs) == len(input_names)
-            cluster = re.search(r"cluster_dims\((\d+), 1, 1\)", header)
-            assert grid[0] // threadgroup[0] % (int(cluster[1]) if cluster else 1) == 0
+            assert "cluster_dims" not in header  # MLX replays graphs of clusters wrongly
             zeros = mx.zeros(output_shapes[0], output_dtypes[0])
             mx.eval(zeros)
             return [mx.depends(zeros, inputs)]  # one operation, as a launch is
@@ -202,12 +201,13 @@ def test_a_launch_is_that_of_its_own_call(launches):
         y = spmm(mx.ones(pattern.data_shape, dtype), pattern, mx.ones((n, 64), dtype), bias)
         assert y.shape == (n, 64)
         assert y.dtype == dtype
-        name, template, grid, *_ = launches[-1]
+        name, template, grid, *_ = next(launch for launch in launches[::-1] if "spmm" in launch[0])
         assert (template["T"], template["BIAS"]) == (dtype, bias is not None)
         assert (name == "mlx_sparse_nn_spmm_few") is (n <= 16)
         rows = template.get("ROWS", 16)
         assert (grid[1] - 1) * rows < n
-    assert launches[: len(calls)] == launches[len(calls) :]
+    half = len(launches) // 2
+    assert launches[:half] == launches[half:]
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,19 @@
 """Gradients of evolve against differences of dense matrix exponentials, in float64."""
 
+import tracemalloc
+
 import mlx.core as mx
 import numpy as np
 import pytest
 import scipy.linalg
 from spins import dense_ising
-from support import to_numpy
+from support import to_numpy, untyped
 
 from mlx_sparse_nn.physics import (
     IsingOperator,
+    adjoint,
     evolve,
+    expectation,
     flow,
     magnetization,
     recurrence,
@@ -251,6 +255,66 @@ class TestManySteps:
 
         expected = difference(g, 0.0, 1.0)
         np.testing.assert_allclose(to_numpy(tangent), expected, atol=1e-4 * np.abs(expected).max())
+
+
+class Counted:
+    """A state that is a number, and says how many are alive."""
+
+    alive = most = 0
+
+    def __init__(self, value):
+        self.value = value
+        Counted.alive += 1
+        Counted.most = max(Counted.most, Counted.alive)
+
+    def __del__(self):
+        Counted.alive -= 1
+
+
+class CountingSteps:
+    """Steps of length 1, each of which adds 1."""
+
+    taken = 0
+
+    def step(self, state, remaining):
+        self.taken += 1
+        self.state, self.length = state, min(1.0, remaining)
+        return self
+
+    def states(self, times):
+        return [Counted(self.state.value + 1) for _ in times]
+
+
+class TestMemory:
+    @pytest.mark.parametrize("n_steps", [1, 2, 3, 10, 100, 1000])
+    def test_imaginary_time_keeps_about_the_root_of_its_steps(self, n_steps):
+        Counted.most = Counted.alive = 0
+        steps = CountingSteps()
+        begun = [
+            (state.value, length)
+            for state, length in adjoint._steps_backwards(untyped(steps), Counted(0), n_steps - 0.5)
+        ]
+        assert begun == [(n_steps - 1, 0.5), *((i, 1.0) for i in reversed(range(n_steps - 1)))]
+        assert Counted.most <= 3.5 * np.sqrt(n_steps) + 5
+        assert steps.taken <= 2 * n_steps
+
+    @pytest.mark.usefixtures("short_steps")
+    def test_real_time_keeps_no_states(self):
+        H0 = IsingOperator(8, 1.5)
+
+        def peak(t):
+            def f(h):
+                return expectation(H0, evolve(IsingOperator(8, h), mx.ones(256), t))
+
+            mx.eval(mx.grad(f)(mx.array(0.7)))  # once before: what is made at first use
+            mx.reset_peak_memory()
+            tracemalloc.start()
+            mx.eval(mx.grad(f)(mx.array(0.7)))
+            host = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            return host + mx.get_peak_memory()
+
+        assert peak(6.0) < 1.2 * peak(1.0)  # six times as many steps
 
 
 class TestUnits:
