@@ -53,6 +53,11 @@ def check_plot(parser: Parser, path: Path | None) -> None:
         parser.error(f"--plot: there is no folder {path.parent}")
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        parser.error(f"--plot must end in one of .{', .'.join(known)}, got {path.name}")
 
 
 def _seed(text: str) -> int:
