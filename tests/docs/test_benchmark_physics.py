@@ -70,13 +70,11 @@ def test_solvers_are_judged_right(tmp_path, case, name):
 
 
 def test_a_missing_copy_is_counted():
-    case = Case("lanczos", 6, 4, "float64")
+    case = Case("lanczos", 6, 5, "float64")
     right = physics_cases.levels(6, 8)
-    assert right[2] == pytest.approx(right[3])  # a pair
-    judged = physics_cases.judge(case, right[[0, 1, 2, 3]], right[:4])
-    assert judged["missed"] == 0
-    judged = physics_cases.judge(case, right[[0, 1, 2, 4]], right[:4])
-    assert judged["missed"] == 1
+    assert right[3] == pytest.approx(right[4])  # a pair
+    for found, missed in (([0, 1, 2, 3, 4], 0), ([0, 1, 2, 3, 5], 1)):
+        assert physics_cases.judge(case, right[found], right[:5])["missed"] == missed
 
 
 @pytest.mark.parametrize(
@@ -98,7 +96,7 @@ def test_a_wrong_result_is_refused(case, spoil, message):
 def test_a_run_in_one_command(tmp_path):
     """Solvers have processes; what is missing is said, what was measured before stays."""
     output = tmp_path / "physics.json"
-    before = {"case": {"part": "neural", "qubits": 3}, "solvers": {}, "commit": "before"}
+    before = {"case": Case("product", 3).to_json(), "solvers": {}, "commit": "before"}
     output.write_text(json.dumps({"machine": {}, "results": [before]}))
     script = (
         "import sys; from pathlib import Path; from benchmarks import physics\n"
