@@ -492,3 +492,9 @@ METAL_FLOAT_SAMPLING_TILES = METAL_SAMPLING_TILES | {
 
 # The dtypes of kernels, ordered by use: membership is tested at every call.
 KERNEL_DTYPES = (mx.bfloat16, mx.float32, mx.float16)
+
+# Bits of the places of a state that a thread block owns, in sums of Pauli strings. 2^12 floats take
+# 16 KB of shared memory, so that many blocks are at work on a multiprocessor.
+CUDA_PAULI_BITS = 12
+# The same on Metal, by its 32 KB of threadgroup memory: nobody has measured it on a Mac.
+METAL_PAULI_BITS = 11

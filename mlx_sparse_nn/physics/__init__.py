@@ -3,6 +3,7 @@
 from mlx_sparse_nn.physics.dynamics import evolve
 from mlx_sparse_nn.physics.ground_states import LanczosResult, lanczos
 from mlx_sparse_nn.physics.ising import exact_ground_energy, transverse_field_ising
+from mlx_sparse_nn.physics.lattices import chain, ladder, ring, square, triangular
 from mlx_sparse_nn.physics.observables import (
     correlation,
     entanglement_entropy,
@@ -12,18 +13,26 @@ from mlx_sparse_nn.physics.observables import (
     variance,
 )
 from mlx_sparse_nn.physics.operator import IsingOperator
+from mlx_sparse_nn.physics.pauli import PauliSum, pauli_sum
 
 __all__ = [
     "IsingOperator",
     "LanczosResult",
+    "PauliSum",
+    "chain",
     "correlation",
     "entanglement_entropy",
     "evolve",
     "exact_ground_energy",
     "expectation",
     "fidelity",
+    "ladder",
     "lanczos",
     "magnetization",
+    "pauli_sum",
+    "ring",
+    "square",
     "transverse_field_ising",
+    "triangular",
     "variance",
 ]

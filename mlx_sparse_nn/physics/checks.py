@@ -16,9 +16,12 @@ import numpy as np
 
 from mlx_sparse_nn.core.checks import check_size
 from mlx_sparse_nn.core.transforms import transforming
+from mlx_sparse_nn.physics.parameters import read
 from mlx_sparse_nn.physics.precision import epsilon, pairwise_sum
+from mlx_sparse_nn.physics.units import Scaled, in_own_unit
 
-Values: TypeAlias = "float | Sequence[float] | np.ndarray | mx.array"
+Values: TypeAlias = "float | Sequence[float | mx.array] | np.ndarray | mx.array"
+Pairs: TypeAlias = "Sequence[Sequence[int]] | np.ndarray"
 
 
 def check_chain(owner: str, n_qubits: int, periodic: bool) -> tuple[int, int]:
@@ -27,6 +30,37 @@ def check_chain(owner: str, n_qubits: int, periodic: bool) -> tuple[int, int]:
     if periodic and n_qubits < 3:
         raise ValueError(f"[{owner}] n_qubits must be at least 3 for a ring, got {n_qubits}")
     return n_qubits, n_qubits if periodic else n_qubits - 1
+
+
+def check_bonds(owner: str, bonds: Pairs, n_qubits: int) -> list[tuple[int, int]]:
+    """Return bonds as pairs of different sites, each once, or raise."""
+    if isinstance(bonds, str) or not (hasattr(bonds, "__iter__") and hasattr(bonds, "__len__")):
+        raise TypeError(f"[{owner}] bonds must be a list of pairs of sites, got {bonds!r}")
+    checked, first = [], {}
+    for index, bond in enumerate(bonds):
+        name = f"bonds[{index}]"
+        i, j = check_sites(owner, name, bond, 2, n_qubits)
+        before = first.setdefault(frozenset((i, j)), index)
+        if before != index:
+            raise ValueError(
+                f"[{owner}] {name} {(i, j)} repeats bonds[{before}]; give it once, with the sum of "
+                "both couplings"
+            )
+        checked.append((i, j))
+    return checked
+
+
+def check_sites(owner: str, name: str, sites: Any, size: int, n_qubits: int) -> tuple[int, ...]:
+    """Return ``size`` different sites of 0 to ``n_qubits - 1``, or raise."""
+    of_size = "1 site" if size == 1 else f"{size} sites"
+    if isinstance(sites, str | mx.array) or not hasattr(sites, "__len__"):
+        raise TypeError(f"[{owner}] {name} must be a tuple of {of_size}, got {sites!r}")
+    if len(sites) != size:
+        raise ValueError(f"[{owner}] {name} must name {of_size}, got {sites!r}")
+    checked = tuple(check_index(owner, f"a site of {name}", s, n_qubits - 1) for s in sites)
+    if len(set(checked)) < size:
+        raise ValueError(f"[{owner}] {name} must name different sites, got {checked}")
+    return checked
 
 
 def check_dtype(owner: str, dtype: mx.Dtype) -> None:
@@ -51,17 +85,47 @@ def check_parameter(
 ) -> mx.array:
     """Return a number as ``()`` or ``size`` numbers as ``(size,)`` MLX array, or raise.
 
-    An MLX array may be a tracer: it stays lazy, and what it holds is not looked at.
+    An MLX array, or one of the numbers, may be a tracer: it stays lazy, and what it holds is not
+    looked at.
     """
     expected = f"a number or one for each of {size} {of}"
-    if not isinstance(values, mx.array):
-        return mx.array(_real_numbers(owner, name, values, (size,), expected), dtype=dtype)
-    is_number = values.dtype != mx.bool_ and mx.issubdtype(values.dtype, mx.number)
-    if not is_number or mx.issubdtype(values.dtype, mx.complexfloating):
-        raise TypeError(f"[{owner}] {name} must be real numbers, got {values.dtype}")
-    if values.shape not in ((), (size,)):
-        raise ValueError(f"[{owner}] {name} must be {expected}, got shape {values.shape}")
-    return values.astype(dtype)
+    if isinstance(values, mx.array):
+        return _real_array(owner, name, values, (size,), expected, dtype)
+    if isinstance(values, list | tuple) and any(isinstance(value, mx.array) for value in values):
+        if len(values) != size:
+            raise ValueError(f"[{owner}] {name} must be {expected}, got {len(values)}")
+        scalars = [
+            check_scalar(owner, f"{name}[{i}]", value, dtype) for i, value in enumerate(values)
+        ]
+        return mx.stack([s if isinstance(s, mx.array) else mx.array(s, dtype) for s in scalars])
+    return mx.array(_real_numbers(owner, name, values, (size,), expected), dtype=dtype)
+
+
+def check_scalar(owner: str, name: str, value: Any, dtype: mx.Dtype) -> float | mx.array:
+    """Return one finite number, or a scalar of MLX, which may be a tracer, as ``dtype``; or raise.
+
+    What an MLX array holds is not looked at.
+    """
+    if isinstance(value, mx.array):
+        return _real_array(owner, name, value, (), "a number", dtype)
+    return check_number(owner, name, value)
+
+
+def _real_array(
+    owner: str,
+    name: str,
+    array: mx.array,
+    shape: tuple[int, ...],
+    expected: str,
+    dtype: mx.Dtype,
+) -> mx.array:
+    """Return real numbers of shape ``()`` or ``shape`` as ``dtype``, or raise."""
+    is_number = array.dtype != mx.bool_ and mx.issubdtype(array.dtype, mx.number)
+    if not is_number or mx.issubdtype(array.dtype, mx.complexfloating):
+        raise TypeError(f"[{owner}] {name} must be real numbers, got {array.dtype}")
+    if array.shape not in ((), shape):
+        raise ValueError(f"[{owner}] {name} must be {expected}, got shape {array.shape}")
+    return array.astype(dtype)
 
 
 def _real_numbers(
@@ -82,12 +146,34 @@ def _real_numbers(
 def check_energies(
     owner: str, h: np.ndarray, j: np.ndarray, g: np.ndarray, dtype: mx.Dtype
 ) -> None:
-    """Raise unless the stored values of H fit ``dtype``."""
-    # Python's sum goes to infinity without the warning of NumPy's.
-    largest = max(np.abs(h).max(), sum(np.abs(np.concatenate([j, g])).tolist()))
-    limit = mx.finfo(mx.float32 if dtype == mx.complex64 else dtype).max
-    if largest > limit:
-        raise ValueError(f"[{owner}] energies of up to {largest:.3g} overflow {dtype}")
+    """Raise unless the energies of H fit ``dtype``."""
+    check_total(owner, np.concatenate([h, j, g]).tolist(), dtype)
+
+
+def known_numbers(values: Values, count: int) -> list[float]:
+    """Return ``count`` checked numbers, one for all or one each, without those of MLX arrays, which
+    may be tracers."""
+    if isinstance(values, mx.array):
+        return []
+    if isinstance(values, list | tuple):
+        return [float(value) for value in values if not isinstance(value, mx.array)]
+    return np.broadcast_to(np.asarray(values, dtype=np.float64), (count,)).tolist()
+
+
+def check_total(owner: str, numbers: Sequence[float], dtype: mx.Dtype) -> None:
+    """Raise unless the largest energy that terms of such numbers have fits ``dtype``, and unless
+    the largest number is one there, with all its digits."""
+    total, largest = sum(map(abs, numbers)), max(map(abs, numbers), default=0.0)
+    if total > mx.finfo(mx.float32 if dtype == mx.complex64 else dtype).max:
+        raise ValueError(
+            f"[{owner}] energies of up to {total:.3g} overflow {dtype}; choose a larger unit of "
+            "energy"
+        )
+    if 0 < largest < (2.0**-1022 if dtype == mx.float64 else 2.0**-126):
+        raise ValueError(
+            f"[{owner}] energies of at most {total:.3g} vanish in {dtype}; choose a smaller unit "
+            "of energy"
+        )
 
 
 def check_memory(owner: str, what: str, n_bytes: int) -> None:
@@ -109,7 +195,7 @@ def check_hamiltonian(owner: str, H: Any) -> int:
     """Return the dimension of a square Hamiltonian, or raise."""
     if isinstance(H, np.ndarray) or not (hasattr(H, "shape") and hasattr(H, "__matmul__")):
         raise TypeError(
-            f"[{owner}] H must be a CSRArray, an IsingOperator or an mx.array, got "
+            f"[{owner}] H must be a CSRArray, an IsingOperator, a PauliSum or an mx.array, got "
             f"{type(H).__name__}; any object with shape whose H @ psi is an mx.array will also do"
         )
     shape = tuple(H.shape)
@@ -118,15 +204,14 @@ def check_hamiltonian(owner: str, H: Any) -> int:
     return shape[0]
 
 
-def check_hermitian(owner: str, H: Any, normals: Callable[[], mx.array]) -> None:
-    """Raise unless ``<u|H v> = <H u|v>`` for two random vectors, to rounding."""
+def check_hermitian(owner: str, H: Any, normals: Callable[[], mx.array]) -> Scaled:
+    """Return H in a unit near its norm, or raise unless ``<u|H v> = <H u|v>`` for random vectors.
+
+    They have to agree to rounding.
+    """
     u, v = normals(), normals()
-    Hu, Hv = H @ u, H @ v
-    for product in (Hu, Hv):
-        if not isinstance(product, mx.array):
-            raise TypeError(f"[{owner}] H @ x must be an mx.array, got {type(product).__name__}")
-        if product.shape != u.shape:
-            raise ValueError(f"[{owner}] H @ x has shape {product.shape}, x has {u.shape}")
+    H, Hv = in_own_unit(owner, H, v)
+    Hu = H @ u
     difference = mx.abs(pairwise_sum(mx.conjugate(u) * Hv) - pairwise_sum(mx.conjugate(Hu) * v))
     norms = [mx.sqrt(pairwise_sum(mx.abs(a).square())) for a in (u, Hv)]
     difference, *norms = (float(a) for a in (difference, *norms))
@@ -134,9 +219,10 @@ def check_hermitian(owner: str, H: Any, normals: Callable[[], mx.array]) -> None
         raise ValueError(f"[{owner}] H @ x is not finite")
     if difference > 100 * epsilon(Hv.dtype) * norms[0] * norms[1]:
         raise ValueError(
-            f"[{owner}] H is not Hermitian: <u|Hv> and <Hu|v> differ by {difference:.3g} "
-            "for random u and v"
+            f"[{owner}] H is not Hermitian: <u|Hv> and <Hu|v> differ by "
+            f"{difference / (norms[0] * norms[1]):.3g} of |u| |Hv| for random u and v"
         )
+    return H
 
 
 def check_state(owner: str, name: str, psi: mx.array, dim: int | None = None) -> mx.array:
@@ -171,12 +257,17 @@ def _check_amplitudes(owner: str, name: str, psi: mx.array) -> mx.array:
         raise ValueError(f"[{owner}] {name} must not be empty, got shape {psi.shape}")
     psi = psi.astype(mx.result_type(psi, mx.float32))
     if not transforming():
-        largest = float(mx.abs(psi).max())
-        if not math.isfinite(largest):
-            raise ValueError(f"[{owner}] {name} must be finite, its largest magnitude is {largest}")
-        if largest == 0:
-            raise ValueError(f"[{owner}] {name} must not be zero")
+        check_magnitude(owner, name, psi)
     return psi
+
+
+def check_magnitude(owner: str, name: str, psi: mx.array) -> None:
+    """Raise if amplitudes are all zero, or not finite."""
+    largest = float(mx.abs(psi).max())
+    if not math.isfinite(largest):
+        raise ValueError(f"[{owner}] {name} must be finite, its largest magnitude is {largest}")
+    if largest == 0:
+        raise ValueError(f"[{owner}] {name} must not be zero")
 
 
 def check_index(owner: str, name: str, value: int, last: int) -> int:
@@ -194,13 +285,27 @@ def check_axis(owner: str, axis: str) -> None:
         raise ValueError(f"[{owner}] axis must be 'z' or 'x', got {axis!r}")
 
 
-def check_time(owner: str, t: float) -> float:
-    """Return a finite time, or raise."""
-    if isinstance(t, bool) or not isinstance(t, int | float | np.integer | np.floating):
-        raise TypeError(f"[{owner}] t must be a number, got {t!r}")
-    if not math.isfinite(t):
+def check_times(owner: str, t: Values) -> tuple[np.ndarray, bool]:
+    """Return finite times as ``(K,)`` float64, and whether they are more than a number, or raise.
+
+    An MLX array is read.
+    """
+    if isinstance(t, mx.array):
+        read(owner, "t", t)
+        host = np.array(t.astype(mx.float32) if t.dtype == mx.bfloat16 else t)
+    else:
+        host = np.asarray(t)
+        elements = t if isinstance(t, list | tuple) else []
+        if any(isinstance(a, mx.array) for a in elements):
+            raise TypeError(f"[{owner}] t must be numbers or one mx.array, got {t!r}; use mx.stack")
+    if host.dtype.kind not in "iuf":
+        raise TypeError(f"[{owner}] t must be a number or a sequence of numbers, got {t!r}")
+    if host.ndim > 1 or not host.size:
+        raise ValueError(f"[{owner}] t must be a number or (K,) of them, got shape {host.shape}")
+    times = host.astype(np.float64)
+    if not np.isfinite(times).all():
         raise ValueError(f"[{owner}] t must be finite, got {t}")
-    return float(t)
+    return times.reshape(-1), host.ndim == 1
 
 
 def check_tol(owner: str, tol: float, minimum: float = 0.0) -> float:

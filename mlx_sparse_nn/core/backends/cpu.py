@@ -56,7 +56,7 @@ class Kernels(NamedTuple):
 @cache
 def is_available() -> bool:
     """Return whether kernels can be had here; warn, once, if they should be and are not."""
-    return platform.system() == "Linux" and _has(_binding)
+    return platform.system() == "Linux" and has(binding)
 
 
 def why_not() -> str | None:
@@ -64,7 +64,7 @@ def why_not() -> str | None:
     if platform.system() != "Linux":
         return "C++ kernels are for Linux: nobody has measured them beside Accelerate yet"
     try:
-        _binding()
+        binding()
     except _FAILURES as error:
         return str(error)
     return None
@@ -75,28 +75,28 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
     if layout.data_shape[0] * n_x * n_matrices == 0:
         return False
     if bits:
-        return _has(_quantized_kernel, dtype, bits)
-    return _has(_kernels, dtype, layout.block_size)
+        return has(_quantized_kernel, dtype, bits)
+    return has(_kernels, dtype, layout.block_size)
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
     """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c] + bias[r]; see ``plain.spmm``."""
     kernel = _kernels(x.dtype, layout.block_size).spmm
-    return _binding().spmm(kernel, data, layout.rows, layout.shape[0], x, bias)
+    return binding().spmm(kernel, data, layout.rows, layout.shape[0], x, bias)
 
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; see ``plain.spmm_t``."""
     kernels = _kernels(y.dtype, layout.block_size)
     if kernels.spmm_t is not None and y.shape[-2] == 1:
-        return _binding().spmm_t(kernels.spmm_t, data, layout.rows, y)
-    return _binding().spmm(kernels.spmm, data, layout.cols, layout.shape[1], y, None)
+        return binding().spmm_t(kernels.spmm_t, data, layout.rows, y)
+    return binding().spmm(kernels.spmm, data, layout.cols, layout.shape[1], y, None)
 
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``plain.sddmm``."""
     kernel = _kernels(x.dtype, layout.block_size).sddmm
-    return _binding().sddmm(kernel, layout.rows, layout.block_size, y, x)
+    return binding().sddmm(kernel, layout.rows, layout.block_size, y, x)
 
 
 def qspmm(
@@ -110,7 +110,7 @@ def qspmm(
     """Return :func:`spmm` by quantized blocks; see ``plain.qspmm``."""
     kernel = _quantized_kernel(x.dtype, bits_of(packed))
     matrix = packed, scales, biases
-    return _binding().qspmm(kernel, *matrix, layout.rows, layout.shape[0], x, bias)
+    return binding().qspmm(kernel, *matrix, layout.rows, layout.shape[0], x, bias)
 
 
 def qspmm_t(
@@ -119,7 +119,7 @@ def qspmm_t(
     """Return :func:`spmm_t` by quantized blocks; see ``plain.qspmm_t``."""
     kernel = _quantized_kernel(y.dtype, bits_of(packed))
     matrix = packed, scales, biases
-    return _binding().qspmm(kernel, *matrix, layout.cols, layout.shape[1], y, None)
+    return binding().qspmm(kernel, *matrix, layout.cols, layout.shape[1], y, None)
 
 
 def library(dtype: mx.Dtype, block_size: int) -> Path:
@@ -169,7 +169,7 @@ def _kernels(dtype: mx.Dtype, block_size: int) -> Kernels:
 
 
 @cache
-def _binding() -> Binding:
+def binding() -> Binding:
     """Return the library that makes primitives, built if need be.
 
     Raises:
@@ -185,7 +185,7 @@ def _binding() -> Binding:
 
 
 @cache
-def _has(get: Callable, *arguments: object) -> bool:
+def has(get: Callable, *arguments: object) -> bool:
     """Return whether something can be had; warn, once, if it cannot."""
     try:
         get(*arguments)

@@ -31,6 +31,9 @@ struct uint2 {
 struct uint4 {
   unsigned x, y, z, w;
 };
+struct int4 {
+  int x, y, z, w;
+};
 struct float2 {
   float x, y;
 };
@@ -76,6 +79,10 @@ T __ldg(const T* p) {
 template <typename T>
 T __ldcs(const T* p) {
   return *p;
+}
+template <typename T>
+void __stcs(T* p, T value) {
+  *p = value;
 }
 template <typename T>
 T __ldcg(const T* p) {
