@@ -95,12 +95,15 @@ def measure(
 
 def measure_neural(quick: bool) -> Iterator[dict[str, Any]]:
     """Yield the error and the processor's seconds of the neural state's script, seed by seed."""
-    for qubits, seeds in ((8, 1),) if quick else ((10, 3), (12, 3), (14, 1)):
-        for field in (0.2, 0.5, 1.0):
-            for ring in (False, True):
-                for seed in range(seeds):
-                    chain = {"qubits": qubits, "field": field, "ring": ring, "seed": seed}
-                    yield {"case": {"part": "neural", **chain}, "solvers": train(**chain)}
+    chains = [
+        {"qubits": qubits, "field": field, "ring": ring, "seed": seed}
+        for qubits, seeds in (((8, 1),) if quick else ((10, 3), (12, 3), (14, 1)))
+        for field in (0.2, 0.5, 1.0)
+        for ring in (False, True)
+        for seed in range(seeds)
+    ]
+    for chain in tqdm(chains, desc="neural state", unit="chain"):
+        yield {"case": {"part": "neural", **chain}, "solvers": train(**chain)}
 
 
 def train(qubits: int, field: float, ring: bool, seed: int) -> dict[str, Any]:
@@ -112,10 +115,12 @@ def train(qubits: int, field: float, ring: bool, seed: int) -> dict[str, Any]:
         [*command, "--periodic"] if ring else command,
         cwd=ROOT,
         env={**variables(), "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
+        capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
+    if ran.returncode:
+        raise SystemExit(f"[benchmarks] {' '.join(command)} failed: {ran.stderr}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     (error,) = re.findall(r"^error +(\S+) relative", ran.stdout, re.MULTILINE)

@@ -131,11 +131,8 @@ class Ours(Solver):
         H, psi, times = self.hamiltonian(case), self.up(case), case.times()
 
         def run():
-            state, means = psi, []
-            for i, t in enumerate(times):
-                state = self.physics.evolve(H, state, t - times[i - 1]) if i else state
-                means.append(self.physics.magnetization(state).mean())
-            means = self.mx.stack(means)
+            states = self.physics.evolve(H, psi, times)
+            means = self.mx.stack([self.physics.magnetization(state).mean() for state in states])
             self.mx.eval(means)
             return means
 

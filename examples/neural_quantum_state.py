@@ -10,10 +10,10 @@ the weights, a step of length tau in imaginary time that the network can follow 
     d = -(S / tau + K)^-1 F,    S = T' T,    K = T' (H - E) T,    F = T' (H - E) psi.
 
 Short steps are the natural gradient, which physics calls stochastic reconfiguration; long ones are
-Newton's method, and reach the ground state in tens of steps where Adam takes thousands. As psi
-never changes when all spins flip, the network sees half of the basis.
+Newton's method. 40 of them leave an error of 1e-6, where 300 steps of Adam leave 1e-4. As psi does
+not change when all spins flip, the network sees half of the basis.
 
-12 sites take 20 seconds on a core of a CPU, 14 sites 2 minutes, 16 sites a quarter of an hour.
+12 sites take 15 seconds of a CPU's core, 14 sites a minute.
 """
 
 from __future__ import annotations
@@ -62,26 +62,23 @@ def squareplus(x: mx.array) -> mx.array:
 
 
 class Chain:
-    """H = bonds + field * flips, on states that stay when all spins flip.
+    """The Hamiltonian of the chain, on states that stay when all spins flip.
 
     Of these only the lower half is stored, ``(2**(n - 1),)``, where the last spin is down: index i
     flips to 2**n - 1 - i, so the upper half is the lower one in reverse.
     """
 
-    def __init__(self, n_qubits: int, periodic: bool):
-        self.bonds = IsingOperator(n_qubits, 0.0, periodic=periodic)
-        self.flips = IsingOperator(n_qubits, 1.0, coupling=0.0, periodic=periodic)
+    def __init__(self, n_qubits: int, field: float, periodic: bool):
+        self.H = IsingOperator(n_qubits, field, periodic=periodic)
         bits = (np.arange(2 ** (n_qubits - 1))[:, None] >> np.arange(n_qubits)) & 1
         self.spins = mx.array((2 * bits - 1).astype(np.float32))  # (2**(n - 1), n)
 
-    def multiply(self, psi: mx.array, field: mx.array) -> mx.array:
+    def multiply(self, psi: mx.array) -> mx.array:
         """Return H psi."""
-        whole = mx.concatenate([psi, psi[::-1]])
-        return (self.bonds @ whole + field * (self.flips @ whole))[: psi.size]
+        return (self.H @ mx.concatenate([psi, psi[::-1]]))[: psi.size]
 
-    def energy(self, psi: mx.array, field: float) -> float:
-        whole = mx.concatenate([psi, psi[::-1]])
-        return float(expectation(self.bonds, whole) + field * expectation(self.flips, whole))
+    def energy(self, psi: mx.array) -> float:
+        return float(expectation(self.H, mx.concatenate([psi, psi[::-1]])))
 
 
 def of_weights(model: nn.Module, spins: mx.array) -> tuple[Callable, mx.array]:
@@ -115,12 +112,12 @@ def equations(log_psi: Callable, chain: Chain) -> tuple[Callable, Callable]:
         change = change - psi * dot(psi, change)
         return mx.vjp(log_psi, [weights], [psi * change])[1][0]
 
-    def state(weights: mx.array, field: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def state(weights: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Return psi, its energy and F."""
         logarithm = log_psi(weights)
         psi = mx.exp(logarithm - logarithm.max())
         psi = psi / mx.sqrt(dot(psi, psi))
-        product = chain.multiply(psi, field)
+        product = chain.multiply(psi)
         energy = dot(psi, product)
         return psi, energy, transposed(weights, psi, product - energy * psi)
 
@@ -128,13 +125,12 @@ def equations(log_psi: Callable, chain: Chain) -> tuple[Callable, Callable]:
         weights: mx.array,
         psi: mx.array,
         energy: mx.array,
-        field: mx.array,
         tau: mx.array,
         v: mx.array,
     ) -> mx.array:
         """Return (S / tau + K) v."""
         change = derivative(weights, psi, v)
-        later = change / tau + chain.multiply(change, field) - energy * change
+        later = change / tau + chain.multiply(change) - energy * change
         return transposed(weights, psi, later) + DAMPING / tau * v
 
     return mx.compile(state), mx.compile(multiply)
@@ -173,7 +169,7 @@ def make_parser() -> Parser:
         help="transverse field in units of the coupling, above 0 (default: %(default)s, critical)",
     )
     parser.add_argument("--periodic", action="store_true", help="close the chain to a ring")
-    parser.add_argument("--steps", type=int, default=60, help="of training (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="of training (default: %(default)s)")
     parser.add_argument(
         "--tau", type=float, default=1.0, help="longest step of imaginary time (default: 1)"
     )
@@ -203,14 +199,14 @@ def main() -> None:
         model = NeuralState(n, args.width, args.density)
     except ValueError as error:
         parser.error(str(error))
-    chain = Chain(n, args.periodic)
+    chain = Chain(n, args.field, args.periodic)
     exact = exact_ground_energy(n, args.field, periodic=args.periodic)
     log_psi, weights = of_weights(model, chain.spins)
     began = time.perf_counter()
     errors = []
     with tqdm(desc=f"{n} sites", total=args.steps, unit="step") as bar:
         for psi in train(log_psi, weights, chain, args):
-            errors.append(relative(chain.energy(psi, args.field), exact))
+            errors.append(relative(chain.energy(psi), exact))
             if not math.isfinite(errors[-1]):
                 bar.close()
                 message = "the energy is not finite; try a shorter --tau or a smaller --field"
@@ -222,13 +218,11 @@ def main() -> None:
     name = "ring" if args.periodic else "open chain"
     print(f"chain     {name} of {n} sites, field {args.field:g}, {2**n} basis states")
     print(f"network   {weights.size} weights, hidden layer {model.second.density:.1%} dense")
-    print(
-        f"energy    {chain.energy(psi, args.field):.6f} after {args.steps} steps in {seconds:.1f} s"
-    )
+    print(f"energy    {chain.energy(psi):.6f} after {args.steps} steps in {seconds:.1f} s")
     print(f"exact     {exact:.6f}")
     print(f"error     {errors[-1]:.2e} relative")
     if args.plot:
-        draw(args.plot, errors, args.field, f"{name} of {n} sites, field {args.field:g}")
+        draw(args.plot, errors, f"{name} of {n} sites, field {args.field:g}")
         print(f"plot      {args.plot}")
 
 
@@ -238,15 +232,13 @@ def train(
     """Yield the normalised psi after each step."""
     state, multiply = equations(log_psi, chain)
     step = mx.zeros_like(weights)
-    field = mx.array(annealed(args.field, 0))
-    psi, energy, force = state(weights, field)
+    psi, energy, force = state(weights)
     for i in range(args.steps):
         tau = mx.array(min(args.tau, FIRST_TAU * LONGER**i))
-        product = partial(multiply, weights, psi, energy, field, tau)
+        product = partial(multiply, weights, psi, energy, tau)
         step = conjugate_gradients(product, -force, step, args.products)
         weights = weights + step
-        field = mx.array(annealed(args.field, (i + 1) / args.steps))
-        psi, energy, force = state(weights, field)
+        psi, energy, force = state(weights)
         yield psi
 
 
@@ -266,19 +258,11 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
     check_plot(parser, args.plot)
 
 
-def annealed(field: float, progress: float) -> float:
-    """Return the field of a step: from above the transition, down to ``field`` in half the steps.
-
-    Deep in the ordered phase a random network falls into a state with a domain wall, and stays.
-    """
-    return field + max(0.0, 2.0 - field) * max(0.0, 1 - 2 * progress)
-
-
 def relative(energy: float, exact: float) -> float:
     return abs((energy - exact) / exact)
 
 
-def draw(path: Path, errors: list[float], field: float, title: str) -> None:
+def draw(path: Path, errors: list[float], title: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -287,8 +271,6 @@ def draw(path: Path, errors: list[float], field: float, title: str) -> None:
     figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
     axis.semilogy(range(1, len(errors) + 1), errors, color="tab:blue", label="network")
     axis.axhline(1e-5, color="tab:gray", linestyle="--", linewidth=1, label="1e-5")
-    if field < 2:
-        axis.axvspan(0, len(errors) / 2, color="tab:gray", alpha=0.1, label="the field comes down")
     axis.set(xlabel="step", ylabel="relative error of the energy", title=title)
     axis.legend()
     figure.savefig(path, dpi=120)
