@@ -29,6 +29,7 @@ from mlx_sparse_nn.core.backends import (
     few_rows,
     launch,
     naive,
+    pauli_launch,
     scalars,
 )
 from mlx_sparse_nn.diagnostics.rounding import to_numpy, tolerance
@@ -119,6 +120,7 @@ def fresh_launches() -> Iterator[None]:
         cuda_quantized._of_packed,
         cuda_small._launches,
         few_rows._launches,
+        pauli_launch._prepared,
         scalars._launches,
     )
     for kept in caches:
@@ -126,6 +128,17 @@ def fresh_launches() -> Iterator[None]:
     yield
     for kept in caches:
         kept.cache_clear()
+
+
+@contextmanager
+def computing_strings(*backends: ModuleType) -> Iterator[None]:
+    """Let these backends compute with Pauli strings, as :func:`computing` does."""
+    with ExitStack() as stack:
+        for device in ("PAULI_CPU", "PAULI_GPU"):
+            stack.enter_context(mock.patch.object(choose, device, backends))
+        for backend in backends:
+            stack.enter_context(mock.patch.object(backend, "is_available", return_value=True))
+        yield
 
 
 def assert_close(

@@ -1,8 +1,8 @@
 // Sums of Pauli strings times states, and the moments of strings, without a matrix; see kernels.h.
 // ELEMENT is float or double.
 //
-// A block is U vectors of W lanes, one after the other: as many sums as registers hold. A string
-// takes it from another block of x, with vectors and lanes in another order. So a product reads x
+// A span is U vectors of W lanes, one after the other: as many sums as registers hold. A string
+// takes it from another span of x, with vectors and lanes in another order. So a product reads x
 // once for each string, from the cache nearest for most bits, and writes each sum once.
 //
 // Order of sums: of a product, the diagonal first, then the strings by the lanes that they flip, in
@@ -24,18 +24,18 @@ namespace {
 typedef ELEMENT Element;
 constexpr int W = LANES<Element>;
 constexpr int U = REGISTERS / 2;
-constexpr int64_t BLOCK = W * U;
+constexpr int64_t SPAN = W * U;
 constexpr int64_t CHUNK = 4096;
 constexpr int SUMS = 4;  // that additions of moments take turns in
 typedef vec<Element, W> Vector;
 
 INLINE bool is_odd(int64_t bits) { return __builtin_popcountll(bits) & 1; }
 
-// A string, as it acts on blocks.
+// A string, as it acts on spans.
 struct String {
-  int64_t flips;          // blocks: bits of m_t above BLOCK
+  int64_t flips;          // spans: bits of m_t above SPAN
   int64_t signs;          // likewise of z_t
-  int32_t vectors;        // bits of m_t that flip vectors of a block
+  int32_t vectors;        // bits of m_t that flip vectors of a span
   uint32_t odd;           // bit u: whether z_t gives -1 to what comes to vector u, by its number
   Element weights[2][W];  // c_t times the sign of each lane; and -1 times that
 };
@@ -56,8 +56,8 @@ struct Sum {
 
 String string_of(int32_t m, int32_t z, Element c) {
   String s{};
-  s.flips = m & ~(BLOCK - 1);
-  s.signs = z & ~(BLOCK - 1);
+  s.flips = m & ~(SPAN - 1);
+  s.signs = z & ~(SPAN - 1);
   s.vectors = m / W % U;
   const int lanes = m % W;
   for (int u = 0; u < U; ++u) s.odd |= uint32_t(is_odd(~(u ^ s.vectors) & (z / W % U))) << u;
@@ -125,14 +125,14 @@ INLINE auto by_lanes(int lanes, const F& f) {
   }
 }
 
-// Adds to the sums of a block what strings that flip these lanes give.
+// Adds to the sums of a span what strings that flip these lanes give.
 template <int FLIPPED, bool SIGNED>
 INLINE void add(Vector (&acc)[U], const String* s, const String* end, const Element* x,
-                int64_t block) {
+                int64_t span) {
   for (; s < end; ++s) {
-    const Element* from = x + (block ^ s->flips);
+    const Element* from = x + (span ^ s->flips);
     if constexpr (SIGNED) {
-      const uint32_t odd = s->odd ^ -uint32_t(is_odd(~(block ^ s->flips) & s->signs));
+      const uint32_t odd = s->odd ^ -uint32_t(is_odd(~(span ^ s->flips) & s->signs));
 #pragma GCC unroll 16
       for (int u = 0; u < U; ++u) {
         const Vector weights = load<W>(s->weights[odd >> u & 1]);
@@ -161,20 +161,17 @@ INLINE Vector twice(const Element* p, std::integer_sequence<int, LANE...>) {
   const auto half = load<W / 2>(p);
   return shuffle<Element, W, (LANE / 2)...>(join<Element, W / 2>(half, half));
 }
+INLINE Vector twice(const Element* p) { return twice(p, std::make_integer_sequence<int, W>{}); }
 
-template <int PARTS>
-INLINE void multiply_block(const Sum& sum, const Element* diagonal, const Element* x, int64_t block,
-                           Element* out) {
-  Vector acc[U];
+INLINE void multiply_span(const Sum& sum, const Element* diagonal, int64_t parts, const Element* x,
+                          int64_t span, Element* out) {
+  Vector acc[U] = {};
+  if (diagonal) {
 #pragma GCC unroll 16
-  for (int u = 0; u < U; ++u) {
-    if (!diagonal) {
-      acc[u] = Vector{};
-    } else if constexpr (PARTS == 1) {
-      acc[u] = load<W>(diagonal + block + u * W) * load<W>(x + block + u * W);
-    } else {
-      const auto both = twice(diagonal + (block + u * W) / 2, std::make_integer_sequence<int, W>{});
-      acc[u] = both * load<W>(x + block + u * W);
+    for (int u = 0; u < U; ++u) {
+      const int64_t i = span + u * W;
+      const Vector factors = parts == 1 ? load<W>(diagonal + i) : twice(diagonal + i / 2);
+      acc[u] = factors * load<W>(x + i);
     }
   }
   const String* s = sum.strings;
@@ -182,18 +179,17 @@ INLINE void multiply_block(const Sum& sum, const Element* diagonal, const Elemen
     const String* end = sum.strings + g->end;
     by_lanes(g->lanes, [&](auto lanes) INLINED {
       if (g->is_signed) {
-        add<lanes.value, true>(acc, s, end, x, block);
+        add<lanes.value, true>(acc, s, end, x, span);
       } else {
-        add<lanes.value, false>(acc, s, end, x, block);
+        add<lanes.value, false>(acc, s, end, x, span);
       }
     });
     s = end;
   }
 #pragma GCC unroll 16
-  for (int u = 0; u < U; ++u) store<W>(out + block + u * W, acc[u]);
+  for (int u = 0; u < U; ++u) store<W>(out + span + u * W, acc[u]);
 }
 
-template <int PARTS>
 void multiply(const PauliProduct& p) {
   const Element* c = static_cast<const Element*>(p.coefficients);
   Scratch scratch(p.scratch, p.n_terms);
@@ -205,24 +201,24 @@ void multiply(const PauliProduct& p) {
           string_of(p.terms[2 * t], p.terms[2 * t + 1], c[v * p.n_terms + t]);
     }
   }
-  const int64_t n_blocks = std::max<int64_t>(p.size / BLOCK, 1), width = p.size / PARTS;
-  const int64_t total = p.V * p.N * n_blocks;
-  const double work = double(total) * BLOCK * (p.n_terms + 1);
+  const int64_t n_spans = std::max<int64_t>(p.size / SPAN, 1), width = p.size / p.parts;
+  const int64_t total = p.V * p.N * n_spans;
+  const double work = double(total) * SPAN * (p.n_terms + 1);
   share(p.crew, total, work, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t state = i / n_blocks, v = state / p.N;
+      const int64_t state = i / n_spans, v = state / p.N;
       const Sum sum = {scratch.strings + v * p.n_terms, scratch.groups, n_groups};
       const Element* x = static_cast<const Element*>(p.x) + state * p.size;
       Element* out = static_cast<Element*>(p.out) + state * p.size;
       const Element* diagonal =
           p.diagonal ? static_cast<const Element*>(p.diagonal) + v * width : nullptr;
-      if (p.size >= BLOCK) {
-        multiply_block<PARTS>(sum, diagonal, x, i % n_blocks * BLOCK, out);
-      } else {  // a block that is filled up
-        alignas(64) Element filled[3][BLOCK] = {};
+      if (p.size >= SPAN) {
+        multiply_span(sum, diagonal, p.parts, x, i % n_spans * SPAN, out);
+      } else {  // a span that is filled up
+        alignas(64) Element filled[3][SPAN] = {};
         std::copy(x, x + p.size, filled[0]);
         if (diagonal) std::copy(diagonal, diagonal + width, filled[1]);
-        multiply_block<PARTS>(sum, diagonal ? filled[1] : nullptr, filled[0], 0, filled[2]);
+        multiply_span(sum, diagonal ? filled[1] : nullptr, p.parts, filled[0], 0, filled[2]);
         std::copy(filled[2], filled[2] + p.size, out);
       }
     }
@@ -232,17 +228,17 @@ void multiply(const PauliProduct& p) {
 // Chunks of a state.
 int64_t chunks(const PauliMoments& p) { return std::max<int64_t>(p.size / CHUNK, 1); }
 
-// The sum of u[i] s(i ^ m) x[i ^ m] over the blocks of [begin, end).
+// The sum of u[i] s(i ^ m) x[i ^ m] over the spans of [begin, end).
 template <int FLIPPED, bool SIGNED>
 INLINE double moment(const String& s, const Element* u, const Element* x, int64_t begin,
                      int64_t end) {
   Vector acc[SUMS] = {};
-  for (int64_t block = begin; block < end; block += BLOCK) {
-    const Element* from = x + (block ^ s.flips);
-    const uint32_t odd = s.odd ^ -uint32_t(is_odd(~(block ^ s.flips) & s.signs));
+  for (int64_t span = begin; span < end; span += SPAN) {
+    const Element* from = x + (span ^ s.flips);
+    const uint32_t odd = s.odd ^ -uint32_t(is_odd(~(span ^ s.flips) & s.signs));
 #pragma GCC unroll 16
     for (int i = 0; i < U; ++i) {
-      Vector factor = load<W>(u + block + i * W);
+      Vector factor = load<W>(u + span + i * W);
       if constexpr (SIGNED) factor *= load<W>(s.weights[odd >> i & 1]);
       acc[i % SUMS] += factor * flip<FLIPPED>(load<W>(from + (i ^ s.vectors) * W));
     }
@@ -252,7 +248,7 @@ INLINE double moment(const String& s, const Element* u, const Element* x, int64_
 
 void take_moments(const PauliMoments& p) {
   const int64_t n_chunks = chunks(p), n_terms = p.n_terms;
-  const int64_t chunk = std::max(p.size / n_chunks, BLOCK), total = p.V * p.N * n_chunks;
+  const int64_t chunk = std::max(p.size / n_chunks, SPAN), total = p.V * p.N * n_chunks;
   double* partial = static_cast<double*>(p.scratch);
   String* strings = reinterpret_cast<String*>(partial + lines<double>(total * n_terms));
   for (int64_t t = 0; t < n_terms; ++t) {
@@ -264,8 +260,8 @@ void take_moments(const PauliMoments& p) {
       const int64_t begin = i % n_chunks * chunk;
       const Element* u = static_cast<const Element*>(p.u) + i / n_chunks * p.size;
       const Element* x = static_cast<const Element*>(p.x) + i / n_chunks * p.size;
-      alignas(64) Element filled[2][BLOCK] = {};
-      if (p.size < BLOCK) {
+      alignas(64) Element filled[2][SPAN] = {};
+      if (p.size < SPAN) {
         u = std::copy(u, u + p.size, filled[0]) - p.size;
         x = std::copy(x, x + p.size, filled[1]) - p.size;
       }
@@ -296,9 +292,7 @@ void take_moments(const PauliMoments& p) {
 MLX_SPARSE_EXPORT size_t pauli_product_scratch(const PauliProduct* p) {
   return Scratch::bytes(p->n_terms, p->V * p->n_terms);
 }
-MLX_SPARSE_EXPORT void pauli_product(const PauliProduct* p) {
-  p->parts == 1 ? multiply<1>(*p) : multiply<2>(*p);
-}
+MLX_SPARSE_EXPORT void pauli_product(const PauliProduct* p) { multiply(*p); }
 
 MLX_SPARSE_EXPORT size_t pauli_moments_scratch(const PauliMoments* p) {
   return lines<double>(p->V * p->N * chunks(*p) * p->n_terms) * sizeof(double) +

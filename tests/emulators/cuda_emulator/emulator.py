@@ -15,10 +15,10 @@ from unittest import mock
 import metal_emulator.compile as compiler
 import mlx.core as mx
 import numpy as np
-from support import computing, fresh_launches
+from support import computing, computing_strings, fresh_launches
 
 from mlx_sparse_nn.core import tuned
-from mlx_sparse_nn.core.backends import cuda, cuda_tiles, launch, plain
+from mlx_sparse_nn.core.backends import cuda, cuda_tiles, launch, pauli_cuda, pauli_plain, plain
 
 MODEL = Path(__file__).with_name("cuda.h")
 FLAGS = ["-O1", "-Wno-everything"]
@@ -68,6 +68,7 @@ def emulated(architecture: str = "sm_90", **settings: Any) -> Iterator[Emulation
     with (
         fresh_launches(),
         computing(cuda, plain),
+        computing_strings(pauli_cuda, pauli_plain),
         mock.patch.object(mx.fast, "cuda_kernel", functools.partial(_Kernel, emulation)),
         mock.patch.object(cuda_tiles, "architecture", return_value=architecture),
         mock.patch.object(cuda_tiles, "allows_tf32", return_value=emulation.tf32),
