@@ -197,20 +197,19 @@ def main() -> None:
     n = args.qubits
     try:
         model = NeuralState(n, args.width, args.density)
+        chain = Chain(n, args.field, args.periodic)
     except ValueError as error:
         parser.error(str(error))
-    chain = Chain(n, args.field, args.periodic)
     exact = exact_ground_energy(n, args.field, periodic=args.periodic)
     log_psi, weights = of_weights(model, chain.spins)
     began = time.perf_counter()
     errors = []
     with tqdm(desc=f"{n} sites", total=args.steps, unit="step") as bar:
         for psi in train(log_psi, weights, chain, args):
-            errors.append(relative(chain.energy(psi), exact))
-            if not math.isfinite(errors[-1]):
+            if not mx.isfinite(psi).all():
                 bar.close()
-                message = "the energy is not finite; try a shorter --tau or a smaller --field"
-                parser.exit(1, f"{parser.prog}: error: {message}\n")
+                parser.exit(1, f"{parser.prog}: error: psi is not finite; try a shorter --tau\n")
+            errors.append(relative(chain.energy(psi), exact))
             bar.set_postfix_str(f"error {errors[-1]:.1e}", refresh=False)
             bar.update()
     seconds = time.perf_counter() - began

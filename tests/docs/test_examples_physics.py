@@ -2,11 +2,13 @@
 
 import math
 import re
+from unittest import mock
 
 import mlx.core as mx
 import pytest
 from scripts import EXAMPLES, run_alone, run_here
 
+from mlx_sparse_nn import BlockSparseLinear
 from mlx_sparse_nn.physics import exact_ground_energy
 
 HAMILTONIAN, NEURAL = "quantum_hamiltonian.py", "neural_quantum_state.py"
@@ -167,9 +169,13 @@ def test_seeds_of_a_neural_state_agree_on_the_energy():
 
 
 def test_a_neural_state_that_is_not_finite_ends_the_script():
-    result = run_here(NEURAL, "--qubits", 4, "--field", "1e38", "--device", "cpu")
+    def diverged(layer, x):
+        return mx.full((*x.shape[:-1], layer.pattern.shape[0]), math.nan)
+
+    with mock.patch.object(BlockSparseLinear, "__call__", diverged):
+        result = run_here(NEURAL, "--qubits", 4, "--device", "cpu")
     assert (result.returncode, result.stdout) == (1, "")
-    message = "the energy is not finite; try a shorter --tau or a smaller --field"
+    message = "psi is not finite; try a shorter --tau"
     assert result.stderr.splitlines()[-1] == f"{NEURAL}: error: {message}"
 
 
@@ -180,6 +186,7 @@ def test_a_neural_state_that_is_not_finite_ends_the_script():
         (["--qubits", "17"], "--qubits must be in [3, 16], got 17"),
         (["--field", "0"], "--field must be above 0, so that psi > 0, got 0.0"),
         (["--field", "nan"], "--field must be above 0, so that psi > 0, got nan"),
+        (["--field", "1e38"], "overflow"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--products", "0"], "--products must be at least 1, got 0"),
         (["--tau", "-1"], "--tau must be above 0, got -1.0"),
