@@ -122,11 +122,7 @@ def equations(log_psi: Callable, chain: Chain) -> tuple[Callable, Callable]:
         return psi, energy, transposed(weights, psi, product - energy * psi)
 
     def multiply(
-        weights: mx.array,
-        psi: mx.array,
-        energy: mx.array,
-        tau: mx.array,
-        v: mx.array,
+        weights: mx.array, psi: mx.array, energy: mx.array, tau: mx.array, v: mx.array
     ) -> mx.array:
         """Return (S / tau + K) v."""
         change = derivative(weights, psi, v)
