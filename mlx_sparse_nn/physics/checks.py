@@ -91,7 +91,7 @@ def check_parameter(
     expected = f"a number or one for each of {size} {of}"
     if isinstance(values, mx.array):
         return _real_array(owner, name, values, (size,), expected, dtype)
-    if isinstance(values, list | tuple) and any(isinstance(value, mx.array) for value in values):
+    if isinstance(values, list | tuple) and has_arrays(values):
         if len(values) != size:
             raise ValueError(f"[{owner}] {name} must be {expected}, got {len(values)}")
         scalars = [
@@ -99,6 +99,13 @@ def check_parameter(
         ]
         return mx.stack([s if isinstance(s, mx.array) else mx.array(s, dtype) for s in scalars])
     return mx.array(_real_numbers(owner, name, values, (size,), expected), dtype=dtype)
+
+
+def has_arrays(values: Any) -> bool:
+    """Return whether values are an MLX array, or a list that holds any."""
+    if isinstance(values, list | tuple):
+        return any(isinstance(value, mx.array) for value in values)
+    return isinstance(values, mx.array)
 
 
 def check_scalar(owner: str, name: str, value: Any, dtype: mx.Dtype) -> float | mx.array:

@@ -77,7 +77,7 @@ class IsingOperator(PauliSum):
         owner = "IsingOperator"
         n_qubits = check_operator_size(owner, n_qubits, dtype)
         self.periodic = bool(periodic)
-        self.bonds = _bonds(owner, n_qubits, periodic, bonds)
+        self.bonds = bonds_of(owner, n_qubits, periodic, bonds)
         n_bonds = len(self.bonds)
         real = mx.float64 if dtype == mx.float64 else mx.float32
         self.field = check_parameter(owner, "field", field, n_qubits, "sites", real)
@@ -130,7 +130,8 @@ class IsingOperator(PauliSum):
         )
 
 
-def _bonds(owner: str, n_qubits: int, periodic: bool, bonds: Pairs | None) -> Bonds:
+def bonds_of(owner: str, n_qubits: int, periodic: bool, bonds: Pairs | None) -> Bonds:
+    """Return the bonds of an open chain, of a ring, or those given, or raise."""
     if bonds is None:
         check_chain(owner, n_qubits, periodic)
         return ring(n_qubits) if periodic else chain(n_qubits)

@@ -58,6 +58,7 @@ GOOD = {
     lanczos: {"H": H},
     evolve: {"H": H, "psi": mx.ones(16), "t": 1.0},
 }
+WHICH = "'smallest' or 'largest'"
 # (functions, arguments, error, message)
 ROWS = [
     # Sites.
@@ -198,7 +199,7 @@ ROWS = [
         )
     ),
     *(
-        ([IsingOperator], {"bonds": bonds}, error, message)
+        ([transverse_field_ising, IsingOperator], {"bonds": bonds}, error, message)
         for bonds, error, message in (
             (3, TypeError, "bonds must be a list of pairs of sites, got 3"),
             ("01", TypeError, "bonds must be a list of pairs of sites, got '01'"),
@@ -216,13 +217,13 @@ ROWS = [
         )
     ),
     (
-        [IsingOperator],
+        [transverse_field_ising, IsingOperator],
         {"bonds": [(0, 1)], "periodic": True},
         ValueError,
         "periodic must be False where bonds are given, got True; ring(n) gives those of a ring",
     ),
     (
-        [IsingOperator],
+        [transverse_field_ising, IsingOperator],
         {"bonds": [(0, 1)], "coupling": [1.0, 2.0]},
         ValueError,
         "coupling must be a number or one for each of 1 bonds, got shape (2,)",
@@ -447,6 +448,10 @@ ROWS = [
     ([lanczos], {"seed": None}, TypeError, "seed must be an integer, got None"),
     ([lanczos], {"k": 17}, ValueError, "k must be in [1, 16], the dimension of H, got 17"),
     ([lanczos], {"H": mx.zeros((0, 0))}, ValueError, "k must be in [1, 0], the dimension of H"),
+    *(
+        ([lanczos], {"which": which}, ValueError, f"which must be {WHICH}, got {which!r}")
+        for which in ("SA", None, 1)
+    ),
     ([lanczos], {"k": 3, "max_iter": 2}, ValueError, "max_iter must be at least k = 3, got 2"),
     *(
         ([function], {"tol": tol}, ValueError, f"tol must be in {interval}, got {tol}")
@@ -588,7 +593,7 @@ def test_operands_of_an_operator_are_dense_numbers(x, message):
             lanczos,
             {"H": IsingOperator(20, 0.7)},
             2**26,
-            "a basis of 33 vectors of 1048576 needs 0.16 GiB, this machine has 0.06 GiB",
+            "40 vectors of 1048576 needs 0.16 GiB, this machine has 0.06 GiB",
         ),
         (
             evolve,

@@ -51,7 +51,7 @@ def difference(f, x, direction, step=1e-5):
     return (f(x + step * direction) - f(x - step * direction)) / (2 * step)
 
 
-FORMS = pytest.mark.parametrize("form", [operator])
+FORMS = pytest.mark.parametrize("form", [operator, stored, dense])
 KINDS = pytest.mark.parametrize("imaginary", [False, True])
 
 
@@ -116,7 +116,7 @@ class TestByTheState:
             [as_mlx(PSI)],
             [as_mlx(DIRECTION)],
         )
-        expected = difference(lambda psi: exact((H0, J0, G0), psi, TIMES, imaginary), PSI, DIRECTION)
+        expected = difference(lambda x: exact((H0, J0, G0), x, TIMES, imaginary), PSI, DIRECTION)
         np.testing.assert_allclose(to_numpy(tangent), expected, atol=1e-5 * np.abs(expected).max())
 
     def test_a_real_state_has_a_real_gradient(self, imaginary):
