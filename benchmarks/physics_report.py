@@ -72,7 +72,7 @@ def digits(value: float) -> str:
 def says(result: Result, key: str, *solvers: str) -> str:
     """Return what is said of a result by each solver, such as its error."""
     values = [result["solvers"].get(solver, {}).get(key) for solver in solvers]
-    texts = ["-" if v is None else f"{v:.0e}" if key == "error" else str(v) for v in values]
+    texts = ["-" if v is None else f"{v:.0e}" if key == "error" and v else f"{v:g}" for v in values]
     return ", ".join(texts)
 
 
