@@ -53,11 +53,11 @@ def check_plot(parser: Parser, path: Path | None) -> None:
         parser.error(f"--plot: there is no folder {path.parent}")
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
-    from matplotlib.figure import Figure
+    from matplotlib.backend_bases import FigureCanvasBase
 
-    known = Figure().canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in known:
-        parser.error(f"--plot must end in one of .{', .'.join(known)}, got {path.name}")
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix.lower().removeprefix(".") not in {"", *kinds}:  # without one it becomes a PNG
+        parser.error(f"--plot: {path.name} must end in one of .{', .'.join(kinds)}")
 
 
 def _seed(text: str) -> int:

@@ -7,9 +7,11 @@ diagonals ``(V, 2**n)`` and states ``(V, N, 2**n)``: V sums of the same strings.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_sparse_nn.core.backends.choose import choose_pauli
 from mlx_sparse_nn.core.derivatives import with_rules
@@ -19,6 +21,8 @@ from mlx_sparse_nn.core.transforms import needs_rules
 # What MLX passes to a rule and gets back: one array or axis, or a list of them.
 Arrays = Any
 Axes = Any
+
+_LOW_BITS = 8  # of a diagonal, whose states are computed at once
 
 
 def pauli_product(
@@ -82,8 +86,9 @@ def _energies(strings: dict[int, mx.array], n_bits: int, dtype: mx.Dtype) -> mx.
 
     ``(1,)`` is that of all values, where no string has a bit.
     """
-    energies = strings.get(0, mx.zeros(1, dtype))
-    for bit in range(n_bits):
+    n_low = min(n_bits, _LOW_BITS)
+    energies = _low_energies({s: c for s, c in strings.items() if s < 1 << n_low}, n_low, dtype)
+    for bit in range(n_low, n_bits):
         above = {s ^ 1 << bit: c for s, c in strings.items() if s >> bit == 1}
         if above:
             change = _energies(above, bit, dtype)
@@ -94,13 +99,30 @@ def _energies(strings: dict[int, mx.array], n_bits: int, dtype: mx.Dtype) -> mx.
     return energies
 
 
+def _low_energies(strings: dict[int, mx.array], n_bits: int, dtype: mx.Dtype) -> mx.array:
+    """Return the same of a few bits, all strings at once."""
+    if not any(strings):
+        return strings.get(0, mx.zeros(1, dtype))
+    signs = mx.array(_walsh()[list(strings), : 1 << n_bits], dtype=dtype)  # (strings, states)
+    return (mx.concatenate(list(strings.values()))[:, None] * signs).sum(axis=0)
+
+
+@cache
+def _walsh() -> np.ndarray:
+    """Return the sign of every string of few bits, its row, in every state, its column."""
+    signs = np.ones((1, 1), np.float32)
+    for _ in range(_LOW_BITS):
+        signs = np.kron([[1, 1], [-1, 1]], signs)
+    return signs
+
+
 def _repeated(value: mx.array, size: int) -> mx.array:
     """Return ``(size,)`` of ``(1,)`` or of ``(size,)``, of powers of 2.
 
-    64 at a time: so a gradient adds up to 64 terms at a time, not all of them one after another.
+    Some at a time: so a gradient adds up as many terms at a time, not all one after another.
     """
     while value.size < size:
-        times = min(64, size // value.size)
+        times = min(1 << _LOW_BITS, size // value.size)
         value = mx.broadcast_to(value[:, None], (value.size, times)).reshape(-1)
     return value
 
@@ -118,7 +140,7 @@ def _product(
 
     def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
         coefficients, diagonal, x = _three(primals)
-        d_c = _moments(terms, cotangent, _conj(x), coefficients.dtype != mx.complex64)
+        d_c = moments(terms, cotangent, _conj(x), coefficients.dtype != mx.complex64)
         d_x = _product(terms, _turned(terms, _conj(coefficients)), diagonal, cotangent)
         if diagonal is None:
             return d_c, d_x
@@ -149,7 +171,7 @@ def _product(
     return with_rules(_compute_product, terms, vjp, jvp, vmap)(*operands)
 
 
-def _moments(terms: PauliTerms, u: mx.array, x: mx.array, real: bool) -> mx.array:
+def moments(terms: PauliTerms, u: mx.array, x: mx.array, real: bool) -> mx.array:
     """Return the moments ``(V, n_terms)`` of states, or their real parts."""
     if not needs_rules():
         return _compute_moments((terms, real), u, x)
@@ -162,13 +184,13 @@ def _moments(terms: PauliTerms, u: mx.array, x: mx.array, real: bool) -> mx.arra
     def jvp(primals: Arrays, tangents: Arrays) -> mx.array:
         (u, x), (d_u, d_x) = primals, tangents
         if d_u is None:
-            return _moments(terms, u, d_x, real)
+            return moments(terms, u, d_x, real)
         if d_x is None:
-            return _moments(terms, d_u, x, real)
-        return _moments(terms, d_u, x, real) + _moments(terms, u, d_x, real)
+            return moments(terms, d_u, x, real)
+        return moments(terms, d_u, x, real) + moments(terms, u, d_x, real)
 
     def vmap(operands: Arrays, axes: Axes) -> Arrays:
-        return _mapped(lambda u, x: _moments(terms, u, x, real), operands, axes), 0
+        return _mapped(lambda u, x: moments(terms, u, x, real), operands, axes), 0
 
     return with_rules(_compute_moments, (terms, real), vjp, jvp, vmap)(u, x)
 

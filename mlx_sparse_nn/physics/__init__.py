@@ -4,6 +4,7 @@ from mlx_sparse_nn.physics.dynamics import evolve
 from mlx_sparse_nn.physics.ground_states import LanczosResult, lanczos
 from mlx_sparse_nn.physics.ising import exact_ground_energy, transverse_field_ising
 from mlx_sparse_nn.physics.lattices import chain, ladder, ring, square, triangular
+from mlx_sparse_nn.physics.models import pauli_sum
 from mlx_sparse_nn.physics.observables import (
     correlation,
     entanglement_entropy,
@@ -13,7 +14,7 @@ from mlx_sparse_nn.physics.observables import (
     variance,
 )
 from mlx_sparse_nn.physics.operator import IsingOperator
-from mlx_sparse_nn.physics.pauli import PauliSum, pauli_sum
+from mlx_sparse_nn.physics.pauli import PauliSum
 
 __all__ = [
     "IsingOperator",

@@ -37,9 +37,6 @@ class HostColumns:
         """Make column j of ``(dim,)``."""
         self.rows[j] = np.array(x, copy=False)
 
-    def forget(self, count: int) -> None:
-        """Forget all but the first columns: their memory stays."""
-
     def scale(self, j: int, factor: float) -> None:
         self.rows[j] *= factor
 

@@ -1,4 +1,4 @@
-"""A Krylov basis and the random vectors that start it, as both solvers use them."""
+"""The Krylov basis of an eigensolver, and random vectors."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from mlx_sparse_nn.physics.device_columns import DeviceColumns
 from mlx_sparse_nn.physics.host_columns import HostColumns
 from mlx_sparse_nn.physics.precision import epsilon
 
-
 # Of vectors from former spaces, which only have to stay out of this one.
 _LOSS_TO_KEPT = 1e-3
-_AT_ONCE = 8  # products before the host looks, on a GPU
 
 
 class Krylov:
@@ -44,16 +42,14 @@ class Krylov:
 
     def __init__(self, dim: int, size: int, dtype: mx.Dtype, room: int = 0):
         self.dim, self.size, self.dtype = dim, size, dtype
-        if _on_host(dtype):
-            with_rest = size + 1 if size == dim else size
-            self.columns = HostColumns(dim, max(with_rest, room), dtype)
-        else:
-            self.columns = DeviceColumns(dim, dtype)
+        of_rest = 1 if size == dim else 0
+        columns = HostColumns if _on_host(dtype) else DeviceColumns
+        self.columns = columns(dim, max(size + of_rest, room), dtype)
         self.filled = 0
         self.projected = np.zeros((size, size))
         self._losses = np.eye(size + 1)  # estimated products of columns with one another
         self._left_out = np.zeros(size + 1)  # by the projected matrix of H times a column, norms
-        self.at_once = _AT_ONCE if isinstance(self.columns, DeviceColumns) else 1
+        self.at_once = self.columns.at_once if isinstance(self.columns, DeviceColumns) else 1
         self._again = False  # whether the next column is orthogonalised too
         self.epsilon = epsilon(dtype)
 
@@ -107,7 +103,7 @@ class Krylov:
         products, norm = 0, 1.0
         while products < steps and norm > 0 and (self.filled < self.size or self.size == self.dim):
             count = min(steps - products, self.at_once, self.size - self.filled)
-            if count > 1 and isinstance(self.columns, DeviceColumns):
+            if count > 1 and not self._again and isinstance(self.columns, DeviceColumns):
                 norm = self._run(self.columns, H, count)
             else:
                 count, norm = 1, self.multiply(H)
@@ -130,9 +126,8 @@ class Krylov:
             if lost or step == steps - 1 or not norm > self._rounding():
                 break
             self.append(norm)
-        self.at_once = step + 1 if lost else min(steps + 1, _AT_ONCE)
+        self.at_once = max(2, step + 1) if lost else min(self.at_once + 1, columns.at_once)
         # The recurrence goes on from the last two columns: both are made orthogonal.
-        columns.forget(self.filled + 1)
         columns.orthogonalise(self.filled - 1)
         self._losses[self.filled - 1, : self.filled - 1] = self.epsilon
         self._losses[: self.filled - 1, self.filled - 1] = self.epsilon
@@ -151,6 +146,13 @@ class Krylov:
             sign: -1 for the negative of H.
         """
         return np.linalg.eigh(sign * self.projected[first:done, first:done])  # reads the lower half
+
+    def border(self, norm: float, done: int, first: int) -> np.ndarray:
+        """Return what H gives the column after ``done`` of each of those before, from ``first`` on.
+
+        ``norm`` is that of the last rest: where it is 0, there is no such column.
+        """
+        return self.projected[done, first:done] if norm > 0 else np.zeros(done - first)
 
     def restart(
         self,
@@ -171,7 +173,7 @@ class Krylov:
                 is kept. By default it is not.
             left_out: Norms of what the projected matrix leaves out of H times the vectors.
         """
-        (m, p), last = vectors.shape, first + vectors.shape[0]
+        p, last = vectors.shape[1], first + vectors.shape[0]
         self.columns.combine(first, vectors)
         self.filled = first + p
         change = np.zeros((last, first + p))
@@ -184,7 +186,6 @@ class Krylov:
             change = np.pad(change, ((0, 1), (0, 1)))
             change[-1, -1] = 1
             self.filled += 1
-        self.columns.forget(self.filled)
         rows, n = change.shape
         self._losses[:n, :n] = change.T @ self._losses[:rows, :rows] @ change
         self._left_out[first : first + p] = left_out

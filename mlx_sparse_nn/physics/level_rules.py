@@ -132,7 +132,7 @@ class LevelRules:
         self, pushes: mx.array, energies: mx.array, states: mx.array, arrays: Sequence[mx.array]
     ) -> tuple[mx.array, list[str]]:
         """Return the responses, and why there is none of some states, which then are nan."""
-        owner, k, sign = self.search.owner, self.search.k, self.search.sign
+        owner, k = self.search.owner, self.search.k
         pushes, energies, states, *arrays = detached([pushes, energies, states, *arrays])
         dim, dtype = states.shape[0], states.dtype
         with device_of(dtype):
@@ -150,9 +150,10 @@ class LevelRules:
                 gaps = np.abs(np.delete(others, i) - levels[i])
                 if gaps.size and gaps.min() <= 1000 * epsilon(dtype) * np.abs(others[:-1]).max():
                     turns.append(mx.full(dim, float("nan"), dtype))
+                    gap = np.ldexp(gaps.min(), H.exponent)
                     refusals.append(
-                        f"[{owner}] state {i} has no derivative by H: its energy is only "
-                        f"{np.ldexp(gaps.min(), H.exponent):.2g} from another one; energies have one"
+                        f"[{owner}] state {i} has no derivative by H: its energy is only {gap:.2g} "
+                        "from another one; energies have one"
                     )
                     continue
                 turn = self._response(H, levels, states, i, push / largest)
@@ -179,9 +180,7 @@ class LevelRules:
         rest = _without(states, push)
         return among - self.search.sign * self._inverse(H, float(levels[i]), states, i, rest)
 
-    def _inverse(
-        self, H: Scaled, energy: float, states: mx.array, i: int, b: mx.array
-    ) -> mx.array:
+    def _inverse(self, H: Scaled, energy: float, states: mx.array, i: int, b: mx.array) -> mx.array:
         """Return ``(sign (H - energy))^-1 b`` in the complement of the states, by conjugate
         gradients."""
         x, r, p = mx.zeros_like(b), b, b

@@ -86,22 +86,29 @@ class Search:
     ) -> tuple[int, float, bool]:
         """Leave the lowest k Ritz vectors of ``sign * H`` in the first columns of the basis.
 
-        A Krylov space of one vector has each level once. So when k levels have converged they are kept,
-        and another space grows from a random vector in their complement: if it has a level below the
-        highest of the k, that was missed, and takes the place of the highest; and so on.
+        A Krylov space of one vector has each level once. So when k levels have converged they are
+        kept, and another space grows from a random vector in their complement: if it has a level
+        below the highest of the k, that was missed, and takes the place of the highest; and so on.
+
+        Had the last space missed a level that is lower by d than its lowest Ritz value, the
+        residual of this would be at least d times the ratio of what its start has of both: Ritz
+        vectors are polynomials of H times the start, and one grows below its Ritz values. That
+        ratio of two normal numbers is below 1/100 in 0.6% of cases.
 
         Returns:
-            The number of products, the largest energy found, and whether nothing is left to be done.
+            The number of products, the largest energy found, and whether nothing is left to do.
         """
         k, sign, max_iter = self.k, self.sign, self.max_iter
         kept = kept_errors = np.zeros(0)  # levels of former spaces, in the first columns
         products, scale, pace = 0, 0.0, _Pace()
         while True:
-            steps, norm = basis.grow(H, min(pace.steps, max_iter - products))
+            steps, norm = basis.grow(H, min(max(pace.steps, basis.at_once), max_iter - products))
             products += steps
             first, done = kept.size, basis.filled - (norm > 0)
             values, vectors = basis.ritz(done, first, sign)
-            border = basis.projected[done, first:done] @ vectors if norm > 0 else np.zeros(values.size)
+            border = (
+                basis.projected[done, first:done] @ vectors if norm > 0 else np.zeros(values.size)
+            )
             scale = max(scale, float(np.abs(values).max()))
 
             levels = np.concatenate([kept, values])
@@ -177,15 +184,13 @@ def next_level(H: Scaled, sign: int, basis: Krylov, normals: Normals, max_iter: 
         products += steps
         done = basis.filled - (norm > 0)
         values, vectors = basis.ritz(done, k, sign)
-        border = basis.projected[done, k:done] @ vectors if norm > 0 else np.zeros(values.size)
+        border = basis.border(norm, done, k) @ vectors
         error, rounding = abs(border[0]), 30 * basis.epsilon * np.abs(values).max()
         if error <= max(0.1 * (values[0] - highest), rounding) or products >= max_iter:
             return sign * (values[0] - error)
         if basis.filled == basis.size < basis.dim:
             count = (values.size + 1) // 2
-            basis.restart(
-                sign * values[:count], vectors[:, :count], first=k, border=border[:count]
-            )
+            basis.restart(sign * values[:count], vectors[:, :count], first=k, border=border[:count])
 
 
 class _Pace:

@@ -16,7 +16,7 @@ from mlx_sparse_nn.physics.checks import (
     known_numbers,
 )
 from mlx_sparse_nn.physics.lattices import Bonds, chain, ring
-from mlx_sparse_nn.physics.pauli import PauliSum, check_operator_size
+from mlx_sparse_nn.physics.pauli import PauliSum, check_operator_size, coefficient_dtype
 
 
 class IsingOperator(PauliSum):
@@ -79,7 +79,7 @@ class IsingOperator(PauliSum):
         self.periodic = bool(periodic)
         self.bonds = bonds_of(owner, n_qubits, periodic, bonds)
         n_bonds = len(self.bonds)
-        real = mx.float64 if dtype == mx.float64 else mx.float32
+        real = coefficient_dtype(dtype)
         self.field = check_parameter(owner, "field", field, n_qubits, "sites", real)
         self.coupling = check_parameter(owner, "coupling", coupling, n_bonds, "bonds", real)
         self.longitudinal = check_parameter(

@@ -1,10 +1,10 @@
-"""Sums of Pauli strings as linear maps: any model of spins 1/2 with real coefficients."""
+"""PauliSum: a sum of Pauli strings with real coefficients, as a linear map."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from numbers import Number
-from typing import Any, TypeAlias
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -15,106 +15,10 @@ from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.pauli import PauliTerms, parts, pauli_diagonal, pauli_product
 from mlx_sparse_nn.core.transforms import defer_to
 from mlx_sparse_nn.core.value_maps import Gather
-from mlx_sparse_nn.physics.checks import (
-    Values,
-    check_dtype,
-    check_memory,
-    check_parameter,
-    check_scalar,
-    check_sites,
-    check_total,
-    known_numbers,
-)
+from mlx_sparse_nn.physics.checks import check_dtype, check_memory, check_scalar, check_total
+from mlx_sparse_nn.physics.strings import String, count_y, letters_of, merged, sites_of
 
-MAX_QUBITS = 30  # the length of an axis of MLX is an int32
-
-String: TypeAlias = tuple[int, int]  # the bits of X or Y, the bits of Z or Y
-Rows: TypeAlias = "Sequence[Sequence[Any]] | tuple[Values, Sequence[Any] | np.ndarray]"
-
-
-def pauli_sum(
-    terms: Mapping[str, Rows], n_qubits: int, *, dtype: mx.Dtype = mx.float32
-) -> PauliSum:
-    r"""Build a Hamiltonian of Pauli strings as a linear map: ``H @ psi``, no matrix stored.
-
-    .. math:: H = \sum_t c_t P_t, \qquad \text{such as } c\, Z_0 Z_1 \text{ or } c\, X_0 Y_1 Z_2
-
-    Coefficients have their own sign: unlike :func:`transverse_field_ising`, no minus is put before.
-    Bit i of the basis index is site i, and a set bit means z = +1. X exchanges a set and a clear
-    bit, and Y = i X Z: on a set bit it gives i times the clear one, on a clear bit -i times the set
-    one. These are the Pauli matrices of textbooks, whose first state, up, is the set bit here.
-
-    Strings with an odd number of Y are imaginary. Where there are any, the operator is complex64;
-    else it is real.
-
-    Args:
-        terms: Strings by their letters, X, Y and Z, as a list of ``(coefficient, site, ...)`` with
-            a site for each letter; or as a pair ``(coefficients, places)``: a number or an array of
-            one for each place, and a list of sites or of tuples of sites, such as the bonds of
-            :func:`ring`. ``""`` has no sites, and is a constant. Coefficients are real, in units of
-            energy: numbers, or scalars of MLX, which may be tracers. Equal strings add up.
-        n_qubits: Number of sites, 1 to 30.
-        dtype: Floating type or complex64. Coefficients are stored in float64 if it is float64, and
-            in float32 otherwise. With an odd number of Y it becomes complex64.
-
-    Returns:
-        The :class:`PauliSum`. It is Hermitian.
-
-    Raises:
-        TypeError: ``terms`` is not such a mapping, a coefficient is not a real number, a site is
-            not an integer, or ``dtype`` is not a floating type or complex64.
-        ValueError: A letter is unknown; a string has too few or too many sites, or one of them
-            twice or out of range; ``n_qubits`` is out of range or too large for the memory of this
-            machine; coefficients are not finite, or add up to what overflows ``dtype``; or
-            ``dtype`` is float64 and a string imaginary. The values of MLX arrays are not checked:
-            they may be tracers.
-
-    Example:
-        >>> bonds = ring(4)
-        >>> H = pauli_sum({"XX": (1.0, bonds), "YY": (1.0, bonds), "ZZ": (1.0, bonds)}, 4)
-        >>> lanczos(H).energies
-        array([-8], dtype=float32)
-        >>> pauli_sum({"XY": [(0.5, 0, 1)], "YX": [(-0.5, 0, 1)]}, 2)
-        PauliSum(4 x 4, mlx.core.complex64, 2 strings on 2 sites: 1 XY, 1 YX)
-    """
-    owner = "pauli_sum"
-    n_qubits = check_operator_size(owner, n_qubits, dtype)
-    if not isinstance(terms, Mapping):
-        raise TypeError(
-            f'[{owner}] terms must be a dict such as {{"ZZ": [(J, 0, 1)], "X": [(h, 0)]}}, got '
-            f"{type(terms).__name__}"
-        )
-    real = _real(dtype)
-    found = [
-        (string, value)
-        for letters, rows in terms.items()
-        for string, value in _strings(owner, letters, rows, n_qubits, real)
-    ]
-    check_total(owner, [c for _, c in found if isinstance(c, float)], dtype)
-    imaginary = next((string for string, _ in found if _n_y(string) % 2), None)
-    if imaginary is not None:
-        if dtype == mx.float64:
-            raise ValueError(
-                f"[{owner}] dtype must be complex64 for {_letters(imaginary)} strings, which are "
-                "imaginary, got float64, which MLX has no complex type of"
-            )
-        dtype = mx.complex64
-    return PauliSum._of(n_qubits, *_merged(found, real), dtype)
-
-
-def check_operator_size(owner: str, n_qubits: int, dtype: mx.Dtype) -> int:
-    """Return a number of sites whose states MLX and the memory of this machine can hold."""
-    check_dtype(owner, dtype)
-    n_qubits = check_size(owner, "n_qubits", n_qubits, minimum=1)
-    if n_qubits > MAX_QUBITS:
-        raise ValueError(
-            f"[{owner}] n_qubits {n_qubits} needs 2**{n_qubits} amplitudes of {dtype.size} "
-            f"bytes; at most 2**{MAX_QUBITS} fit an axis of MLX"
-        )
-    # The diagonal, a state, its product, and one state in between.
-    n_bytes = (1 << n_qubits) * 4 * max(_real(dtype).size, dtype.size)
-    check_memory(owner, f"n_qubits {n_qubits}", n_bytes)
-    return n_qubits
+_MAX_QUBITS = 30  # the length of an axis of MLX is an int32
 
 
 class PauliSum:
@@ -167,7 +71,7 @@ class PauliSum:
         )
         still, moving = mx.split(self.coefficients, [n_still])
         # Y = i X Z, so that m of them have a factor of i^m.
-        factors = [(1, 1j, -1, -1j)[_n_y(string) % 4] for string in self._masks[n_still:]]
+        factors = [(1, 1j, -1, -1j)[count_y(string) % 4] for string in self._masks[n_still:]]
         if set(factors) - {1}:
             is_complex = not set(factors) <= {1, -1}
             moving = moving * mx.array(factors, mx.complex64 if is_complex else moving.dtype)
@@ -193,16 +97,18 @@ class PauliSum:
     @property
     def strings(self) -> list[tuple[str, tuple[int, ...]]]:
         """The letters and the sites of every string, such as ``("ZZ", (0, 1))``."""
-        return [(_letters(string), _sites(string)) for string in self._masks]
+        return [(letters_of(string), sites_of(string)) for string in self._masks]
 
     @property
     def T(self) -> PauliSum:
         """The transpose: Y, which is imaginary, becomes -Y."""
-        odd = [_n_y(string) % 2 for string in self._masks]
+        odd = [count_y(string) % 2 for string in self._masks]
         if not any(odd):
             return self
         signs = mx.array([1.0 - 2.0 * is_odd for is_odd in odd], dtype=self.coefficients.dtype)
-        return PauliSum._of(self.n_qubits, self._masks, self.coefficients * signs, self._dtype)
+        transposed = self._scaled(self.coefficients * signs)
+        transposed._diagonal = self._diagonal
+        return transposed
 
     @property
     def H(self) -> PauliSum:
@@ -340,7 +246,7 @@ class PauliSum:
 
     def __repr__(self) -> str:
         counts: dict[str, int] = {}
-        for letters in map(_letters, self._masks):
+        for letters in map(letters_of, self._masks):
             name = letters or "constant"
             counts[name] = counts.get(name, 0) + 1
         kinds = ", ".join(f"{count} {name}" for name, count in list(counts.items())[:9])
@@ -428,7 +334,7 @@ class PauliSum:
                 operator._masks, parts(factor * operator.coefficients), strict=True
             )
         ]
-        return PauliSum._of(self.n_qubits, *_merged(terms, _real(dtype)), dtype)
+        return PauliSum._of(self.n_qubits, *merged(terms, coefficient_dtype(dtype)), dtype)
 
     def _factor(self, operation: str, factor: Any) -> float | mx.array:
         """Return a real number, or raise: any other would not leave H Hermitian, or not an H."""
@@ -440,75 +346,30 @@ class PauliSum:
                 f"[{operation}] c must be a real number, got {got}; the product with a state is "
                 "H @ psi"
             )
-        return check_scalar(operation, "c", factor, self.coefficients.dtype)
+        factor = check_scalar(operation, "c", factor, self.coefficients.dtype)
+        if isinstance(factor, float):
+            check_total(operation, [factor], self.coefficients.dtype)
+        return factor
 
 
-def _strings(
-    owner: str, letters: Any, rows: Any, n_qubits: int, dtype: mx.Dtype
-) -> Iterator[tuple[String, float | mx.array]]:
-    """Yield every string of such letters with its coefficient: a number or a ``(1,)`` array."""
-    if not isinstance(letters, str) or set(letters) - set("XYZ"):
+def check_operator_size(owner: str, n_qubits: int, dtype: mx.Dtype) -> int:
+    """Return a number of sites whose states MLX and the memory of this machine can hold."""
+    check_dtype(owner, dtype)
+    n_qubits = check_size(owner, "n_qubits", n_qubits, minimum=1)
+    if n_qubits > _MAX_QUBITS:
         raise ValueError(
-            f"[{owner}] terms must have keys of the letters X, Y and Z, got {letters!r}; sites "
-            'without a letter are left out, and "" is a constant'
+            f"[{owner}] n_qubits {n_qubits} needs 2**{n_qubits} amplitudes of {dtype.size} "
+            f"bytes; at most 2**{_MAX_QUBITS} fit an axis of MLX"
         )
-    name, size = f"terms[{letters!r}]", len(letters)
-    if isinstance(rows, list):
-        found = _of_rows(owner, name, rows, size, n_qubits, dtype)
-    elif isinstance(rows, tuple) and len(rows) == 2 and hasattr(rows[1], "__len__"):
-        found = _at_places(owner, name, *rows, size, n_qubits, dtype)
-    else:
-        raise TypeError(
-            f"[{owner}] {name} must be a list of (coefficient, site, ...), or a tuple of "
-            f"coefficients and a list of places, got {rows!r}"
-        )
-    for sites, number in found:
-        yield _string(letters, sites), number
+    # The diagonal, a state, its product, and one state in between.
+    n_bytes = (1 << n_qubits) * 4 * max(coefficient_dtype(dtype).size, dtype.size)
+    check_memory(owner, f"n_qubits {n_qubits}", n_bytes)
+    return n_qubits
 
 
-def _of_rows(
-    owner: str, name: str, rows: list, size: int, n_qubits: int, dtype: mx.Dtype
-) -> Iterator[tuple[tuple[int, ...], float | mx.array]]:
-    """Yield the sites and the coefficient of each ``(coefficient, site, ...)``."""
-    for i, row in enumerate(rows):
-        if not isinstance(row, list | tuple) or len(row) != 1 + size:
-            sites = "1 site" if size == 1 else f"{size} sites"
-            raise ValueError(
-                f"[{owner}] {name}[{i}] must be a coefficient and {sites}, got {row!r}"
-            )
-        sites = check_sites(owner, f"{name}[{i}]", row[1:], size, n_qubits)
-        number = check_scalar(owner, f"{name}[{i}][0]", row[0], dtype)
-        yield sites, number.reshape(1) if isinstance(number, mx.array) else number
-
-
-def _at_places(
-    owner: str, name: str, values: Values, places: Any, size: int, n_qubits: int, dtype: mx.Dtype
-) -> Iterator[tuple[tuple[int, ...], float | mx.array]]:
-    """Yield the sites of each place, and one coefficient for all or one each."""
-    if not isinstance(places, list | range | np.ndarray):  # not rows in a tuple
-        raise TypeError(f"[{owner}] {name}[1] must be a list of places, got {places!r}")
-    n = len(places)
-    array = check_parameter(owner, f"{name}[0]", values, n, "places", dtype)
-    known = known_numbers(values, n)
-    numbers = known if len(known) == n else parts(mx.broadcast_to(array, (n,)))
-    for i, (place, number) in enumerate(zip(places, numbers, strict=True)):
-        sites = (place,) if isinstance(place, int | np.integer) else place
-        yield check_sites(owner, f"{name}[1][{i}]", sites, size, n_qubits), number
-
-
-def _merged(
-    terms: Sequence[tuple[String, float | mx.array]], dtype: mx.Dtype
-) -> tuple[list[String], mx.array]:
-    """Return each string once, diagonal ones first, and the sums of their coefficients."""
-    sums: dict[String, float | mx.array] = {}
-    for string, value in terms:
-        sums[string] = sums[string] + value if string in sums else value
-    strings = sorted(sums)
-    values = [sums[string] for string in strings]
-    if not any(isinstance(value, mx.array) for value in values):
-        return strings, mx.array(values, dtype=dtype) if values else mx.zeros(0, dtype)
-    arrays = [v if isinstance(v, mx.array) else mx.array([v], dtype=dtype) for v in values]
-    return strings, mx.concatenate(arrays).astype(dtype)
+def coefficient_dtype(dtype: mx.Dtype) -> mx.Dtype:
+    """Return the dtype of the coefficients of an operator."""
+    return mx.float64 if dtype == mx.float64 else mx.float32
 
 
 def _sorted_flips(n_rows: int, flips: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -525,32 +386,3 @@ def _sorted_flips(n_rows: int, flips: list[int]) -> tuple[np.ndarray, np.ndarray
         columns[part] = np.take_along_axis(unsorted, order, axis=1)
         places[part] = order * n_rows + columns[part]
     return columns, places
-
-
-def _string(letters: str, sites: Sequence[int]) -> String:
-    masks = {
-        axis: sum(1 << site for letter, site in zip(letters, sites, strict=True) if letter == axis)
-        for axis in "XYZ"
-    }
-    return masks["X"] | masks["Y"], masks["Z"] | masks["Y"]
-
-
-def _sites(string: String) -> tuple[int, ...]:
-    x, z = string
-    return tuple(site for site in range((x | z).bit_length()) if (x | z) >> site & 1)
-
-
-def _letters(string: String) -> str:
-    """Return the letters of a string, in ascending order of sites."""
-    x, z = string
-    return "".join("?XZY"[(x >> site & 1) + 2 * (z >> site & 1)] for site in _sites(string))
-
-
-def _n_y(string: String) -> int:
-    x, z = string
-    return (x & z).bit_count()
-
-
-def _real(dtype: mx.Dtype) -> mx.Dtype:
-    """Return the dtype of the coefficients of an operator."""
-    return mx.float64 if dtype == mx.float64 else mx.float32

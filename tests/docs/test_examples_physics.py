@@ -193,8 +193,7 @@ def test_a_neural_state_that_is_not_finite_ends_the_script():
         (["--width", "40"], "--width must be a multiple of 16, got 40"),
         (["--density", "2"], "density must be in (0, 1], got 2"),
         (["--plot", "no/such/a.png"], "--plot: there is no folder no/such"),
-        (["--plot", "a.xyz"], ".svg, .svgz, .tif, .tiff, .webp, .avif, got a.xyz"),
-        (["--plot", "picture"], "--plot must end in one of .eps, "),
+        (["--plot", "a.xyz"], "--plot: a.xyz must end in one of ."),
         (["--epochs", "3"], "unrecognized arguments: --epochs 3"),
     ],
 )

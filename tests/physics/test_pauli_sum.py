@@ -95,7 +95,8 @@ class TestMatrix:
     def test_two_forms_of_terms(self):
         bonds = [(0, 1), (2, 1)]
         by_rows = pauli_sum({"XY": [[0.5, 0, 1], (0.25, 2, 1)], "Z": [(2, 2), (2, 0)]}, 3)
-        for values in ([0.5, 0.25], np.array([0.5, 0.25]), mx.array([0.5, 0.25])):
+        scalars = [mx.array(0.5), 0.25]
+        for values in ([0.5, 0.25], np.array([0.5, 0.25]), mx.array([0.5, 0.25]), scalars):
             for places in (bonds, np.array(bonds)):
                 by_places = pauli_sum({"XY": (values, places), "Z": (2, range(0, 3, 2))}, 3)
                 assert by_places.strings == by_rows.strings
@@ -373,6 +374,31 @@ class TestTransforms:
         ):
             np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5)
 
+    def test_gradients_of_an_evolution(self):
+        """By the coefficient of an imaginary string and by J, against finite differences."""
+        n, psi = 3, random_state(3, mx.complex64)
+        Z = pauli_sum({"Z": [(1.0, 0)]}, n)
+
+        def magnetization(d, j):
+            H = IsingOperator(n, [j, 0.5, j]) + pauli_sum({"XY": (d, chain(n))}, n)
+            return expectation(Z, evolve(H, psi, 0.8))
+
+        def exact(d, j):
+            terms = {"ZZ": (-1.0, chain(n)), "X": (-np.array([j, 0.5, j]), range(n))}
+            values, vectors = np.linalg.eigh(dense_of(terms | {"XY": (d, chain(n))}, n))
+            start = vectors.conj().T @ np.array(psi, complex)
+            later = vectors @ (np.exp(-0.8j * values) * start)
+            z = np.real(np.diag(dense_strings([(1.0, "Z", (0,))], n)))
+            return (np.abs(later) ** 2 @ z) / np.vdot(later, later).real
+
+        step = 1e-4
+        expected = [
+            (exact(*(0.3 + e, 0.7 + f)) - exact(*(0.3 - e, 0.7 - f))) / (2 * step)
+            for e, f in ((step, 0), (0, step))
+        ]
+        actual = mx.grad(magnetization, argnums=(0, 1))(mx.array(0.3), mx.array(0.7))
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
     def test_gradients_add_up_in_float32(self):
         """Of a million amplitudes with a bias: one after another they would lose four digits."""
         n = 18
@@ -484,6 +510,12 @@ class TestAlgebra:
                 "[c * H] c must be a real number, got shape (4,)",
             ),
             (lambda H: H * float("nan"), ValueError, "[c * H] c must be finite, got nan"),
+            (
+                lambda H: H * 1e39,
+                ValueError,
+                "[c * H] energies of up to 1e+39 overflow mlx.core.fl",
+            ),
+            (lambda H: H / 1e-39, ValueError, "[H / c] energies of at most 1e-39 vanish in mlx.c"),
             (lambda H: H / 0, ValueError, "[H / c] c must not be 0"),
             (lambda H: H @ H, TypeError, "[H @ x] x is an operator; apply one after the other"),
             (lambda H: H.tocsr() @ H, TypeError, "[A @ x]"),
