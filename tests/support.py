@@ -82,10 +82,10 @@ def backend(op: str, block_size: int = 8, n_x: int = 1, bits: int = 0) -> Module
 
 
 @contextmanager
-def computing(*backends: ModuleType) -> Iterator[None]:
+def computing(*backends: ModuleType, devices: tuple[str, str] = ("CPU", "GPU")) -> Iterator[None]:
     """Let these backends compute, the first that takes a product, as if their device were there."""
     with ExitStack() as stack:
-        for device in ("CPU", "GPU"):
+        for device in devices:
             stack.enter_context(mock.patch.object(choose, device, backends))
         for backend in backends:
             stack.enter_context(mock.patch.object(backend, "is_available", return_value=True))
@@ -131,15 +131,9 @@ def fresh_launches() -> Iterator[None]:
         kept.cache_clear()
 
 
-@contextmanager
-def computing_strings(*backends: ModuleType) -> Iterator[None]:
+def computing_strings(*backends: ModuleType) -> AbstractContextManager[None]:
     """Let these backends compute with Pauli strings, as :func:`computing` does."""
-    with ExitStack() as stack:
-        for device in ("PAULI_CPU", "PAULI_GPU"):
-            stack.enter_context(mock.patch.object(choose, device, backends))
-        for backend in backends:
-            stack.enter_context(mock.patch.object(backend, "is_available", return_value=True))
-        yield
+    return computing(*backends, devices=("PAULI_CPU", "PAULI_GPU"))
 
 
 def assert_close(

@@ -140,7 +140,7 @@ def _product(
 
     def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
         coefficients, diagonal, x = _three(primals)
-        d_c = _moments(terms, cotangent, _conj(x), coefficients.dtype != mx.complex64)
+        d_c = moments(terms, cotangent, _conj(x), coefficients.dtype != mx.complex64)
         d_x = _product(terms, _turned(terms, _conj(coefficients)), diagonal, cotangent)
         if diagonal is None:
             return d_c, d_x
@@ -171,7 +171,7 @@ def _product(
     return with_rules(_compute_product, terms, vjp, jvp, vmap)(*operands)
 
 
-def _moments(terms: PauliTerms, u: mx.array, x: mx.array, real: bool) -> mx.array:
+def moments(terms: PauliTerms, u: mx.array, x: mx.array, real: bool) -> mx.array:
     """Return the moments ``(V, n_terms)`` of states, or their real parts."""
     if not needs_rules():
         return _compute_moments((terms, real), u, x)
@@ -184,13 +184,13 @@ def _moments(terms: PauliTerms, u: mx.array, x: mx.array, real: bool) -> mx.arra
     def jvp(primals: Arrays, tangents: Arrays) -> mx.array:
         (u, x), (d_u, d_x) = primals, tangents
         if d_u is None:
-            return _moments(terms, u, d_x, real)
+            return moments(terms, u, d_x, real)
         if d_x is None:
-            return _moments(terms, d_u, x, real)
-        return _moments(terms, d_u, x, real) + _moments(terms, u, d_x, real)
+            return moments(terms, d_u, x, real)
+        return moments(terms, d_u, x, real) + moments(terms, u, d_x, real)
 
     def vmap(operands: Arrays, axes: Axes) -> Arrays:
-        return _mapped(lambda u, x: _moments(terms, u, x, real), operands, axes), 0
+        return _mapped(lambda u, x: moments(terms, u, x, real), operands, axes), 0
 
     return with_rules(_compute_moments, (terms, real), vjp, jvp, vmap)(u, x)
 

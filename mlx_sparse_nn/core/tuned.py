@@ -495,8 +495,11 @@ METAL_FLOAT_SAMPLING_TILES = METAL_SAMPLING_TILES | {
 # The dtypes of kernels, ordered by use: membership is tested at every call.
 KERNEL_DTYPES = (mx.bfloat16, mx.float32, mx.float16)
 
-# Bits of the places of a state that a thread block owns, in sums of Pauli strings. 2^12 floats take
-# 16 KB of shared memory, so that many blocks are at work on a multiprocessor.
-CUDA_PAULI_BITS = 12
+# Bits of the places of a state that a thread block owns, in sums of Pauli strings. On an H100, 24
+# flips of 2^24 floats took 213 microseconds with 10 or 11 bits, 225 to 235 with 12 and 270 with 13.
+CUDA_PAULI_BITS = 11
+# As few where a state has fewer than 2^8 tiles otherwise: 2^16 floats took 17 microseconds with 8
+# bits, 24 with 10 and 27 with 12, most of it a launch.
+CUDA_PAULI_FEWEST_BITS = 8
 # The same on Metal, by its 32 KB of threadgroup memory: nobody has measured it on a Mac.
 METAL_PAULI_BITS = 11

@@ -49,16 +49,28 @@ void* temporary(size_t bytes, mx::cpu::CommandEncoder& encoder) {
   return reinterpret_cast<void*>((address + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
 }
 
+// Copies n items that lie `step` bytes apart; returns where it stopped writing.
+template <size_t ITEM>
+char* gather_row(const char* from, int64_t step, int n, char* to) {
+  for (int i = 0; i < n; ++i, to += ITEM) std::memcpy(to, from + i * step, ITEM);
+  return to;
+}
+
 // Copies items from a strided array into one without gaps; returns where it stopped writing.
 char* gather(const char* from, char* to, const mx::array& like, int axis) {
-  const size_t item = like.itemsize();
-  if (axis == static_cast<int>(like.ndim())) {
-    std::memcpy(to, from, item);
-    return to + item;
+  const int64_t step = like.strides(axis) * static_cast<int64_t>(like.itemsize());
+  const int n = like.shape(axis);
+  if (axis == static_cast<int>(like.ndim()) - 1) {
+    switch (like.itemsize()) {
+      case 2:
+        return gather_row<2>(from, step, n, to);
+      case 4:
+        return gather_row<4>(from, step, n, to);
+      default:
+        return gather_row<8>(from, step, n, to);
+    }
   }
-  for (int i = 0; i < like.shape(axis); ++i) {
-    to = gather(from + i * like.strides(axis) * static_cast<int64_t>(item), to, like, axis + 1);
-  }
+  for (int i = 0; i < n; ++i) to = gather(from + i * step, to, like, axis + 1);
   return to;
 }
 

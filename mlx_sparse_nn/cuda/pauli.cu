@@ -21,14 +21,15 @@
 // Template
 //   LOW at least 1; THREADS; PARTS 1 or 2; START 0, from zero, or 1; SIGNED 0 where no z_t has a
 //   bit.
-// Sums in float32: the diagonal's, the terms that flip other bits, in order, then those of low ones.
+// Sums in float32: the diagonal's, the terms that flip other bits, in order, then those of low
+// ones.
 
 #include "packs.h"
+#include "strings.h"
 
 constexpr int TILE = 1 << LOW;
 constexpr int VECTOR = LOW < 2 ? 1 << LOW : 4;
-constexpr int HELD = TILE > THREADS * VECTOR ? TILE / (THREADS * VECTOR) : 1;  // of a thread
-constexpr unsigned ALIGNED = ~(VECTOR - 1u);
+constexpr int HELD = TILE > THREADS* VECTOR ? TILE / (THREADS * VECTOR) : 1;  // of a thread
 typedef Pack<float, VECTOR> Vector;
 extern __shared__ __align__(128) char shared[];
 float* tile = reinterpret_cast<float*>(shared);
@@ -44,36 +45,6 @@ const int4* strings = reinterpret_cast<const int4*>(terms) + 1;
 const float* c = coefficients + (size_t)v * n_terms;
 const float* xn = x + (size_t)n * size;
 const float* factors = diagonal + (START ? (size_t)v * (size / PARTS) : 0);
-
-// acc += w s(j) x[j] of the places j = from, from + 1, ..., whose values come, each to the place
-// that differs in the lowest bits of m.
-auto add = [&](Vector& acc, Vector values, float w, unsigned m, unsigned z, unsigned from) {
-  if (SIGNED) {
-    const int n_clear = __popc(~from & z & ALIGNED);
-#pragma unroll
-    for (int e = 0; e < VECTOR; e++) {
-      const bool is_odd = (n_clear + __popc(~e & z & ~ALIGNED)) & 1;
-      values.elements[e] = is_odd ? -values.elements[e] : values.elements[e];
-    }
-  }
-#pragma unroll
-  for (int bit = 1; bit < VECTOR; bit *= 2) {
-    if (m & bit) {
-#pragma unroll
-      for (int e = 0; e < VECTOR; e++) {
-        if (!(e & bit)) {
-          const float other = values.elements[e];
-          values.elements[e] = values.elements[e | bit];
-          values.elements[e | bit] = other;
-        }
-      }
-    }
-  }
-#pragma unroll
-  for (int e = 0; e < VECTOR; e++) {
-    acc.elements[e] = fmaf(w, values.elements[e], acc.elements[e]);
-  }
-};
 
 const bool is_active = threadIdx.x * VECTOR < TILE;
 unsigned places[HELD];
@@ -104,11 +75,11 @@ for (int t = n_near; t < n_terms; t++) {
   Vector values[HELD];
 #pragma unroll
   for (int h = 0; h < HELD; h++) {
-    values[h] = load_pack<VECTOR>(xn + ((places[h] ^ string.x) & ALIGNED));
+    values[h] = load_pack<VECTOR>(xn + first_of<VECTOR>(places[h] ^ string.x));
   }
 #pragma unroll
   for (int h = 0; h < HELD; h++) {
-    add(acc[h], values[h], w, string.x, string.y, places[h] ^ string.x);
+    add(acc[h], w, apply<SIGNED>(values[h], string, places[h]));
   }
 }
 __syncthreads();
@@ -117,9 +88,9 @@ for (int t = 0; t < n_near; t++) {
   const float w = __ldg(c + string.z);
 #pragma unroll
   for (int h = 0; h < HELD; h++) {
-    const unsigned from = (places[h] ^ string.x) & ALIGNED;
+    const unsigned from = first_of<VECTOR>(places[h] ^ string.x);
     const Vector values = *reinterpret_cast<const Vector*>(tile + from % TILE);
-    add(acc[h], values, w, string.x, string.y, from);
+    add(acc[h], w, apply<SIGNED>(values, string, places[h]));
   }
 }
 #pragma unroll

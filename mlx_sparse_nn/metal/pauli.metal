@@ -20,7 +20,8 @@
 // Template
 //   LOW at least 1, THREADS at most TILE, PARTS 1 or 2; START 0, from zero, or 1; SIGNED 0 where no
 //   z_t has a bit.
-// Sums in float32: the diagonal's, the terms that flip other bits, in order, then those of low ones.
+// Sums in float32: the diagonal's, the terms that flip other bits, in order, then those of low
+// ones.
 
 constexpr int TILE = 1 << LOW;
 constexpr int HELD = TILE / THREADS;

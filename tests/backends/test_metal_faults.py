@@ -23,6 +23,7 @@ from unittest import mock
 
 import metal_emulator
 import mlx.core as mx
+import numpy as np
 import pytest
 from hypothesis import settings
 from metal_compiler import Variant, arrays_in_memory
@@ -32,8 +33,8 @@ from test_quantized_products import whole_blocks
 
 import mlx_sparse_nn
 from mlx_sparse_nn import CSRPattern
-from mlx_sparse_nn.core.backends import launch, naive, pauli_naive
-from mlx_sparse_nn.core.pauli import PauliTerms, pauli_product
+from mlx_sparse_nn.core.backends import launch, naive, pauli_metal, pauli_naive
+from mlx_sparse_nn.core.strings import PauliTerms
 
 FOLDER = Path(mlx_sparse_nn.__file__).parent / "metal"
 PRODUCTS = ("spmm", "spmm_t", "sddmm", "qspmm", "qspmm_t")
@@ -175,14 +176,16 @@ class Case(NamedTuple):
 
 
 class PauliCase(NamedTuple):
-    """Sums of Pauli strings, of small whole numbers, times two states each.
+    """Sums of Pauli strings, of small whole numbers, times two states each, or their moments.
 
     Attributes:
+        op: "product" or "moments".
         n_qubits: Of a state.
         signs: Of the strings.
         n_sums: How many sums have the same strings.
     """
 
+    op: str
     n_qubits: int
     signs: tuple[int, int, int]
     n_sums: int
@@ -190,19 +193,28 @@ class PauliCase(NamedTuple):
     def operands(self) -> tuple[PauliTerms, list[mx.array]]:
         size = 1 << self.n_qubits
         terms = PauliTerms(self.n_qubits, (1, size // 2, size - 1), self.signs)
-        shapes = (3,), (size,), (2, size)
+        shapes = [(3,), (size,), (2, size)] if self.op == "product" else [(2, size)] * 2
         return terms, [integers((self.n_sums, *shape), i) for i, shape in enumerate(shapes)]
 
     def actual(self) -> mx.array:
         terms, arrays = self.operands()
-        return mx.vmap(lambda c, d, x: pauli_product(terms, c, d, x))(*arrays)
+        if self.op == "moments":
+            return pauli_metal.moments(terms, *arrays, real=False)
+        return pauli_metal.product(terms, *arrays)
 
     def expected(self) -> mx.array:
         terms, arrays = self.operands()
-        return pauli_naive.product(terms, *arrays)
+        return mx.array(getattr(pauli_naive, self.op)(terms, *map(np.array, arrays)))
 
 
-PAULI_CASES = [PauliCase(4, (0, 0, 0), 1), PauliCase(4, (7, 0, 1), 2), PauliCase(12, (1, 7, 2), 1)]
+PAULI_CASES = {
+    kernel: [
+        PauliCase(op, 4, (0, 0, 0), 1),
+        PauliCase(op, 4, (7, 0, 1), 2),
+        PauliCase(op, 12, (1, 7, 2), 1),
+    ]
+    for kernel, op in (("pauli", "product"), ("pauli_moments", "moments"))
+}
 
 
 def is_wrong(case: Case | PauliCase) -> bool:
@@ -248,7 +260,7 @@ def cases() -> dict[str, list[Case] | list[PauliCase]]:
         cost = case.pattern.nnz * case.rows * case.n_matrices
         for name, reached in _launched(case):
             found.setdefault(name, []).append((cost, case, reached))
-    chosen: dict[str, Any] = {"pauli": PAULI_CASES}
+    chosen: dict[str, Any] = dict(PAULI_CASES)
     for name, candidates in found.items():
         seen: set = set()
         for _, case, reached in sorted(candidates, key=lambda c: c[0]):

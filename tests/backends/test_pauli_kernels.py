@@ -168,12 +168,12 @@ class TestValues:
         terms = some_strings(n)
         c, x = mx.random.normal((7,)), mx.random.normal((1 << n,)).astype(dtype)
         first = pauli_product(terms, c, mx.real(x), x)
-        moments = pauli._moments(terms, x[None, None], first[None, None], False)
+        moments = pauli.moments(terms, x[None, None], first[None, None], False)
         for _ in range(3):
             again = pauli_product(terms, c, mx.real(x), x)
             assert mx.array_equal(first, again)
             assert mx.array_equal(
-                moments, pauli._moments(terms, x[None, None], again[None, None], False)
+                moments, pauli.moments(terms, x[None, None], again[None, None], False)
             )
 
 
@@ -194,7 +194,7 @@ class TestMoments:
             self.check(some_strings(6), u, x, real)
 
     def check(self, terms, u, x, real):
-        found = pauli._moments(terms, u, x, real)
+        found = pauli.moments(terms, u, x, real)
         u, x = (to_numpy(a).astype(complex) for a in (u, x))
         expected = [(u * term).sum(axis=(1, 2)) for term in moved(terms, x)]
         expected = np.stack(expected, axis=-1) if expected else np.zeros((2, 0))
@@ -208,7 +208,7 @@ class TestMoments:
         terms = PauliTerms(16, (1, 1 << 15), (0, 0))
         x = mx.full((1, 1, 1 << 16), 0.1)
         expected = np.full(2, (1 << 16) * float(np.float32(0.1)) ** 2)
-        found = pauli._moments(terms, x, x, False)
+        found = pauli.moments(terms, x, x, False)
         np.testing.assert_allclose(to_numpy(found)[0], expected, rtol=1e-6)
 
 
@@ -363,6 +363,14 @@ class TestTransforms:
         mx.export_function(path, lambda c, d, x: pauli_product(self.TERMS, c, d, x), c, d, x)
         (found,) = untyped(mx.import_function(path))(c, d, x)
         self.same([found], [pauli_product(self.TERMS, c, d, x)])
+
+    def test_a_trace_for_every_shape_is_refused(self, tmp_path):
+        c, d, x = self.operands(mx.float32, mx.float32)
+        product = lambda x: pauli_product(self.TERMS, c, d, x)
+        with pytest.raises(ValueError, match=r"\[H @ x\] .* shapeless=True; leave that out"):
+            mx.compile(product, shapeless=True)(x)
+        with pytest.raises(ValueError, match=r"\[H @ x\] .* shapeless=True; leave that out"):
+            mx.export_function(str(tmp_path / "a.mlxfn"), product, x, shapeless=True)
 
 
 class TestChoice:

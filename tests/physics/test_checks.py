@@ -58,6 +58,7 @@ GOOD = {
     lanczos: {"H": H},
     evolve: {"H": H, "psi": mx.ones(16), "t": 1.0},
 }
+WHICH = "'smallest' or 'largest'"
 # (functions, arguments, error, message)
 ROWS = [
     # Sites.
@@ -447,6 +448,10 @@ ROWS = [
     ([lanczos], {"seed": None}, TypeError, "seed must be an integer, got None"),
     ([lanczos], {"k": 17}, ValueError, "k must be in [1, 16], the dimension of H, got 17"),
     ([lanczos], {"H": mx.zeros((0, 0))}, ValueError, "k must be in [1, 0], the dimension of H"),
+    *(
+        ([lanczos], {"which": which}, ValueError, f"which must be {WHICH}, got {which!r}")
+        for which in ("SA", None, 1)
+    ),
     ([lanczos], {"k": 3, "max_iter": 2}, ValueError, "max_iter must be at least k = 3, got 2"),
     *(
         ([function], {"tol": tol}, ValueError, f"tol must be in {interval}, got {tol}")
@@ -588,7 +593,7 @@ def test_operands_of_an_operator_are_dense_numbers(x, message):
             lanczos,
             {"H": IsingOperator(20, 0.7)},
             2**26,
-            "a basis of 33 vectors of 1048576 needs 0.16 GiB, this machine has 0.06 GiB",
+            "40 vectors of 1048576 needs 0.16 GiB, this machine has 0.06 GiB",
         ),
         (
             evolve,

@@ -67,10 +67,18 @@ def choose_pauli(op: str, terms: PauliTerms, n_states: int, dtype: mx.Dtype) -> 
         terms: The strings.
         n_states: States, of all sums of strings.
         dtype: Of the states.
+
+    Raises:
+        ValueError: MLX is tracing for every shape: plain MLX splits and reshapes, which it then
+            cannot.
     """
     backends = PAULI_GPU if mx.default_device().type is mx.gpu else PAULI_CPU
     if tracing.graph is not None:
-        backends = [pauli_plain] if tracing.graph == "shapeless" else backends
+        if tracing.graph == "shapeless":
+            raise ValueError(
+                "[H @ x] a product with Pauli strings must be traced for one shape of x, got "
+                "shapeless=True; leave that out, and trace it again for another shape"
+            )
         backends = [backend for backend in backends if backend is not pauli_cpu]
     for backend in backends:
         if backend.is_available() and backend.takes(op, terms, n_states, dtype):

@@ -40,6 +40,7 @@ INPUTS = {
     "expand": ("data", "indptr", "indices", "sizes"),
     "sample": ("matrix", "indptr", "indices", "sizes"),
     "pauli": ("coefficients", "diagonal", "x", "terms"),
+    "pauli_moments": ("u", "x", "terms"),
 }
 # Whose argument a launch is of, where its inputs' name does not say it.
 _OWNERS = {
@@ -49,6 +50,7 @@ _OWNERS = {
     "expand": "spmm",
     "sample": "sddmm",
     "pauli": "pauli_product",
+    "pauli_moments": "pauli_product",
 }
 SCRATCH = {"spmm_boxes": ["scratch"]}  # integers that a kernel writes for itself, by its name
 MAX_THREADS = 2**31 - tuned.GROUP_THREADS  # of a grid's side, which is an int, in whole groups

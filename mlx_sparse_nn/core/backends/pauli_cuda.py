@@ -18,8 +18,8 @@ def is_available() -> bool:
 
 
 def takes(op: str, terms: PauliTerms, n_states: int, dtype: mx.Dtype) -> bool:
-    """Return whether there is a kernel; plain MLX computes moments."""
-    return op == "product" and pauli_launch.takes(tile_of, terms, n_states, dtype)
+    """Return whether there is a kernel."""
+    return pauli_launch.takes(op, tile_of, terms, n_states, dtype)
 
 
 def product(
@@ -29,7 +29,12 @@ def product(
     return pauli_launch.product(NAME, tile_of, terms, coefficients, diagonal, x)
 
 
+def moments(terms: PauliTerms, u: mx.array, x: mx.array, real: bool) -> mx.array:
+    """Return ``(V, n_terms)``; see ``pauli_plain.moments``."""
+    return pauli_launch.moments(NAME, tile_of, terms, u, x, real)
+
+
 def tile_of(n_bits: int) -> Tile:
     """Return the tile of a state of so many bits."""
-    low = min(n_bits, tuned.CUDA_PAULI_BITS)
+    low = min(n_bits, tuned.CUDA_PAULI_BITS, max(tuned.CUDA_PAULI_FEWEST_BITS, n_bits - 8))
     return Tile(low, max(32, min(tuned.GROUP_THREADS, (1 << low) // 4)), 4 << low)

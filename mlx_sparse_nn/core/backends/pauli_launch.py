@@ -9,7 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_sparse_nn.core.backends.launch import MAX_THREADS, Kernel, KernelLaunch, prepare
-from mlx_sparse_nn.core.strings import PauliTerms, by_parts, real_coefficients
+from mlx_sparse_nn.core.strings import PauliTerms, by_parts, moments_by_parts, real_coefficients
 from mlx_sparse_nn.core.transforms import tracing
 
 MAX_BITS = 30  # the length of an axis of MLX is an int32
@@ -42,11 +42,12 @@ class Prepared(NamedTuple):
 
 
 def takes(
-    tile_of: Callable[[int], Tile], terms: PauliTerms, n_states: int, dtype: mx.Dtype
+    op: str, tile_of: Callable[[int], Tile], terms: PauliTerms, n_states: int, dtype: mx.Dtype
 ) -> bool:
     """Return whether there is a kernel: for float32 and complex64, unless what MLX traces refuses.
 
     Args:
+        op: ``"product"`` or ``"moments"``; of no strings there are no moments.
         tile_of: Returns the tile of a state of so many bits.
         terms: The strings.
         n_states: States, of all sums of strings.
@@ -54,9 +55,11 @@ def takes(
     """
     if tracing.refuses_kernels or dtype not in (mx.float32, mx.complex64):
         return False
+    if op == "moments" and not terms.flips:
+        return False
     n_bits = terms.n_qubits + (dtype == mx.complex64)
     low, threads, _ = tile_of(n_bits)
-    n_threads = (n_states << (n_bits - low)) * threads
+    n_threads = (n_states << (n_bits - low)) * max(32, threads)
     return n_bits <= MAX_BITS and 0 < n_threads <= MAX_THREADS
 
 
@@ -81,6 +84,31 @@ def product(
     return out.view(dtype) if parts == 2 else out
 
 
+def moments(
+    backend: str,
+    tile_of: Callable[[int], Tile],
+    terms: PauliTerms,
+    u: mx.array,
+    x: mx.array,
+    real: bool,
+) -> mx.array:
+    """Return ``(V, n_terms)``; see ``pauli_plain.moments``."""
+
+    def of_floats(terms: PauliTerms, u: mx.array, x: mx.array) -> mx.array:
+        n_sums, n_states, size = x.shape
+        low, threads, shared_memory = tile_of(terms.n_qubits)
+        threads = max(32, threads)  # whole warps, which add up
+        n_blocks = n_sums * n_states * (size >> low)
+        template = {"LOW": low, "THREADS": threads, "SIGNED": int(any(terms.signs))}
+        kernel = Kernel("pauli_moments", template, (n_blocks * threads, 1, 1), threads)
+        kernel = kernel._replace(shared_memory=shared_memory)
+        launch = prepare(backend, "pauli_moments", kernel, mx.float32)
+        shape = (n_sums, n_blocks // n_sums * (threads // 32), len(terms))
+        return launch([u, x, _strings(terms, low)], shape).sum(axis=1)
+
+    return moments_by_parts(of_floats, terms, u, x, real)
+
+
 @lru_cache(1024)
 def _prepared(
     backend: str, terms: PauliTerms, n_states: int, parts: int, has_diagonal: bool, tile: Tile
@@ -95,8 +123,14 @@ def _prepared(
     }
     n_blocks = n_states << (terms.n_qubits - low)
     kernel = Kernel("pauli", template, (n_blocks * threads, 1, 1), threads, shared_memory)
+    return Prepared(prepare(backend, "pauli", kernel, mx.float32), _strings(terms, low))
+
+
+@lru_cache(1024)
+def _strings(terms: PauliTerms, low: int) -> mx.array:
+    """Return strings as kernels read them, those first that flip low bits alone."""
     rows = [(m, z, t, 0) for t, (m, z) in enumerate(zip(terms.flips, terms.signs, strict=True))]
     near, far = ([row for row in rows if (row[0] >> low > 0) == is_far] for is_far in (False, True))
     strings = mx.array([(len(near), 0, 0, 0), *near, *far], dtype=mx.int32)
     mx.eval(strings)
-    return Prepared(prepare(backend, "pauli", kernel, mx.float32), strings)
+    return strings

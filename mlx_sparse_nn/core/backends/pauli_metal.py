@@ -18,8 +18,8 @@ def is_available() -> bool:
 
 
 def takes(op: str, terms: PauliTerms, n_states: int, dtype: mx.Dtype) -> bool:
-    """Return whether there is a kernel; plain MLX computes moments."""
-    return op == "product" and pauli_launch.takes(tile_of, terms, n_states, dtype)
+    """Return whether there is a kernel."""
+    return pauli_launch.takes(op, tile_of, terms, n_states, dtype)
 
 
 def product(
@@ -27,6 +27,11 @@ def product(
 ) -> mx.array:
     """Return the product, of the shape of x; see ``pauli_plain.product``."""
     return pauli_launch.product(NAME, tile_of, terms, coefficients, diagonal, x)
+
+
+def moments(terms: PauliTerms, u: mx.array, x: mx.array, real: bool) -> mx.array:
+    """Return ``(V, n_terms)``; see ``pauli_plain.moments``."""
+    return pauli_launch.moments(NAME, tile_of, terms, u, x, real)
 
 
 def tile_of(n_bits: int) -> Tile:
