@@ -14,7 +14,8 @@ from typing import NamedTuple, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core import derivatives, edges, index
+from mlx_sparse_nn.core import derivatives, edges, index, ops
+from mlx_sparse_nn.core.backends import choose
 from mlx_sparse_nn.core.checks import INT32_MAX
 from mlx_sparse_nn.core.pattern import CSRPattern, grid_of
 from mlx_sparse_nn.core.value_maps import Gather, SumOfRuns
@@ -23,16 +24,19 @@ Plan = TypeVar("Plan")
 
 
 def _kept(make: Callable[..., Plan]) -> Callable[..., Plan]:
-    """Keep what a function of one or two patterns gives, as long as they are alive."""
-    plans: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+    """Keep what a function of one or two patterns gives, as long as they are alive.
+
+    By their identity: to hash their indices takes a good part of the time of a product.
+    """
+    plans: dict[tuple[int, ...], tuple[list[weakref.ref], Plan]] = {}
 
     @wraps(make)
     def kept(*patterns: CSRPattern) -> Plan:
-        found = plans.setdefault(patterns[0], weakref.WeakKeyDictionary())
-        plan = found.get(patterns[-1])
-        if plan is None:
-            plan = found[patterns[-1]] = make(*patterns)
-        return plan
+        key = tuple(map(id, patterns))
+        if key not in plans:
+            alive = [weakref.ref(p, lambda _: plans.pop(key, None)) for p in patterns]
+            plans[key] = alive, make(*patterns)
+        return plans[key][1]
 
     return kept
 
@@ -148,28 +152,43 @@ def multiply(
     return both.of_a(a) * both.of_b(b), both.pattern
 
 
-class Pairs(NamedTuple):
-    """The products of a block of a and a block of b that make up ``a @ b``."""
-
-    pattern: CSRPattern
-    of_a: Gather
-    of_b: Gather
-    sums: SumOfRuns
-
-
 @_kept
-def _pairs(a: CSRPattern, b: CSRPattern) -> Pairs:
+def _product(a: CSRPattern, b: CSRPattern) -> CSRPattern:
+    """Return the pattern of what a product may store."""
     operands = (a.indptr, a.indices), (b.indptr, b.indices)
     if (n_pairs := index.n_pairs(*operands)) > INT32_MAX:
         raise ValueError(
             f"[A @ B] takes {n_pairs} products of stored values, more than 2**31 - 1; multiply by "
             "some rows of A at a time"
         )
-    places, of_a, of_b = index.multiply(*operands, b.grid[1])
-    shape = a.shape[0], b.shape[1]
-    pattern = CSRPattern._of(places.indptr, places.indices, shape, a.block_size)
-    gather_a, gather_b = Gather(of_a, a.n_blocks), Gather(of_b, b.n_blocks)
-    return Pairs(pattern, gather_a, gather_b, SumOfRuns(None, places.starts, n_pairs))
+    indptr, indices = index.multiply(*operands, b.grid[1], n_pairs)
+    return CSRPattern._of(indptr, indices, (a.shape[0], b.shape[1]), a.block_size)
+
+
+class Pairs(NamedTuple):
+    """The products of an entry of a and an entry of b that make up ``a @ b``.
+
+    Attributes:
+        of_a: From the values of a to those of the pairs, by place; of_b likewise.
+        rows: ``(n_places, n_entries of a)``: the pairs of each place, by their entries of a.
+        sums: From the pairs to the places.
+    """
+
+    of_a: Gather
+    of_b: Gather
+    rows: CSRPattern
+    sums: SumOfRuns
+
+
+@_kept
+def _pairs(a: CSRPattern, b: CSRPattern) -> Pairs:
+    c = _product(a, b)
+    operands = (a.indptr, a.indices), (b.indptr, b.indices)
+    n_pairs = index.n_pairs(*operands)
+    starts, of_a, of_b = index.pairs(*operands, (c.indptr, c.indices), b.grid[1], n_pairs)
+    rows = CSRPattern._of(starts, of_a, (c.n_blocks, a.n_blocks))
+    sums = SumOfRuns(None, starts[:-1], n_pairs)
+    return Pairs(Gather(of_a, a.n_blocks), Gather(of_b, b.n_blocks), rows, sums)
 
 
 def matmul(
@@ -179,12 +198,23 @@ def matmul(
 
     16-bit values are multiplied and added up in float32.
     """
-    pairs, dtype = _pairs(a_pattern, b_pattern), mx.result_type(a, b)
-    a = pairs.of_a(edges.clear(a_pattern.layout, a))
-    b = pairs.of_b(edges.clear(b_pattern.layout, b))
-    if dtype in (mx.float16, mx.bfloat16):
-        a, b = a.astype(mx.float32), b.astype(mx.float32)
-    return pairs.sums(_products(a, b)).astype(dtype), pairs.pattern
+    pattern, dtype = _product(a_pattern, b_pattern), mx.result_type(a, b)
+    wide = mx.float32 if dtype in (mx.float16, mx.bfloat16) else dtype
+    a = edges.clear(a_pattern.layout, a).astype(wide)
+    b = edges.clear(b_pattern.layout, b).astype(wide)
+    if pattern.n_blocks and choose.takes_spgemm(wide):
+        layouts = a_pattern.layout, b_pattern.layout, pattern.layout
+        out = derivatives.spgemm(2, layouts, a[None], b[None]).squeeze(0)
+    else:
+        out = _multiply_pairs(_pairs(a_pattern, b_pattern), a, b)
+    return out.astype(dtype), pattern
+
+
+def _multiply_pairs(pairs: Pairs, a: mx.array, b: mx.array) -> mx.array:
+    """Return the values of a product by MLX operations: on every device, for every dtype."""
+    if a.ndim == 1 and mx.issubdtype(a.dtype, mx.inexact):
+        return ops.spmm(pairs.of_b(b), pairs.rows, a)
+    return pairs.sums(_products(pairs.of_a(a), pairs.of_b(b)))
 
 
 def _products(a: mx.array, b: mx.array) -> mx.array:

@@ -1,6 +1,8 @@
 """Sums and products of sparse arrays: values against SciPy, derivatives against dense MLX."""
 
 import gc
+from contextlib import contextmanager, nullcontext
+from unittest import mock
 
 import mlx.core as mx
 import numpy as np
@@ -29,6 +31,7 @@ from mlx_sparse_nn import (
     from_scipy,
 )
 from mlx_sparse_nn.core import algebra
+from mlx_sparse_nn.core.backends import choose
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16, mx.complex64, mx.int32, mx.bool_)
 
@@ -86,14 +89,30 @@ def test_elementwise_products(ab):
     same(a.tocoo() * b, dense(a) * dense(b))
 
 
-@given(pairs(product=True))
-def test_products_of_two_sparse_matrices(ab):
+@contextmanager
+def multiplied_by(kind):
+    """By C++, which takes the product of two sparse matrices on a CPU, or by MLX's operations."""
+    with (
+        nullcontext()
+        if kind == "C++"
+        else mock.patch.object(choose, "takes_spgemm", return_value=False)
+    ):
+        yield
+
+
+KINDS = pytest.mark.parametrize("kind", ["C++", "MLX"])
+
+
+@KINDS
+@given(ab=pairs(product=True))
+def test_products_of_two_sparse_matrices(kind, ab):
     a, b = ab
-    product = a @ b
+    with multiplied_by(kind):
+        product = a @ b
+        same(product, dense(a) @ dense(b))
+        same(a.tocoo() @ b.tocoo(), dense(a) @ dense(b))
     assert isinstance(product, CSRArray)
     assert product.pattern.is_canonical
-    same(product, dense(a) @ dense(b))
-    same(a.tocoo() @ b.tocoo(), dense(a) @ dense(b))
 
 
 @given(arrays(), st.integers(0, 3))
@@ -182,9 +201,17 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.parametrize("block_size", [1, 2])
-def test_derivatives_of_every_order(name, block_size):
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, "C++") for name in OPERATIONS] + [("A @ B", "MLX"), ("A.T @ A", "MLX")],
+)
+@pytest.mark.parametrize("block_size", [1, 2, 3])
+def test_derivatives_of_every_order(name, kind, block_size):
+    with multiplied_by(kind):
+        check_derivatives(name, block_size)
+
+
+def check_derivatives(name, block_size):
     patterns = [random_pattern(4, 4, block_size, seed=i) for i in (1, 2)]
     a, b = (integers(p.data_shape, i) for i, p in enumerate(patterns))
     of_sparse, of_dense = OPERATIONS[name]

@@ -68,6 +68,7 @@ class Binding:
         self._spmm_t = _function(library, "make_spmm_t", 4)
         self._qspmm = _function(library, "make_qspmm", 8)
         self._sddmm = _function(library, "make_sddmm", 4)
+        self._spgemm = _function(library, "make_spgemm", 8, n_sizes=2)
 
     def spmm(
         self,
@@ -107,6 +108,21 @@ class Binding:
         """Return the sampled product, not computed yet."""
         return _made(self._sddmm, kernel, rows.indptr, rows.indices, y, x, block_size)
 
+    def spgemm(
+        self, kernel: Kernel, which: int, sides: tuple[Side, Side, Side], *operands: mx.array
+    ) -> mx.array:
+        """Return the values of one of three matrices, ``c = a b``, not computed yet.
+
+        Args:
+            kernel: That of this one.
+            which: 0, 1 or 2.
+            sides: Their rows.
+            operands: The values of the other two, ``(V, n_blocks, ...)``.
+        """
+        a, b, c = sides
+        arrays = *operands, b.indptr, b.indices, c.indptr, c.indices
+        return _made(self._spgemm, kernel, a.indptr, a.indices, *arrays, which, c.n_block_cols)
+
 
 def check_layout(array: mx.array) -> None:
     """Raise unless an array lies in its Python object as the library reads it."""
@@ -140,9 +156,10 @@ def _made(function: Any, kernel: Kernel, *operands: Any) -> mx.array:
     return out
 
 
-def _function(library: ctypes.PyDLL, name: str, n_arrays: int) -> Any:
-    """Return a function of an array to write to, a kernel, arrays or None, and a size."""
+def _function(library: ctypes.PyDLL, name: str, n_arrays: int, n_sizes: int = 1) -> Any:
+    """Return a function of an array to write to, a kernel, arrays or None, and sizes."""
     function = library[name]
-    function.argtypes = [_OBJECT, ctypes.c_void_p, *[_OBJECT] * n_arrays, ctypes.c_int]
+    sizes = [ctypes.c_int] * n_sizes
+    function.argtypes = [_OBJECT, ctypes.c_void_p, *[_OBJECT] * n_arrays, *sizes]
     function.restype = ctypes.c_char_p
     return function
