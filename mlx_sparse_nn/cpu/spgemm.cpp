@@ -12,6 +12,7 @@
 
 #include <string.h>
 #include <algorithm>
+#include <type_traits>
 
 #include "share.h"
 #include "vectors.h"
@@ -38,9 +39,24 @@ INLINE complex64& operator+=(complex64& a, complex64 b) {
 // Which of the three matrices is computed.
 enum class Out { A, B, C };
 
-// Multiplies blocks of S x S: adds to one of them the product of the other two.
+// Adds to one of three blocks of S x S the product of the other two.
 template <Out out, int SIDE>
 INLINE void multiply(Element* a, Element* b, Element* c, int64_t B) {
+  if constexpr (SIDE >= 4 && !std::is_same_v<Element, complex64>) {
+    using Row = vec<Element, SIDE>;
+    for (int r = 0; r < SIDE; ++r) {
+      Row sum = load<SIDE>(c + r * SIDE);
+      for (int k = 0; k < SIDE; ++k) {
+        Element* a_k = a + r * SIDE + k;
+        const Row row = load<SIDE>(b + k * SIDE);
+        if constexpr (out == Out::A) *a_k += total<Element, SIDE>(sum * row);
+        if constexpr (out == Out::B) store<SIDE>(b + k * SIDE, row + *a_k * sum);
+        if constexpr (out == Out::C) sum += *a_k * row;
+      }
+      if constexpr (out == Out::C) store<SIDE>(c + r * SIDE, sum);
+    }
+    return;
+  }
   const int64_t S = SIDE ? SIDE : B;
   for (int64_t r = 0; r < S; ++r) {
     for (int64_t k = 0; k < S; ++k) {
