@@ -27,6 +27,7 @@ _INSTEAD = {
     "nanmin": "use A.map_values(mx.nan_to_num).min()",
     "resize": "patterns are fixed; take a part, A[:m, :n], or use vstack and hstack",
     "setdiag": "patterns are fixed; add diags(d - A.diagonal())",
+    "size": "use A.nnz",
     "sort_indices": "use A.canonical()",
     "sorted_indices": "use A.canonical()",
     "sum_duplicates": "use A.canonical()",
@@ -122,7 +123,15 @@ class SparseArray(Elementwise):
         return self
 
     def astype(self, dtype: mx.Dtype) -> Any:
-        """Return a copy whose values are cast to ``dtype``."""
+        """Return a copy whose values are cast to ``dtype``.
+
+        Raises:
+            TypeError: It is no dtype of MLX.
+        """
+        if not isinstance(dtype, mx.Dtype):
+            raise TypeError(
+                f"[A.astype] dtype must be one of MLX, as mx.float32 or mx.bool_, got {dtype!r}"
+            )
         return self._with(self.data.astype(dtype))
 
     def copy(self) -> Any:
@@ -229,6 +238,7 @@ def dense(operation: str, x: object, dtype: mx.Dtype) -> mx.array:
         keeps = dtype == mx.float64 and np.asarray(x).dtype == np.float64
         return check_data(operation, x, dtype=mx.float64 if keeps else None)
     hint = "; from_scipy(x) makes it one of this package" if hasattr(x, "tocsr") else ""
+    hint = "; a scalar goes by A * x" if is_scalar(x) else hint
     raise TypeError(f"[{operation}] x must be a dense array, got {_describe(x)}{hint}")
 
 

@@ -29,6 +29,8 @@ from mlx_sparse_nn import (
     csr_array,
     from_dense,
     from_scipy,
+    sddmm,
+    to_scipy,
 )
 from mlx_sparse_nn.core import algebra
 from mlx_sparse_nn.core.backends import choose
@@ -280,6 +282,48 @@ def test_galerkin_product_and_powers():
     expected = (p.T @ a @ p).toarray()
     assert np.allclose(to_numpy((P.T @ A @ P).todense()), expected, atol=1e-5)
     assert np.allclose(to_numpy((A @ A @ A).todense()), (a @ a @ a).toarray(), atol=1e-5)
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_products_that_are_shared_by_threads(block_size):
+    """And their gradients, of rows that are much longer than others."""
+    rng, n = np.random.default_rng(0), 3000 // block_size
+    counts = np.where(np.arange(n) % 50 == 0, 200, 8)
+    rows = np.repeat(np.arange(n), counts)
+    places = np.unique(rows * np.int64(n) + rng.integers(0, n, rows.size))
+    pattern = CSRPattern.from_places(places, (n * block_size,) * 2, block_size)
+    a, b = (integers(pattern.data_shape, i) for i in (1, 2))
+    A, B = (to_scipy(CSRArray(v, pattern)).tocsr() for v in (a, b))
+    product = CSRArray(a, pattern) @ CSRArray(b, pattern)
+    assert (to_scipy(product).tocsr() != A @ B).nnz == 0
+
+    def loss(a, b):
+        return (CSRArray(a, pattern) @ CSRArray(b, pattern)).sum()
+
+    d_a, d_b = mx.grad(loss, argnums=(0, 1))(a, b)
+    ones = np.ones((pattern.shape[0], 1), np.float32)
+    expected = sparse_at(pattern, ones, B @ ones), sparse_at(pattern, A.T @ ones, ones)
+    assert np.array_equal(np.array(d_a), expected[0])
+    assert np.array_equal(np.array(d_b), expected[1])
+
+
+def sparse_at(pattern, column, row):
+    """Return ``column @ row.T`` at the stored places."""
+    return np.array(sddmm(pattern, mx.array(column.T), mx.array(row.T)))
+
+
+def test_products_are_mapped_without_python():
+    pattern = random_pattern(5, 5, 1, seed=1)
+    a = integers(pattern.data_shape, 1)
+
+    def f(a):
+        return (CSRArray(a, pattern) @ CSRArray(a, pattern)).data.sum()
+
+    batch = mx.stack([a, 2 * a, -a])
+    found = mx.vmap(mx.checkpoint(f))(batch)
+    assert_equal(found, mx.stack([f(v) for v in batch]))
+    found = mx.grad(lambda batch: mx.vmap(mx.checkpoint(f))(batch).sum())(batch)
+    assert_equal(found, mx.stack([mx.grad(f)(v) for v in batch]))
 
 
 EYE = coo_array(([1.0, 1.0], ([0, 1], [0, 1])), shape=(2, 2)).tocsr()
