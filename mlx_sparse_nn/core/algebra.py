@@ -26,7 +26,8 @@ Plan = TypeVar("Plan")
 def kept(make: Callable[..., Plan]) -> Callable[..., Plan]:
     """Keep what a function of one or two patterns gives, as long as they are alive.
 
-    By their identity: to hash their indices takes a good part of the time of a product.
+    What it gives must not refer to them. They are told apart by identity: to hash their indices
+    takes a good part of the time of a product.
     """
     plans: dict[tuple[int, ...], tuple[list[weakref.ref], Plan]] = {}
 

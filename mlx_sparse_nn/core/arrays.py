@@ -308,7 +308,7 @@ class CSRArray(SparseArray):
                 f"[{owner}] {other} stands in every place that is not stored: use "
                 f"mx.{owner.removeprefix('A.')}(A.todense(), {other})"
             )
-        return self.map_values(lambda data: function(data, weak(other)).astype(data.dtype))
+        return self.map_values(lambda data: function(data, weak(other)))
 
     def _compare(self, compare: Callable, other: Any) -> Any:
         if is_sparse(other):
@@ -514,8 +514,9 @@ class CSRArray(SparseArray):
             shape = _broadcast("A.multiply", self.shape, other.shape)
             array = self._spread(shape)
             return CSRArray(array._cleared * array._values_of("A.multiply", other), array.pattern)
+        other = other.tocsr() if isinstance(other, COOArray) else other
         shape = _broadcast("A.multiply", self.shape, other.shape)
-        a, b = _alike("A.multiply", self._spread(shape), other.tocsr()._spread(shape))
+        a, b = _alike("A.multiply", self._spread(shape), other._spread(shape))
         a, b = a.canonical(), b.canonical()
         return CSRArray(*algebra.multiply(a.data, a.pattern, b.data, b.pattern))
 

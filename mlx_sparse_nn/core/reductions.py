@@ -51,7 +51,7 @@ class Rows(NamedTuple):
 def places(pattern: CSRPattern, as_one: bool) -> tuple:
     """Return what :class:`Rows` says of places: of the rows of a canonical pattern, or of all of
     them as one row."""
-    return _as_one(pattern) if as_one else _by_rows(pattern)
+    return _as_one(pattern) if as_one else (pattern, *_by_rows(pattern))
 
 
 @algebra.kept
@@ -63,7 +63,7 @@ def _by_rows(pattern: CSRPattern) -> tuple:
 def _as_one(pattern: CSRPattern) -> tuple:
     n = pattern.n_blocks  # a row of stored values alone: all places may be too many
     row = CSRPattern([0, n], np.arange(n), (1, n))
-    return _describe(row, pattern.places, pattern.shape[0] * pattern.shape[1])
+    return row, *_describe(row, pattern.places, pattern.shape[0] * pattern.shape[1])
 
 
 def _describe(pattern: CSRPattern, places: np.ndarray, size: int) -> tuple:
@@ -72,7 +72,7 @@ def _describe(pattern: CSRPattern, places: np.ndarray, size: int) -> tuple:
     first_empty = lengths.astype(np.int64)
     moved = np.flatnonzero(places != number)
     np.minimum.at(first_empty, pattern.row_indices[moved], number[moved])
-    return pattern, size - lengths.astype(np.int64), places, first_empty, size
+    return size - lengths.astype(np.int64), places, first_empty, size
 
 
 def extreme(owner: str, rows: Rows, largest: bool) -> mx.array:

@@ -23,6 +23,9 @@ class SparseVector(SparseArray):
     Args:
         row: ``(1, n)``, a CSRArray of scalars.
 
+    Raises:
+        TypeError: It is none.
+
     Example:
         >>> A = csr_array([[0.0, 2.0, 3.0], [4.0, 0.0, 0.0]])
         >>> A[0] @ mx.array([1.0, 1.0, 1.0])
@@ -31,6 +34,11 @@ class SparseVector(SparseArray):
 
     def __init__(self, row: Any):
         defer_to(SparseArray)
+        pattern = getattr(row, "pattern", None)
+        if not isinstance(pattern, CSRPattern) or (pattern.shape[0], pattern.block_size) != (1, 1):
+            raise TypeError(
+                f"[SparseVector] row must be a CSRArray of one row of scalars, got {row!r}; use A[i]"
+            )
         self._row = row
 
     @property

@@ -464,6 +464,7 @@ def test_larger_and_smaller(a, seed):
         same(own(d), function(dense(a), to_numpy(d)))
         same(own(0), function(dense(a), 0))
     same(a.maximum(-1.5), np.maximum(dense(a), -1.5))
+    same(a.astype(mx.int32).maximum(-1.5), np.maximum(dense(a), -1.5))
     with pytest.raises(TypeError, match=r"use mx.maximum\(A.todense\(\), 1\)"):
         a.maximum(1)
 
