@@ -559,6 +559,7 @@ LIST = untyped([1.0])
 STATE = "psi must be an mx.array, got list"
 REST = [
     ("COOArray", lambda: sparse.COOArray(["a"], [0], [0], (1, 1)), TypeError, "data must be num"),
+    ("SparseVector", lambda: sparse.SparseVector(sparse.eye(2)), TypeError, "row must be a CSRArr"),
     (
         "bsr_array",
         lambda: sparse.bsr_array(untyped(3), (2, 2)),
