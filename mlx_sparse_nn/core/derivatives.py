@@ -206,7 +206,7 @@ def spgemm(which: int, layouts: Layouts, first: mx.array, second: mx.array) -> m
         out = product(layouts, mx.flatten(first, 0, 1), mx.flatten(second, 0, 1))
         return mx.unflatten(out, 0, (size, -1)), 0
 
-    return _with_rules(partial(cpu.spgemm, which), layouts, vjp, jvp, vmap)(first, second)
+    return with_rules(partial(cpu.spgemm, which), layouts, vjp, jvp, vmap)(first, second)
 
 
 def todense(layout: Layout, data: mx.array) -> mx.array:

@@ -125,7 +125,7 @@ def qspmm_t(
 
 def takes_spgemm(dtype: mx.Dtype) -> bool:
     """Return whether there is a kernel for the product of two sparse matrices of a dtype."""
-    return dtype in SPGEMM_DTYPES and _has(_spgemm_kernels, dtype)
+    return dtype in SPGEMM_DTYPES and has(_spgemm_kernels, dtype)
 
 
 def spgemm(which: int, layouts: tuple[Layout, Layout, Layout], *operands: mx.array) -> mx.array:
