@@ -87,7 +87,7 @@ def markdown_times(features: int, timings: Mapping[str, Sequence[LayerTiming]]) 
     header += [f"{task}{words}" for words in timings for task in ("forward", "training")]
     rows = [
         [
-            *(str(ways[0].block_size), f"{ways[0].density:.0%}", ways[0].dtype, str(ways[0].rows)),
+            *(str(ways[0].block_size), f"{ways[0].density:.3g}", ways[0].dtype, str(ways[0].rows)),
             *(_beside(*pair) for way in ways for pair in (way.forward, way.training)),
         ]
         for ways in zip(*timings.values(), strict=True)

@@ -8,14 +8,16 @@ gradient of L by the state on the way, and
 Within a step both are combinations of a few vectors, :math:`\psi(s) = \sum_k c_k(s) v_k` and
 :math:`a(s) = \sum_j d_j(s) w_j`, whose amplitudes are sums of exponentials: the integrals
 :math:`\int d_j^* c_k\, ds` are exact. They form a matrix of low rank, each term of which is one
-derivative of a product with H.
+derivative of a product with H. Gauss' quadrature to the same error takes a third more terms in real
+time (47 nodes where the rank is 31, of steps of 96 products on 14 sites), and six times as many in
+imaginary time (39 where it is 6).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -35,7 +37,7 @@ class Slope:
 
     Args:
         arrays: What H depends on.
-        rebuild: Makes H of such arrays, in its own unit.
+        rebuild: Makes H of such arrays.
 
     Attributes:
         factor: c.
@@ -43,7 +45,8 @@ class Slope:
 
     def __init__(self, arrays: Sequence[mx.array], rebuild: Rebuild):
         self.arrays, self.rebuild, self.factor = list(arrays), rebuild, 0j
-        self.sums = [mx.zeros(a.shape, _wide(a.dtype)) for a in arrays]
+        # On the host: MLX, in a rule, keeps all that an array was made of as long as that array.
+        self.sums: list[Any] = [0.0] * len(self.arrays)
 
     def add(self, state: Step, adjoint: Step, integrals: np.ndarray) -> None:
         """Add the part of a step.
@@ -65,12 +68,14 @@ class Slope:
             x = product.to_columns(state.space.combine(rights[some]))
             y = product.to_columns(adjoint.space.combine(lefts[some]))
             _, slopes = mx.vjp(lambda *arrays, x=x: self.rebuild(arrays) @ x, self.arrays, [y])
-            self.sums = [s + d.astype(s.dtype) for s, d in zip(self.sums, slopes, strict=True)]
-            mx.eval(self.sums)
+            self.sums = [s + _to_numpy(d) for s, d in zip(self.sums, slopes, strict=True)]
 
     def gradients(self, scale: float) -> list[mx.array]:
         """Return the sums times a number, in the dtypes of the arrays."""
-        return [(s * scale).astype(a.dtype) for s, a in zip(self.sums, self.arrays, strict=True)]
+        return [
+            mx.broadcast_to(mx.array(s * scale, dtype=a.dtype), a.shape)
+            for s, a in zip(self.sums, self.arrays, strict=True)
+        ]
 
 
 def through_step(
@@ -248,6 +253,6 @@ def dot(a: Row, b: Row) -> float:
     return float(product.sum() if isinstance(a, np.ndarray) else pairwise_sum(product))
 
 
-def _wide(dtype: mx.Dtype) -> mx.Dtype:
-    """Return the dtype in which gradients of ``dtype`` are summed."""
-    return mx.result_type(mx.zeros(0, dtype), mx.zeros(0, mx.float32))
+def _to_numpy(a: mx.array) -> np.ndarray:
+    """Return an array of at least float32."""
+    return np.array(a.astype(mx.result_type(a, mx.float32)))

@@ -61,7 +61,7 @@ class Flow:
         known = bool(parameters(H)[0])
         wide = self.dtype == mx.float64 or (known and work_dtype(H) == mx.float64)
         self._real = mx.float64 if wide else mx.float32
-        self._on_host = wide or mx.default_device().type == mx.cpu
+        self._on_host = _is_on_host(self._real)
         self.device = mx.cpu if self._on_host else mx.default_device()
         self._is_asked = tol is not None
         self.tol = check_tol(owner, (1e-10 if wide else 1e-6) if tol is None else tol, 1e-14)
@@ -130,3 +130,8 @@ class Flow:
                 f"[{self.owner}] tol must be at least {least:.2g}, which {dtype} rounds off "
                 f"over this time, got {self.tol}{more}"
             )
+
+
+def _is_on_host(dtype: mx.Dtype) -> bool:
+    """Return whether rows of a dtype are NumPy's."""
+    return dtype == mx.float64 or mx.default_device().type == mx.cpu

@@ -76,6 +76,7 @@ class FlowRules:
     ) -> list[mx.array]:
         """Return the gradients by all operands, of that by the states."""
         flow, (psi, arrays, t) = self.flow, self._split(operands)
+        self._check_finite("the gradient by its states", cotangent)
         with mx.stream(flow.device):
             product = self._product(arrays)
             unit, norm = flow.unit(product, psi)
@@ -83,7 +84,7 @@ class FlowRules:
             # Relative to the largest, so that sums are of ordinary size.
             largest = float(mx.abs(cotangent).max()) or 1.0
             cotangents = [weighted(product.from_array(c / largest)) for c in cotangent]
-            slope = Slope(arrays, self._in_unit_of(product))
+            slope = Slope(arrays, self.rebuild)
             total: Weighted = None
             for i in np.flatnonzero(flow.times == 0):
                 total = added(total, cotangents[i])
@@ -113,29 +114,24 @@ class FlowRules:
         """Return the derivative of the states along tangents of the operands, ``(K, dim)``."""
         flow, (psi, arrays, _) = self.flow, self._split(operands)
         d_psi, d_arrays, d_t = self._split(moves)
+        self._check_finite("the tangent of an argument", *moves)
         with mx.stream(flow.device):
             product = self._product(arrays)
             unit, norm = flow.unit(product, psi)
-            rebuild, zero = self._in_unit_of(product), unit * 0.0
-
-            def slope(row: Row) -> Row:
-                if not arrays:
-                    return zero
-                x = product.to_states(row)
-                _, (out,) = mx.jvp(lambda *a: rebuild(a) @ x, list(arrays), list(d_arrays))
-                return product.to_row(out)
-
+            zero = unit * 0.0
+            # H is linear in its arrays: its derivative is the H of their tangents.
+            slope = product.of(Scaled(self.rebuild(d_arrays), product.H.exponent))
             begin = weighted(product.from_array(d_psi), 1 / norm)
             if flow.imaginary:  # the norm of psi does not count
                 begin = orthogonal(begin, unit)
             pairs = [(zero if begin is None else begin[0] * begin[1], unit)] * flow.times.size
             for factor, order, distances in flow.sides(product):
-                turned = weighted(slope(unit), distances[-1])
+                turned = weighted(slope(unit), distances[-1]) if arrays else None
                 scale = max((v[1] for v in (begin, turned) if v is not None), default=1.0)
                 first = zero if begin is None else begin[0] * (begin[1] / scale)
                 way = tangents(
                     product,
-                    lambda row, scale=scale: slope(row) / scale,
+                    lambda row, scale=scale: slope(row) / scale if arrays else zero,
                     (first, unit),
                     distances,
                     factor,
@@ -169,11 +165,12 @@ class FlowRules:
             return product.scaled(rate, -1j)
         return row * dot(row, rate) - rate
 
+    def _check_finite(self, name: str, *arrays: mx.array) -> None:
+        if not all(math.isfinite(float(mx.abs(a).max())) for a in arrays if a.size):
+            raise ValueError(f"[{self.flow.owner}] {name} must be finite")
+
     def _product(self, arrays: Sequence[mx.array]) -> Product:
         return self.flow.product(self.rebuild(arrays))
-
-    def _in_unit_of(self, product: Product) -> Rebuild:
-        return lambda arrays: Scaled(self.rebuild(arrays), product.H.exponent)
 
     def _split(
         self, operands: Sequence[mx.array]

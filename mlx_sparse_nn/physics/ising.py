@@ -139,7 +139,7 @@ def exact_ground_energy(
     *,
     coupling: float | mx.array = ...,
     periodic: bool = ...,
-) -> float | mx.array: ...
+) -> mx.array: ...
 
 
 def exact_ground_energy(

@@ -66,7 +66,7 @@ def pauli_sum(
         >>> lanczos(H).energies
         array([-8], dtype=float32)
         >>> pauli_sum({"XY": [(0.5, 0, 1)], "YX": [(-0.5, 0, 1)]}, 2)
-        PauliSum(4 x 4, mlx.core.complex64, 2 strings on 2 sites: 1 XY, 1 YX)
+        PauliSum(4 x 4, mlx.core.complex64, 2 strings on 2 sites: 1 YX, 1 XY)
     """
     owner = "pauli_sum"
     n_qubits = check_operator_size(owner, n_qubits, dtype)

@@ -15,7 +15,7 @@ Rebuild = Callable[[Sequence[mx.array]], Any]
 
 
 def parameters(H: Any) -> tuple[list[mx.array], Rebuild]:
-    """Return the arrays that H depends on, and the function that makes H of such arrays.
+    """Return the arrays that H is linear in, and the function that makes H of such arrays.
 
     They are the stored values of a sparse array, a dense array itself, and what an operator of this
     package says by two methods: ``_arrays()``, and ``_with_arrays(arrays)``, the same operator of

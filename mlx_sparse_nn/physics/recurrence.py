@@ -41,11 +41,17 @@ class Product:
         self.dim = H.shape[0]
         self.epsilon = 2.0**-52 if dtype == mx.float64 else 2.0**-23
         self.length = 2 * self.dim if is_complex else self.dim
-        real = not mx.issubdtype(H.dtype, mx.complexfloating)
-        # One of which this package knows that it multiplies matrices too.
-        self.may_be_stored = on_host and self.dim <= _SMALL and bool(parameters(H.H)[0])
-        # A real matrix multiplies both parts in one product of half the work.
-        self.in_pairs = is_complex and real and isinstance(H.H, CSRArray | COOArray | mx.array)
+        known = bool(parameters(H.H)[0])  # this package knows that it multiplies matrices too
+        self.may_be_stored = on_host and known and self.dim <= _SMALL
+        # A real matrix multiplies both parts in one product of half the work, and in float64,
+        # which MLX has no complex numbers of.
+        stores = isinstance(H.H, CSRArray | COOArray | mx.array)
+        is_real = not mx.issubdtype(H.dtype, mx.complexfloating)
+        self.in_pairs = is_complex and is_real and (stores or dtype == mx.float64)
+
+    def of(self, H: Scaled) -> Product:
+        """Return the product with another H."""
+        return Product(H, self.is_complex, self.dtype, self.on_host)
 
     def __call__(self, row: Row) -> Row:
         """Return the product with one row."""

@@ -15,12 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.physics.adjoint import dot
 from mlx_sparse_nn.physics.recurrence import Product, Row
 
-_SIZE = 30  # most products in one step
+_SIZE = 48  # most products in one step
 _GRID = 64  # intervals on which the error of a step is integrated
 
 Pair = tuple[Row, Row]  # tangent, state
@@ -71,31 +72,87 @@ def _step(
     rate: float,
 ) -> tuple[Pair, float]:
     """Return the pair after at most ``remaining``, not normalised, and how long that was."""
-    norm = math.sqrt(_dot(pair, pair))
     size = min(_SIZE, 2 * product.length)
-    vectors: list[Pair] = [(pair[0] / norm, pair[1] / norm)]
+    vectors, norm = _Vectors(product, size), math.sqrt(sum(dot(row, row) for row in pair))
+    vectors.append(tuple(row / norm for row in pair))
     projected = np.zeros((size + 1, size))
     while True:
-        done = len(vectors)
-        tangent, state = vectors[-1]
-        rest = (product(tangent) + slope(state), product(state))
-        for _ in range(2):
-            for i, vector in enumerate(vectors):
-                part = _dot(vector, rest)
-                projected[i, done - 1] += part
-                rest = (rest[0] - vector[0] * part, rest[1] - vector[1] * part)
-        left_out = math.sqrt(_dot(rest, rest))
-        scale = np.abs(projected).max()
-        if left_out <= 30 * product.epsilon * scale:
+        done = vectors.filled
+        tangent, state = vectors.last()
+        rest, projected[:done, done - 1] = vectors.orthogonalised(
+            (product(tangent) + slope(state), product(state))
+        )
+        left_out = math.sqrt(sum(dot(row, row) for row in rest))
+        if left_out <= 30 * product.epsilon * np.abs(projected).max():
             left_out = 0.0
-        last = done == size or left_out == 0
         length, amplitudes = _longest(
-            projected[:done, :done], left_out, factor, remaining, rate, may_shorten=last
+            projected[:done, :done],
+            left_out,
+            factor,
+            remaining,
+            rate,
+            may_shorten=done == size or left_out == 0,
         )
         if length:
-            return _combination(product, vectors, norm * amplitudes), length
+            return vectors.combined(norm * amplitudes), length
         projected[done, done - 1] = left_out
-        vectors.append((rest[0] / left_out, rest[1] / left_out))
+        vectors.append(tuple(row / left_out for row in rest))
+
+
+class _Vectors:
+    """Orthonormal pairs: on a CPU, rows of one NumPy array.
+
+    Args:
+        product: Says what rows are.
+        size: Most pairs.
+    """
+
+    def __init__(self, product: Product, size: int):
+        self.product, self.filled = product, 0
+        self.pairs: list[Pair] = []
+        if product.on_host:
+            dtype = np.float64 if product.dtype == mx.float64 else np.float32
+            self.rows = np.empty((size, 2, product.length), dtype)
+
+    def append(self, pair: Pair) -> None:
+        """Make a pair the next one."""
+        if self.product.on_host:
+            self.rows[self.filled] = pair
+        else:
+            self.pairs.append(pair)
+        self.filled += 1
+
+    def last(self) -> Pair:
+        """Return the last pair."""
+        tangent, state = self.rows[self.filled - 1] if self.product.on_host else self.pairs[-1]
+        return tangent, state
+
+    def orthogonalised(self, pair: Pair) -> tuple[Pair, np.ndarray]:
+        """Return a pair without its part in all others, and the coefficients of that part."""
+        if self.product.on_host:
+            known, row = self.rows[: self.filled].reshape(self.filled, -1), np.concatenate(pair)
+            coefficients = known @ row
+            tangent, state = (row - coefficients @ known).reshape(2, -1)
+            return (tangent, state), coefficients
+        coefficients, (tangent, state) = [], pair
+        for a, b in self.pairs:
+            part = dot(a, tangent) + dot(b, state)
+            tangent, state = tangent - a * part, state - b * part
+            coefficients.append(part)
+        return (tangent, state), np.array(coefficients)
+
+    def combined(self, amplitudes: np.ndarray) -> Pair:
+        """Return the sum of all pairs times complex amplitudes."""
+        tangent, state = (
+            sum(
+                self.product.scaled(pair[i], complex(c))
+                for pair, c in zip(
+                    self.rows if self.product.on_host else self.pairs, amplitudes, strict=False
+                )
+            )
+            for i in (0, 1)
+        )
+        return tangent, state
 
 
 def _longest(
@@ -150,19 +207,3 @@ def _exp(matrix: np.ndarray) -> np.ndarray:
     for _ in range(halvings):
         out = out @ out
     return out
-
-
-def _combination(product: Product, vectors: Sequence[Pair], amplitudes: np.ndarray) -> Pair:
-    """Return the sum of pairs times complex amplitudes."""
-    parts = [
-        tuple(product.scaled(row, complex(c)) for row in pair)
-        for pair, c in zip(vectors, amplitudes, strict=True)
-    ]
-    tangent, state = parts[0]
-    for more in parts[1:]:
-        tangent, state = tangent + more[0], state + more[1]
-    return tangent, state
-
-
-def _dot(a: Pair, b: Pair) -> float:
-    return dot(a[0], b[0]) + dot(a[1], b[1])
