@@ -12,10 +12,12 @@ BACKEND := $(shell \
 # Kernels, their headers and their emulators; asked for when a target needs them.
 KERNELS = $(shell find mlx_sparse_nn tests benchmarks -name '*.metal' -o -name '*.cu' -o -name '*.h' -o -name '*.cpp' -o -name '*.c')
 
-.PHONY: help demo test test-metal test-macos test-device bench lint format clean
+.PHONY: help demo docs dist test test-metal test-macos test-device bench lint format clean
 
 help:
 	@echo "make demo         train a small sparse language model (two minutes on two CPU cores)"
+	@echo "make docs         build the site of README and docs, with an API page for every public name"
+	@echo "make dist         build sdist and wheel, and try both in an environment of their own"
 	@echo "make test         run the tests"
 	@echo "make test-metal   run the Metal kernels on their emulator, with thousands of drawn cases"
 	@echo "make test-macos   cross-compile the CPU's C++ for a Mac"
@@ -23,11 +25,23 @@ help:
 	@echo "make bench        measure products on this machine beside their peers (15 minutes)"
 	@echo "make lint         check style and types"
 	@echo "make format       put the code into shape"
-	@echo "make clean        remove .venv, .bench and what training wrote"
+	@echo "make clean        remove .venv, .bench, the site and what training wrote"
 
 # An OpenBLAS that is installed takes the place of the BLAS in MLX's Linux wheel, which is scalar code.
 demo: $(VENV)/installed-examples
 	LD_PRELOAD=$$($(BIN)/python benchmarks/openblas.py) $(BIN)/python examples/train_char_lm.py
+
+# A warning is an error. The check reads the pages as a browser would get them.
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs/site . site
+	$(BIN)/python docs/site/check.py site
+	@echo "the site begins at site/index.html"
+
+dist: $(VENV)/installed-dist
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tests/try_dist.py
 
 # A process for each core; what NumPy computes in one keeps to that core. The functions of a file
 # stay in one process, and so share fixtures, ports and peaks of memory.
@@ -58,7 +72,7 @@ format: $(VENV)/installed-dev
 	$(BIN)/clang-format -i $(KERNELS)
 
 clean:
-	rm -rf $(VENV) .bench runs
+	rm -rf $(VENV) .bench dist runs site docs/api
 
 $(VENV)/installed-%: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,8 +1,8 @@
-"""Train the character model dense and sparse, one after the other, and put the table in the README.
+"""Train the character model dense and sparse, one after the other, and put the table in a page.
 
 Each run is ``examples/train_char_lm.py`` with its defaults and the arguments below, on this
 machine's CPU. Writes ``benchmarks/results/char_lm.json``; with ``--readme`` alone it only makes the
-README's table again from that file.
+table of docs/examples.md again from that file.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def describe() -> str:
 
 
 def table(results: dict) -> str:
-    """Return the README's table."""
+    """Return the table of docs/examples.md."""
     lines = [
         "| model | trained parameters | density | seconds | validation loss, nats/character |",
         "| --- | --- | --- | --- | --- |",
@@ -75,13 +75,13 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def write_table(name: str, table: str, page: str = "README.md") -> None:
+def write_table(name: str, table: str, page: str) -> None:
     """Put a table between its marks in a page."""
-    readme = ROOT / page
-    text = readme.read_text(encoding="utf-8")
+    path = ROOT / page
+    text = path.read_text(encoding="utf-8")
     marked = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
     text = re.sub(marked, lambda m: m.group(1) + table + m.group(2), text, flags=re.DOTALL)
-    readme.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
@@ -91,7 +91,7 @@ def main() -> None:
     )
     if not parser.parse_args().readme:
         RESULTS.write_text(json.dumps(measure(), indent=2) + "\n")
-    write_table("char_lm", table(json.loads(RESULTS.read_text())))
+    write_table("char_lm", table(json.loads(RESULTS.read_text())), "docs/examples.md")
 
 
 if __name__ == "__main__":

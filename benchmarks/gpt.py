@@ -13,7 +13,7 @@ turns, so that what the machine does meanwhile meets all of them alike; times ar
 Decoding keeps no cache of keys and values: what that costs is the same for all of these models.
 
 Writes ``benchmarks/results/gpt.json`` (or ``--output``), where each GPU has its entry; with
-``--readme`` alone it makes the README's table from that file.
+``--readme`` alone it makes the table of docs/backends.md from that file.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def measure() -> dict[str, dict[str, float]]:
 
 
 def table(results: dict[str, dict]) -> str:
-    """Return the README's table: the models below each GPU."""
+    """Return the table of docs/backends.md: the models below each GPU."""
     lines = [
         "| GPU | sparse layers | parameters | training step, ms | forward, ms "
         "| token, compiled, ms | token, ms |",
@@ -236,7 +236,7 @@ def main() -> None:
         results = json.loads(args.output.read_text()) if args.output.exists() else {}
         results[str(mx.device_info()["device_name"])] = measure()
         args.output.write_text(json.dumps(results, indent=1) + "\n")
-    write_table("gpt", table(json.loads(args.output.read_text())))
+    write_table("gpt", table(json.loads(args.output.read_text())), "docs/backends.md")
 
 
 if __name__ == "__main__":

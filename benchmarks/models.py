@@ -5,8 +5,8 @@
 
 The character model of ``examples/train_char_lm.py`` and its dense twin; a compiled step of the
 README's small model; and one layer. Each time is that of a process of its own, and the two BLAS
-take turns. Writes ``benchmarks/results/models.json`` and the tables of README.md and
-benchmarks/README.md; with ``--readme`` alone only the tables.
+take turns. Writes ``benchmarks/results/models.json`` and the tables of docs/backends.md
+and benchmarks/README.md; with ``--readme`` alone only the tables.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TRAINING = {
     "dense_training": ("`train_char_lm.py --dense`, {} steps, s", ["--dense"]),
     "sparse_training": ("`train_char_lm.py`, {} steps, s", []),
 }
-IN_README = ("linear", "sparse_linear", "dense_training", "sparse_training")
+IN_BACKENDS = ("linear", "sparse_linear", "dense_training", "sparse_training")
 
 
 def child(what: str) -> float:
@@ -171,7 +171,7 @@ def table(results: dict[str, Any], names: tuple[str, ...] = (*SMALL, *TRAINING))
 
 
 MARKS = {
-    ("README.md", "cpu_blas"): lambda results: table(results, IN_README),
+    ("docs/backends.md", "cpu_blas"): lambda results: table(results, IN_BACKENDS),
     (PAGE, "cpu_models"): table,
 }
 

@@ -66,6 +66,6 @@ def renamed(folder: Path, target: Path) -> Path | None:
 if __name__ == "__main__":
     found = installed()
     if sys.platform == "linux":
-        by = found or "MLX's own BLAS; README.md, MLX on a Linux CPU, has a faster one"
+        by = found or "MLX's own BLAS; docs/backends.md, MLX on a Linux CPU, has a faster one"
         print(f"dense products on the CPU by {by}", file=sys.stderr)
     print(found)

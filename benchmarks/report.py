@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks.environments import PEERS, ROOT
 from benchmarks.roofline import reading
+from benchmarks.styles import LINES
 from benchmarks.workloads import CALLS
 
 RESULTS = ROOT / "benchmarks/results/cpu.json"
@@ -125,7 +126,7 @@ def label(results: Result, peer: str) -> str:
 
 
 def summary(results: Result) -> str:
-    """Return the README's table: ratios at 1024 features and 256 rows, and of Ising products."""
+    """Return the table of docs/backends.md: 1024 features and 256 rows, and Ising products."""
     peers = [p for p in SUMMARY if p in results["machine"]["peers"]]
     head = ["product", *(label(results, peer) for peer in peers)]
     rows = []
@@ -447,67 +448,94 @@ def plot_layers(results: Result, path: Path) -> None:
     The dense layer is the one with OpenBLAS, where it was measured.
     """
     plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
     dense = "linear_openblas" if "linear_openblas" in results["machine"]["peers"] else "linear"
     for axis, step in zip(axes, ("forward", "training"), strict=True):
         key = {**base(), "step": step, "density": (0.01, 0.05, 0.1, 0.25, 0.5)}
-        for block_size in BLOCK_SIZES:
+        for block_size, line in zip(BLOCK_SIZES, LINES, strict=True):
             points = select(results, "layer", **key, block_size=block_size)
             points = [r for r in points if dense in r["peers"]]
             axis.plot(
-                [r["workload"]["density"] * 100 for r in points],
+                [r["workload"]["density"] for r in points],
                 [ratio(r, dense) for r in points],
-                marker="o",
-                label=f"B = {block_size}",
+                label=f"blocks of {block_size}",
+                **line,
             )
         points = select(results, "layer", **key, block_size=32)
         for peer, style in (("mlx_sparse", "--"), ("torch", ":")):
             both = [r for r in points if peer in r["peers"] and dense in r["peers"]]
             axis.plot(
-                [r["workload"]["density"] * 100 for r in both],
+                [r["workload"]["density"] for r in both],
                 [ratio(r, dense) / ratio(r, peer) for r in both],
                 style,
                 color="black",
-                label=f"{PEERS[peer].label}, B = 32",
+                label=f"{PEERS[peer].label}, blocks of 32",
             )
         axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set(title=step, xlabel="density, %", xscale="log", yscale="log")
-        axis.set_xticks([1, 5, 10, 25, 50], labels=["1", "5", "10", "25", "50"])
+        axis.set(title=STEPS[step], xlabel="density", xscale="log", yscale="log")
+        densities = (0.01, 0.05, 0.1, 0.25, 0.5)
+        axis.set_xticks(densities, labels=[f"{density:g}" for density in densities])
         axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel(f"speed relative to {label(results, dense)}")
+    axes[0].set_ylabel("times as fast as nn.Linear")
     axes[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    m = results["machine"]
+    blas = m["peers"].get(dense, {}).get("blas", "netlib").split(".")[0].removesuffix(" 0")
+    figure.suptitle(
+        f"{m.get('gpu') or m['processor']}, {_cores(m)}: float32, "
+        f"weight 1024 x 1024, 256 rows; nn.Linear by {blas}",
+        fontsize="medium",
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
+TITLES = {
+    "Ising product, n = 8 to 22": "Ising chain times a state, 8 to 22 sites",
+    "training, 1024, B = 32, 256 rows": "layer of 1024 x 1024, training, 256 rows",
+    "training, 1024, B = 32, 10%": "layer of 1024 x 1024, training, density 0.1",
+}
+STEPS = {"forward": "forward", "training": "forward, and gradients of weight and input"}
+
+
+def _cores(machine: dict[str, Any]) -> str:
+    n = machine.get("used_cores", machine["cores"])
+    return f"{n} core{'s' * (n != 1)}"
+
+
 def plot_growth(results: Result, path: Path) -> None:
-    """Draw time and memory against the amount of work, beside lines of slope 1."""
+    """Draw time and memory against the amount of work, beside what grows in proportion to it."""
     plt = pyplot()
     lines = growth(results)
     figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained", sharex="col")
     for column, (name, unit, points) in enumerate(lines):
-        points = [(work, r) for work, r in points if "ours" in r["peers"]]
-        largest = statistics.median(points[-1][1]["peers"]["ours"]["turns"])
+        part = 100 if unit == "density, %" else 1
+        points = [(work / part, r) for work, r in points if "ours" in r["peers"]]
+        largest = statistics.median(points[-1][1]["peers"]["ours"]["turns"]) * 1e3
         time, memory = axes[:, column]
-        for peer in ("ours", "mlx_sparse"):
+        for peer, line in zip(("ours", "mlx_sparse"), LINES, strict=False):
             shown = [(work, r["peers"][peer]) for work, r in points if peer in r["peers"]]
             work = [work for work, _ in shown]
-            times = [statistics.median(p["turns"]) / largest for _, p in shown]
-            time.plot(work, times, marker="o", label=PEERS[peer].label)
-            memory.plot(work, [p["peak"] / 1e6 for _, p in shown], marker="o")
+            times = [statistics.median(p["turns"]) * 1e3 for _, p in shown]
+            time.plot(work, times, label=PEERS[peer].label, **line)
+            memory.plot(work, [p["peak"] / 1e6 for _, p in shown], **line)
         work = np.array([work for work, _ in points])
         peak = points[-1][1]["peers"]["ours"]["peak"] / 1e6
-        for axis, last in ((time, 1.0), (memory, peak)):
-            axis.plot(work, last * work / work[-1], color="grey", linewidth=0.8, label="slope 1")
+        for axis, last in ((time, largest), (memory, peak)):
+            axis.plot(work, last * work / work[-1], color="grey", ls="--", label="in proportion")
             axis.set(xscale="log", yscale="log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            if work[-1] <= 10_000:
+                axis.xaxis.set_major_formatter("{x:g}")
             axis.grid(alpha=0.3)
-        time.set_title(name, fontsize="medium")
-        memory.set_xlabel(unit)
-    axes[0, 0].set_ylabel("time / mlx_sparse_nn's at the largest")
+        time.set_title(TITLES[name], fontsize="medium")
+        memory.set_xlabel(unit.removesuffix(", %"))
+    axes[0, 0].set_ylabel("milliseconds a call")
     axes[1, 0].set_ylabel("peak of memory, MB")
     axes[0, 0].legend()
+    m = results["machine"]
+    figure.suptitle(f"{m.get('gpu') or m['processor']}, {_cores(m)}, float32", fontsize="medium")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -522,7 +550,7 @@ def pyplot() -> Any:
 
 
 MARKS: dict[tuple[str, str], Callable[[Result], str]] = {  # page, mark: what is between the marks
-    ("README.md", "cpu"): summary,
+    ("docs/backends.md", "cpu"): summary,
     (PAGE, "cpu_aims"): aims,
     (PAGE, "cpu_slopes"): slopes,
     (PAGE, "cpu_tables"): lambda results: tables(results) + "\n\n" + machine(results),

@@ -1,4 +1,4 @@
-"""Draw the README's gallery of patterns: ``pip install matplotlib``, then run this file."""
+"""Draw the README's picture of patterns: ``pip install matplotlib``, then run this file."""
 
 from pathlib import Path
 
@@ -53,16 +53,20 @@ def gallery() -> dict[str, CSRPattern | BlockSparseLinear]:
 
 
 def main() -> None:
-    plt.rcParams["figure.constrained_layout.h_pad"] = 0.09  # inches
-    figure, axes = plt.subplots(2, 6, figsize=(14, 5.7), layout="constrained")
-    axes.flat[-1].set_axis_off()  # one place more than there is to show
-    for axis, (title, item) in zip(axes.flat, gallery().items(), strict=False):
+    figure, axes = plt.subplots(2, 6, figsize=(14, 5.5))
+    figure.subplots_adjust(0.005, 0.05, 0.995, 0.95, wspace=0.06, hspace=0.26)
+    *places, last = axes.flat
+    for axis, (title, item) in zip(places, gallery().items(), strict=True):
         pattern = item.pattern if isinstance(item, BlockSparseLinear) else item
         item.plot(axis)
         axis.set_title(title, family="monospace", fontsize=9)
         n_rows, n_cols = pattern.shape
-        axis.set_xlabel(f"{n_rows} x {n_cols}, {pattern.density:.1%} stored", fontsize=9)
+        axis.set_xlabel(f"{n_rows} x {n_cols}, density {pattern.density:.3g}", fontsize=9)
         axis.set(ylabel=None, xticks=[], yticks=[])
+    last.set_axis_off()
+    shaded = places[-1].images[0]
+    bar = figure.colorbar(shaded, cax=last.inset_axes((0.02, 0, 0.09, 1)))
+    bar.set_label("values in a block of the layer,\nroot mean square", fontsize=9)
     figure.savefig(PICTURE, dpi=110)
 
 

@@ -49,10 +49,17 @@ def check_plot(parser: Parser, path: Path | None) -> None:
     """End with a one-line error unless a plot can be drawn to ``path``, if one is asked for."""
     if path is None:
         return
+    if path.is_dir():
+        parser.error(f"--plot: {path} is a folder")
     if not path.parent.is_dir():
         parser.error(f"--plot: there is no folder {path.parent}")
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix.lower().removeprefix(".") not in {"", *kinds}:  # without one it becomes a PNG
+        parser.error(f"--plot: {path.name} must end in one of .{', .'.join(kinds)}")
 
 
 def _seed(text: str) -> int:

@@ -1,5 +1,7 @@
 """Multiply a batch by a sparse weight, and differentiate the product.
 
+It teaches the sparse array and the layer on one pattern, and takes a second or two.
+
 The weight is block-diagonal and each block is bidiagonal: 1 on the diagonal and 0.25 above it. The
 product and its gradients to the input and to the stored values are checked against dense ones.
 """

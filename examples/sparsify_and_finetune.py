@@ -8,8 +8,8 @@ At each density, four block-sparse ones are compared with the dense one:
   sparse      a random pattern from the first step
   regrown     the same, but weak blocks give way to ones where the gradient is large (RigL)
 
-All of them see the same number of batches. The default sizes suit two CPU cores: a run takes about
-two minutes.
+It teaches sparsify, prune, regrow and training that is sparse from the start. All networks see the
+same number of batches. The default sizes suit two CPU cores: a run takes about two minutes.
 
   python examples/sparsify_and_finetune.py --plot sparsify.png
 """
@@ -120,7 +120,10 @@ def train(
         return loss
 
     for step in range(first, last):
-        mx.eval(train_step(data.batch(step)), state)
+        loss = train_step(data.batch(step))
+        mx.eval(loss, state)
+        if not math.isfinite(float(loss)):
+            sys.exit(f"the loss is {float(loss)} at step {step + 1}; try a lower --learning-rate")
         if between is not None:
             between(step + 1, optimizer)
         bar.update()

@@ -1,5 +1,8 @@
 """Train a small character-level Transformer whose feed-forward layers are block-sparse.
 
+It teaches a training loop with sparse layers: a compiled step, data by mlx.data, checkpoints with
+patterns, and a run that goes on to the same end, bit for bit, wherever it was stopped.
+
 The default text is Python's own manual, which every Python carries, and the default sizes suit two
 CPU cores: a run takes about two minutes. --dense trains the same model with nn.Linear. A checkpoint
 is written at every validation, and --resume goes on from it, however the run before ended.
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -80,6 +84,10 @@ class CharLM(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
+
+
+class NotFinite(ArithmeticError):
+    """A loss is not finite."""
 
 
 def loss_of(model: CharLM, windows: mx.array, reduction: Any = "mean") -> mx.array:
@@ -208,7 +216,11 @@ def train(
     progress: dict,
     args: argparse.Namespace,
 ) -> float:
-    """Train up to ``args.steps``, keeping ``progress``; return the validation loss."""
+    """Train up to ``args.steps``, keeping ``progress``; return the validation loss.
+
+    Raises:
+        NotFinite: The loss is not finite. The checkpoint is the one before.
+    """
     state = [model.state, optimizer.state, mx.random.state]
     loss_and_grad = nn.value_and_grad(model, loss_of)
 
@@ -220,26 +232,42 @@ def train(
         return loss
 
     validation_loss = None
-    began = time.perf_counter() - progress["seconds"]
+    began, first = time.perf_counter() - progress["seconds"], progress["step"] + 1
     with tqdm(
         total=args.steps,
         initial=progress["step"],
-        unit="char",
-        unit_scale=args.batch * args.context,
+        unit="step",
         mininterval=0.5 if sys.stderr.isatty() else 10,  # seconds; a log file needs few lines
     ) as bar:
-        for done in range(progress["step"] + 1, args.steps + 1):
+        for done in range(first, args.steps + 1):
             loss = step(next(data))
             mx.eval(state, loss)
-            bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
+            check_finite("loss", float(loss), done)
+            if done == first:
+                bar.unpause()  # the first step traces and compiles: it is no measure of the others
+            bar.set_postfix_str(said(float(loss), bar, args), refresh=False)
             bar.update()
             if done % args.interval == 0 or done == args.steps:
                 validation_loss = evaluate()
+                check_finite("validation loss", validation_loss, done)
                 progress.update(step=done, seconds=time.perf_counter() - began)
                 save()
                 with tqdm.external_write_mode():
                     print(f"step {done}: validation loss {validation_loss:.4f}", flush=True)
     return evaluate() if validation_loss is None else validation_loss
+
+
+def check_finite(what: str, loss: float, step: int) -> None:
+    """Raise if a loss is not finite."""
+    if not math.isfinite(loss):
+        raise NotFinite(f"the {what} is {loss} at step {step}")
+
+
+def said(loss: float, bar: tqdm, args: argparse.Namespace) -> str:
+    """Return what stands behind the bar."""
+    characters = (bar.n - bar.initial) * args.batch * args.context
+    speed = characters / max(bar.format_dict["elapsed"], 1e-9)
+    return f"loss {loss:.3f}, {speed:,.0f} characters/s"
 
 
 def report(model: CharLM, seconds: float, validation_loss: float) -> None:
@@ -291,6 +319,8 @@ def parse_arguments() -> tuple[Parser, argparse.Namespace]:
     args = parser.parse_args()
     if args.dims % (2 * args.heads):
         parser.error(f"--dims {args.dims} is not a multiple of twice --heads {args.heads}")
+    if args.dense and args.sparse_attention:
+        parser.error("--dense has no sparse layers: leave out --sparse-attention")
     return parser, args
 
 
@@ -353,6 +383,10 @@ def main() -> None:
     except KeyboardInterrupt:
         step = saved_step(path) if progress["step"] else 0
         sys.exit(f"stopped; --resume goes on from step {step}" if step else "stopped")
+    except NotFinite as error:
+        step = saved_step(path) if progress["step"] else 0
+        kept = f"the checkpoint is that of step {step}" if step else "there is no checkpoint yet"
+        sys.exit(f"{error}: {kept}; a lower --learning-rate may help")
     report(model, progress["seconds"], validation_loss)
     if args.sample:
         drawn = sample(model, validation[: args.context].tolist(), args.sample, args.temperature)

@@ -1,5 +1,15 @@
 """Block-sparse layers, sparse arrays and sparse Hamiltonians for MLX."""
 
+try:
+    from mlx import core as _mlx  # noqa: F401
+except ImportError as error:  # on Linux, MLX alone has no backend: its library is a package more
+    if "libmlx" not in str(error):
+        raise
+    raise ImportError(
+        '[mlx_sparse_nn] MLX has no backend here: pip install "mlx[cpu]", or on an NVIDIA GPU '
+        '"mlx[cuda13]" ("mlx[cuda12]" with a driver before 580)'
+    ) from error
+
 from mlx_sparse_nn import patterns, physics
 from mlx_sparse_nn.calibration.calibrate import calibrate
 from mlx_sparse_nn.calibration.mlx_lm_model import save_mlx_lm

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mlx_sparse_nn import __version__
 from mlx_sparse_nn.calibration import command as calibration
-from mlx_sparse_nn.core.backends import build, cpu, cuda, metal
+from mlx_sparse_nn.core.backends import build, cpu, cuda, metal, pauli_cpu
 from mlx_sparse_nn.core.cores import n_cores
 from mlx_sparse_nn.core.quantized import BITS
 from mlx_sparse_nn.diagnostics import check
@@ -64,12 +64,14 @@ def build_all(dtypes: Sequence[str]) -> int:
     if "float32" in dtypes:
         wanted.append((mx.complex64, 1))
     quantized = [(_DTYPES[name], bits) for name in dtypes if name != "float64" for bits in BITS]
+    elements = [pauli_cpu.ELEMENTS[_DTYPES[name]] for name in dtypes if name.endswith(("32", "64"))]
     threads = ThreadPoolExecutor(n_cores())
     try:
         paths = [build.primitive(), build.index()]
         products = threads.map(lambda kind: cpu.library(*kind), wanted)
         packed = threads.map(lambda kind: cpu.quantized_library(*kind), quantized)
-        paths += [*products, *packed]
+        strings = threads.map(pauli_cpu.library, elements)
+        paths += [*products, *packed, *strings]
     except build.BuildError as error:
         print(f"[mlx_sparse_nn] {error}", file=sys.stderr)
         return 1

@@ -2,8 +2,10 @@
 
 import os
 import platform
+import re
 from collections import Counter
 from importlib.util import find_spec
+from pathlib import Path
 
 os.environ["MLX_ENABLE_TF32"] = "0"  # float32 is compared within its own rounding
 
@@ -27,6 +29,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["TMPDIR"] = own_folder(os.environ["PYTEST_XDIST_WORKER"])
 
 # What these files import is installed by `make test`; a machine lent for its GPU may lack it.
+TESTS = Path(__file__).parent
+EMULATORS = re.compile(r"^(?:import|from) (?:\w+_emulator|metal_compiler|metal_variants)", re.M)
 LEFT_OUT = {
     package: files
     for package, files in {
@@ -37,17 +41,22 @@ LEFT_OUT = {
             "surgery/test_selection.py",
         ],
         "yaml": ["test_workflows.py"],
+        "ziglang": [  # which compiles for the emulators
+            str(file.relative_to(TESTS))
+            for file in sorted(TESTS.glob("*/**/test_*.py"))
+            if EMULATORS.search(file.read_text(encoding="utf-8"))
+        ],
     }.items()
     if find_spec(package) is None
 }
 collect_ignore = [file for files in LEFT_OUT.values() for file in files]
 
-if platform.system() == "Linux":
+if platform.system() == "Linux" and "ziglang" not in LEFT_OUT:
     import devices
     import metal_emulator
 
     metal_emulator.install()  # before the package builds and caches its kernels
-else:
+elif platform.system() != "Linux":
     # The emulators run on Linux. On a Mac, the other tests run the kernels themselves. What is
     # counted, memory too, is that of MLX for Linux.
     collect_ignore_glob = ["emulators/*", "backends/test_metal*.py"]

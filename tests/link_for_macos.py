@@ -17,6 +17,7 @@ KERNELS = {
     "blocks": ["-DELEMENT=bfloat16", "-DBLOCK=16"],
     "scalars": ["-DELEMENT=float16"],
     "quantized": ["-DELEMENT=float", "-DBITS=5"],
+    "pauli": ["-DELEMENT=float"],
     "spgemm": ["-DELEMENT=complex64"],
     "index": [],
 }

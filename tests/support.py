@@ -29,6 +29,7 @@ from mlx_sparse_nn.core.backends import (
     few_rows,
     launch,
     naive,
+    pauli_launch,
     scalars,
 )
 from mlx_sparse_nn.diagnostics.rounding import to_numpy, tolerance
@@ -81,10 +82,10 @@ def backend(op: str, block_size: int = 8, n_x: int = 1, bits: int = 0) -> Module
 
 
 @contextmanager
-def computing(*backends: ModuleType) -> Iterator[None]:
+def computing(*backends: ModuleType, devices: tuple[str, str] = ("CPU", "GPU")) -> Iterator[None]:
     """Let these backends compute, the first that takes a product, as if their device were there."""
     with ExitStack() as stack:
-        for device in ("CPU", "GPU"):
+        for device in devices:
             stack.enter_context(mock.patch.object(choose, device, backends))
         for backend in backends:
             stack.enter_context(mock.patch.object(backend, "is_available", return_value=True))
@@ -107,6 +108,7 @@ def fresh_launches() -> Iterator[None]:
     """Forget the kernels and launches that are kept, before and after."""
     caches = (
         launch._function,
+        launch._prepared_sum,
         cuda._prepared,
         cuda_dense._expansion,
         cuda_dense._sampling,
@@ -117,8 +119,9 @@ def fresh_launches() -> Iterator[None]:
         cuda_graphs._sampling,
         cuda_quantized._of_blocks,
         cuda_quantized._of_packed,
-        cuda_small._launches,
+        cuda_small._launch,
         few_rows._launches,
+        pauli_launch._prepared,
         scalars._launches,
     )
     for kept in caches:
@@ -126,6 +129,11 @@ def fresh_launches() -> Iterator[None]:
     yield
     for kept in caches:
         kept.cache_clear()
+
+
+def computing_strings(*backends: ModuleType) -> AbstractContextManager[None]:
+    """Let these backends compute with Pauli strings, as :func:`computing` does."""
+    return computing(*backends, devices=("PAULI_CPU", "PAULI_GPU"))
 
 
 def assert_close(

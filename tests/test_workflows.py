@@ -9,6 +9,8 @@ import pytest
 import yaml
 from support import ROOT
 
+from mlx_sparse_nn import __version__
+
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 JOBS = {
     f"{path.stem}/{name}": job
@@ -25,15 +27,18 @@ def commands(job):
 def test_it_may_only_read(path):
     workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert workflow["permissions"] == {"contents": "read"}
-    assert workflow["concurrency"]["cancel-in-progress"] is True
+    # A release that has begun to upload goes on to its end.
+    assert workflow["concurrency"]["cancel-in-progress"] is (path.stem != "release")
     assert "secrets." not in path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
-def test_jobs_end_and_use_actions_as_they_were_read(job):
+@pytest.mark.parametrize(("name", "job"), JOBS.items(), ids=JOBS)
+def test_jobs_end_and_use_actions_as_they_were_read(name, job):
     """A tag may be moved to other code; a commit may not."""
     assert job["timeout-minutes"] <= 90
-    assert "permissions" not in job
+    # Who publishes proves to the index which workflow it is; there is no secret.
+    allowed = {"id-token": "write"} if name == "release/publish" else None
+    assert job.get("permissions") == allowed
     for step in job["steps"]:
         assert "uses" not in step or re.fullmatch(r"actions/[\w-]+@[0-9a-f]{40}", step["uses"])
         if step.get("uses", "").startswith("actions/checkout@"):
@@ -45,6 +50,30 @@ def test_targets_of_make_exist(job):
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"make ([\w-]+)", commands(job)):
         assert re.search(rf"^{target}:", text, re.M), target
+
+
+def test_a_release_is_tried_before_it_is_published():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8"))
+    assert workflow[True] == {"push": {"tags": ["v*"]}}  # YAML reads `on` as true
+    assert workflow["jobs"]["publish"]["needs"] == ["build", "wheel"]
+    assert workflow["jobs"]["publish"]["environment"] == "pypi"
+    assert "make dist" in commands(JOBS["release/build"])
+    systems = workflow["jobs"]["wheel"]["strategy"]["matrix"]["os"]
+    assert {name.partition("-")[0] for name in systems} == {"ubuntu", "macos"}
+
+
+def test_an_issue_asks_for_what_is_needed():
+    templates = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))
+    forms = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in templates]
+    bugs = [form for form in forms if form.get("name", "").startswith("Bug")]
+    assert len(bugs) == 1
+    assert "python -m mlx_sparse_nn info" in str(bugs[0])
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == __version__
+    assert citation["license"] == "MIT"
 
 
 def test_a_mac_runs_the_kernels_and_keeps_what_it_measured():

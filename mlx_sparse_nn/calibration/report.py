@@ -65,7 +65,7 @@ class CalibrationReport(Report):
         return [
             f"{pattern.shape[0]} x {pattern.shape[1]}",
             str(pattern.block_size),
-            f"{pattern.density:.1%}",
+            f"{pattern.density:.3g}",
             f"{quality.error_kept:.3f}",
             f"{quality.error_fitted:.3f}",
             f"{quality.seconds:.2f}",

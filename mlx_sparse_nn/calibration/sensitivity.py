@@ -121,13 +121,13 @@ class Sensitivity(Report, Mapping[str, float]):
         return Table(
             caption=f"densities of {len(self)} layers, {self.density:.3g} together, by the "
             "relative error of the model's outputs with one layer sparse",
-            header=["layer", "out x in", *(f"at {level:.1%}" for level in levels), "density"],
+            header=["layer", "out x in", *(f"at {level:.3g}" for level in levels), "density"],
             rows=[
                 [
                     path,
                     "{} x {}".format(*self.shapes[path]),
                     *(f"{self.errors[path][level]:.3g}" for level in levels),
-                    f"{density:.1%}",
+                    f"{density:.3g}",
                 ]
                 for path, density in self.densities.items()
             ],

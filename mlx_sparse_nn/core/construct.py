@@ -190,8 +190,8 @@ def from_scipy(array: Any, dtype: mx.Dtype | None = None) -> CSRArray | COOArray
 
     Args:
         array: The SciPy array.
-        dtype: Of the values. By default 64-bit values become MLX's 32-bit types, as by
-            ``mx.array``.
+        dtype: Of the values. By default as ``mx.array`` has them: float64 becomes float32 and
+            complex128 complex64, integers and bools stay what they are.
 
     Raises:
         TypeError: It is none of SciPy's, or of complex blocks.

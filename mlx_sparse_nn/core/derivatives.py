@@ -43,7 +43,7 @@ def spmm(layout: Layout, data: mx.array, x: mx.array) -> mx.array:
     def vmap(operands: Arrays, axes: Axes) -> Arrays:
         return _map_matrix(spmm, layout, operands, axes)
 
-    return _with_rules(_spmm, layout, vjp, jvp, vmap)(data, x)
+    return with_rules(_spmm, layout, vjp, jvp, vmap)(data, x)
 
 
 def spmm_of_row(
@@ -71,7 +71,7 @@ def spmm_bias(layout: Layout, data: mx.array, x: mx.array, bias: mx.array) -> mx
 
     jvp = partial(_bias_jvp, spmm, _bilinear_jvp, layout)
     vmap = partial(_map_with_bias, spmm, spmm_bias, layout)
-    return _with_rules(_spmm, layout, vjp, jvp, vmap)(data, x, bias)
+    return with_rules(_spmm, layout, vjp, jvp, vmap)(data, x, bias)
 
 
 def spmm_t(layout: Layout, data: mx.array, y: mx.array) -> mx.array:
@@ -89,7 +89,7 @@ def spmm_t(layout: Layout, data: mx.array, y: mx.array) -> mx.array:
     def vmap(operands: Arrays, axes: Axes) -> Arrays:
         return _map_matrix(spmm_t, layout, operands, axes)
 
-    return _with_rules(_spmm_t, layout, vjp, jvp, vmap)(data, y)
+    return with_rules(_spmm_t, layout, vjp, jvp, vmap)(data, y)
 
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
@@ -107,7 +107,7 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     def vmap(operands: Arrays, axes: Axes) -> Arrays:
         return _map_matrices(sddmm, layout, operands, axes), 0
 
-    return _with_rules(_sddmm, layout, vjp, jvp, vmap)(y, x)
+    return with_rules(_sddmm, layout, vjp, jvp, vmap)(y, x)
 
 
 def qspmm(
@@ -123,7 +123,7 @@ def qspmm(
         return *_matrix_vjp(layout, packed, scales, cotangent, x), d_x
 
     jvp, vmap = partial(_quantized_jvp, qspmm, layout), partial(_map_matrix, qspmm, layout)
-    function = _with_rules(_qspmm, layout, vjp, jvp, vmap)
+    function = with_rules(_qspmm, layout, vjp, jvp, vmap)
     return function(_constant(packed), scales, biases, x)
 
 
@@ -146,7 +146,7 @@ def qspmm_bias(
 
     jvp = partial(_bias_jvp, qspmm, _quantized_jvp, layout)
     vmap = partial(_map_with_bias, qspmm, qspmm_bias, layout)
-    function = _with_rules(_qspmm, layout, vjp, jvp, vmap)
+    function = with_rules(_qspmm, layout, vjp, jvp, vmap)
     return function(_constant(packed), scales, biases, x, bias)
 
 
@@ -163,7 +163,7 @@ def qspmm_t(
         return *_matrix_vjp(layout, packed, scales, y, cotangent), d_y
 
     jvp, vmap = partial(_quantized_jvp, qspmm_t, layout), partial(_map_matrix, qspmm_t, layout)
-    function = _with_rules(_qspmm_t, layout, vjp, jvp, vmap)
+    function = with_rules(_qspmm_t, layout, vjp, jvp, vmap)
     return function(_constant(packed), scales, biases, y)
 
 
@@ -206,7 +206,7 @@ def spgemm(which: int, layouts: Layouts, first: mx.array, second: mx.array) -> m
         out = product(layouts, mx.flatten(first, 0, 1), mx.flatten(second, 0, 1))
         return mx.unflatten(out, 0, (size, -1)), 0
 
-    return _with_rules(partial(cpu.spgemm, which), layouts, vjp, jvp, vmap)(first, second)
+    return with_rules(partial(cpu.spgemm, which), layouts, vjp, jvp, vmap)(first, second)
 
 
 def todense(layout: Layout, data: mx.array) -> mx.array:
@@ -236,7 +236,7 @@ def linear(itself: Callable, transpose: Callable, by: Any, operand: mx.array) ->
         out = linear(itself, transpose, by, mx.flatten(operand, 0, 1))
         return (mx.unflatten(out, 0, operand.shape[:2]),), (0,)
 
-    return _with_rules(itself, by, vjp, jvp, vmap)(operand)
+    return with_rules(itself, by, vjp, jvp, vmap)(operand)
 
 
 # The values, by the backend that computes them.
@@ -310,7 +310,7 @@ def _backend(op: str, layout: Layout, x: mx.array, bits: int = 0) -> ModuleType:
     return choose(op, layout, x.shape[-2], x.dtype, n_matrices, bits)
 
 
-def _with_rules(
+def with_rules(
     compute: Callable[..., mx.array], by: Any, vjp: Callable, jvp: Callable, vmap: Callable
 ) -> Callable[..., mx.array]:
     """Return ``compute`` by a layout as a function of its operands that follows these rules.

@@ -17,6 +17,9 @@ _SVG_SIDE = 256  # pixels of the longer side
 _SVG_LEVELS = 16  # of opacity
 _BLUE = "#3b7dd8"  # legible on white and on black, as is the grey
 _GREY = "#808080"
+# The part of a colour map that is used: neither the palest, since what is not stored is white, nor
+# the darkest.
+_FIRST, _LAST = 0.29, 0.86
 
 
 class Drawable(Protocol):
@@ -63,15 +66,12 @@ def plot(
     merge = _merge(pattern, _PLOT_CELLS, _PLOT_CELLS)
     density = local_density(pattern, merge)
     shown = density if values is None else _root_mean_square(pattern, merge, values)
-    peak = float(shown.max())
-    peak = peak if 0 < peak < np.inf else 1.0
     height, width = (cells * merge * pattern.block_size for cells in shown.shape)
     axes.imshow(
         np.ma.masked_array(shown, density == 0),
-        cmap=cmap,
-        # Not the palest colours, since what is not stored is white, and not the darkest.
-        vmin=-peak / 2,
-        vmax=1.25 * peak,
+        cmap=_colours(cmap),
+        vmin=0,
+        vmax=_peak(shown),
         extent=(0, width, height, 0),
     )
     axes.set(
@@ -99,16 +99,23 @@ def spy(pattern: Drawable, width: int) -> str:
     )
 
 
-def svg(pattern: Drawable) -> str:
+def svg(pattern: Drawable, values: mx.array | None = None, caption: str | None = None) -> str:
     """Return a pattern as an SVG document of at most 128 x 128 cells, to scale.
 
-    A cell that merges several blocks is more opaque the denser it is. One path holds the cells of
-    one opacity; its coordinates are in blocks.
+    A cell is more opaque the denser it is, or the larger its values are. One path holds the cells
+    of one opacity; its coordinates are in blocks.
+
+    Args:
+        pattern: What to draw.
+        values: Stored values, ``pattern.data_shape``, whose root mean square shades the cells.
+        caption: What stands below, in place of the pattern's repr.
     """
     merge = _merge(pattern, _SVG_CELLS, _SVG_CELLS)
     density = local_density(pattern, merge)
     n_rows, n_cols = (max(1, n) for n in pattern.grid)
-    level = np.ceil(density / max(density.max(), 1e-300) * _SVG_LEVELS).astype(int)
+    shown = density if values is None else _root_mean_square(pattern, merge, values)
+    parts = np.nan_to_num(shown / _peak(shown), nan=1.0, posinf=1.0)
+    level = np.clip(np.ceil(parts * _SVG_LEVELS), density > 0, _SVG_LEVELS).astype(int)
     paths = []
     for value in np.unique(level[level > 0]):
         opacity = 0.2 + 0.8 * value / _SVG_LEVELS
@@ -119,7 +126,7 @@ def svg(pattern: Drawable) -> str:
         paths.append(f'<path fill-opacity="{opacity:.3g}" d="{runs}"/>')
     side = _SVG_SIDE / max(n_rows, n_cols)
     width, height = max(1.0, n_cols * side), max(1.0, n_rows * side)
-    caption = repr(pattern)
+    caption = repr(pattern) if caption is None else caption
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{max(width, 7 * len(caption)) + 2:.6g}" '
         f'height="{height + 20:.6g}">'
@@ -157,6 +164,21 @@ def _root_mean_square(pattern: Drawable, merge: int, values: mx.array) -> np.nda
         counts *= np.minimum(pattern.block_size, size - blocks_along * pattern.block_size)
     sums = _sum_cells(pattern, merge, *stored, weights=squares)
     return np.sqrt(sums / np.maximum(1, _sum_cells(pattern, merge, *stored, weights=counts)))
+
+
+def _peak(shown: np.ndarray) -> float:
+    """Return the largest of what is shown, or 1 where that is no scale."""
+    peak = float(shown.max())
+    return peak if 0 < peak < np.inf else 1.0
+
+
+def _colours(name: str) -> Any:
+    """Return the middle part of a colour map, so that a scale begins at 0 with a visible colour."""
+    _pyplot()  # says what to install
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(colormaps[name](np.linspace(_FIRST, _LAST, 256)), name)
 
 
 def _sum_cells(pattern: Drawable, merge: int, rows, cols, weights=None) -> np.ndarray:

@@ -69,14 +69,26 @@ def transforming() -> bool:
     function again only for tracers. The first call in a thread or on a device always runs it: hence
     the second call. Where compilation is disabled, this answer is always True.
     """
+    return _is_tracer(_tracer())
+
+
+def is_traced(array: mx.array) -> bool:
+    """Return whether a transform that is running follows this array: its operand, or made of it.
+
+    As of :func:`transforming`: where compilation is disabled, the answer may be True of any array.
+    """
+    return _is_tracer(array.reshape(-1)[:1])  # of one shape: the probe is compiled for each
+
+
+def _is_tracer(array: mx.array) -> bool:
     if tracing.is_tracer is not None:
-        return tracing.is_tracer(_tracer())
+        return tracing.is_tracer(array)
     probe, seen = tracing.probe
     seen.clear()
-    probe(_tracer())
+    probe(array)
     if seen:
         seen.clear()
-        probe(_tracer())
+        probe(array)
     return bool(seen)
 
 

@@ -129,26 +129,28 @@ LARGE_SHARED_MEMORY = ("sm_80", "sm_87", "sm_90", "sm_100", "sm_103")  # 160 KB 
 MAX_SHARED = 227 * 1024  # bytes that a thread block of Hopper may have
 HOPPER = "sm_90"
 WGMMA_STAGES = {64: {256: 5, 128: 8}, 128: {256: 4, 128: 6}}  # by block size and rows of a tile
-# Some rows of x on Hopper, by thread blocks in clusters (cuda_rows.py), beside spmm_tiles and
-# spmm_wgmma. The most rows of x for which a cluster shares a block-row, by block size: 64 rows at
-# 10 and 50% take 5.5 and 12 microseconds at B = 32 against 8.8 and 34, 5.6 and 10 at B = 64 against
-# 9.8 and 36, and 6.2 and 8.6 at B = 128 against 12 and 39. 128 rows take no less at 16 and 64.
-SHARED_ROWS = {16: 64, 32: 128, 64: 64, 128: 128}
-MAX_CLUSTER = 8  # thread blocks
+# Some rows of x on Hopper, by thread blocks that share rows (cuda_rows.py), beside spmm_tiles and
+# spmm_wgmma. The most rows of x for which they share a block-row, by block size. 64 rows at 10 and
+# 50% take an H100 6.6 and 15 microseconds at B = 32 against 8.7 and 34, 8.1 and 13 at B = 64
+# against 9.6 and 35, and 8.4 and 11 at B = 128 against 13 and 45. 128 rows at 10% take it 6.4 in
+# place of 10 at B = 64, and 7.5 in place of 10.5 at B = 128, by those.
+SHARED_ROWS = {16: 64, 32: 128, 64: 64, 128: 64}
+MAX_SPLITS = 8  # thread blocks of a block-row
 # Inputs of the mean block-row above which two thread blocks on a multiprocessor share it: B = 32,
 # 64 rows, 50% takes 12 microseconds in place of 15, 10% 6.2 in place of 5.5.
 LONG_ROW = 1536
-# Sums of a cluster's thread blocks: B = 128 and 128 rows take 7.2 and 13 microseconds with a
-# cluster of 2, and 11 and 18 with one of 4.
-CLUSTER_SUMS = 2**15
+# Sums of all of them: B = 128 and 128 rows take 7.2 and 13 microseconds with 2, and 11 and 18 with
+# 4.
+SPLIT_SUMS = 2**15
 # Bytes of stages: 128 thread blocks take 4.5 microseconds for no work with 97 KB each, and 7.8 with
 # 193 KB.
 SHARED_OF_TWO = 108 * 1024
 SHARED_OF_ONE = 216 * 1024
 MAX_SHARED_STAGES = 8
-# Blocks of 16 of which so much is stored, up to so many rows: a cluster shares a panel's columns.
-# 64, 128, 256 and 512 rows at 50% take 19, 25, 40 and 77 microseconds against 34, 43, 57 and 108;
-# at 10% from 1.03 to 1.25 times what else there is.
+# Blocks of 16 of which so much is stored, up to so many rows: thread blocks share a panel's
+# columns.
+# 64 and 128 rows at 50% take an H100 21 and 28 microseconds against 32 and 41; at 10% 12 and 18
+# against 9 and 13.
 SLICED_BLOCK = 16
 SLICED_ROWS = 512
 SLICED = 0.2
@@ -492,3 +494,12 @@ METAL_FLOAT_SAMPLING_TILES = METAL_SAMPLING_TILES | {
 
 # The dtypes of kernels, ordered by use: membership is tested at every call.
 KERNEL_DTYPES = (mx.bfloat16, mx.float32, mx.float16)
+
+# Bits of the places of a state that a thread block owns, in sums of Pauli strings. On an H100, 24
+# flips of 2^24 floats took 213 microseconds with 10 or 11 bits, 225 to 235 with 12 and 270 with 13.
+CUDA_PAULI_BITS = 11
+# As few where a state has fewer than 2^8 tiles otherwise: 2^16 floats took 17 microseconds with 8
+# bits, 24 with 10 and 27 with 12, most of it a launch.
+CUDA_PAULI_FEWEST_BITS = 8
+# The same on Metal, by its 32 KB of threadgroup memory: nobody has measured it on a Mac.
+METAL_PAULI_BITS = 11

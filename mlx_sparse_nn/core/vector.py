@@ -37,7 +37,8 @@ class SparseVector(SparseArray):
         pattern = getattr(row, "pattern", None)
         if not isinstance(pattern, CSRPattern) or (pattern.shape[0], pattern.block_size) != (1, 1):
             raise TypeError(
-                f"[SparseVector] row must be a CSRArray of one row of scalars, got {row!r}"
+                f"[SparseVector] row must be a CSRArray of one row of scalars, got {row!r}; "
+                "use A[i]"
             )
         self._row = row
 

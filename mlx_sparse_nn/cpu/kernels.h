@@ -78,6 +78,39 @@ struct QuantizedProduct {
   int64_t group;
 };
 
+// V sums of Pauli strings, times N states each:
+// out[v, n, i] = diagonal[v, i] x[v, n, i] + sum over t of c[v, t] s_t(i ^ m_t) x[v, n, i ^ m_t]
+// s_t(j) is -1 to the number of clear bits of j among those of z_t. Values are real: of complex
+// states, the parts of a number are two places, of which bit 0 tells.
+struct PauliProduct {
+  const int32_t* terms;      // (n_terms, 2): m_t, z_t
+  const void* coefficients;  // (V, n_terms)
+  const void* diagonal;      // (V, size / parts), or null
+  const void* x;             // (V, N, size)
+  void* out;                 // (V, N, size)
+  int64_t n_terms;
+  int64_t V;
+  int64_t N;
+  int64_t size;   // a power of two
+  int64_t parts;  // 1, or 2 of complex states
+  void* scratch;  // pauli_product_scratch() bytes, aligned to 64
+  Crew crew;
+};
+
+// Their moments: out[v, t] = sum over n and i of u[v, n, i] s_t(i ^ m_t) x[v, n, i ^ m_t]
+struct PauliMoments {
+  const int32_t* terms;  // (n_terms, 2): m_t, z_t
+  const void* u;         // (V, N, size)
+  const void* x;         // (V, N, size)
+  void* out;             // (V, n_terms)
+  int64_t n_terms;
+  int64_t V;
+  int64_t N;
+  int64_t size;   // a power of two
+  void* scratch;  // pauli_moments_scratch() bytes, aligned to 64
+  Crew crew;
+};
+
 // c = a b on three patterns of block-rows, where c stores all that may not be zero; or the sums
 // that its gradients to a and b are. Two of the three are read.
 struct Spgemm {

@@ -49,16 +49,28 @@ void* temporary(size_t bytes, mx::cpu::CommandEncoder& encoder) {
   return reinterpret_cast<void*>((address + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
 }
 
+// Copies n items that lie `step` bytes apart; returns where it stopped writing.
+template <size_t ITEM>
+char* gather_row(const char* from, int64_t step, int n, char* to) {
+  for (int i = 0; i < n; ++i, to += ITEM) std::memcpy(to, from + i * step, ITEM);
+  return to;
+}
+
 // Copies items from a strided array into one without gaps; returns where it stopped writing.
 char* gather(const char* from, char* to, const mx::array& like, int axis) {
-  const size_t item = like.itemsize();
-  if (axis == static_cast<int>(like.ndim())) {
-    std::memcpy(to, from, item);
-    return to + item;
+  const int64_t step = like.strides(axis) * static_cast<int64_t>(like.itemsize());
+  const int n = like.shape(axis);
+  if (axis == static_cast<int>(like.ndim()) - 1) {
+    switch (like.itemsize()) {
+      case 2:
+        return gather_row<2>(from, step, n, to);
+      case 4:
+        return gather_row<4>(from, step, n, to);
+      default:
+        return gather_row<8>(from, step, n, to);
+    }
   }
-  for (int i = 0; i < like.shape(axis); ++i) {
-    to = gather(from + i * like.strides(axis) * static_cast<int64_t>(item), to, like, axis + 1);
-  }
+  for (int i = 0; i < n; ++i) to = gather(from + i * step, to, like, axis + 1);
   return to;
 }
 
@@ -313,6 +325,124 @@ class SampledSparseProduct : public CPUPrimitive {
   int B_;
 };
 
+// Inputs: terms, coefficients (n_terms), x (..., size), [diagonal (size)]; or V of each, x with N
+// states for each.
+class PauliSum : public CPUPrimitive {
+ public:
+  PauliSum(mx::Stream stream, const Kernel<PauliProduct>* kernel)
+      : CPUPrimitive(stream), kernel_(kernel) {}
+
+  const char* name() const override { return "PauliSparseProduct"; }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return kernel_ == static_cast<const PauliSum&>(other).kernel_;
+  }
+
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
+    return {inputs[2].shape()};
+  }
+
+  // Mapped over x alone, it is one product of more states; over others, of more sums.
+  Mapped vmap(const std::vector<mx::array>& inputs, const std::vector<int>& axes) override {
+    check_unmapped(axes, {0});
+    auto in = inputs;
+    const bool has_v = static_cast<int>(inputs[1].ndim()) - (axes[1] >= 0) > 1;
+    int m = axes[1] >= 0 ? inputs[1].shape(axes[1]) : -1;
+    if (inputs.size() > 3 && axes[3] >= 0) m = inputs[3].shape(axes[3]);
+    const int axis = m < 0 && has_v ? 1 : 0;
+    mx::Shape shape;
+    if (m < 0) {
+      in[2] = mx::moveaxis(in[2], axes[2], axis, stream());
+      shape = in[2].shape();
+      if (has_v) in[2] = mx::flatten(in[2], 1, 2, stream());
+    } else {
+      in[2] = matrices(in[2], axes[2], m, false);  // (m, ..., size) or (m, V, N, size)
+      shape = in[2].shape();
+      const int64_t V = has_v ? int64_t(m) * shape[1] : m;
+      const int size = shape.back();
+      const int N = in[2].size() / (V * size);
+      in[2] = mx::reshape(in[2], {static_cast<int>(V), N, size}, stream());
+      for (size_t i = 1; i < in.size(); ++i) {
+        if (i != 2) in[i] = matrices(inputs[i], axes[i], m, has_v);
+      }
+    }
+    auto primitive = std::make_shared<PauliSum>(stream(), kernel_);
+    const mx::array y(in[2].shape(), in[2].dtype(), primitive, in);
+    return {{mx::reshape(y, shape, stream())}, {axis}};
+  }
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    auto& encoder = mx::cpu::get_command_encoder(stream());
+    const auto &coefficients = inputs[1], &x = inputs[2];
+    outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
+    PauliProduct p{};
+    p.terms = static_cast<const int32_t*>(contiguous(inputs[0], encoder));
+    p.coefficients = contiguous(coefficients, encoder);
+    p.x = contiguous(x, encoder);
+    p.diagonal = inputs.size() > 3 ? contiguous(inputs[3], encoder) : nullptr;
+    p.out = outputs[0].data<char>();
+    p.n_terms = inputs[0].shape(0);
+    p.V = coefficients.ndim() > 1 ? coefficients.shape(0) : 1;
+    p.N = x.size() / x.shape(-1) / p.V;
+    p.parts = x.dtype() == mx::complex64 ? 2 : 1;
+    p.size = x.shape(-1) * p.parts;
+    p.crew = crew();
+    p.scratch = temporary(kernel_->scratch(&p), encoder);
+    encoder.dispatch([p, compute = kernel_->compute]() { compute(&p); });
+  }
+
+ private:
+  const Kernel<PauliProduct>* kernel_;
+};
+
+// Inputs: terms, u, x.
+class PauliMomentsOf : public CPUPrimitive {
+ public:
+  PauliMomentsOf(mx::Stream stream, const Kernel<PauliMoments>* kernel)
+      : CPUPrimitive(stream), kernel_(kernel) {}
+
+  const char* name() const override { return "PauliMomentsSparseProduct"; }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return kernel_ == static_cast<const PauliMomentsOf&>(other).kernel_;
+  }
+
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
+    return {{inputs[2].shape(0), inputs[0].shape(0)}};
+  }
+
+  Mapped vmap(const std::vector<mx::array>& inputs, const std::vector<int>& axes) override {
+    check_unmapped(axes, {0});
+    auto in = inputs;
+    const int m = inputs[axes[1] >= 0 ? 1 : 2].shape(axes[1] >= 0 ? axes[1] : axes[2]);
+    for (int i : {1, 2}) in[i] = matrices(inputs[i], axes[i], m, true);
+    const auto shape = output_shapes(in)[0];
+    auto primitive = std::make_shared<PauliMomentsOf>(stream(), kernel_);
+    const mx::array out(shape, inputs[2].dtype(), primitive, std::move(in));
+    return {{mx::unflatten(out, 0, {m, shape[0] / m}, stream())}, {0}};
+  }
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    auto& encoder = mx::cpu::get_command_encoder(stream());
+    outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
+    PauliMoments p{};
+    p.terms = static_cast<const int32_t*>(contiguous(inputs[0], encoder));
+    p.u = contiguous(inputs[1], encoder);
+    p.x = contiguous(inputs[2], encoder);
+    p.out = outputs[0].data<char>();
+    p.n_terms = inputs[0].shape(0);
+    p.V = inputs[2].shape(0);
+    p.N = inputs[2].shape(1);
+    p.size = inputs[2].shape(2);
+    p.crew = crew();
+    p.scratch = temporary(kernel_->scratch(&p), encoder);
+    encoder.dispatch([p, compute = kernel_->compute]() { compute(&p); });
+  }
+
+ private:
+  const Kernel<PauliMoments>* kernel_;
+};
+
 // Inputs: a_indptr, a_indices, and the values of two of a, b and c in this order, (V, n_blocks) or
 // (V, n_blocks, B, B); b_indptr, b_indices, c_indptr, c_indices.
 class SparseSparseProduct : public CPUPrimitive {
@@ -391,10 +521,10 @@ mx::array& unwrap(void* object) {
   return *reinterpret_cast<mx::array*>(start + offset);
 }
 
-// Writes into an array object of Python's what a primitive computes of operands, the fourth of
-// which has its dtype; None is left out. Returns what went wrong, or null.
+// Writes into an array object of Python's what a primitive computes of operands, one of which has
+// its dtype; None is left out. Returns what went wrong, or null.
 template <class Make>
-const char* write(void* out, std::initializer_list<void*> operands, Make make) {
+const char* write(void* out, std::initializer_list<void*> operands, int like, Make make) {
   static std::string message;
   try {
     std::vector<mx::array> inputs;
@@ -402,7 +532,7 @@ const char* write(void* out, std::initializer_list<void*> operands, Make make) {
     for (void* operand : operands) {
       if (operand != none) inputs.push_back(unwrap(operand));
     }
-    const auto dtype = inputs[3].dtype();
+    const auto dtype = inputs[like].dtype();
     std::shared_ptr<mx::Primitive> primitive = make(mx::default_stream(mx::default_device()));
     auto shape = primitive->output_shapes(inputs)[0];
     unwrap(out) = mx::array(std::move(shape), dtype, std::move(primitive), std::move(inputs));
@@ -437,7 +567,7 @@ MLX_SPARSE_EXPORT bool is_tracer(void* object) { return unwrap(object).is_tracer
 
 MLX_SPARSE_EXPORT const char* make_spmm(void* out, const void* kernel, void* data, void* indptr,
                                         void* indices, void* perm, void* x, void* bias, int width) {
-  return write(out, {indptr, indices, data, x, perm, bias}, [&](mx::Stream stream) {
+  return write(out, {indptr, indices, data, x, perm, bias}, 3, [&](mx::Stream stream) {
     return std::make_shared<SparseProduct>(stream, kernel, SparseProduct::Kind::STORED, width,
                                            perm != none, bias != none);
   });
@@ -446,7 +576,7 @@ MLX_SPARSE_EXPORT const char* make_spmm(void* out, const void* kernel, void* dat
 // The transpose of scalars times one row, by the CSR of the matrix itself.
 MLX_SPARSE_EXPORT const char* make_spmm_t(void* out, const void* kernel, void* data, void* indptr,
                                           void* indices, void* x, int width) {
-  return write(out, {indptr, indices, data, x}, [&](mx::Stream stream) {
+  return write(out, {indptr, indices, data, x}, 3, [&](mx::Stream stream) {
     return std::make_shared<SparseProduct>(stream, kernel, SparseProduct::Kind::SPREAD, width,
                                            false, false);
   });
@@ -456,7 +586,7 @@ MLX_SPARSE_EXPORT const char* make_qspmm(void* out, const void* kernel, void* pa
                                          void* biases, void* indptr, void* indices, void* perm,
                                          void* x, void* bias, int width) {
   return write(
-      out, {indptr, indices, packed, x, scales, biases, perm, bias}, [&](mx::Stream stream) {
+      out, {indptr, indices, packed, x, scales, biases, perm, bias}, 3, [&](mx::Stream stream) {
         return std::make_shared<SparseProduct>(stream, kernel, SparseProduct::Kind::QUANTIZED,
                                                width, perm != none, bias != none);
       });
@@ -464,9 +594,24 @@ MLX_SPARSE_EXPORT const char* make_qspmm(void* out, const void* kernel, void* pa
 
 MLX_SPARSE_EXPORT const char* make_sddmm(void* out, const void* kernel, void* indptr, void* indices,
                                          void* y, void* x, int block_size) {
-  return write(out, {indptr, indices, y, x}, [&](mx::Stream stream) {
+  return write(out, {indptr, indices, y, x}, 3, [&](mx::Stream stream) {
     return std::make_shared<SampledSparseProduct>(
         stream, static_cast<const Kernel<SampledProduct>*>(kernel), block_size);
+  });
+}
+
+MLX_SPARSE_EXPORT const char* make_pauli_product(void* out, const void* kernel, void* terms,
+                                                 void* coefficients, void* x, void* diagonal) {
+  return write(out, {terms, coefficients, x, diagonal}, 2, [&](mx::Stream stream) {
+    return std::make_shared<PauliSum>(stream, static_cast<const Kernel<PauliProduct>*>(kernel));
+  });
+}
+
+MLX_SPARSE_EXPORT const char* make_pauli_moments(void* out, const void* kernel, void* terms,
+                                                 void* u, void* x) {
+  return write(out, {terms, u, x}, 2, [&](mx::Stream stream) {
+    return std::make_shared<PauliMomentsOf>(stream,
+                                            static_cast<const Kernel<PauliMoments>*>(kernel));
   });
 }
 
@@ -477,7 +622,7 @@ MLX_SPARSE_EXPORT const char* make_spgemm(void* out, const void* kernel, void* a
                                           void* c_indices, int which, int n_cols) {
   const auto operands = {a_indptr, a_indices, first,    second,
                          b_indptr, b_indices, c_indptr, c_indices};
-  return write(out, operands, [&](mx::Stream stream) {
+  return write(out, operands, 2, [&](mx::Stream stream) {
     return std::make_shared<SparseSparseProduct>(stream, static_cast<const Kernel<Spgemm>*>(kernel),
                                                  static_cast<SparseSparseProduct::Out>(which),
                                                  n_cols);

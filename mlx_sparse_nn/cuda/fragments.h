@@ -74,18 +74,3 @@ __device__ __forceinline__ void transpose_chunk(T* dst, const T* src) {
   round_factors<T>(column);
   *reinterpret_cast<uint4*>(dst) = make_uint4(column[0], column[1], column[2], column[3]);
 }
-
-// Store the sums of a warp, 16 rows of COLS, as `rows` rows of y, `width` elements apart, of which
-// `cols` columns are there.
-template <typename T, int COLS>
-__device__ __forceinline__ void store_sums_of_tile(T* y, size_t width, int rows, int cols,
-                                                   const float (&acc)[COLS / 2]) {
-  auto sum = [&](int row_tile, int col_tile, int e) {
-    return acc[4 * col_tile + 2 * row_tile + e];
-  };
-  if constexpr (sizeof(T) == 2 && COLS % 16 == 0) {
-    store_tiles<T, 2, COLS / 8>(y, width, rows, cols, sum);
-  } else {
-    store_pairs<T, 2, COLS / 8>(y, width, rows, cols, sum);
-  }
-}

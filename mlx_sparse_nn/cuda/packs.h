@@ -6,6 +6,21 @@ struct alignas(sizeof(T) * COUNT) Pack {
   T elements[COUNT];
 };
 
+// Neighbours from anywhere: at once where they lie on their alignment.
+template <int COUNT>
+__device__ __forceinline__ Pack<float, COUNT> load_pack(const float* from) {
+  Pack<float, COUNT> pack;
+  if ((size_t)from % sizeof(pack) == 0) {
+    pack = *reinterpret_cast<const Pack<float, COUNT>*>(from);
+  } else {
+#pragma unroll
+    for (int e = 0; e < COUNT; e++) {
+      pack.elements[e] = from[e];
+    }
+  }
+  return pack;
+}
+
 // How many neighbours of a row of a block are: as many as divide it, up to 16 bytes.
 template <typename T, int B>
 constexpr __device__ int packed() {

@@ -1,20 +1,20 @@
 // The product of spmm_tiles.cu on Hopper's tensor cores, for every block size and dtype: x goes to
 // registers, where floats are rounded, and tensor cores read blocks from shared memory.
 //
-// Inputs, output: as there; or x, y and bias end with the matrix, x at multiples of 16 bytes.
+// Inputs, output: as there; or x, y and bias end with the matrix, x at multiples of 16 bytes. Where
+// stages are split, y is partial sums (S, V, N, n_rows), with the bias in the first.
 // Launch
-//   (R CLUSTER THREADS, shares, V) threads in groups of (THREADS, 1, 1), THREADS = 128 (WARPGROUPS
-//   + 1), in clusters of CLUSTER groups, which own what a group owns there: each takes an equal
-//   part of the stages of a block-row. The last warpgroup copies, the others multiply. Shared
-//   memory: STAGES times the bytes of a stage, and 1024.
+//   (R S THREADS, shares, V) threads in groups of (THREADS, 1, 1), THREADS = 128 (WARPGROUPS +
+//   1). S groups own what a group owns there, each an equal part of the stages of a block-row.
+//   The last warpgroup copies, the others multiply. Shared memory: STAGES times the bytes of a
+//   stage, and 1024.
 // Template
-//   T half, bfloat16 or float, which is rounded to TF32; B a multiple of 8, at most 128; WIDTH B or
-//   more, a number of columns of fragments.h; INSIDE columns of the last block-column, 1 to B;
-//   CROPPED 1 where x ends with the matrix, and OUTSIDE outputs that y and bias lack then;
-//   WARPGROUPS that multiply, and TILES of 64 rows of x of each; STAGES; CLUSTER, with which a
-//   group takes one tile; TRANSPOSED and BIAS 0 or 1.
-// Sums in float32: the bias, then blocks in stored order, k ascending by 32 bytes; in a cluster the
-// bias, then such sums of its groups in order.
+//   T half, bfloat16 or float, which is rounded to TF32; OUT, T, or float where stages are split; B
+//   a multiple of 8, at most 128; WIDTH B or more, a number of columns of fragments.h; INSIDE
+//   columns of the last block-column, 1 to B; CROPPED 1 where x ends with the matrix, and OUTSIDE
+//   outputs that y and bias lack then; WARPGROUPS that multiply, and TILES of 64 rows of x of each;
+//   STAGES; TRANSPOSED and BIAS 0 or 1.
+// Sums in float32: the bias, then blocks in stored order, k ascending by 32 bytes.
 
 #include "barriers.h"
 #include "copies.h"
@@ -23,7 +23,6 @@
 #include "copiers.h"
 #include "stores.h"
 #include "fragments.h"
-#include "clusters.h"
 
 constexpr int ROWS = 64 * TILES * WARPGROUPS;  // of x
 constexpr int COPIERS = 128;                   // threads
@@ -46,8 +45,10 @@ __shared__ unsigned long long full[STAGES];
 __shared__ unsigned long long empty[STAGES];
 T* tiles = reinterpret_cast<T*>(shared + (1024 - shared_address(shared) % 1024) % 1024);
 
-const int r = blockIdx.x / CLUSTER;
-const int rank = blockIdx.x % CLUSTER;
+const int R = in_register(indptr_shape[0] - 1);
+const int splits = gridDim.x / R;
+const int r = blockIdx.x % R;
+const int split = blockIdx.x / R;
 const int v = blockIdx.z;
 const int thread = threadIdx.x;
 const int lane = thread % 32;
@@ -60,8 +61,8 @@ const int end_n = (size_t)all_tiles * (blockIdx.y + 1) / gridDim.y * ROWS;
 const int begin = indptr[r];
 const int end = indptr[r + 1];
 const int all_stages = ((end - begin) * B + DEPTH - 1) / DEPTH;
-const int first_stage = all_stages * rank / CLUSTER;
-const int n_stages = all_stages * (rank + 1) / CLUSTER - first_stage;
+const int first_stage = all_stages * split / splits;
+const int n_stages = all_stages * (split + 1) / splits - first_stage;
 
 if (thread < STAGES) {
   init_barrier(full + thread, COPIERS);
@@ -198,11 +199,6 @@ if (warpgroup == WARPGROUPS) {
   } else {
     copy_as(Unaligned());
   }
-  if (CLUSTER > 1) {
-    __syncthreads();
-    sync_cluster();
-    sync_cluster();
-  }
   return;
 }
 
@@ -210,7 +206,7 @@ if (TAKEN) {
   take_registers<TAKEN ? TAKEN : 24>();
 }
 Ring ring{STAGES};
-const int n_rows = (indptr_shape[0] - 1) * B - OUTSIDE;
+const int n_rows = R * B - OUTSIDE;
 const int n_outputs = min(B, n_rows - r * B);
 const int warp_n = warpgroup * TILES * 64 + thread / 32 % 4 * 16;  // of the first tile
 float acc[TILES][WIDTH / 2];
@@ -218,7 +214,7 @@ for (int n0 = begin_n; n0 < end_n; n0 += ROWS) {
 #pragma unroll
   for (int e = 0; e < WIDTH / 2; e++) {
     const int o = e / 4 * 8 + lane % 4 * 2 + e % 2;
-    const bool has_bias = BIAS && CLUSTER == 1 && o < n_outputs;
+    const bool has_bias = BIAS && split == 0 && o < n_outputs;
     const float bias_o = has_bias ? float(__ldg(bias + r * B + o)) : 0.0f;
 #pragma unroll
     for (int tn = 0; tn < TILES; tn++) {
@@ -257,27 +253,10 @@ for (int n0 = begin_n; n0 < end_n; n0 += ROWS) {
     }
     ring.advance();
   }
-  if constexpr (CLUSTER == 1) {
-#pragma unroll
-    for (int tn = 0; tn < TILES; tn++) {
-      const int n = n0 + warp_n + 64 * tn;
-      store_sums_of_tile<T, WIDTH>(y + ((size_t)v * N + n) * n_rows + r * B, n_rows, N - n,
-                                   n_outputs, acc[tn]);
-    }
-  }
-}
-if constexpr (CLUSTER > 1) {
-  // The sums of this part, in place of the stages; then each group adds up some rows.
-  constexpr int STRIDE = B + 8;
-  float* sums = reinterpret_cast<float*>(shared);
-  __syncthreads();
 #pragma unroll
   for (int tn = 0; tn < TILES; tn++) {
-    store_sums_of_tile<float, WIDTH>(sums + (warp_n + 64 * tn) * STRIDE, STRIDE, 16, B, acc[tn]);
+    const int n = n0 + warp_n + 64 * tn;
+    OUT* y_tile = y + (((size_t)split * gridDim.z + v) * N + n) * n_rows + r * B;
+    store_sums_of_tile<OUT, WIDTH>(y_tile, n_rows, N - n, n_outputs, acc[tn]);
   }
-  sync_cluster();
-  store_sums<T, CLUSTER, B, STRIDE, 128 * WARPGROUPS>(
-      y + ((size_t)v * N + begin_n) * n_rows + r * B, n_rows, sums, BIAS ? bias + r * B : nullptr,
-      min(ROWS, N - begin_n), n_outputs);
-  sync_cluster();
 }

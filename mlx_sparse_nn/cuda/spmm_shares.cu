@@ -1,18 +1,17 @@
 // The product of spmm_tiles.cu on Hopper's tensor cores for some rows of x, where a thread block a
-// block-row would leave the GPU idle: the thread blocks of a cluster share its blocks.
+// block-row would leave the GPU idle: several thread blocks share its blocks.
 //
-// Inputs, output: as there.
+// Inputs, output: as there. Where
+// the blocks are split, y is partial sums (S, V, N, n_rows), with the bias in the first.
 // Launch
-//   (R CLUSTER THREADS, ceil(N / ROWS), V) threads in groups of (THREADS, 1, 1), in clusters of
-//   CLUSTER groups. A cluster owns one block-row and ROWS rows of x, and each of its groups an
-//   equal share of the blocks. The last warpgroup copies, the others multiply: one for 64 rows,
-//   else two. Shared memory: STAGES (ROWS + B) 128 + 1024 bytes.
+//   (R S THREADS, ceil(N / ROWS), V) threads in groups of (THREADS, 1, 1). S groups own
+//   one block-row and ROWS rows of x, each an equal share of the blocks. The last warpgroup copies,
+//   the others multiply: one for 64 rows, else two. Shared memory: STAGES (ROWS + B) 128 + 1024
+//   bytes.
 // Template
-//   T half or bfloat16; B 16, 32, 64 or 128; INSIDE columns of the last block-column, 1 to B; ROWS
-//   64 or 128; CLUSTER; STAGES; TRANSPOSED and BIAS 0 or 1.
-// Sums in float32: the bias, then blocks in stored order, k ascending by 16. With CLUSTER > 1, each
-// share of the blocks like this; then the bias and the shares, in an order that follows from N and
-// the row of x.
+//   T half or bfloat16; OUT, T, or float where the blocks are split; B 16, 32, 64 or 128; INSIDE
+//   columns of the last block-column, 1 to B; ROWS 64 or 128; STAGES; TRANSPOSED and BIAS 0 or 1.
+// Sums in float32: the bias, then blocks in stored order, k ascending by 16.
 
 #include "barriers.h"
 #include "copies.h"
@@ -20,7 +19,6 @@
 #include "copiers.h"
 #include "reader.h"
 #include "stores.h"
-#include "clusters.h"
 
 constexpr int WARPGROUPS = ROWS == 64 ? 1 : 2;     // that multiply
 constexpr int COPIERS = 128;                       // threads
@@ -29,14 +27,15 @@ constexpr int DEPTH = 64;                          // k in a stage: rows of 128 
 constexpr int BLOCKS = B < DEPTH ? DEPTH / B : 1;  // of a stage, side by side,
 constexpr int PARTS = B > DEPTH ? B / DEPTH : 1;   // or stages of a block
 constexpr int STAGE = (ROWS + B) * DEPTH;
-constexpr int SUM_STRIDE = B + 8;  // from a row of sums to the next
 extern __shared__ char shared[];
 __shared__ unsigned long long full[STAGES];
 __shared__ unsigned long long empty[STAGES];
 T* tiles = reinterpret_cast<T*>(shared + (1024 - shared_address(shared) % 1024) % 1024);
 
-const int r = blockIdx.x / CLUSTER;
-const int rank = blockIdx.x % CLUSTER;
+const int R = in_register(indptr_shape[0] - 1);
+const int splits = gridDim.x / R;
+const int r = blockIdx.x % R;
+const int split = blockIdx.x / R;
 const int v = blockIdx.z;
 const int thread = threadIdx.x;
 const int lane = thread % 32;
@@ -46,8 +45,8 @@ const int n_cols = in_register(x_shape[x_ndim - 1]);
 const int n0 = blockIdx.y * ROWS;
 const int row_begin = indptr[r];
 const int row_blocks = indptr[r + 1] - row_begin;
-const int begin = row_begin + (int)((long long)row_blocks * rank / CLUSTER);
-const int end = row_begin + (int)((long long)row_blocks * (rank + 1) / CLUSTER);
+const int begin = row_begin + (int)((long long)row_blocks * split / splits);
+const int end = row_begin + (int)((long long)row_blocks * (split + 1) / splits);
 const int n_stages = ((end - begin) * PARTS + BLOCKS - 1) / BLOCKS;
 
 if (thread < STAGES) {
@@ -127,21 +126,16 @@ if (warpgroup == WARPGROUPS) {
   } else {
     copy_as(Unaligned());
   }
-  if (CLUSTER > 1) {
-    __syncthreads();
-    sync_cluster();
-    sync_cluster();
-  }
   return;
 }
 
 Ring ring{STAGES};
-const int n_rows = (indptr_shape[0] - 1) * B;
+const int n_rows = R * B;
 const int warpgroup_n = warpgroup * TILES * 64;  // the first row of this warpgroup, in the tile
 float acc[TILES][B / 2];
 #pragma unroll
 for (int e = 0; e < B / 2; e++) {
-  const bool first = BIAS && CLUSTER == 1;
+  const bool first = BIAS && split == 0;
   const float bias_e = first ? float(__ldg(bias + r * B + e / 4 * 8 + lane % 4 * 2 + e % 2)) : 0.0f;
 #pragma unroll
   for (int tn = 0; tn < TILES; tn++) {
@@ -176,30 +170,9 @@ for (int stage = 0; stage < n_stages; stage++) {
 }
 wait_products<0>();
 const int n = warpgroup_n + thread / 32 % 4 * 16;  // the first row of this warp, in the tile
-T* y_tile = y + ((size_t)v * N + n0) * n_rows + r * B;
-if (CLUSTER == 1) {
+OUT* y_tile = y + (((size_t)split * gridDim.z + v) * N + n0) * n_rows + r * B;
 #pragma unroll
-  for (int tn = 0; tn < TILES; tn++) {
-    store_tiles<T, 2, B / 8>(
-        y_tile + (size_t)(n + 64 * tn) * n_rows, n_rows, N - n0 - n - 64 * tn, B,
-        [&](int row_tile, int to, int e) { return acc[tn][4 * to + 2 * row_tile + e]; });
-  }
-} else {
-  // In place of the stages, which all warps have read.
-  float* sums = reinterpret_cast<float*>(tiles);
-  __syncthreads();
-#pragma unroll
-  for (int tn = 0; tn < TILES; tn++) {
-#pragma unroll
-    for (int e = 0; e < B / 2; e += 4) {
-      float* place = sums + (n + 64 * tn + lane / 4) * SUM_STRIDE + 2 * e + lane % 4 * 2;
-      *reinterpret_cast<float2*>(place) = make_float2(acc[tn][e], acc[tn][e + 1]);
-      *reinterpret_cast<float2*>(place + 8 * SUM_STRIDE) =
-          make_float2(acc[tn][e + 2], acc[tn][e + 3]);
-    }
-  }
-  sync_cluster();
-  store_sums<T, CLUSTER, B, SUM_STRIDE, 128 * WARPGROUPS>(
-      y_tile, n_rows, sums, BIAS ? bias + r * B : nullptr, min(ROWS, N - n0), B);
-  sync_cluster();
+for (int tn = 0; tn < TILES; tn++) {
+  store_sums_of_tile<OUT, B>(y_tile + (size_t)(n + 64 * tn) * n_rows, n_rows, N - n0 - n - 64 * tn,
+                             B, acc[tn]);
 }

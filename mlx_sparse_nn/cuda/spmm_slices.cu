@@ -1,26 +1,25 @@
-// The product of spmm_panels.cu for some rows of x, which is bound by what is read from L2: the
-// thread blocks of a cluster share the columns of a panel.
+// The product of spmm_panels.cu for some rows of x, which is bound by what is read from L2: several
+// thread blocks share the columns of a panel.
 //
-// Inputs, output: as in spmm_tiles.cu; blocks of a block-row by ascending block-column.
+// Inputs, output: as in spmm_tiles.cu; blocks of a block-row by ascending block-column. y is
+// partial sums (S, V, N, n_rows), with the bias in the first.
 // Launch
-//   (panels CLUSTER 640, ceil(N / ROWS), V) threads in groups of (640, 1, 1), panels =
-//   ceil(n_rows / 256), in clusters of CLUSTER groups. A cluster owns a panel of 256 outputs and
-//   ROWS rows of x, and each of its groups an equal share of the columns. The last 4 warps copy x.
-//   Each of the 16 others copies and multiplies the part of every block that lies in its 16
-//   outputs. Shared memory: STAGES ROWS 256 + 32 RING bytes, at least ROWS 1056.
+//   (panels S 640, ceil(N / ROWS), V) threads in groups of (640, 1, 1), panels =
+//   ceil(n_rows / 256). S groups own a panel of 256 outputs and ROWS rows of x, each an equal
+//   share of the columns. The last 4 warps copy x. Each of the 16 others copies and multiplies the
+//   part of every block that lies in its 16 outputs. Shared memory: STAGES ROWS 256 + 32 RING
+//   bytes.
 // Template
-//   T half or bfloat16; B 16 or 32; INSIDE columns of the last block-column, 1 to B; ROWS a
-//   multiple of 16, at most 128; CLUSTER above 1; STAGES; RING elements of a warp's blocks under
-//   way; TRANSPOSED and BIAS 0 or 1.
-// Sums in float32: each share of the columns its blocks in stored order, k ascending by 16; then
-// the bias and the shares, in an order that follows from N and the row of x.
+//   T half or bfloat16; OUT float; B 16 or 32; INSIDE columns of the last block-column, 1 to B;
+//   ROWS a multiple of 16, at most 128; STAGES; RING elements of a warp's blocks
+//   under way; TRANSPOSED and BIAS 0 or 1.
+// Sums in float32: the bias, then blocks in stored order, k ascending by 16.
 
 #include "barriers.h"
 #include "copies.h"
 #include "mma.h"
 #include "reader.h"
 #include "stores.h"
-#include "clusters.h"
 
 constexpr int OWN = 16;             // outputs of a warp
 constexpr int WIDTH = 256;          // outputs of the panel
@@ -33,15 +32,17 @@ constexpr int STAGE = ROWS * DEPTH;
 constexpr int PART = B * OWN;  // values of a block that lie in the outputs of a warp
 constexpr int W_CHUNKS = (TRANSPOSED ? OWN : B) / 8;
 constexpr int RING_PARTS = RING / PART;
-constexpr int SUM_STRIDE = WIDTH + 8;  // from a row of sums to the next
-constexpr bool FULL = ROWS == 128;     // sums fill the registers
+constexpr bool FULL = ROWS == 128;  // sums fill the registers
 extern __shared__ __align__(128) char shared[];
 __shared__ unsigned long long full[STAGES];
 __shared__ unsigned long long empty[STAGES];
 T* tiles = reinterpret_cast<T*>(shared);
 
-const int rank = blockIdx.x % CLUSTER;
-const int out0 = blockIdx.x / CLUSTER * WIDTH;
+const int R = in_register(indptr_shape[0] - 1);
+const int panels = (R * B + WIDTH - 1) / WIDTH;
+const int splits = gridDim.x / panels;
+const int out0 = blockIdx.x % panels * WIDTH;
+const int split = blockIdx.x / panels;
 const int n0 = blockIdx.y * ROWS;
 const int v = blockIdx.z;
 const int thread = threadIdx.x;
@@ -49,12 +50,11 @@ const int lane = thread % 32;
 const int warp = thread / 32;
 const int N = in_register(x_shape[x_ndim - 2]);
 const int n_cols = in_register(x_shape[x_ndim - 1]);
-const int R = in_register(indptr_shape[0] - 1);
 const int n_valid = min(ROWS, N - n0);
 
 const int all_stages = (n_cols + DEPTH - 1) / DEPTH;
-const int first_stage = all_stages * rank / CLUSTER;
-const int end_stage = all_stages * (rank + 1) / CLUSTER;
+const int first_stage = all_stages * split / splits;
+const int end_stage = all_stages * (split + 1) / splits;
 
 if (thread < STAGES) {
   init_barrier(full + thread, COPIERS);
@@ -100,9 +100,6 @@ if (warp >= WARPS) {
   }
   commit_copies();
   wait_copies<0>();
-  __syncthreads();
-  sync_cluster();
-  sync_cluster();
   return;
 }
 if (FULL) {
@@ -175,10 +172,15 @@ int j = begin;
 int col = j < end ? cols.at(j) * B : 1 << 30;
 float acc[TILES][2][4];
 #pragma unroll
-for (int tn = 0; tn < TILES; tn++) {
+for (int to = 0; to < 2; to++) {
 #pragma unroll
   for (int e = 0; e < 4; e++) {
-    acc[tn][0][e] = acc[tn][1][e] = 0.0f;
+    const int o = row0 + 8 * to + lane % 4 * 2 + e % 2;
+    const float bias_o = BIAS && split == 0 && o < n_rows ? float(bias[o]) : 0.0f;
+#pragma unroll
+    for (int tn = 0; tn < TILES; tn++) {
+      acc[tn][to][e] = bias_o;
+    }
   }
 }
 for (int stage = first_stage; stage < end_stage; stage++) {
@@ -220,21 +222,10 @@ for (int stage = first_stage; stage < end_stage; stage++) {
   ring.advance();
 }
 wait_copies<0>();
-// The sums of this share, in place of the stages; then each thread block adds up some rows.
-float* sums = reinterpret_cast<float*>(shared);
-__syncthreads();
+OUT* y_tile = y + (((size_t)split * gridDim.z + v) * N + n0) * n_rows + row0;
 #pragma unroll
 for (int tn = 0; tn < TILES; tn++) {
-#pragma unroll
-  for (int to = 0; to < 2; to++) {
-    float* place = sums + (16 * tn + lane / 4) * SUM_STRIDE + warp * OWN + 8 * to + lane % 4 * 2;
-    *reinterpret_cast<float2*>(place) = make_float2(acc[tn][to][0], acc[tn][to][1]);
-    *reinterpret_cast<float2*>(place + 8 * SUM_STRIDE) =
-        make_float2(acc[tn][to][2], acc[tn][to][3]);
-  }
+  store_pairs<OUT, 2, 2>(
+      y_tile + (size_t)(16 * tn) * n_rows, n_rows, n_valid - 16 * tn, n_rows - row0,
+      [&](int row_tile, int to, int e) { return acc[tn][to][2 * row_tile + e]; });
 }
-sync_cluster();
-store_sums<T, CLUSTER, WIDTH, SUM_STRIDE, 32 * WARPS>(y + ((size_t)v * N + n0) * n_rows + out0,
-                                                      n_rows, sums, BIAS ? bias + out0 : nullptr,
-                                                      n_valid, n_rows - out0);
-sync_cluster();

@@ -81,3 +81,18 @@ __device__ __forceinline__ void store_pairs(T* y, size_t width, int rows, int co
     }
   }
 }
+
+// Store the sums of a warp, 16 rows of COLS, as `rows` rows of y, `width` elements apart, of which
+// `cols` columns are there.
+template <typename T, int COLS>
+__device__ __forceinline__ void store_sums_of_tile(T* y, size_t width, int rows, int cols,
+                                                   const float (&acc)[COLS / 2]) {
+  auto sum = [&](int row_tile, int col_tile, int e) {
+    return acc[4 * col_tile + 2 * row_tile + e];
+  };
+  if constexpr (sizeof(T) == 2 && COLS % 16 == 0) {
+    store_tiles<T, 2, COLS / 8>(y, width, rows, cols, sum);
+  } else {
+    store_pairs<T, 2, COLS / 8>(y, width, rows, cols, sum);
+  }
+}

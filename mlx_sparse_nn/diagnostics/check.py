@@ -10,18 +10,20 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.core.backends import cpu, cuda, launch, metal, plain
-from mlx_sparse_nn.core.backends.choose import choose
+from mlx_sparse_nn.core.backends.choose import choose, choose_pauli
 from mlx_sparse_nn.core.device import use_device
+from mlx_sparse_nn.diagnostics import check_strings
 from mlx_sparse_nn.diagnostics.check_cases import (
     DTYPES,
     Case,
+    Expected,
     all_cases,
     compute,
     expected,
@@ -37,6 +39,7 @@ from mlx_sparse_nn.diagnostics.check_speed import (
     Sizes,
     time_layers,
 )
+from mlx_sparse_nn.diagnostics.check_strings import StringsCase, strings_cases
 from mlx_sparse_nn.diagnostics.products import dtype_name, matmul_uses_tf32, rounds_factors
 from mlx_sparse_nn.diagnostics.rounding import to_numpy
 
@@ -96,7 +99,7 @@ def run(options: argparse.Namespace, version: str) -> int:
             mx.set_default_device(before)
 
 
-def _chosen(options: argparse.Namespace) -> list[Case]:
+def _chosen(options: argparse.Namespace) -> list[Case | StringsCase]:
     """Return the products that the options ask for.
 
     Raises:
@@ -104,9 +107,9 @@ def _chosen(options: argparse.Namespace) -> list[Case]:
     """
     if options.tensor_units and options.device == "cpu":
         raise ValueError("[check] --tensor-units must be checked on a GPU, got --device cpu")
-    cases = quick_cases() if options.quick else all_cases()
+    cases = [*(quick_cases() if options.quick else all_cases()), *strings_cases()]
     if options.only:
-        by_name = {case.name: case for case in all_cases()}
+        by_name = {case.name: case for case in [*all_cases(), *strings_cases()]}
         for name in options.only:
             if name not in by_name:
                 like = cases[0].name
@@ -119,7 +122,7 @@ def _chosen(options: argparse.Namespace) -> list[Case]:
     return cases
 
 
-def _check(cases: Sequence[Case], timed: bool, version: str) -> int:
+def _check(cases: Sequence[Case | StringsCase], timed: bool, version: str) -> int:
     """Compute the products, print what is wrong and the tables, and return the exit status."""
     began = time.perf_counter()
     outcomes = _outcomes(cases)
@@ -134,7 +137,7 @@ def _check(cases: Sequence[Case], timed: bool, version: str) -> int:
     return 0
 
 
-def _check_tensor_units(cases: Sequence[Case], timed: bool, version: str) -> int:
+def _check_tensor_units(cases: Sequence[Case | StringsCase], timed: bool, version: str) -> int:
     """Do the same by the tensor units of an M5, and by the kernels that compute without them."""
     began = time.perf_counter()
     with metal.tensor_units():
@@ -153,7 +156,9 @@ def _check_tensor_units(cases: Sequence[Case], timed: bool, version: str) -> int
     return 0
 
 
-def _is_for_tensor_units(case: Case) -> bool:
+def _is_for_tensor_units(case: Case | StringsCase) -> bool:
+    if isinstance(case, StringsCase):
+        return False
     is_dense_enough = case.rows > 16 and case.block_size % 16 == 0
     return case.product in ("spmm", "spmm_t") and case.dtype != "float32" and is_dense_enough
 
@@ -165,7 +170,7 @@ def _by_tensor_units(outcome: Outcome) -> Outcome:
     return replace(outcome, wrong="right, but not computed by the tensor units")
 
 
-def _outcomes(cases: Sequence[Case]) -> list[Outcome]:
+def _outcomes(cases: Sequence[Case | StringsCase]) -> list[Outcome]:
     from tqdm import tqdm
 
     tf32, outcomes = matmul_uses_tf32(), []
@@ -184,27 +189,51 @@ def _times(sizes: Sizes) -> list[LayerTiming]:
         return time_layers(sizes, bar.update)
 
 
-def check_case(case: Case, tf32: bool = False) -> Outcome:
+def check_case(case: Case | StringsCase, tf32: bool = False) -> Outcome:
     """Compute a product twice on MLX's default device, and compare it with the oracle.
 
     Args:
         case: The product.
         tf32: Whether MLX's own products round float32 factors to TF32.
     """
-    given, launched = operands_of(case), {}
-    layout, dtype = given.pattern.layout, DTYPES[case.dtype]
-    backend = choose(case.product, layout, case.rows, dtype, bits=case.bits).NAME
+    if isinstance(case, StringsCase):
+        strings, dtype = check_strings.operands_of(case), check_strings.DTYPES[case.dtype]
+        op = case.product.removeprefix("pauli_")
+        backend = choose_pauli(op, strings.terms, check_strings.N_STATES, dtype).NAME
+        return _outcome(
+            *(case, backend, dtype),
+            lambda: check_strings.compute(case, strings),
+            lambda: check_strings.expected(case, strings),
+        )
+    given, dtype = operands_of(case), DTYPES[case.dtype]
+    backend = choose(case.product, given.pattern.layout, case.rows, dtype, bits=case.bits).NAME
+    rounds = tf32 and rounds_factors(backend, case.block_size, case.rows, dtype)
+    return _outcome(
+        *(case, backend, dtype),
+        lambda: compute(case, given),
+        lambda: expected(case, given, backend == plain.NAME, rounds),
+    )
+
+
+def _outcome(
+    case: Case | StringsCase,
+    backend: str,
+    dtype: mx.Dtype,
+    compute: Callable[[], mx.array],
+    expect: Callable[[], Expected],
+) -> Outcome:
+    """Return what becomes of a product that ``compute`` makes."""
+    launched: dict[str, None] = {}
     try:
         with launch.observed(lambda kernel: launched.setdefault(_described(kernel))):
-            results = [compute(case, given) for _ in range(2)]
+            results = [compute() for _ in range(2)]
             mx.eval(results)
         with mx.stream(mx.cpu):
             values, again = (to_numpy(result) for result in results)
     except Exception as error:  # whatever MLX and its compilers raise is about this kernel
         wrong = f"raised {type(error).__name__}: {error}"
         return Outcome(case, backend, tuple(launched), math.inf, wrong)
-    rounds = tf32 and rounds_factors(backend, case.block_size, case.rows, dtype)
-    exact, bound = expected(case, given, backend == plain.NAME, rounds)
+    exact, bound = expect()
     found = results[0].shape, results[0].dtype
     if found != (exact.shape, dtype):
         wrong = f"is {found[0]} {dtype_name(found[1])}, not {exact.shape} {case.dtype}"
@@ -213,7 +242,7 @@ def check_case(case: Case, tf32: bool = False) -> Outcome:
     if not wrong and not np.array_equal(values, again):
         wrong = "differs from run to run"
     if not wrong:
-        wrong = _not_by_kernels(case, backend, launched)
+        wrong = _not_by_kernels(backend, launched)
     return Outcome(case, backend, tuple(launched), part, wrong)
 
 
@@ -234,7 +263,7 @@ def _compared(values: np.ndarray, exact: np.ndarray, bound: np.ndarray) -> tuple
     )
 
 
-def _not_by_kernels(case: Case, backend: str, launched: Collection[str]) -> str:
+def _not_by_kernels(backend: str, launched: Collection[str]) -> str:
     """Return in words that another backend computed a product than should have, if one did."""
     if backend in (metal.NAME, cuda.NAME) and not launched:
         return f"right, but no kernel of {backend} was launched for it"

@@ -84,6 +84,15 @@ class Case:
         return "-".join(map(str, parts + ["bias"] * self.bias))
 
     @property
+    def words(self) -> str:
+        """What it is, for people."""
+        quantized = f", {self.bits} bits in groups of {self.group_size}" if self.bits else ""
+        return (
+            f"{self.product}, block_size {self.block_size}, {self.dtype}{quantized}, {self.rows} "
+            f"row{'s' * (self.rows > 1)} of x, pattern {self.pattern}{', bias' * self.bias}"
+        )
+
+    @property
     def seed(self) -> int:
         return zlib.crc32(self.name.encode())
 

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_sparse_nn.core.backends import build, cpu, plain
-from mlx_sparse_nn.diagnostics.check_cases import PRODUCTS, Case
+from mlx_sparse_nn.diagnostics import check_cases, check_strings
+from mlx_sparse_nn.diagnostics.check_cases import Case
 from mlx_sparse_nn.diagnostics.check_speed import LayerTiming
+from mlx_sparse_nn.diagnostics.check_strings import StringsCase
 
 _MOST_NAMED = 10
+_PRODUCTS = (*check_cases.PRODUCTS, *check_strings.PRODUCTS)
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Outcome:
         wrong: What is wrong, in words; empty if nothing is.
     """
 
-    case: Case
+    case: Case | StringsCase
     backend: str
     kernels: tuple[str, ...]
     part: float
@@ -43,15 +46,12 @@ def complaint(outcomes: Sequence[Outcome], options: str = "") -> str:
     """
     wrong = [outcome for outcome in outcomes if outcome.wrong]
     first, others = wrong[0], [outcome.case.name for outcome in wrong[1:]]
-    case = first.case
-    quantized = f", {case.bits} bits in groups of {case.group_size}" if case.bits else ""
     lines = [
         f"[check] {len(wrong)} of {len(outcomes)} products wrong on {device_name()}; the first:",
-        f"  {case.product}, block_size {case.block_size}, {case.dtype}{quantized}, {case.rows} "
-        f"row{'s' * (case.rows > 1)} of x, pattern {case.pattern}{', bias' * case.bias}",
+        f"  {first.case.words}",
         f"  by {' and '.join(dict.fromkeys(first.kernels)) or first.backend}",
         f"  {first.wrong}",
-        f"  again: python -m mlx_sparse_nn check {options}--only {case.name}",
+        f"  again: python -m mlx_sparse_nn check {options}--only {first.case.name}",
     ]
     if others:
         more = f" and {len(others) - _MOST_NAMED} more" if len(others) > _MOST_NAMED else ""
@@ -87,7 +87,7 @@ def markdown_times(features: int, timings: Mapping[str, Sequence[LayerTiming]]) 
     header += [f"{task}{words}" for words in timings for task in ("forward", "training")]
     rows = [
         [
-            *(str(ways[0].block_size), f"{ways[0].density:.0%}", ways[0].dtype, str(ways[0].rows)),
+            *(str(ways[0].block_size), f"{ways[0].density:.3g}", ways[0].dtype, str(ways[0].rows)),
             *(_beside(*pair) for way in ways for pair in (way.forward, way.training)),
         ]
         for ways in zip(*timings.values(), strict=True)
@@ -139,7 +139,7 @@ def _by_kernel(outcomes: Sequence[Outcome]) -> str:
             str(sum(bool(outcome.wrong) for outcome in mine)),
             f"{max(outcome.part for outcome in mine):.2f}",
         )
-        for (product, by), mine in sorted(groups.items(), key=lambda g: PRODUCTS.index(g[0][0]))
+        for (product, by), mine in sorted(groups.items(), key=lambda g: _PRODUCTS.index(g[0][0]))
     ]
     header = ["product", "computed by", "products", "variants", "wrong", "worst error / bound"]
     return _table(header, rows)

@@ -141,7 +141,7 @@ class SummaryReport(Report):
             rows=[[path, *_cells([self.rows[i] for i in places], scale)] for path, places in lines],
             total=[
                 "total",
-                *["", "", f"{self.density:.1%}", ""],
+                *["", "", f"{self.density:.3g}", ""],
                 _size(self.weight_bytes, scale),
                 _size(self.index_bytes, scale),
                 _dead(self.rows),
@@ -338,7 +338,7 @@ def _cells(rows: list[LayerSummary], scale: int) -> list[str]:
     return [
         "-" if row.shape is None else f"{row.shape[0]} x {row.shape[1]}",
         "-" if row.block_size is None else str(row.block_size),
-        "-" if row.density is None else f"{row.density:.1%}",
+        "-" if row.density is None else f"{row.density:.3g}",
         _error(rows),
         _size(row.weight_bytes, scale),
         _size(index_bytes, scale) if index_bytes else "-",

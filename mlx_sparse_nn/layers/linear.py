@@ -151,6 +151,10 @@ class BlockSparseLinear(SparseLinear):
         values = edges.clear(self.pattern.layout, self.weight)
         return draw.plot(self.pattern, ax, cmap=cmap, values=values, labels=labels)
 
+    def _repr_svg_(self) -> str:
+        values = edges.clear(self.pattern.layout, self.weight)
+        return draw.svg(self.pattern, values, self._caption())
+
     @classmethod
     def from_linear(
         cls,

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_sparse_nn.core import ops, tuned
+from mlx_sparse_nn.core import draw, ops, tuned
 from mlx_sparse_nn.core.checks import (
     check_array,
     check_block_dtype,
@@ -113,7 +113,13 @@ class PatternModule(nn.Module):
         return self.pattern.spy(width)
 
     def _repr_svg_(self) -> str:
-        return self.pattern._repr_svg_()
+        return draw.svg(self.pattern, caption=self._caption())
+
+    def _caption(self) -> str:
+        """Return what stands below a picture of the layer."""
+        n_rows, n_cols = self.pattern.shape
+        kind, size = type(self).__name__, self.block_size
+        return f"{kind}({n_cols} to {n_rows}, block_size={size}, density {self.density:.3g})"
 
     def _multiply(self, weight: mx.array, x: mx.array, bias: mx.array | None = None) -> mx.array:
         """Return ``x Aᵀ + bias`` for the stored values of A. Every call of a layer comes here, or

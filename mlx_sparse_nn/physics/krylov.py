@@ -1,4 +1,4 @@
-"""A Krylov basis and the random vectors that start it, as both solvers use them."""
+"""The Krylov basis of an eigensolver, and random vectors."""
 
 from __future__ import annotations
 
@@ -7,122 +7,224 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.physics.precision import epsilon, pairwise_sum
+from mlx_sparse_nn.physics.device_columns import DeviceColumns
+from mlx_sparse_nn.physics.host_columns import HostColumns
+from mlx_sparse_nn.physics.precision import epsilon
 
-_PANEL = 256  # elements that one product may add one after another
+# Of vectors from former spaces, which only have to stay out of this one.
+_LOSS_TO_KEPT = 1e-3
 
 
 class Krylov:
     """An orthonormal basis that grows by products with H, and H projected on it.
 
-    The vectors are stored as ``(panels, size, width)``: each is cut into panels, so that a product
-    with all of them is a batch of small products. A small product adds few terms one after another;
-    the batch is summed pairwise. Columns that are not filled yet are zero, so that shapes never
-    change.
+    Lanczos' recurrence gives each column from the two before it. In exact arithmetic it is
+    orthogonal to all others; rounding spoils that, slowly at first. The recurrence of that loss is
+    known (Simon 1984) and costs next to nothing, so a column is orthogonalised against all others
+    only where the loss would exceed a limit, and the next one with it. Up to the root of the
+    rounding, the projected matrix is right to rounding; below it, so are combinations of columns.
+
+    H. Simon, Mathematics of Computation 42 (1984) 115.
 
     Args:
         dim: Length of the vectors.
         size: Most columns.
         dtype: float32, float64 or complex64.
+        room: Columns to have room for in the end, when the basis is no longer needed.
 
     Attributes:
         filled: Number of columns.
-        projected: ``(size, size)`` NumPy array, H in the basis; its lower triangle is right.
+        epsilon: Rounding of the dtype.
+        at_once: Products that :meth:`grow` takes before the host looks at what they gave.
+        projected: ``(size, size)`` NumPy array, H in the basis; its lower triangle is right. Real,
+            since the coefficients of the recurrence are.
     """
 
-    def __init__(self, dim: int, size: int, dtype: mx.Dtype):
+    def __init__(self, dim: int, size: int, dtype: mx.Dtype, room: int = 0):
         self.dim, self.size, self.dtype = dim, size, dtype
-        self.width = min(dim, _PANEL)
+        of_rest = 1 if size == dim else 0
+        columns = HostColumns if _on_host(dtype) else DeviceColumns
+        self.columns = columns(dim, max(size + of_rest, room), dtype)
         self.filled = 0
-        self.vectors = mx.zeros((-(-dim // self.width), size, self.width), dtype)
-        host = np.complex128 if dtype == mx.complex64 else np.float64
-        self.projected = np.zeros((size, size), host)
-        # A GPU may round the factors of a float32 matmul to 10 bits (TF32), but not those of `*`.
-        self._by_matmul = mx.default_device().type == mx.cpu or dtype == mx.float64
+        self.projected = np.zeros((size, size))
+        self._losses = np.eye(size + 1)  # estimated products of columns with one another
+        self._left_out = np.zeros(size + 1)  # by the projected matrix of H times a column, norms
+        self.at_once = self.columns.at_once if isinstance(self.columns, DeviceColumns) else 1
+        self._again = False  # whether the next column is orthogonalised too
+        self.epsilon = epsilon(dtype)
 
-    def orthogonalise(self, x: mx.array) -> tuple[mx.array, np.ndarray, float]:
-        """Subtract from ``(dim,)`` its part in the basis.
-
-        Returns:
-            The rest, ``(panels, 1, width)``, the coefficients of what was subtracted, ``(size,)``,
-            and the norm of the rest.
-        """
-        length = self.vectors.shape[0] * self.width
-        rest = mx.pad(x, (0, length - self.dim)).reshape(-1, 1, self.width)
-        total = mx.zeros(self.size, self.dtype)
-        for _ in range(2):  # "twice is enough": once leaves what rounding adds
-            if self._by_matmul:
-                parts = mx.conjugate(rest) @ self.vectors.swapaxes(1, 2)
-                c = mx.conjugate(pairwise_sum(parts)).reshape(-1)
-                rest = rest - c[None] @ self.vectors
-            else:
-                c = pairwise_sum((mx.conjugate(self.vectors) * rest).sum(axis=2))
-                rest = rest - (c[:, None] * self.vectors).sum(axis=1, keepdims=True)
-            total = total + c
-        norm = mx.sqrt(pairwise_sum(mx.abs(rest).square().sum(axis=(1, 2))))
-        mx.eval(rest, total, norm)
-        return rest, np.array(total), float(norm)
-
-    def append(self, rest: mx.array, norm: float) -> None:
-        """Make the next column of what :meth:`orthogonalise` left, and its norm."""
-        self.vectors[:, self.filled : self.filled + 1] = rest * (1 / norm)
-        self.filled += 1
+    def begin(self, states: mx.array, energies: np.ndarray) -> None:
+        """Make the first columns of eigenvectors of H, ``(dim, k)``, with energies ``(k,)``."""
+        for j in range(states.shape[1]):
+            self.columns.write(j, states[:, j])
+        self.filled = energies.size
+        self.projected[: self.filled, : self.filled] = np.diag(energies)
+        self._left_out[: self.filled] = self.epsilon**0.75 * np.abs(energies).max()
 
     def extend(self, x: mx.array) -> None:
         """Make the next column of the part of ``(dim,)`` that is not in the basis."""
-        rest, _, norm = self.orthogonalise(x)
-        self.append(rest, norm)
+        self.columns.write(self.filled, x)
+        for _ in range(2):  # "twice is enough": once leaves what rounding adds
+            norm = self._orthogonalise()
+        self.columns.scale(self.filled, 1 / norm)
+        self.filled += 1
 
-    def multiply(self, H: Any, column: int) -> tuple[mx.array, float]:
-        """Multiply a column by H, and store the projection of the product.
+    def multiply(self, H: Any) -> float:
+        """Multiply the last column by H, and store the projection of the product.
 
         Returns:
-            The rest of the product, as of :meth:`orthogonalise`, and its norm: 0 if the rest is
-            only rounding.
+            The norm of the rest of the product: 0 if that is only rounding.
         """
-        x = self.vectors[:, column].reshape(-1)[: self.dim]
-        rest, coefficients, norm = self.orthogonalise((H @ x).astype(self.dtype))
-        self.projected[:, column] = coefficients
-        scale = float(max(np.linalg.norm(coefficients), np.abs(self.projected).max()))
-        return rest, 0.0 if norm <= 30 * epsilon(self.dtype) * scale else norm
+        j = self.filled - 1
+        product = (H @ self.columns.column(j)).astype(self.dtype)
+        alpha, norm = self.columns.recur(j, product, self.projected[j, :j])
+        lost = self._note(alpha, norm)
+        if lost or self._again:
+            before, norm = norm, self._orthogonalise()
+            if norm < before / 2:
+                norm = self._orthogonalise()
+            self._again = lost and not self._again
+        if norm <= self._rounding():
+            return 0.0
+        self.columns.scale(self.filled, 1 / norm)
+        return norm
 
-    def ritz(self, done: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the eigenvalues, ``(done,)``, and eigenvectors, as columns, of the projected H.
+    def append(self, norm: float) -> None:
+        """Make the next column of what :meth:`multiply` left, and its norm."""
+        self.projected[self.filled, self.filled - 1] = norm
+        self.filled += 1
 
-        ``done`` columns have been multiplied by H.
+    def grow(self, H: Any, steps: int) -> tuple[int, float]:
+        """Multiply and append up to ``steps`` times, while there is room.
+
+        Returns:
+            The number of products, and the norm of the last rest: if it is 0, it is no column.
         """
-        return np.linalg.eigh(self.projected[:done, :done])  # reads the lower triangle
+        products, norm = 0, 1.0
+        while products < steps and norm > 0 and (self.filled < self.size or self.size == self.dim):
+            count = min(steps - products, self.at_once, self.size - self.filled)
+            if count > 1 and not self._again and isinstance(self.columns, DeviceColumns):
+                norm = self._run(self.columns, H, count)
+            else:
+                count, norm = 1, self.multiply(H)
+            products += count
+            if norm > 0:
+                self.append(norm)
+        return products, norm
 
-    def combine(self, coefficients: np.ndarray) -> list[mx.array]:
-        """Return p combinations of the first m columns, ``(dim,)``; coefficients ``(m, p)``."""
-        return [self._combination(c).reshape(-1)[: self.dim] for c in coefficients.T]
+    def _run(self, columns: DeviceColumns, H: Any, steps: int) -> float:
+        """Multiply several times before the host looks, and forget what went too far.
 
-    def restart(self, values: np.ndarray, vectors: np.ndarray) -> None:
-        """Replace the columns by Ritz vectors, and keep those not multiplied by H yet.
+        Returns:
+            The norm of the last rest, as of :meth:`multiply`.
+        """
+        j = self.filled - 1
+        alphas, norms = columns.run(H, j, self.projected[j, :j], steps)
+        for step in range(steps):
+            norm = float(norms[step])
+            lost = self._note(float(alphas[step]), norm)
+            if lost or step == steps - 1 or not norm > self._rounding():
+                break
+            self.append(norm)
+        self.at_once = max(2, step + 1) if lost else min(self.at_once + 1, columns.at_once)
+        # The recurrence goes on from the last two columns: both are made orthogonal.
+        columns.orthogonalise(self.filled - 1)
+        self._losses[self.filled - 1, : self.filled - 1] = self.epsilon
+        self._losses[: self.filled - 1, self.filled - 1] = self.epsilon
+        factor = self._orthogonalise()
+        if not norm * factor > self._rounding():
+            return 0.0
+        columns.scale(self.filled, 1 / factor)
+        return norm * factor
+
+    def ritz(self, done: int, first: int = 0, sign: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Return the eigenvalues, ``(m,)``, and eigenvectors, as columns, of the projected H.
 
         Args:
-            values: ``(kept,)`` Ritz values.
-            vectors: ``(done, kept)``, coefficients of the Ritz vectors.
+            done: Number of columns that have been multiplied by H.
+            first: The first column taken, so that m is ``done - first``.
+            sign: -1 for the negative of H.
         """
-        done, kept = vectors.shape
-        waiting = self.vectors[:, done : self.filled]
-        columns = [self._combination(c) for c in vectors.T] + [waiting]
-        border = self.projected[done : self.filled, :done] @ vectors
-        self.filled += kept - done
-        self.vectors = mx.pad(
-            mx.concatenate(columns, axis=1), [(0, 0), (0, self.size - self.filled), (0, 0)]
-        )
-        mx.eval(self.vectors)
-        self.projected[:] = 0
-        self.projected[:kept, :kept] = np.diag(values)
-        self.projected[kept : self.filled, :kept] = border
+        return np.linalg.eigh(sign * self.projected[first:done, first:done])  # reads the lower half
 
-    def _combination(self, c: np.ndarray) -> mx.array:
-        """Return a combination of the first columns, ``(panels, 1, width)``."""
-        row = mx.array(np.pad(c, (0, self.size - c.size)), dtype=self.dtype)
-        if self._by_matmul:
-            return row[None] @ self.vectors
-        return (row[:, None] * self.vectors).sum(axis=1, keepdims=True)
+    def border(self, norm: float, done: int, first: int) -> np.ndarray:
+        """Return what H gives the column after ``done`` of each of those before, from ``first`` on.
+
+        ``norm`` is that of the last rest: where it is 0, there is no such column.
+        """
+        return self.projected[done, first:done] if norm > 0 else np.zeros(done - first)
+
+    def restart(
+        self,
+        values: np.ndarray,
+        vectors: np.ndarray,
+        *,
+        first: int = 0,
+        border: np.ndarray | None = None,
+        left_out: np.ndarray | float = 0.0,
+    ) -> None:
+        """Keep Ritz vectors in place of the columns that they are made of, from ``first`` on.
+
+        Args:
+            values: ``(p,)`` Ritz values.
+            vectors: ``(m, p)``, their vectors in the m columns.
+            first: The first of the m columns.
+            border: ``(p,)``, the products of the vectors with H times the column after the m, which
+                is kept. By default it is not.
+            left_out: Norms of what the projected matrix leaves out of H times the vectors.
+        """
+        p, last = vectors.shape[1], first + vectors.shape[0]
+        self.columns.combine(first, vectors)
+        self.filled = first + p
+        change = np.zeros((last, first + p))
+        change[:first, :first] = np.eye(first)
+        change[first:, first:] = vectors
+        self.projected[first:] = 0
+        self.projected[first : first + p, first : first + p] = np.diag(values)
+        if border is not None:
+            self.projected[first + p, first : first + p] = border
+            change = np.pad(change, ((0, 1), (0, 1)))
+            change[-1, -1] = 1
+            self.filled += 1
+        rows, n = change.shape
+        self._losses[:n, :n] = change.T @ self._losses[:rows, :rows] @ change
+        self._left_out[first : first + p] = left_out
+        self._left_out[first + p :] = 0
+
+    def _orthogonalise(self) -> float:
+        """Subtract from what will be the next column its part in the basis; return its norm."""
+        j = self.filled
+        self._losses[j, :j] = self._losses[:j, j] = self.epsilon
+        return self.columns.orthogonalise(j)
+
+    def _rounding(self) -> float:
+        """Return the norm of a rest that may be rounding alone."""
+        return 30 * self.epsilon * float(np.abs(self.projected[: self.filled, : self.filled]).max())
+
+    def _note(self, alpha: float, norm: float) -> bool:
+        """Note the coefficient of the last column in its product, and the norm of the rest.
+
+        Estimate the products of the rest, normalised, with all columns.
+
+        Returns:
+            Whether one of them is so large that the projected matrix would not be right.
+        """
+        n = self.filled
+        self.projected[n - 1, n - 1] = alpha
+        lower = self.projected[:n, :n]
+        T = lower + np.tril(lower, -1).T
+        rounding = self.epsilon * float(np.abs(lower).max())
+        losses = T @ self._losses[:n, n - 1] - self._losses[:n, :n] @ T[:, n - 1]
+        losses += np.copysign(rounding + self._left_out[:n], losses)
+        losses[-1] = rounding  # it has just been subtracted
+        losses /= max(norm, rounding) or 1.0
+        self._losses[n, :n] = self._losses[:n, n] = losses
+        limits = np.where(self._left_out[:n] > 0, _LOSS_TO_KEPT, self.epsilon**0.75)
+        return bool((np.abs(losses) > limits).any())
+
+
+def _on_host(dtype: mx.Dtype) -> bool:
+    return dtype == mx.float64 or mx.default_device().type == mx.cpu
 
 
 class Normals:

@@ -143,7 +143,7 @@ def prune(
 
     Call it between training steps, compiled or not. A model that starts dense is one whose layers
     have density 1: ``sparsify(model, density=1.0)``. No layer becomes denser: where fewer blocks
-    are stored than ``density`` asks for, they stay as they are.
+    are stored than ``density`` asks for, they stay as they are. ::
 
         schedule = cubic_density(1.0, 0.1, steps=1000)
         for step in range(2000):

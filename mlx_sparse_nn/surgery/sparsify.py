@@ -126,7 +126,7 @@ def sparsify(
         >>> sparsify(model, density=0.25)
         1 layer made sparse, 1 skipped: density 0.25 there, 0.281 in all
         layer      out x in  block  blocks  density  error
-        layers.0  512 x 256     32      32    25.0%  0.861
+        layers.0  512 x 256     32      32     0.25  0.861
         layers.2 skipped (3.8% of the model): output_dims 10 is less than block_size 32
         ...
     """

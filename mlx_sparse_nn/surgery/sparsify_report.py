@@ -129,5 +129,5 @@ def _names(paths: list[str]) -> str:
 
 def _cells(pattern: CSRPattern) -> list[str]:
     n_out, n_in = pattern.shape
-    density = f"{pattern.density:.1%}"
+    density = f"{pattern.density:.3g}"
     return [f"{n_out} x {n_in}", str(pattern.block_size), f"{pattern.n_blocks:,}", density]

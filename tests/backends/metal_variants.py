@@ -9,6 +9,8 @@ import numpy as np
 from metal_compiler import Variant
 
 from mlx_sparse_nn import CSRPattern, qspmm, qspmm_t, sddmm, spmm, spmm_t
+from mlx_sparse_nn.core.backends import pauli_metal
+from mlx_sparse_nn.core.pauli import PauliTerms, pauli_product
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 BLOCK_SIZES = (1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64, 69, 96, 128, 136)
@@ -86,11 +88,22 @@ def launch_quantized_products() -> None:
                     qspmm_t(*matrix, pattern, y)
 
 
+def launch_pauli_products() -> None:
+    """Launch sums of Pauli strings, and moments: of small and large states, real and complex."""
+    for n, dtype, sign in itertools.product((1, 4, 14), (mx.float32, mx.complex64), (0, 1)):
+        terms = PauliTerms(n, (1, 1 << n - 1), (sign, 0))
+        x, c = mx.zeros((2, 1 << n), dtype), mx.ones(2)
+        pauli_product(terms, c, mx.ones(1 << n), x)
+        pauli_product(terms, c, None, x)
+        pauli_metal.moments(terms, x[None], x[None], real=False)
+
+
 def variants() -> list[Variant]:
     """Return every kernel text that is launched, once, without those of ``EXCLUDED``."""
     with metal_emulator.Emulator(schedules=()) as emulator:
         launch_products()
         launch_quantized_products()
+        launch_pauli_products()
     found = {
         launch.source: Variant(
             launch.kernel.removeprefix("mlx_sparse_nn_"), launch.source, tuple(launch.template)

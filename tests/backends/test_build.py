@@ -222,7 +222,7 @@ def test_what_a_library_depends_on(monkeypatch):
 def test_the_command_that_builds(run, tmp_path):
     status, out, _ = run("-m", "mlx_sparse_nn", "build", "--dtypes", "float64")
     assert status == 0
-    assert out.startswith("11 libraries (")
+    assert out.startswith("12 libraries (")
     assert "blocks-double-0.so" in libraries(tmp_path / "cache")
     status, out, errors = run("-m", "mlx_sparse_nn", "build", CXX="no-such-compiler")
     assert (status, out) == (1, "")

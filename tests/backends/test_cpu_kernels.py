@@ -16,6 +16,7 @@ import pytest
 from mlx_sparse_nn.core.backends import build
 
 DRIVERS = Path(__file__).parent / "cpu_driver"
+DRIVER_OF = {"quantized": "quantized_products.cpp", "pauli": "pauli_products.cpp"}
 CASES, EMULATED_CASES = 40, 12
 
 pytestmark = pytest.mark.skipif(
@@ -43,7 +44,8 @@ NARROW = Kernel("blocks", "bfloat16", 16)
 FOUR_BITS = Kernel("quantized", "float", 4)
 FIVE_BITS = Kernel("quantized", "bfloat16", 5)
 HALF = Kernel("blocks", "float16", 4)
-SOME = [FLOATS, COMPLEX, BLOCKS, ANY_SIDE, NARROW, FOUR_BITS, FIVE_BITS]
+STRINGS = Kernel("pauli", "float", 0)
+SOME = [FLOATS, COMPLEX, BLOCKS, ANY_SIDE, NARROW, FOUR_BITS, FIVE_BITS, STRINGS]
 KERNELS = [
     *SOME,
     HALF,
@@ -54,6 +56,7 @@ KERNELS = [
     Kernel("scalars", "float16", 1),
     Kernel("blocks", "float", 32),
     Kernel("blocks", "double", 8),
+    Kernel("pauli", "double", 0),
 ]
 
 
@@ -97,9 +100,8 @@ def command(tools: Tools, program: tuple[str, ...]) -> list[str]:
 
 def drive(kernel: Kernel, tools: Tools, folder: Path, sources: Path = build.SOURCES):
     """Compile a kernel and its driver, run it, and return what became of it."""
-    is_quantized = kernel.source == "quantized"
-    driver = "quantized_products.cpp" if is_quantized else "products.cpp"
-    size = f"-D{'BITS' if is_quantized else 'BLOCK'}={kernel.size}"
+    driver = DRIVER_OF.get(kernel.source, "products.cpp")
+    size = f"-D{'BITS' if kernel.source == 'quantized' else 'BLOCK'}={kernel.size}"
     defines = [f"-DELEMENT={kernel.element}", size, f"-I{sources}"]
     compiler = command(tools, tools.compiler)
     objects = []
@@ -126,17 +128,17 @@ def check(kernel: Kernel, tools: Tools, folder: Path) -> None:
 class TestOnThisProcessor:
     @pytest.mark.parametrize(
         "kernel",
-        [FLOATS, COMPLEX, BLOCKS, ANY_SIDE, NARROW, FOUR_BITS, FIVE_BITS],
+        [FLOATS, COMPLEX, BLOCKS, ANY_SIDE, NARROW, FOUR_BITS, FIVE_BITS, STRINGS],
         ids=str,
     )
     def test_memory(self, kernel, tmp_path):
         check(kernel, ADDRESS, tmp_path)
 
-    @pytest.mark.parametrize("kernel", [FLOATS, BLOCKS, NARROW, FOUR_BITS], ids=str)
+    @pytest.mark.parametrize("kernel", [FLOATS, BLOCKS, NARROW, FOUR_BITS, STRINGS], ids=str)
     def test_threads(self, kernel, tmp_path):
         check(kernel, THREAD, tmp_path)
 
-    @pytest.mark.parametrize("kernel", [FLOATS, BLOCKS, FIVE_BITS], ids=str)
+    @pytest.mark.parametrize("kernel", [FLOATS, BLOCKS, FIVE_BITS, STRINGS], ids=str)
     def test_another_compiler(self, kernel, tmp_path):
         check(kernel, CLANG, tmp_path)
 
@@ -147,7 +149,7 @@ class TestOnOtherProcessors:
         check(kernel, NO_AVX, tmp_path)
 
     @pytest.mark.skipif("avx2" not in build._processor(), reason="this processor has no AVX2")
-    @pytest.mark.parametrize("kernel", [FLOATS, NARROW, FOUR_BITS, FIVE_BITS], ids=str)
+    @pytest.mark.parametrize("kernel", [FLOATS, NARROW, FOUR_BITS, FIVE_BITS, STRINGS], ids=str)
     def test_avx2(self, kernel, tmp_path):
         check(kernel, AVX2, tmp_path)
 
@@ -191,6 +193,8 @@ def test_the_pool(tmp_path, tools):
             "AddressSanitizer",
         ),
         ("blocks.cpp", "(before == 0)", "(before < 0)", BLOCKS, NATIVE, "is"),
+        ("pauli.cpp", "~(lane ^ lanes)", "~lane", STRINGS, NATIVE, "is"),
+        ("pauli.cpp", "p.size >= SPAN", "p.size >= 1", STRINGS, ADDRESS, "AddressSanitizer"),
     ],
     ids=[
         "a term too many",
@@ -200,6 +204,8 @@ def test_the_pool(tmp_path, tools):
         "rounding to odd",
         "x past the matrix",
         "a weight past the matrix",
+        "the sign of another lane",
+        "a state smaller than a span",
     ],
 )
 def test_a_fault_is_found(tmp_path, file, right, wrong, kernel, tools, says):

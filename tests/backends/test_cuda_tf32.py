@@ -69,11 +69,11 @@ def test_fragments(by_fragments, block_size, dtype, n, cut, offset):
     ("block_size", "cut", "dtype"),
     [(24, 5, mx.bfloat16), (64, 0, mx.float32), (96, 8, mx.float32), (96, 0, mx.bfloat16)],
 )
-def test_clusters_share_block_rows(monkeypatch, by_fragments, block_size, cut, dtype):
-    """Some of them have fewer stages than a cluster has thread blocks, or none."""
+def test_thread_blocks_share_block_rows(monkeypatch, by_fragments, block_size, cut, dtype):
+    """Some of them have fewer stages than thread blocks, or none."""
     monkeypatch.setattr(tuned, "BLOCKS_TO_FILL_GPU", 12)
     pattern = trimmed(pattern_of([[0, 1, 3], [], [2]], 4, block_size), cut, -cut)
-    check(pattern, 60, dtype, ["spmm_fragments"])
+    check(pattern, 60, dtype, ["spmm_fragments", "sum_splits"])
 
 
 @pytest.mark.parametrize("parts", [1, 3])

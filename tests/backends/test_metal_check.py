@@ -12,13 +12,14 @@ from mlx_sparse_nn import qspmm, qspmm_t, sddmm, spmm, spmm_t
 from mlx_sparse_nn.__main__ import main
 from mlx_sparse_nn.core.backends import launch, naive
 from mlx_sparse_nn.core.backends import metal as kernels
-from mlx_sparse_nn.diagnostics import check, check_speed
+from mlx_sparse_nn.diagnostics import check, check_speed, check_strings
 from mlx_sparse_nn.diagnostics.check_cases import DTYPES, PACKINGS, all_cases, compute, operands_of
 
 FEW = "spmm-16-float16-7-edges-bias"
 TILES = "spmm_t-32-bfloat16-30-edges"
 SAMPLED = "sddmm-8-float32-5-edges"
 SCALARS = "spmm-3-float32-3-edges-bias"
+STRINGS = "pauli_product-complex64-8-diagonal", "pauli_moments-float32-12-signs"
 
 
 @pytest.fixture
@@ -49,6 +50,14 @@ def test_right_kernels_pass_and_are_counted(emulated, capsys):
     assert "| products | 4, of which none wrong" in out
     assert re.search(r"computed by \| \*\*metal\*\* 4 by 4 variants of [34] kernels", out)
     assert re.search(r"\| `spmm` \| metal/spmm_\w+ \| 1 \| 1 \| 0 \| 0\.\d\d \|", out)
+
+
+def test_sums_of_strings_are_by_kernels(emulated, monkeypatch, capsys):
+    assert main(["check", "--only", *STRINGS]) == 0
+    assert "computed by | **metal** 2 by 2 variants of 2 kernels" in capsys.readouterr().out
+    plant(monkeypatch, "metal/pauli", PARTS=2)
+    assert main(["check", "--only", *STRINGS]) == 1
+    assert f"check --only {STRINGS[0]}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [FEW, TILES, SAMPLED, SCALARS])
@@ -149,6 +158,8 @@ def test_the_cases_reach_every_kernel(reached):
     """And every tile that any number of rows, block size and length of row chooses."""
     for case in all_cases():
         compute(case, operands_of(case))
+    for case in check_strings.strings_cases():
+        check_strings.compute(case, check_strings.operands_of(case))
     checked = constants_of(reached)
     reached.clear()
     folder = ROOT / "mlx_sparse_nn/metal"
@@ -230,4 +241,6 @@ def test_times_with_and_without_tensor_units_stand_side_by_side(emulated, monkey
     out = capsys.readouterr().out
     head = "forward | training | forward by tensor units | training by tensor units |"
     assert f"| B | density | dtype | rows | {head}" in out
-    assert re.search(r"\| 16 \| 50% \| float16 \| 17 (\| [\d.,]+ / [\d.,]+ \([\d.,]+\) ){4}\|", out)
+    assert re.search(
+        r"\| 16 \| 0\.5 \| float16 \| 17 (\| [\d.,]+ / [\d.,]+ \([\d.,]+\) ){4}\|", out
+    )

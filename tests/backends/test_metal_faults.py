@@ -18,11 +18,12 @@ from functools import cache
 from itertools import chain, zip_longest
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import metal_emulator
 import mlx.core as mx
+import numpy as np
 import pytest
 from hypothesis import settings
 from metal_compiler import Variant, arrays_in_memory
@@ -32,7 +33,8 @@ from test_quantized_products import whole_blocks
 
 import mlx_sparse_nn
 from mlx_sparse_nn import CSRPattern
-from mlx_sparse_nn.core.backends import launch, naive
+from mlx_sparse_nn.core.backends import launch, naive, pauli_metal, pauli_naive
+from mlx_sparse_nn.core.strings import PauliTerms
 
 FOLDER = Path(mlx_sparse_nn.__file__).parent / "metal"
 PRODUCTS = ("spmm", "spmm_t", "sddmm", "qspmm", "qspmm_t")
@@ -66,6 +68,8 @@ FAULTS = {
         r"\bif \([\w +*/]+ <=? (?:N|n_valid|n_rows|valid|last|M|R|end\w*)\)", "if (true)"
     ),
     "a sum of the wrong lanes": Fault(r"sum_lanes<1, ", "sum_lanes<2, "),
+    "the flips of the next string": Fault(r"\bterms\[4 \* t \+ 4\]", "terms[4 * t + 8]"),
+    "the sign of set bits": Fault(r"~j & z", "j & z"),
 }
 # Faults that change no result, or no test may plant: file, fault, what it takes the place of; why.
 LEFT_OUT = {
@@ -170,16 +174,59 @@ class Case(NamedTuple):
         ]
         return results[0] if self.n_matrices == 1 else mx.stack(results)
 
-    def is_wrong(self) -> bool:
-        """Return whether the product faults on the emulator or is not what it should be."""
-        mx.disable_compile()
-        try:
-            with metal_emulator.Emulator():
-                return not mx.array_equal(self.actual(), self.expected()).item()
-        except (metal_emulator.MetalFault, metal_emulator.EmulatorError):
-            return True
-        finally:
-            mx.enable_compile()
+
+class PauliCase(NamedTuple):
+    """Sums of Pauli strings, of small whole numbers, times two states each, or their moments.
+
+    Attributes:
+        op: "product" or "moments".
+        n_qubits: Of a state.
+        signs: Of the strings.
+        n_sums: How many sums have the same strings.
+    """
+
+    op: str
+    n_qubits: int
+    signs: tuple[int, int, int]
+    n_sums: int
+
+    def operands(self) -> tuple[PauliTerms, list[mx.array]]:
+        size = 1 << self.n_qubits
+        terms = PauliTerms(self.n_qubits, (1, size // 2, size - 1), self.signs)
+        shapes = [(3,), (size,), (2, size)] if self.op == "product" else [(2, size)] * 2
+        return terms, [integers((self.n_sums, *shape), i) for i, shape in enumerate(shapes)]
+
+    def actual(self) -> mx.array:
+        terms, arrays = self.operands()
+        if self.op == "moments":
+            return pauli_metal.moments(terms, *arrays, real=False)
+        return pauli_metal.product(terms, *arrays)
+
+    def expected(self) -> mx.array:
+        terms, arrays = self.operands()
+        return mx.array(getattr(pauli_naive, self.op)(terms, *map(np.array, arrays)))
+
+
+PAULI_CASES = {
+    kernel: [
+        PauliCase(op, 4, (0, 0, 0), 1),
+        PauliCase(op, 4, (7, 0, 1), 2),
+        PauliCase(op, 12, (1, 7, 2), 1),
+    ]
+    for kernel, op in (("pauli", "product"), ("pauli_moments", "moments"))
+}
+
+
+def is_wrong(case: Case | PauliCase) -> bool:
+    """Return whether the product faults on the emulator or is not what it should be."""
+    mx.disable_compile()
+    try:
+        with metal_emulator.Emulator():
+            return not mx.array_equal(case.actual(), case.expected()).item()
+    except (metal_emulator.MetalFault, metal_emulator.EmulatorError):
+        return True
+    finally:
+        mx.enable_compile()
 
 
 def _patterns(block_size: int) -> Iterator[CSRPattern]:
@@ -206,14 +253,14 @@ def _all_cases() -> Iterator[Case]:
 
 
 @cache
-def cases() -> dict[str, list[Case]]:
+def cases() -> dict[str, list[Case] | list[PauliCase]]:
     """Return for each kernel the cheapest products that reach all its template arguments."""
     found: dict[str, list[tuple[int, Case, set]]] = {}
     for case in _all_cases():
         cost = case.pattern.nnz * case.rows * case.n_matrices
         for name, reached in _launched(case):
             found.setdefault(name, []).append((cost, case, reached))
-    chosen: dict[str, list[Case]] = {}
+    chosen: dict[str, Any] = dict(PAULI_CASES)
     for name, candidates in found.items():
         seen: set = set()
         for _, case, reached in sorted(candidates, key=lambda c: c[0]):
@@ -259,7 +306,7 @@ def kernels_with(fault: Planted, folder: Path) -> Iterator[None]:
         yield
 
 
-def cases_of(file: str) -> list[Case]:
+def cases_of(file: str) -> list[Case | PauliCase]:
     """Return the cases of the kernels that a file is part of, in turns."""
     includes = f'#include "{file}"'
     kernels = [k for k in cases() if file == f"{k}.metal" or includes in _text(f"{k}.metal")]
@@ -281,7 +328,7 @@ def test_a_planted_fault_is_caught(fault, tmp_path):
         pytest.skip(LEFT_OUT[fault.file, fault.fault, fault.replaced])
     tried = cases_of(fault.file)
     with kernels_with(fault, tmp_path):
-        caught = any(case.is_wrong() for case in tried)
+        caught = any(is_wrong(case) for case in tried)
     assert caught, f"`{fault.instead}` in place of `{fault.replaced}` changes no result"
 
 

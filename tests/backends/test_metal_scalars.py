@@ -211,7 +211,7 @@ def launches():
     """Note the launches of kernels, and let MLX compute in their place."""
     noted = []
 
-    def kernel(backend, name, inputs, threads, shared_memory, cluster):
+    def kernel(backend, name, inputs, threads, shared_memory):
         def call(inputs, template, output_shapes, output_dtypes, grid, threadgroup):
             noted.append((name, dict(template), grid))
             return [stand_in(inputs, dict(template), output_shapes[0], output_dtypes[0])]

@@ -236,8 +236,8 @@ def test_it_is_printed_and_drawn(model):
     found = sensitivity(model, batches(), density=0.5, blocks=model.layers, **OPTIONS)
     text = str(found)
     assert "densities of 12 layers, 0.5 together" in text
-    assert "at 12.5%" in text
-    assert f"{found['layers.0.up']:.1%}" in text
+    assert "at 0.125" in text
+    assert f"{found['layers.0.up']:.3g}" in text
     ax = found.plot()
     labels = [line.get_label() for line in ax.get_lines()]
     assert labels == ["query", "key", "up", "down", "all together"]

@@ -117,8 +117,23 @@ class TestSvg:
         text = pattern._repr_svg_()
         assert child(ElementTree.fromstring(text), "text").text == repr(pattern)
         assert not re.search("href|url|style|script|class", text)
-        layer = BlockSparseLinear(64, 64, pattern)
-        assert layer._repr_svg_() == text
+
+    def test_a_layer_is_shaded_by_its_values_and_named(self):
+        layer = BlockSparseLinear(16, 12, builders.banded(12, 16, 1, 4))
+        layer.weight = mx.random.normal(layer.weight.shape) * mx.arange(8)[:, None, None]
+        opacity = drawn(layer._repr_svg_())
+        size = np.sqrt(np.square(np.array(layer.weight)).mean(axis=(1, 2)))
+        expected = 0.2 + 0.8 * np.maximum(1, np.ceil(16 * size / size.max())) / 16
+        pattern = layer.pattern
+        found = opacity[pattern.row_indices, pattern.indices]
+        assert found == pytest.approx(expected, rel=0.01)
+        assert (opacity > 0).sum() == 8  # a block of zeros is drawn too
+        caption = child(ElementTree.fromstring(layer._repr_svg_()), "text").text
+        assert caption == "BlockSparseLinear(16 to 12, block_size=4, density 0.667)"
+
+    def test_a_quantized_layer_is_named(self):
+        layer = BlockSparseLinear(64, 64, block_size=32, density=1.0).to_quantized()
+        assert ">QuantizedBlockSparseLinear(64 to 64, block_size=32, dens" in layer._repr_svg_()
 
 
 class TestSpy:
@@ -205,6 +220,9 @@ class TestPlot:
         assert (np.argsort(colours) == np.argsort(-expected)).all()  # larger is darker
         assert colours.max() < 3.9  # and none is white
         assert (ax.get_xlabel(), ax.get_ylabel()) == ("inputs", "outputs")
+        low, high = ax.images[0].get_clim()  # a colour bar's
+        assert low == 0
+        assert high == pytest.approx(expected.max())
 
     def test_merged_blocks_are_shaded_by_their_stored_values(self):
         pattern = CSRPattern([0, 2, 3] + [3] * 1998, [0, 1, 1], (2000, 2))
@@ -220,6 +238,7 @@ class TestPlot:
         layer = BlockSparseLinear(64, 64, builders.block_diagonal(64, 2))
         layer.weight = (layer.weight * 0 + value).astype(dtype)
         layer.plot().figure.canvas.draw()
+        assert (drawn(layer._repr_svg_()) > 0).sum() == 2
 
     def test_without_matplotlib_it_says_what_to_install(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib", None)

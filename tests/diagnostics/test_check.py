@@ -12,9 +12,10 @@ from support import backend, dense_of
 
 from mlx_sparse_nn import CSRPattern
 from mlx_sparse_nn.__main__ import main
-from mlx_sparse_nn.core.backends import cpu
-from mlx_sparse_nn.diagnostics import check, check_speed
+from mlx_sparse_nn.core.backends import choose, cpu
+from mlx_sparse_nn.diagnostics import check, check_speed, check_strings
 from mlx_sparse_nn.diagnostics.check_cases import all_cases, expected, operands_of, quick_cases
+from mlx_sparse_nn.diagnostics.check_strings import strings_cases
 from mlx_sparse_nn.diagnostics.rounding import to_numpy
 
 NAMES = [
@@ -98,7 +99,8 @@ def test_all_that_is_wrong_is_counted_and_some_of_it_named(monkeypatch, capsys):
     cases = [case for case in all_cases() if case.product == "spmm" and case.block_size == 2]
     monkeypatch.setattr(check, "all_cases", lambda: [*cases, case_of(NAMES[2])])
     right = check.compute
-    wrong = lambda case, given: right(case, given) + (case.product == "spmm")
+    spoil = lambda y: 2 * y + 1  # whatever y is, and however it is rounded
+    wrong = lambda case, y: (spoil if case.product == "spmm" else mx.array)(right(case, y))
     monkeypatch.setattr(check, "compute", wrong)
     assert main(["check", "--only", *(case.name for case in cases), NAMES[2]]) == 1
     err = capsys.readouterr().err
@@ -177,6 +179,60 @@ def test_no_gpu_is_said(capsys, monkeypatch):
     finally:
         mx.set_default_device(before)
     assert "no GPU is available" in capsys.readouterr().err
+
+
+STRINGS = [
+    "pauli_product-float32-8-signs",
+    "pauli_product-complex64-12-diagonal",
+    "pauli_moments-float32-14-flips",
+    "pauli_moments-complex64-3-signs",
+]
+
+
+def test_sums_of_pauli_strings_are_checked_too(capsys):
+    assert main(["check", "--only", *STRINGS]) == 0
+    out = capsys.readouterr().out
+    assert "| products | 4, of which none wrong, in " in out
+    assert "| `pauli_product` | " in out
+    assert "| `pauli_moments` | " in out
+
+
+@pytest.mark.parametrize("name", STRINGS)
+def test_a_wrong_sum_of_strings_is_named(monkeypatch, capsys, name):
+    case = next(case for case in strings_cases() if case.name == name)
+    op = case.product.removeprefix("pauli_")
+    terms = check_strings.operands_of(case).terms
+    module = choose.choose_pauli(op, terms, 2, check_strings.DTYPES[case.dtype])
+    right = getattr(module, op)
+    monkeypatch.setattr(module, op, lambda *args: right(*args) * 1.5)
+    assert main(["check", "--only", name]) == 1
+    err = capsys.readouterr().err
+    assert f"  {case.words}\n" in err
+    assert f"--only {name}" in err
+
+
+SMALL_STRINGS = [case for case in strings_cases() if case.n_qubits <= 8]
+
+
+@pytest.mark.parametrize("case", SMALL_STRINGS, ids=lambda case: case.name)
+def test_the_oracle_of_strings_and_its_bounds(case):
+    """By a dense matrix."""
+    given = check_strings.operands_of(case)
+    size, x = 1 << case.n_qubits, to_numpy(given.x)
+    units = np.zeros((len(given.terms), size, size))
+    for t, (flip, sign) in enumerate(zip(given.terms.flips, given.terms.signs, strict=True)):
+        for j in range(size):
+            units[t, j ^ flip, j] = (-1) ** (~j & sign).bit_count()
+    matrix = np.tensordot(to_numpy(given.coefficients), units, 1)
+    if given.diagonal is not None:
+        matrix += np.diag(to_numpy(given.diagonal))
+    exact = x @ matrix.T
+    if case.product == "pauli_moments":
+        exact = np.einsum("ni,tij,nj->t", to_numpy(given.u), units, x)
+    value, bound = check_strings.expected(case, given)
+    np.testing.assert_allclose(value, exact, rtol=1e-12, atol=1e-12 * size)
+    assert value.shape == bound.shape
+    assert (bound < 1e-2 * (1 + np.abs(exact).max())).all()
 
 
 def test_the_device_is_given_back():

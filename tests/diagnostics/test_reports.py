@@ -126,7 +126,7 @@ def test_what_is_of_each_layer_and_what_of_all(deep):
     found = deep[1]
     rows = {row[0]: row[1:] for row in found["sparsify"]._table().rows}
     of_q = [e for path, e in found["sparsify"].errors.items() if path.endswith("q_proj")]
-    assert rows[FOLDED[0]] == ["16 x 16", "4", "8", "50.0%", f"{max(of_q):.3f}"]
+    assert rows[FOLDED[0]] == ["16 x 16", "4", "8", "0.5", f"{max(of_q):.3f}"]
     assert max(of_q) > min(of_q)
     rows = {row[0]: row[1:] for row in found["prune"]._table().rows}
     assert rows[FOLDED[0]][:3] == ["8", "4", "50.0%"]

@@ -457,8 +457,8 @@ def test_tables_are_made_from_the_results(page, mark):
     assert report.between(mark, (ROOT / page).read_text(encoding="utf-8")) == expected
 
 
-def test_the_readme_has_the_table_of_the_results():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_has_the_table_of_the_results():
+    text = (ROOT / "docs/backends.md").read_text(encoding="utf-8")
     results = json.loads(report.RESULTS.read_text())
     assert report.between("cpu", text) == report.summary(results)
 
@@ -467,7 +467,7 @@ def test_a_report_fills_the_marks_and_draws(tmp_path):
     results = json.loads(report.RESULTS.read_text())
     for folder in ("docs", "benchmarks"):
         (tmp_path / folder).mkdir()
-    for page in ("README.md", report.PAGE):
+    for page in ("docs/backends.md", report.PAGE):
         marks = [mark for of_page, mark in report.MARKS if of_page == page]
         text = "\n".join(f"<!-- {mark} -->\nold\n<!-- end -->" for mark in marks)
         (tmp_path / page).write_text(text)

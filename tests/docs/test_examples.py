@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import random
 import re
@@ -15,7 +16,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from scripts import command, run_alone, run_here
+from scripts import EXAMPLES, command, run_alone, run_here
+from support import ROOT
 
 SENTENCES = ("the cat sat on the mat. ", "a dog ran off. ", "sparse blocks, dense days!\n")
 
@@ -119,7 +121,8 @@ def sampled(stdout: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "script", ["graph_attention.py", "sparse_linear_layer.py", "train_char_lm.py"]
+    "script",
+    ["export_model.py", "graph_attention.py", "sparse_linear_layer.py", "train_char_lm.py"],
 )
 def test_help(script: str, tmp_path: Path):
     out = succeed([script, "--help"], tmp_path, run_alone)
@@ -181,6 +184,50 @@ def test_the_gpu_is_used_or_said_to_be_missing(tmp_path: Path):
     else:
         fail(arguments, tmp_path, "no GPU", run_alone)
         fail(["train_char_lm.py", "--device", "gpu"], tmp_path, "no GPU", run_alone)
+
+
+# export_model.py
+
+
+@pytest.mark.parametrize("options", [(), ("--bits", 4)])
+@pytest.mark.not_emulated("runs another process")
+def test_another_process_runs_the_exported_model(options: tuple, tmp_path: Path):
+    sizes = ("--dims", 64, "--hidden", 96, "--rows", 1, 3, "--output", "kept.mlxfn")
+    out = succeed(["export_model.py", *sizes, *options, "--device", "cpu"], tmp_path, run_alone)
+    assert re.search(r"^1    rows .* apart$", out, re.MULTILINE)
+    assert re.search(r"^3    rows .* apart$", out, re.MULTILINE)
+    imported: Any = mx.import_function(str(tmp_path / "kept.mlxfn"))
+    (found,) = imported(mx.zeros((3, 64)))
+    assert found.shape == (3, 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--rows", 0), "--rows must be at least 1, got 0"),
+        (("--dims", 0), "--dims must be at least 1, got 0"),
+        (("--density", 2), "--density must be in (0, 1], got 2"),
+        (("--bits", 4, "--block-size", 16), "--bits needs a --block-size of 32"),
+        (("--output", "no/such/a.mlxfn"), "--output: there is no folder no/such"),
+    ],
+)
+def test_export_refuses(arguments: tuple, message: str, tmp_path: Path):
+    fail(["export_model.py", *arguments], tmp_path, message)
+
+
+# all
+
+
+@pytest.mark.parametrize("script", ["sparsify_and_finetune.py", "sparsify_pretrained.py"])
+def test_a_plot_of_no_known_kind_is_refused_before_any_work(script: str, tmp_path: Path):
+    fail([script, "--plot", "x.xyz"], tmp_path, "--plot: x.xyz must end in one of .")
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_each_says_what_it_is(script: Path):
+    page = (ROOT / "docs/examples.md").read_text(encoding="utf-8")
+    assert f"| `{script.name}` |" in page
+    assert ast.get_docstring(ast.parse(script.read_text(encoding="utf-8")))
 
 
 # train_char_lm.py
@@ -290,6 +337,29 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     assert load(folder)[1]["step"] == step
 
 
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(folder: Path):
+    succeed(training(steps=8), folder)
+    kept = load(folder)
+    wild: list = training("--resume", steps=40, learning_rate=1e30)
+    result = run_here(*wild, folder=folder)
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert re.match(r"the (validation )?loss is (nan|inf) at step \d+: the checkpoint", last)
+    assert "of step 8" in last
+    assert "learning-rate" in last
+    assert str(load(folder)) == str(kept)
+    worse: list = training(steps=40, learning_rate=1e30, interval=40, checkpoint="new")
+    assert run_here(*worse, folder=folder).stderr.count("there is no checkpoint yet") == 1
+    assert not (folder / "new" / "checkpoint.safetensors").exists()
+
+
+def test_the_bar_counts_steps(folder: Path):
+    arguments: list = training(steps=40)
+    result = run_alone(*arguments, folder=folder)
+    assert "40/40" in result.stderr
+    assert re.search(r"loss \d\.\d+, [\d,]+ characters/s", result.stderr)
+
+
 def test_finished_run_resumes_to_its_summary(folder: Path):
     out = succeed(training(), folder)
     before = load(folder)
@@ -319,11 +389,14 @@ def test_finished_run_resumes_to_its_summary(folder: Path):
         ({"temperature": -1}, "--temperature: must be at least 0, got -1"),
         ({"learning_rate": "inf"}, "--learning-rate"),
         ({"checkpoint": "text.txt"}, "text.txt"),
+        ({"flags": ["--dense", "--sparse-attention"]}, "--dense has no sparse layers"),
     ],
 )
 def test_training_refuses(options: dict, message: str, folder: Path):
     (folder / "empty.txt").touch()
-    fail(training(**options), folder, message)
+    flags = options.get("flags", [])
+    values = {name: value for name, value in options.items() if name != "flags"}
+    fail(training(*flags, **values), folder, message)
     assert not (folder / "run" / "checkpoint.safetensors").exists()
 
 

@@ -86,3 +86,9 @@ def test_a_gpu_is_used_or_its_absence_is_one_line_and_status_2():
     else:
         assert result.returncode == 2
         assert "--device gpu: [use_device] no GPU is available" in result.stderr
+
+
+def test_a_loss_that_is_not_finite_ends_the_run():
+    result = run_here(SCRIPT, *SMALL, "--densities", "0.5", "--learning-rate", "1e30")
+    assert result.returncode == 1
+    assert "try a lower --learning-rate" in result.stderr.splitlines()[-1]

@@ -5,6 +5,13 @@ import numpy as np
 
 PAULI_X = np.array([[0.0, 1.0], [1.0, 0.0]])
 PAULI_Z = np.array([[-1.0, 0.0], [0.0, 1.0]])  # basis state 1, a set bit, has z = +1
+# Textbooks write the matrices for (up, down), and here the clear bit, down, comes first.
+_UP_DOWN = {
+    "X": np.array([[0, 1], [1, 0]]),
+    "Y": np.array([[0, -1j], [1j, 0]]),
+    "Z": np.array([[1, 0], [0, -1]]),
+}
+PAULI = {letter: matrix[::-1, ::-1] for letter, matrix in _UP_DOWN.items()}
 
 
 def on_site(operator, site, n_qubits):
@@ -38,3 +45,14 @@ def random_state(n, dtype=mx.float32, seed=0):
         if dtype == mx.complex64
         else mx.array(psi.real, dtype=dtype)
     )
+
+
+def dense_strings(strings, n_qubits):
+    """Return the sum of ``(coefficient, letters, sites)``, complex, from Pauli's own matrices."""
+    H = np.zeros((2**n_qubits, 2**n_qubits), complex)
+    for coefficient, letters, sites in strings:
+        term = np.eye(2**n_qubits)
+        for letter, site in zip(letters, sites, strict=True):
+            term = term @ on_site(PAULI[letter], site, n_qubits)
+        H += coefficient * term
+    return H

@@ -1,5 +1,8 @@
 """evolve against dense matrix exponentials."""
 
+import math
+from functools import cache
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -13,15 +16,148 @@ from mlx_sparse_nn.physics import (
     exact_ground_energy,
     expectation,
     fidelity,
+    flow,
     lanczos,
     transverse_field_ising,
 )
 
 TIMES = [0, 1e-3, 0.5, -2.5, 10.0]
+UNITS = [1e-30, 1.38e-23, 1e-5, 1e5, 1e18, 1e30]
+# Rows in NumPy's memory, as on a CPU, and in MLX's, as on a GPU.
+PLACES = pytest.mark.parametrize("on_host", [True, False])
+
+
+@pytest.fixture(autouse=True)
+def place(monkeypatch, request):
+    """Let rows be where the test says."""
+    if not getattr(request.node, "callspec", None) or "on_host" not in request.node.callspec.params:
+        return
+    on_host = request.node.callspec.params["on_host"]
+    monkeypatch.setattr(flow, "_is_on_host", lambda dtype: on_host or dtype == mx.float64)
 
 
 def norm(psi):
     return np.linalg.norm(to_numpy(psi))
+
+
+@cache
+def spectrum(matrix):
+    """Return the eigenvalues and eigenvectors of a real matrix, by its bytes."""
+    matrix = np.frombuffer(matrix)
+    return np.linalg.eigh(matrix.reshape(2 * [math.isqrt(matrix.size)]))
+
+
+def exact(H, psi, t, imaginary=False):
+    """Return the state by the spectrum of a dense matrix, in float64."""
+    dense, psi = to_numpy(H.todense()).astype(np.float64), to_numpy(psi).astype(np.complex128)
+    values, vectors = spectrum(dense.tobytes())
+    shift = values[0 if t > 0 else -1]
+    exponents = -t * (values - shift) if imaginary else -1j * t * values
+    state = vectors @ (np.exp(exponents) * (vectors.conj().T @ psi))
+    return state / np.linalg.norm(state) if imaginary else state
+
+
+def error(actual, expected):
+    return np.linalg.norm(to_numpy(actual) - expected) / np.linalg.norm(expected)
+
+
+class TestTimes:
+    @PLACES
+    @pytest.mark.parametrize("kind", [list, tuple, np.array, mx.array])
+    @pytest.mark.parametrize("imaginary", [False, True])
+    def test_in_any_order_and_of_any_sign(self, kind, imaginary, on_host):
+        H, psi = transverse_field_ising(9, 0.7), random_state(9, mx.complex64)
+        times = [2.0, -0.3, 0.0, 0.5, 7.5, 0.5, -11.0]
+        states = evolve(H, psi, kind(times), imaginary=imaginary)
+        assert states.shape == (7, 512)
+        for t, state in zip(times, states, strict=True):
+            expected = exact(H, psi, t, imaginary)
+            if t == 0 and imaginary:
+                expected = to_numpy(psi) / norm(psi)
+            assert error(state, expected) < 5e-6
+
+    def test_one_time_in_a_list_has_an_axis_and_a_number_none(self):
+        H, psi = IsingOperator(4, 0.7), random_state(4)
+        assert evolve(H, psi, [1.0]).shape == (1, 16)
+        assert evolve(H, psi, mx.array(1.0)).shape == (16,)
+        assert mx.array_equal(evolve(H, psi, [1.0])[0], evolve(H, psi, 1.0))
+
+    def test_a_curve_takes_the_products_of_its_last_time(self):
+        class Counted:
+            shape, dtype, products = (512, 512), mx.float32, 0
+
+            def __matmul__(self, x):
+                self.products += 1
+                return IsingOperator(9, 0.7) @ x
+
+        counts = []
+        for times in (10.0, np.linspace(0, 10, 51)):
+            H = Counted()
+            evolve(H, random_state(9), times)
+            counts.append(H.products)
+        assert counts[0] == counts[1]
+
+
+class TestUnits:
+    @PLACES
+    @pytest.mark.parametrize("unit", UNITS)
+    @pytest.mark.parametrize("form", [IsingOperator, transverse_field_ising])
+    @pytest.mark.parametrize("imaginary", [False, True])
+    def test_any_unit_gives_the_same_digits(self, unit, form, imaginary, on_host):
+        psi = random_state(8, mx.complex64)
+        H = form(8, 0.7 * unit, coupling=unit)
+        expected = exact(transverse_field_ising(8, 0.7), psi, 2.0, imaginary)
+        assert error(evolve(H, psi, 2.0 / unit, imaginary=imaginary), expected) < 2e-6
+
+    @pytest.mark.parametrize("power", [-100, -60, 60, 99])
+    def test_powers_of_two_change_no_digit(self, power):
+        psi, unit = random_state(8, mx.complex64), 2.0**power
+        states, again = (
+            evolve(IsingOperator(8, 0.7 * u, coupling=u), psi, [1.0 / u, 3.0 / u])
+            for u in (unit, 4 * unit)
+        )
+        assert mx.array_equal(states, again)
+
+    @PLACES
+    @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-12, 1e10, 1e30])
+    def test_any_norm(self, scale, on_host):
+        H, psi = IsingOperator(8, 0.7), random_state(8, mx.complex64)
+        expected = exact(transverse_field_ising(8, 0.7), psi, 2.0)
+        assert error(evolve(H, psi * scale, 2.0) * (1 / scale), expected) < 2e-6
+        expected = exact(transverse_field_ising(8, 0.7), psi, 2.0, imaginary=True)
+        assert error(evolve(H, psi * scale, 2.0, imaginary=True), expected) < 2e-6
+
+
+class TestTolerance:
+    @pytest.mark.parametrize(
+        ("t", "tol"),
+        [(0.5, 1e-3), (0.5, 5e-7), (5.0, 1e-4), (5.0, 1.5e-6), (60.0, 1e-3), (60.0, 5e-6)],
+    )
+    def test_is_reached_in_complex64(self, t, tol):
+        H, psi = transverse_field_ising(9, 0.7, longitudinal=0.3), random_state(9, mx.complex64)
+        assert error(evolve(H, psi, t, tol=tol), exact(H, psi, t)) < tol
+
+    def test_below_what_complex64_gives_is_refused(self):
+        H, psi = IsingOperator(10, 0.7), random_state(10, mx.complex64)
+        with pytest.raises(ValueError, match=r"^\[evolve\] tol must be at least .* float64"):
+            evolve(H, psi, 5.0, tol=1e-12)
+
+    @pytest.mark.parametrize("form", [transverse_field_ising, IsingOperator])
+    def test_float64_goes_on_in_real_time_and_is_rounded_once(self, form):
+        with mx.stream(mx.cpu):
+            psi = random_state(9, mx.complex64)
+            H = form(9, 0.7, dtype=mx.float64)
+            state = evolve(H, psi, 60.0, tol=1e-12)
+            expected = exact(transverse_field_ising(9, 0.7, dtype=mx.float64), psi, 60.0)
+            assert state.dtype == mx.complex64
+            assert error(state, expected) < 6e-8
+
+    def test_float64_in_imaginary_time(self):
+        with mx.stream(mx.cpu):
+            H = transverse_field_ising(9, 0.7, dtype=mx.float64)
+            psi = random_state(9, mx.float64)
+            state = evolve(H, psi, 3.0, imaginary=True, tol=1e-13)
+            assert error(state, exact(H, psi, 3.0, imaginary=True)) < 1e-13
 
 
 class TestRealTime:

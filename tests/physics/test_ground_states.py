@@ -1,6 +1,7 @@
 """lanczos against dense diagonalisation and the free-fermion energies."""
 
 import time
+import tracemalloc
 import warnings
 from dataclasses import FrozenInstanceError
 
@@ -11,15 +12,17 @@ from support import device_of, to_numpy, untyped
 
 from mlx_sparse_nn.physics import (
     IsingOperator,
+    device_columns,
     exact_ground_energy,
+    krylov,
     lanczos,
     transverse_field_ising,
 )
-from mlx_sparse_nn.physics.krylov import Krylov
 
 CHAINS = [
     (n, h, periodic) for n in (8, 12) for h in (0.3, 0.7, 1.0, 1.5) for periodic in (False, True)
 ]
+PAIRS = [(i, j) for i in range(8) for j in range(i)]
 
 
 def hermitian(n, seed=0, is_complex=False):
@@ -159,21 +162,179 @@ class TestAnyMatrix:
         assert mx.array_equal(first, second)
         assert not mx.array_equal(first, other)
 
-    def test_products_that_avoid_matmul_agree(self):
-        """The path of a GPU, whose matmul may round to TF32."""
-        rng = np.random.default_rng(0)
-        w = mx.array(rng.normal(size=700).astype(np.float32))
-        results = []
-        for by_matmul in (True, False):
-            basis = Krylov(700, 5, mx.float32)
-            basis._by_matmul = by_matmul
-            for column in mx.random.normal((3, 700), key=mx.random.key(0)):
-                rest, _, norm = basis.orthogonalise(column)
-                basis.append(rest, norm)
-            rest, coefficients, norm = basis.orthogonalise(w)
-            results.append([np.array(rest), coefficients, norm, *basis.combine(np.eye(3))])
-        for a, b in zip(*results, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    @pytest.mark.parametrize("dtype", [mx.float32, mx.complex64, mx.float64])
+    def test_the_highest_levels_are_minus_the_lowest_of_minus_h(self, dtype):
+        values = hermitian(60, is_complex=dtype == mx.complex64)
+        with device_of(dtype):
+            H = mx.array(values).astype(dtype) if dtype != mx.float64 else mx.array(values, dtype)
+            result = lanczos(H, k=3, which="largest")
+        expected = np.linalg.eigvalsh(values)[-3:]
+        np.testing.assert_allclose(to_numpy(result.energies), expected, rtol=1e-5)
+        assert_eigenpairs(values, result, dtype)
+
+    def test_the_result_unpacks_like_that_of_eigsh(self):
+        result = lanczos(IsingOperator(6, 0.7), k=2)
+        energies, states = result
+        assert energies is result.energies
+        assert states is result.states
+
+
+class TestCopies:
+    """Levels of many states, as often as they occur; of one space, each would come once."""
+
+    @pytest.mark.parametrize("dtype", [mx.float32, mx.float64])
+    @pytest.mark.parametrize("k", [2, 5, 10])
+    @pytest.mark.parametrize(
+        "lattice",
+        [
+            {"periodic": True, "field": 1.0},  # momenta +-k
+            {"periodic": True, "field": 0.3},
+            {"periodic": True, "field": 0.0},  # 2 states, then 132 in one level
+            {"bonds": PAIRS, "field": 0.7},  # every permutation of sites is a symmetry
+            {"bonds": PAIRS, "field": 0.0},
+            {"bonds": PAIRS, "field": 0.4, "coupling": -1.0},  # frustrated
+        ],
+        ids=["ring", "ordered", "J-only", "all-to-all", "all-to-all-J", "frustrated"],
+    )
+    def test_levels_of_symmetric_lattices(self, lattice, k, dtype):
+        with device_of(dtype):
+            H = IsingOperator(8, dtype=dtype, **lattice)
+            dense = to_numpy(H.todense())
+            result = lanczos(H, k)
+            expected = np.linalg.eigvalsh(dense)[:k]
+            atol = (1e-5 if dtype == mx.float32 else 1e-10) * np.abs(dense).max()
+            np.testing.assert_allclose(to_numpy(result.energies), expected, atol=atol)
+            assert_eigenpairs(dense, result, dtype)
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_no_copy_is_missed_whatever_the_seed(self, seed):
+        values = np.repeat([-3.0, -2.9, -2.5, 0.0], [2, 3, 2, 1])
+        values = np.concatenate([values, np.linspace(0.1, 5, 292)])
+        result = lanczos(mx.diag(mx.array(values.astype(np.float32))), k=8, seed=seed)
+        np.testing.assert_allclose(result.energies, values[:8], atol=1e-4)
+
+    def test_ten_levels_of_15_sites_converge(self):
+        """They took more than 1,000 products."""
+        result = lanczos(IsingOperator(15, 1.0), k=10)
+        assert result.converged
+        assert result.iterations < 400
+
+
+class TestUnits:
+    """Energies, residuals and warnings are in the unit of H, whatever it is."""
+
+    @pytest.mark.parametrize("unit", [1e-30, 1.38e-23, 1e-6, 1e8, 1e18, 1e30])
+    @pytest.mark.parametrize("dtype", [mx.float32, mx.complex64, mx.float64])
+    @pytest.mark.parametrize("form", ["operator", "csr", "dense", "own"])
+    def test_any_unit_gives_the_same_digits(self, form, dtype, unit):
+        class Own:
+            shape = (256, 256)
+
+            def __init__(self, H):
+                self.H = H
+
+            def __matmul__(self, x):
+                return self.H @ x
+
+        with device_of(dtype):
+            if form in ("operator", "own"):
+                H = IsingOperator(8, unit, coupling=unit, dtype=dtype)
+                H = Own(H) if form == "own" else H
+            else:
+                H = transverse_field_ising(8, unit, coupling=unit, dtype=dtype)
+                H = H.todense() if form == "dense" else H
+            result = lanczos(H, 2, v0=mx.ones(256, dtype) if form == "own" else None)
+            energies, residuals = to_numpy(result.energies), to_numpy(result.residuals)
+        assert result.converged
+        rtol = 1e-12 if dtype == mx.float64 else 1e-6
+        expected = exact_ground_energy(8, 1.0)
+        assert energies[0] / unit == pytest.approx(expected, rel=rtol)
+        assert 0 < residuals.max() / unit < 2e-4
+
+    @pytest.mark.parametrize("power", [-100, -50, 50, 100])
+    def test_a_power_of_two_changes_no_bit(self, power):
+        unit = 2.0**power
+        base = lanczos(IsingOperator(8, 1.0), 3)
+        scaled = lanczos(IsingOperator(8, unit, coupling=unit), 3)
+        assert scaled.iterations == base.iterations
+        np.testing.assert_array_equal(np.array(scaled.states), np.array(base.states))
+        exact = np.ldexp(np.array(base.energies, dtype=np.float64), power)
+        np.testing.assert_array_equal(np.array(scaled.energies, dtype=np.float64), exact)
+
+    def test_the_warning_is_in_the_unit_of_h(self):
+        with pytest.warns(RuntimeWarning, match=r"the largest residual is \d\.?\d?e-2[0-9]"):
+            result = lanczos(IsingOperator(10, 1e-23, coupling=1e-23), max_iter=7)
+        assert 1e-24 < float(result.residuals[0]) < 1e-22
+
+
+class TestColumns:
+    """What a GPU computes with; here on a CPU."""
+
+    @pytest.fixture(autouse=True)
+    def on_device(self, monkeypatch):
+        monkeypatch.setattr(krylov, "_on_host", lambda dtype: False)
+
+    @pytest.mark.parametrize("k", [1, 2, 5])
+    @pytest.mark.parametrize("periodic", [False, True])
+    def test_levels_of_the_chain(self, k, periodic):
+        H = IsingOperator(10, 0.8, periodic=periodic)
+        dense = to_numpy(H.todense())
+        result = lanczos(H, k)
+        expected = np.linalg.eigvalsh(dense)[:k]
+        np.testing.assert_allclose(result.energies, expected, rtol=1e-5)
+        assert_eigenpairs(dense, result, mx.float32)
+
+    @pytest.mark.parametrize("n", [1, 2, 3, 31, 100, 257, 1025])
+    @pytest.mark.parametrize("is_complex", [False, True])
+    def test_dense_matrices_of_any_size(self, n, is_complex):
+        H = hermitian(n, is_complex=is_complex)
+        k = min(n, 3)
+        result = lanczos(mx.array(H).astype(mx.complex64 if is_complex else mx.float32), k=k)
+        assert_eigenpairs(H, result, mx.float32)
+        expected = np.linalg.eigvalsh(H)[:k]
+        np.testing.assert_allclose(result.energies, expected, atol=1e-5 * np.abs(expected).max())
+
+    def test_high_multiplicity_ends_a_space_within_a_run(self):
+        values = mx.array(np.repeat([-3.0, -1.0, 2.0], [4, 30, 66]).astype(np.float32))
+        result = lanczos(mx.diag(values), k=6)
+        assert result.converged
+        np.testing.assert_allclose(result.energies, [-3, -3, -3, -3, -1, -1], rtol=1e-5)
+
+    def test_a_loss_of_orthogonality_within_a_run_is_taken_back(self):
+        """Two levels far from all others: the recurrence loses orthogonality in three steps."""
+        values = np.concatenate([[-1000.0, -900.0], np.linspace(0, 1, 598)]).astype(np.float32)
+        result = lanczos(mx.diag(mx.array(values)), k=2)
+        assert result.converged
+        np.testing.assert_allclose(result.energies, [-1000, -900], rtol=1e-5)
+
+
+class TestMemory:
+    """As the docstring says and ``check_memory`` counts: 35 + 5 k vectors, and no more."""
+
+    N = 17  # sites: a vector is 512 KiB
+
+    @pytest.mark.parametrize("on_host", [True, False], ids=["host", "device"])
+    @pytest.mark.parametrize("k", [1, 2, 5])
+    @pytest.mark.not_emulated("counts the memory of MLX and of NumPy")
+    def test_peak(self, monkeypatch, k, on_host):
+        """MLX's own count, and NumPy's, which ``tracemalloc`` traces; both peaks at once."""
+        monkeypatch.setattr(krylov, "_on_host", lambda dtype: on_host)
+        monkeypatch.setattr(device_columns, "_LARGE", 2 ** (self.N - 1))
+        H = IsingOperator(self.N, 1.0)
+        mx.eval(H @ mx.ones(2**self.N))
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        tracemalloc.start()
+        try:
+            result = lanczos(H, k, tol=1e-3)
+            mx.eval(result.states)
+            of_numpy = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        of_mlx = mx.get_peak_memory() - before
+        vectors = (of_numpy + of_mlx) / (4 * 2**self.N)
+        assert vectors <= 35 + 5 * k
+        assert vectors <= 45 + 13 * (k - 1)
 
 
 class TestConvergence:
@@ -194,6 +355,13 @@ class TestConvergence:
         assert not result.converged
         assert result.residuals < 1e-4
 
+    def test_a_search_that_is_cut_short_is_not_called_converged(self):
+        """Both levels are there, but a copy of the first may be missing."""
+        H = IsingOperator(10, 1.0)
+        needed = next(m for m in range(20, 200, 5) if _worst(H, m) < 1e-4)
+        with pytest.warns(RuntimeWarning, match="the search for missed levels has not come to"):
+            assert not lanczos(H, 2, max_iter=needed).converged
+
     def test_a_looser_tolerance_takes_fewer_products(self):
         H = IsingOperator(10, 1.0)
         assert lanczos(H, tol=1e-2).iterations < lanczos(H, tol=1e-5).iterations
@@ -207,3 +375,9 @@ class TestConvergence:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             lanczos(IsingOperator(8, 0.7), k=2)
+
+
+def _worst(H, max_iter):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return float(lanczos(H, 2, max_iter=max_iter).residuals.max())

@@ -6,10 +6,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import scipy.sparse.linalg
-from spins import dense_ising
+from spins import PAULI_X, PAULI_Z, dense_ising, on_site, random_state
+from support import to_numpy
 
 from mlx_sparse_nn import CSRArray
-from mlx_sparse_nn.physics import exact_ground_energy, transverse_field_ising
+from mlx_sparse_nn.physics import (
+    exact_ground_energy,
+    expectation,
+    ring,
+    square,
+    transverse_field_ising,
+)
 
 # (n_qubits, field, periodic, energy), by exact diagonalisation
 TABLE = [
@@ -129,7 +136,136 @@ class TestHamiltonian:
         assert time.perf_counter() - began < seconds
 
 
+LATTICES = {"open": {}, "ring": {"periodic": True}, "square": {"bonds": square(2, 2)}}
+
+
+def energy_by(lattice, psi):
+    """Return <psi|H|psi>, of both fields and the coupling, as MLX finds it."""
+
+    def energy(h, j, g):
+        H = transverse_field_ising(4, h, coupling=j, longitudinal=g, **LATTICES[lattice])
+        return (psi * (H @ psi)).sum()
+
+    return energy
+
+
+def dense_energies(lattice, psi):
+    """Return <psi|P|psi> of every term of H, by dense matrices: its slopes by h, J and g."""
+    bonds = LATTICES[lattice].get("bonds") or [(i, (i + 1) % 4) for i in range(4)]
+    bonds = bonds[:3] if lattice == "open" else bonds
+    x, z = ([on_site(a, site, 4) for site in range(4)] for a in (PAULI_X, PAULI_Z))
+    zz = [z[a] @ z[b] for a, b in bonds]
+    return [-np.array([psi @ P @ psi for P in terms]) for terms in (x, zz, z)]
+
+
+class TestBuiltByMLX:
+    def test_gradient_of_the_issue(self):
+        def energy(h):
+            return expectation(transverse_field_ising(4, h), mx.ones(16))
+
+        assert mx.grad(energy)(mx.array(0.7)).item() == pytest.approx(-4, rel=1e-6)
+
+    @pytest.mark.parametrize("lattice", LATTICES)
+    @pytest.mark.parametrize("dtype", [mx.float32, mx.complex64])
+    def test_slopes_of_every_parameter(self, lattice, dtype):
+        psi = random_state(4)
+        expected = dense_energies(lattice, to_numpy(psi))
+        h, j, g = (mx.array(np.linspace(0.3, 1.2, slopes.size), mx.float32) for slopes in expected)
+
+        def energy(h, j, g):
+            H = transverse_field_ising(
+                4, h, coupling=j, longitudinal=g, dtype=dtype, **LATTICES[lattice]
+            )
+            return mx.real(psi * (H @ psi)).sum()
+
+        actual = mx.grad(energy, argnums=(0, 1, 2))(h, j, g)
+        for slope, slopes in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(slope, slopes, rtol=1e-5, atol=1e-5)
+        _, (along,) = mx.jvp(energy, [h, j, g], [mx.ones_like(a) for a in (h, j, g)])
+        assert along.item() == pytest.approx(sum(s.sum() for s in expected), rel=1e-5)
+
+    @pytest.mark.parametrize("lattice", LATTICES)
+    def test_lists_of_mlx_scalars_and_numbers(self, lattice):
+        psi = random_state(4)
+        energy = energy_by(lattice, psi)
+        expected = dense_energies(lattice, to_numpy(psi))[0]
+        slope = mx.grad(lambda h: energy([h, 0.5, 2 * h, mx.array(1.0)], 1.0, 0.0))(mx.array(0.7))
+        assert slope.item() == pytest.approx(expected[0] + 2 * expected[2], rel=1e-5)
+
+    def test_every_form_has_the_same_values(self):
+        h, j, g = [0.3, 0.5, 0.7, 1.1], [1.0, -0.5, 0.25], [0.1, 0.0, -0.2, 0.4]
+        expected = transverse_field_ising(4, h, coupling=j, longitudinal=g)
+        by_arrays = transverse_field_ising(
+            4, mx.array(h), coupling=[mx.array(a) for a in j], longitudinal=tuple(map(mx.array, g))
+        )
+        assert by_arrays.pattern == expected.pattern
+        np.testing.assert_allclose(by_arrays.data, expected.data, rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("lattice", LATTICES)
+    def test_second_order_vmap_and_compile(self, lattice):
+        psi = random_state(4)
+        energy = energy_by(lattice, psi)
+        terms = dense_energies(lattice, to_numpy(psi))
+
+        def squared(h):
+            return energy(h, mx.array(1.0), mx.array(0.5)) ** 2
+
+        h = mx.array([0.3, 0.7, 1.1])
+        value = terms[0].sum() * np.array(h) + terms[1].sum() + 0.5 * terms[2].sum()
+        second = mx.vmap(mx.grad(mx.grad(squared)))(h)
+        np.testing.assert_allclose(second, np.full(3, 2 * terms[0].sum() ** 2), rtol=1e-5)
+        np.testing.assert_allclose(mx.vmap(squared)(h), value**2, rtol=1e-5)
+        np.testing.assert_allclose(
+            mx.compile(mx.grad(squared))(h[1]), 2 * value[1] * terms[0].sum(), rtol=1e-5
+        )
+
+    def test_numbers_that_an_mlx_array_holds_are_checked_where_they_can_be(self):
+        with pytest.raises(ValueError, match=r"^\[transverse_field_ising\] field must be finite"):
+            transverse_field_ising(4, mx.array([1.0, 2.0, float("nan"), 1.0]))
+
+    @pytest.mark.parametrize("bonds", [ring(5), [(0, 4), (3, 1), (2, 0)], [(4, 0)], []])
+    def test_bonds_of_any_graph(self, bonds):
+        rng = np.random.default_rng(0)
+        j = rng.normal(size=len(bonds))
+        z = [on_site(PAULI_Z, site, 5) for site in range(5)]
+        expected = dense_ising(5, 0.7, 0.0, 0.2) - sum(
+            (c * z[a] @ z[b] for c, (a, b) in zip(j, bonds, strict=True)), np.zeros((32, 32))
+        )
+        for coupling in (j.tolist(), mx.array(j.astype(np.float32))):
+            H = transverse_field_ising(
+                5, 0.7, coupling=coupling if bonds else 1.0, longitudinal=0.2, bonds=bonds
+            )
+            np.testing.assert_allclose(todense(H), expected, rtol=1e-5, atol=1e-5)
+
+
 class TestExactGroundEnergy:
+    @pytest.mark.parametrize(("n_qubits", "periodic"), chains(1, 2, 3, 4, 5, 6))
+    def test_slopes(self, n_qubits, periodic):
+        bonds, flips = dense_ising(n_qubits, 0, 1, 0, periodic), dense_ising(n_qubits, 1, 0)
+
+        def energy(h, j):
+            return exact_ground_energy(n_qubits, h, coupling=j, periodic=periodic)
+
+        for j, h in ((1.0, 0.7), (1.0, 1.5), (-0.8, 0.4), (0.6, -0.9), (-0.5, -1.3)):
+            state = np.linalg.eigh(j * bonds + h * flips)[1][:, 0]
+            expected = [state @ flips @ state, state @ bonds @ state]  # Hellmann and Feynman
+            slopes = mx.grad(energy, argnums=(0, 1))(mx.array(h), mx.array(j))
+            np.testing.assert_allclose(slopes, expected, rtol=1e-5, atol=1e-5)
+            _, (along,) = mx.jvp(lambda h, j=j: energy(h, j), [mx.array(h)], [mx.array(2.0)])
+            assert along.item() == pytest.approx(2 * expected[0], rel=1e-5, abs=1e-5)
+            assert energy(mx.array(h), j).item() == pytest.approx(energy(h, j), rel=1e-6)
+
+    def test_what_has_no_rule_is_refused(self):
+        def energy(h):
+            return exact_ground_energy(4, h)
+
+        h = mx.array(0.7)
+        for transformed in (mx.grad(mx.grad(energy)), mx.compile(energy)):
+            with pytest.raises(ValueError, match=r"^\[exact_ground_energy\] field "):
+                transformed(h)
+        with pytest.raises(ValueError, match=r"^\[exact_ground_energy\] field "):
+            mx.vmap(energy)(mx.array([0.5, 0.7]))
+
     @pytest.mark.parametrize(("n_qubits", "field", "periodic", "energy"), TABLE)
     def test_table(self, n_qubits, field, periodic, energy):
         actual = exact_ground_energy(n_qubits, field, periodic=periodic)

@@ -3,13 +3,27 @@
 import subprocess
 import sys
 import time
+from itertools import combinations, product
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from support import to_numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spins import dense_ising, dense_strings
+from support import to_numpy, untyped
 
-from mlx_sparse_nn.physics import IsingOperator, expectation, transverse_field_ising
+from mlx_sparse_nn.physics import (
+    IsingOperator,
+    chain,
+    expectation,
+    lanczos,
+    magnetization,
+    ring,
+    square,
+    transverse_field_ising,
+    triangular,
+)
 
 ARGUMENTS = [
     (1, {"longitudinal": 0.5}),
@@ -265,3 +279,102 @@ def seconds(H, x):
     began = time.perf_counter()
     mx.eval(H @ x)
     return time.perf_counter() - began
+
+
+@st.composite
+def graphs(draw):
+    """Draw bonds on up to 8 sites, in any order, and a coupling for each."""
+    n = draw(st.integers(1, 8))
+    pairs = list(combinations(range(n), 2))
+    bonds = draw(st.lists(st.sampled_from(pairs), unique=True, max_size=12)) if pairs else []
+    bonds = [bond[::-1] if draw(st.booleans()) else bond for bond in bonds]
+    return n, bonds, [draw(st.integers(-4, 4)) / 4 for _ in bonds]
+
+
+class TestGraphs:
+    @settings(max_examples=30)
+    @given(graphs())
+    def test_any_graph(self, case):
+        n, bonds, j = case
+        H = IsingOperator(n, 0.75, coupling=j, longitudinal=0.25, bonds=bonds)
+        strings = [(-c, "ZZ", bond) for c, bond in zip(j, bonds, strict=True)]
+        expected = dense_strings(strings, n) + dense_ising(n, 0.75, 0.0, 0.25)
+        np.testing.assert_array_equal(H @ mx.eye(2**n), expected)  # quarters add up exactly
+
+    @pytest.mark.parametrize("periodic", [False, True])
+    def test_a_chain_is_one_of_them(self, periodic):
+        bonds = (ring if periodic else chain)(5)
+        for pairs in (bonds, np.array(bonds), tuple(bonds)):
+            H = IsingOperator(5, 0.7, coupling=np.arange(len(bonds)), bonds=pairs)
+            K = IsingOperator(5, 0.7, coupling=np.arange(len(bonds)), periodic=periodic)
+            assert H.bonds == K.bonds == bonds
+            assert mx.array_equal(H @ states(32), K @ states(32)).item()
+
+    def test_repr(self):
+        H = IsingOperator(4, 0.7, bonds=[(0, 3), (1, 2)])
+        assert repr(H) == "IsingOperator(16 x 16, mlx.core.float32, 2 bonds of 4 sites)"
+
+    def test_degeneracy_of_frustrated_triangles(self):
+        """Of three spins that would all be opposite, one pair is not: 6 of 8 states share -J."""
+        H = IsingOperator(3, 0.0, coupling=-1.0, bonds=ring(3))
+        np.testing.assert_array_equal(np.sort(H.diagonal()), [-1] * 6 + [3] * 2)
+        bonds = triangular(2, 2)
+        H = IsingOperator(4, 0.0, coupling=-1.0, bonds=bonds)
+        energies = [sum(z[i] * z[j] for i, j in bonds) for z in product([-1, 1], repeat=4)]
+        np.testing.assert_array_equal(np.sort(H.diagonal()), np.sort(energies))
+        found = lanczos(IsingOperator(3, 0.1, coupling=-1.0, bonds=ring(3)), k=6).energies
+        dense = dense_ising(3, 0.1, -1.0, periodic=True)
+        np.testing.assert_allclose(found, np.linalg.eigvalsh(dense)[:6], rtol=1e-5)
+
+    def test_square_lattice_has_its_symmetry(self):
+        """A torus of 3 x 3 is the same from every site: all of <X_i> are equal."""
+        H = IsingOperator(9, 2.0, bonds=square(3, 3, periodic=True))
+        x = magnetization(lanczos(H).states[:, 0], "x")
+        np.testing.assert_allclose(x, x[0].item(), rtol=1e-4)
+
+    def test_gradients_by_every_coupling(self):
+        bonds, j = [(0, 2), (1, 2), (3, 0)], mx.array([0.5, -1.0, 2.0])
+        x = states(16)
+
+        def energy(j):
+            return expectation(IsingOperator(4, 0.7, coupling=j, bonds=bonds), x)
+
+        psi = np.array(x, float) / np.linalg.norm(x)
+        expected = [-psi @ np.real(dense_strings([(1, "ZZ", bond)], 4)) @ psi for bond in bonds]
+        np.testing.assert_allclose(mx.grad(energy)(j), expected, rtol=1e-4, atol=1e-6)
+
+
+class TestScalarsOfMLX:
+    """A list of them is one parameter: NumPy would read them, and their gradients be 0."""
+
+    @pytest.mark.parametrize("name", ["field", "coupling", "longitudinal"])
+    def test_gradients(self, name):
+        n, x = 4, states(16)
+        size = 3 if name == "coupling" else 4
+
+        def energy(a, b, by_list):
+            values = [a, b, *[0.5] * (size - 2)]
+            if not by_list:
+                values = mx.concatenate([mx.stack([a, b]), mx.full(size - 2, 0.5)])
+            arguments = {"field": 0.7, "coupling": 1.0, "longitudinal": 0.0} | {name: values}
+            return expectation(IsingOperator(n, arguments.pop("field"), **untyped(arguments)), x)
+
+        a, b = mx.array(0.3), mx.array(1.1)
+        slopes = [mx.grad(energy, argnums=(0, 1))(a, b, by_list) for by_list in (True, False)]
+        np.testing.assert_allclose(*slopes, rtol=1e-6)
+        assert all(abs(slope.item()) > 1e-3 for slope in slopes[0])
+        tangent = mx.jvp(lambda a: energy(a, b, True), [a], [mx.array(1.0)])[1][0]
+        np.testing.assert_allclose(tangent, slopes[0][0], rtol=1e-5)
+        compiled = mx.compile(lambda a: energy(a, b, True))(a)
+        np.testing.assert_allclose(compiled, energy(a, b, True), rtol=1e-6)
+
+    def test_the_same_scalar_for_every_site(self):
+        """The energy of the uniform state is -h a site."""
+        slope = mx.grad(lambda h: expectation(IsingOperator(4, [h, h, h, h]), mx.ones(16)))
+        assert slope(mx.array(0.7)).item() == pytest.approx(-4)
+
+    def test_float64_keeps_its_digits(self):
+        with mx.stream(mx.cpu):
+            third = mx.array(1 / 3, dtype=mx.float64)
+            H = IsingOperator(2, [third, 1 / 3], dtype=mx.float64)
+            assert H.field.tolist() == [1 / 3, 1 / 3]

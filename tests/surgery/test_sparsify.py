@@ -316,7 +316,7 @@ class TestSparsify:
         assert repr(done).splitlines() == [
             "1 layer made sparse, 1 skipped: density 0.5 there, 0.574 in all",
             "layer     out x in  block  blocks  density  error",
-            f"layers.0   64 x 64     32       2    50.0%  {error:.3f}",
+            f"layers.0   64 x 64     32       2      0.5  {error:.3f}",
             "layers.2: the layer of layers.0",
             "layers.1 skipped (13.5% of the model): output_dims 10 is less than block_size 32",
             "error: ||W - A|| / ||W||; calibrate keeps that of the outputs small",

@@ -68,6 +68,8 @@ class Binding:
         self._spmm_t = _function(library, "make_spmm_t", 4)
         self._qspmm = _function(library, "make_qspmm", 8)
         self._sddmm = _function(library, "make_sddmm", 4)
+        self._pauli_product = _function(library, "make_pauli_product", 4, n_sizes=0)
+        self._pauli_moments = _function(library, "make_pauli_moments", 3, n_sizes=0)
         self._spgemm = _function(library, "make_spgemm", 8, n_sizes=2)
 
     def spmm(
@@ -107,6 +109,21 @@ class Binding:
     ) -> mx.array:
         """Return the sampled product, not computed yet."""
         return _made(self._sddmm, kernel, rows.indptr, rows.indices, y, x, block_size)
+
+    def pauli_product(
+        self,
+        kernel: Kernel,
+        terms: mx.array,
+        coefficients: mx.array,
+        diagonal: mx.array | None,
+        x: mx.array,
+    ) -> mx.array:
+        """Return the product of sums of Pauli strings and states, not computed yet."""
+        return _made(self._pauli_product, kernel, terms, coefficients, x, diagonal)
+
+    def pauli_moments(self, kernel: Kernel, terms: mx.array, u: mx.array, x: mx.array) -> mx.array:
+        """Return the moments of Pauli strings between states, not computed yet."""
+        return _made(self._pauli_moments, kernel, terms, u, x)
 
     def spgemm(
         self, kernel: Kernel, which: int, sides: tuple[Side, Side, Side], *operands: mx.array
@@ -159,7 +176,7 @@ def _made(function: Any, kernel: Kernel, *operands: Any) -> mx.array:
 def _function(library: ctypes.PyDLL, name: str, n_arrays: int, n_sizes: int = 1) -> Any:
     """Return a function of an array to write to, a kernel, arrays or None, and sizes."""
     function = library[name]
-    sizes = [ctypes.c_int] * n_sizes
-    function.argtypes = [_OBJECT, ctypes.c_void_p, *[_OBJECT] * n_arrays, *sizes]
+    arrays, sizes = [_OBJECT] * n_arrays, [ctypes.c_int] * n_sizes
+    function.argtypes = [_OBJECT, ctypes.c_void_p, *arrays, *sizes]
     function.restype = ctypes.c_char_p
     return function

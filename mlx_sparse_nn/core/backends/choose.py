@@ -6,13 +6,28 @@ from types import ModuleType
 
 import mlx.core as mx
 
-from mlx_sparse_nn.core.backends import cpu, cuda, cuda_dense, dense, metal, plain
+from mlx_sparse_nn.core.backends import (
+    cpu,
+    cuda,
+    cuda_dense,
+    dense,
+    metal,
+    pauli_cpu,
+    pauli_cuda,
+    pauli_metal,
+    pauli_plain,
+    plain,
+)
 from mlx_sparse_nn.core.layout import Layout
+from mlx_sparse_nn.core.strings import PauliTerms
 from mlx_sparse_nn.core.transforms import tracing
 
 # By kind of device, the first one that is available and takes a product computes it.
 GPU = (metal, cuda_dense, cuda, plain)
 CPU = (cpu, plain)
+# The same of sums of Pauli strings.
+PAULI_GPU = (pauli_metal, pauli_cuda, pauli_plain)
+PAULI_CPU = (pauli_cpu, pauli_plain)
 
 
 def choose(
@@ -40,6 +55,33 @@ def choose(
         backends = [backend for backend in backends if backend is not cpu]
     for backend in backends:
         if backend.is_available() and backend.takes(op, layout, n_x, dtype, n_matrices, bits):
+            return backend
+    raise AssertionError("plain MLX takes every product")
+
+
+def choose_pauli(op: str, terms: PauliTerms, n_states: int, dtype: mx.Dtype) -> ModuleType:
+    """Return the backend that computes with Pauli strings on MLX's default device, by that rule.
+
+    Args:
+        op: ``"product"`` or ``"moments"``.
+        terms: The strings.
+        n_states: States, of all sums of strings.
+        dtype: Of the states.
+
+    Raises:
+        ValueError: MLX is tracing for every shape: plain MLX splits and reshapes, which it then
+            cannot.
+    """
+    backends = PAULI_GPU if mx.default_device().type is mx.gpu else PAULI_CPU
+    if tracing.graph is not None:
+        if tracing.graph == "shapeless":
+            raise ValueError(
+                "[H @ x] a product with Pauli strings must be traced for one shape of x, got "
+                "shapeless=True; leave that out, and trace it again for another shape"
+            )
+        backends = [backend for backend in backends if backend is not pauli_cpu]
+    for backend in backends:
+        if backend.is_available() and backend.takes(op, terms, n_states, dtype):
             return backend
     raise AssertionError("plain MLX takes every product")
 

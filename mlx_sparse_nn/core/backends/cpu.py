@@ -57,7 +57,7 @@ class Kernels(NamedTuple):
 @cache
 def is_available() -> bool:
     """Return whether kernels can be had here; warn, once, if they should be and are not."""
-    return platform.system() == "Linux" and _has(_binding)
+    return platform.system() == "Linux" and has(binding)
 
 
 def why_not() -> str | None:
@@ -65,7 +65,7 @@ def why_not() -> str | None:
     if platform.system() != "Linux":
         return "C++ kernels are for Linux: nobody has measured them beside Accelerate yet"
     try:
-        _binding()
+        binding()
     except _FAILURES as error:
         return str(error)
     return None
@@ -76,28 +76,28 @@ def takes(op: str, layout: Layout, n_x: int, dtype: mx.Dtype, n_matrices: int, b
     if layout.data_shape[0] * n_x * n_matrices == 0:
         return False
     if bits:
-        return _has(_quantized_kernel, dtype, bits)
-    return _has(_kernels, dtype, layout.block_size)
+        return has(_quantized_kernel, dtype, bits)
+    return has(_kernels, dtype, layout.block_size)
 
 
 def spmm(data: mx.array, layout: Layout, x: mx.array, bias: mx.array | None = None) -> mx.array:
     """Return y[v, n, r] = sum_c A_v[r, c] x[v, n, c] + bias[r]; see ``plain.spmm``."""
     kernel = _kernels(x.dtype, layout.block_size).spmm
-    return _binding().spmm(kernel, data, layout.rows, layout.shape[0], x, bias)
+    return binding().spmm(kernel, data, layout.rows, layout.shape[0], x, bias)
 
 
 def spmm_t(data: mx.array, layout: Layout, y: mx.array) -> mx.array:
     """Return x[v, n, c] = sum_r A_v[r, c] y[v, n, r]; see ``plain.spmm_t``."""
     kernels = _kernels(y.dtype, layout.block_size)
     if kernels.spmm_t is not None and y.shape[-2] == 1:
-        return _binding().spmm_t(kernels.spmm_t, data, layout.rows, y)
-    return _binding().spmm(kernels.spmm, data, layout.cols, layout.shape[1], y, None)
+        return binding().spmm_t(kernels.spmm_t, data, layout.rows, y)
+    return binding().spmm(kernels.spmm, data, layout.cols, layout.shape[1], y, None)
 
 
 def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
     """Return data[v, j] = sum_n y[v, n, row(j)] x[v, n, col(j)]; see ``plain.sddmm``."""
     kernel = _kernels(x.dtype, layout.block_size).sddmm
-    return _binding().sddmm(kernel, layout.rows, layout.block_size, y, x)
+    return binding().sddmm(kernel, layout.rows, layout.block_size, y, x)
 
 
 def qspmm(
@@ -111,7 +111,7 @@ def qspmm(
     """Return :func:`spmm` by quantized blocks; see ``plain.qspmm``."""
     kernel = _quantized_kernel(x.dtype, bits_of(packed))
     matrix = packed, scales, biases
-    return _binding().qspmm(kernel, *matrix, layout.rows, layout.shape[0], x, bias)
+    return binding().qspmm(kernel, *matrix, layout.rows, layout.shape[0], x, bias)
 
 
 def qspmm_t(
@@ -120,12 +120,12 @@ def qspmm_t(
     """Return :func:`spmm_t` by quantized blocks; see ``plain.qspmm_t``."""
     kernel = _quantized_kernel(y.dtype, bits_of(packed))
     matrix = packed, scales, biases
-    return _binding().qspmm(kernel, *matrix, layout.cols, layout.shape[1], y, None)
+    return binding().qspmm(kernel, *matrix, layout.cols, layout.shape[1], y, None)
 
 
 def takes_spgemm(dtype: mx.Dtype) -> bool:
     """Return whether there is a kernel for the product of two sparse matrices of a dtype."""
-    return dtype in SPGEMM_DTYPES and _has(_spgemm_kernels, dtype)
+    return dtype in SPGEMM_DTYPES and has(_spgemm_kernels, dtype)
 
 
 def spgemm(which: int, layouts: tuple[Layout, Layout, Layout], *operands: mx.array) -> mx.array:
@@ -138,7 +138,7 @@ def spgemm(which: int, layouts: tuple[Layout, Layout, Layout], *operands: mx.arr
     """
     a, b, c = (layout.rows for layout in layouts)
     kernel = _spgemm_kernels(operands[0].dtype)[which]
-    return _binding().spgemm(kernel, which, (a, b, c), *operands)
+    return binding().spgemm(kernel, which, (a, b, c), *operands)
 
 
 def library(dtype: mx.Dtype, block_size: int) -> Path:
@@ -202,7 +202,7 @@ def _spgemm_kernels(dtype: mx.Dtype) -> tuple[Kernel, Kernel, Kernel]:
 
 
 @cache
-def _binding() -> Binding:
+def binding() -> Binding:
     """Return the library that makes primitives, built if need be.
 
     Raises:
@@ -218,7 +218,7 @@ def _binding() -> Binding:
 
 
 @cache
-def _has(get: Callable, *arguments: object) -> bool:
+def has(get: Callable, *arguments: object) -> bool:
     """Return whether something can be had; warn, once, if it cannot."""
     try:
         get(*arguments)

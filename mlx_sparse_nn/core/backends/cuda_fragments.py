@@ -78,9 +78,9 @@ def product(
     even: bool,
     cropped: bool = False,
 ) -> Kernel:
-    """Return ``spmm_fragments``: some warpgroups, or a cluster of them, for each block-row."""
+    """Return ``spmm_fragments``: some warpgroups for each block-row, or for a part of one."""
     n_block_rows = -(-n_out // block_size)
-    tiles, warpgroups, cluster = _tile(n_x, n_block_rows * n_matrices, block_size)
+    tiles, warpgroups, splits = _tile(n_x, n_block_rows * n_matrices, block_size)
     rows, threads = 64 * tiles * warpgroups, 128 * (warpgroups + 1)
     width = next(width for width in WIDTHS if width >= block_size)
     stage = stage_bytes(rows, block_size, width, itemsize, transposed)
@@ -88,19 +88,19 @@ def product(
     given, taken = REGISTERS if rows > 128 else (0, 0)
     template = {"B": block_size, "WIDTH": width, "INSIDE": inside, "CROPPED": int(cropped)}
     template |= {"OUTSIDE": n_block_rows * block_size - n_out, "WARPGROUPS": warpgroups}
-    template |= {"TILES": tiles, "STAGES": stages, "CLUSTER": cluster}
+    template |= {"TILES": tiles, "STAGES": stages}
     template |= {"TRANSPOSED": int(transposed), "GIVEN": given, "TAKEN": taken}
     shares = all_tiles = -(-n_x // rows)
-    if even and cluster == 1:
+    if even and splits == 1:
         shares = _shares(all_tiles, n_block_rows * n_matrices)
-    grid = (n_block_rows * cluster * threads, shares, n_matrices)
-    return Kernel("spmm_fragments", template, grid, threads, stages * stage + 1024, cluster=cluster)
+    grid = (n_block_rows * splits * threads, shares, n_matrices)
+    return Kernel("spmm_fragments", template, grid, threads, stages * stage + 1024, splits=splits)
 
 
 def _tile(n_x: int, block_rows: int, block_size: int) -> tuple[int, int, int]:
-    """Return tiles of 64 rows of a warpgroup, warpgroups, and thread blocks of a cluster.
+    """Return tiles of 64 rows of a warpgroup, warpgroups, and thread blocks that share them.
 
-    To add up the sums of a cluster takes longer than it saves, but for a tile of 64 rows.
+    To add up their sums takes longer than it saves, but for a tile of 64 rows.
     """
     if n_x <= 64:
         return 1, 1, min(4, power_of_two(tuned.BLOCKS_TO_FILL_GPU // block_rows))

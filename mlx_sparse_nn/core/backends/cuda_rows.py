@@ -1,6 +1,9 @@
-"""The products of 16-bit blocks with some rows of x on Hopper, by thread blocks in clusters.
+"""The products of 16-bit blocks with some rows of x on Hopper, by thread blocks that share rows.
 
-A grid of one thread block a block-row leaves much of the GPU idle there. Chosen from shapes and
+A grid of one thread block a block-row leaves much of the GPU idle there. The sums of several are
+added up by a second kernel: clusters of thread blocks would do it at once, but MLX (0.32.4) keeps
+CUDA graphs by their nodes alone, and CUDA replays one wrongly where a kernel takes the place of one
+of another cluster size. Chosen from shapes and
 from the sizes of the layout, on the host.
 """
 
@@ -15,7 +18,7 @@ from mlx_sparse_nn.core.layout import Side
 
 
 def takes_shares(block_size: int, n_x: int, dtype: mx.Dtype, transposed: bool) -> bool:
-    """Return whether a cluster shares the blocks of a block-row.
+    """Return whether thread blocks share the blocks of a block-row.
 
     Of few rows of x it does for a transpose, by which their own kernel does not multiply.
     """
@@ -27,7 +30,7 @@ def takes_shares(block_size: int, n_x: int, dtype: mx.Dtype, transposed: bool) -
 def takes_slices(
     side: Side, block_size: int, n_x: int, n_out: int, n_in: int, dtype: mx.Dtype
 ) -> bool:
-    """Return whether so much of the matrix is stored that a cluster shares a panel's columns.
+    """Return whether so much of the matrix is stored that thread blocks share a panel's columns.
 
     The panel's warps walk them in order, and so must the blocks.
     """
@@ -52,10 +55,10 @@ def shares(
     transposed: bool,
     long_rows: bool,
 ) -> Kernel:
-    """Return the kernel in which a cluster shares the blocks of a block-row.
+    """Return the kernel in which thread blocks share the blocks of a block-row.
 
-    A cluster is as large as it takes to fill the GPU with thread blocks, as long as it has not too
-    many sums, and 2 where block-rows are long and fill it once by themselves. A thread block has as
+    There are as many as it takes to fill the GPU, as long as they have not too many sums, and 2
+    where block-rows are long and fill it once by themselves. A thread block has as
     many stages as leave room for a second one on its multiprocessor, or as fit where thread blocks
     do not fill the GPU.
     """
@@ -63,35 +66,35 @@ def shares(
     threads = 256 if rows == 64 else 384
     groups = n_out // block_size * -(-n_x // rows) * n_matrices
     filling = tuned.BLOCKS_TO_FILL_GPU
-    most = min(tuned.MAX_CLUSTER, max(1, tuned.CLUSTER_SUMS // (rows * block_size)))
-    cluster = 1
-    while 2 * cluster <= most and 2 * groups * cluster <= filling:
-        cluster *= 2
-    if cluster == 1 and long_rows and groups <= filling:
-        cluster = 2
-    idle = groups * cluster < filling
+    most = min(tuned.MAX_SPLITS, max(1, tuned.SPLIT_SUMS // (rows * block_size)))
+    splits = 1
+    while 2 * splits <= most and 2 * groups * splits <= filling:
+        splits *= 2
+    if splits == 1 and long_rows and groups <= filling:
+        splits = 2
+    idle = groups * splits < filling
     stage = (rows + block_size) * 128
     stages = (tuned.SHARED_OF_ONE if idle else tuned.SHARED_OF_TWO) // stage
     stages = min(tuned.MAX_SHARED_STAGES, stages)
-    template = {"B": block_size, "INSIDE": inside, "ROWS": rows, "CLUSTER": cluster}
+    template = {"B": block_size, "INSIDE": inside, "ROWS": rows}
     template |= {"STAGES": stages, "TRANSPOSED": int(transposed)}
-    grid = (n_out // block_size * cluster * threads, -(-n_x // rows), n_matrices)
-    return Kernel("spmm_shares", template, grid, threads, stages * stage + 1024, cluster=cluster)
+    grid = (n_out // block_size * splits * threads, -(-n_x // rows), n_matrices)
+    return Kernel("spmm_shares", template, grid, threads, stages * stage + 1024, splits=splits)
 
 
 def slices(
     n_x: int, n_matrices: int, block_size: int, inside: int, n_out: int, transposed: bool
 ) -> Kernel:
-    """Return the kernel in which a cluster shares the columns of a panel of 256 outputs.
+    """Return the kernel in which thread blocks share the columns of a panel of 256 outputs.
 
-    It has 4 thread blocks where that fills no more than half of the GPU, and else 2.
+    There are 4 of them where that fills no more than half of the GPU, and else 2.
     """
     rows, ring = (64, 4096) if n_x <= 64 else (128, 2048)
     stages, threads = 4 if rows == 64 else 3, 640
     panels, tiles = -(-n_out // 256), -(-n_x // rows)
-    cluster = 4 if 8 * panels * tiles * n_matrices <= tuned.BLOCKS_TO_FILL_GPU else 2
-    template = {"B": block_size, "INSIDE": inside, "ROWS": rows, "CLUSTER": cluster}
+    splits = 4 if 8 * panels * tiles * n_matrices <= tuned.BLOCKS_TO_FILL_GPU else 2
+    template = {"B": block_size, "INSIDE": inside, "ROWS": rows}
     template |= {"STAGES": stages, "RING": ring, "TRANSPOSED": int(transposed)}
     shared_memory = stages * rows * 256 + 16 * ring * 2
-    grid = (panels * cluster * threads, tiles, n_matrices)
-    return Kernel("spmm_slices", template, grid, threads, shared_memory, cluster=cluster)
+    grid = (panels * splits * threads, tiles, n_matrices)
+    return Kernel("spmm_slices", template, grid, threads, shared_memory, splits=splits)

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import cuda_tiles
-from mlx_sparse_nn.core.backends.launch import Kernel, KernelLaunch, launch_spmm, prepare, round_up
+from mlx_sparse_nn.core.backends.launch import Kernel, KernelLaunch, launch_spmm, prepare
 from mlx_sparse_nn.core.layout import Side
 
 BLOCK_SIZE = 8
@@ -55,35 +55,23 @@ def product(
     """Return the product with a side of the matrix; arguments as in ``cuda._product``."""
     n_x, n_matrices = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
     sizes = n_x, n_matrices, n_out, x.shape[-1]
-    launched, splits, summed = _launches(x.dtype, inside, bias is not None, *sizes)
-    if summed is None:
-        return launch_spmm(launched, data, side, x, n_out, bias)
-    unread = side.indices
-    arrays = [data, side.indptr, side.indices, unread, x, x if bias is None else bias]
-    partial = launched(arrays, (splits, n_matrices * n_x * n_out))
-    return summed([partial], (*x.shape[:-1], n_out))
+    launched = _launch(x.dtype, inside, bias is not None, *sizes)
+    return launch_spmm(launched, data, side, x, n_out, bias)
 
 
 @lru_cache(4096)
-def _launches(
+def _launch(
     dtype: mx.Dtype, inside: int, has_bias: bool, n_x: int, n_matrices: int, n_out: int, n_in: int
-) -> tuple[KernelLaunch, int, KernelLaunch | None]:
-    """Return the launch of these sizes, in how many parts its columns go, and that of their sum."""
+) -> KernelLaunch:
+    """Return the launch of these sizes: of the columns in parts, where few rows leave room."""
     tile = tuned.SMALL_TILES[_is_many(n_x)]
     threads, filling = 32 * (tile.warps + 4), tuned.MULTIPROCESSORS
     panels, row_tiles = -(-n_out // (2 * tile.warps * BLOCK_SIZE)), -(-n_x // tile.rows)
     shares = max(1, min(row_tiles, filling // (panels * n_matrices)))
     splits = max(1, min(filling // (panels * shares * n_matrices), n_in // (4 * tile.depth)))
-    out = dtype if splits == 1 else mx.float32
     shared_memory = tile.stages * tile.rows * tile.depth * dtype.size + 1024
     template = {"INSIDE": inside, "ROWS": tile.rows, "WARPS": tile.warps, "DEPTH": tile.depth}
     template |= {"STAGES": tile.stages, "BIAS": int(has_bias)}
     grid = (panels * splits * threads, shares, n_matrices)
-    kernel = Kernel("spmm_small", template, grid, threads, shared_memory)
-    launched = prepare("cuda", "spmm", kernel, out, T=dtype, OUT=out)
-    if splits == 1:
-        return launched, 1, None
-    threads = tuned.GROUP_THREADS
-    size = round_up(n_matrices * n_x * n_out, threads)
-    summed = Kernel("sum_splits", {}, (size, 1, 1), threads)
-    return launched, splits, prepare("cuda", "sum", summed, dtype, T=dtype)
+    kernel = Kernel("spmm_small", template, grid, threads, shared_memory, splits=splits)
+    return prepare("cuda", "spmm", kernel, dtype, T=dtype)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ _INCLUDE = re.compile(r'#include "(.+)"\n')  # a body names the headers that it 
 # MLX writes a kernel's signature: the word that it begins with brings the number of threads, by
 # which the compiler shares out registers.
 _BOUND = """#undef __global__
-#define __global__ __attribute__((global)) __launch_bounds__({bounds}){clusters}
+#define __global__ __attribute__((global)) __launch_bounds__({bounds})
 """
 INPUTS = {
     "spmm": ("data", "indptr", "indices", "perm", "x", "bias"),
@@ -38,6 +39,8 @@ INPUTS = {
     "resize": ("blocks",),
     "expand": ("data", "indptr", "indices", "sizes"),
     "sample": ("matrix", "indptr", "indices", "sizes"),
+    "pauli": ("coefficients", "diagonal", "x", "terms"),
+    "pauli_moments": ("u", "x", "terms"),
 }
 # Whose argument a launch is of, where its inputs' name does not say it.
 _OWNERS = {
@@ -46,6 +49,8 @@ _OWNERS = {
     "dequantize": "qspmm",
     "expand": "spmm",
     "sample": "sddmm",
+    "pauli": "pauli_product",
+    "pauli_moments": "pauli_product",
 }
 SCRATCH = {"spmm_boxes": ["scratch"]}  # integers that a kernel writes for itself, by its name
 MAX_THREADS = 2**31 - tuned.GROUP_THREADS  # of a grid's side, which is an int, in whole groups
@@ -89,7 +94,7 @@ class Kernel(NamedTuple):
     threads: int  # of a thread block
     shared_memory: int = 0  # bytes of a thread block, where the kernel does not say it itself
     scratch: int = 0  # integers of SCRATCH
-    cluster: int = 1  # thread blocks of a cluster, along the grid's first side
+    splits: int = 0  # parts whose sums are added up by another kernel, of one that takes any
 
 
 class KernelLaunch(NamedTuple):
@@ -102,9 +107,10 @@ class KernelLaunch(NamedTuple):
     group: tuple[int, int, int]
     name: str  # "metal/spmm_few"
     scratch: tuple[tuple[int], ...] = ()  # its shape, where there is one
+    splits: int = 1  # of partial sums, where there are several
 
     def __call__(self, arrays: list[mx.array], shape: tuple[int, ...]) -> mx.array:
-        function, template, dtypes, grid, group, _, scratch = self
+        function, template, dtypes, grid, group, _, scratch, _ = self
         out, *_ = function(
             inputs=arrays,
             template=template,
@@ -140,11 +146,14 @@ def prepare(
         ValueError: The grid is larger than a launch can be.
     """
     _check_grid(backend, inputs, kernel.grid)
-    sizes = kernel.threads, kernel.shared_memory, kernel.cluster
-    function = _function(backend, kernel.name, inputs, *sizes)
+    function = _function(backend, kernel.name, inputs, kernel.threads, kernel.shared_memory)
+    if kernel.splits:
+        dtype = dtype if kernel.splits == 1 else mx.float32
+        types = {"T": types["T"], "OUT": dtype} | types
     template = list((types | kernel.template).items())
     group, name = (kernel.threads, 1, 1), f"{backend}/{kernel.name}"
     launched = KernelLaunch(function, template, [dtype], kernel.grid, group, name)
+    launched = launched._replace(splits=max(1, kernel.splits))
     if not kernel.scratch:
         return launched
     return launched._replace(dtypes=[dtype, mx.int32], scratch=((kernel.scratch,),))
@@ -189,7 +198,11 @@ def launch_spmm(
     """Launch a kernel of ``spmm`` or ``spmm_t``; inputs that it does not read are stand-ins."""
     perm = side.indices if side.perm is None else side.perm
     arrays = [data, side.indptr, side.indices, perm, x, x if bias is None else bias]
-    return launch(arrays, (*x.shape[:-1], n_out))
+    shape = (*x.shape[:-1], n_out)
+    if launch.splits == 1:
+        return launch(arrays, shape)
+    partial = launch(arrays, (launch.splits, prod(shape)))
+    return sum_splits(launch.name.split("/")[0], partial, x.dtype, shape)
 
 
 def launch_in_pieces(
@@ -242,10 +255,21 @@ def launch_sddmm(
     out = launch(arrays, (n_splits, *shape))
     if n_splits == 1:
         return out.reshape(shape)
-    partial = out.reshape(n_splits, -1)
+    return sum_splits(backend, out.reshape(n_splits, -1), dtype, shape)
+
+
+def sum_splits(
+    backend: str, partial: mx.array, dtype: mx.Dtype, shape: tuple[int, ...]
+) -> mx.array:
+    """Return the sum of float32 ``(splits, size)`` over the splits, as an array of a shape."""
+    return _prepared_sum(backend, partial.shape[1], dtype)([partial], shape)
+
+
+@lru_cache(4096)
+def _prepared_sum(backend: str, size: int, dtype: mx.Dtype) -> KernelLaunch:
     threads = tuned.GROUP_THREADS
-    kernel = Kernel("sum_splits", {}, (round_up(partial.shape[1], threads), 1, 1), threads)
-    return prepare(backend, "sum", kernel, dtype, T=dtype)([partial], shape)
+    kernel = Kernel("sum_splits", {}, (round_up(size, threads), 1, 1), threads)
+    return prepare(backend, "sum", kernel, dtype, T=dtype)
 
 
 @lru_cache(4096)
@@ -262,9 +286,7 @@ def round_up(value: int, multiple: int) -> int:
 
 
 @cache
-def _function(
-    backend: str, name: str, inputs: str, threads: int, shared_memory: int, cluster: int
-) -> Any:
+def _function(backend: str, name: str, inputs: str, threads: int, shared_memory: int) -> Any:
     """Return MLX's function of the kernel ``<backend>/<name>``, built when it is first launched."""
     options: dict[str, Any] = {
         "name": f"mlx_sparse_nn_{name}",
@@ -277,8 +299,7 @@ def _function(
     alone = shared_memory > tuned.MAX_SHARED_OF_TWO or name in tuned.ALL_REGISTERS
     bounds = f"{threads}, 1" if alone else threads
     header, source = _by_path(_PACKAGE / "cuda" / f"{name}.cu", options["input_names"])
-    clusters = f" __attribute__((cluster_dims({cluster}, 1, 1)))" if cluster > 1 else ""
-    header += _BOUND.format(bounds=bounds, clusters=clusters)
+    header += _BOUND.format(bounds=bounds)
     return mx.fast.cuda_kernel(header=header, source=source, shared_memory=shared_memory, **options)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,9 +18,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.core import index
-from mlx_sparse_nn.core.backends import naive
+from mlx_sparse_nn.core.backends import naive, pauli_naive
 from mlx_sparse_nn.core.backends.binding import Binding, Kernel
 from mlx_sparse_nn.core.pattern import CSRPattern
+from mlx_sparse_nn.core.strings import PauliTerms, by_parts
 
 # Block-rows with a repeated and unsorted columns, with none, and with one; 5 block-columns.
 _INDPTR, _INDICES = [0, 4, 4, 5, 7], [3, 0, 4, 0, 2, 1, 3]
@@ -34,6 +36,8 @@ def main(arguments: list[str]) -> None:
     binding = Binding(Path(arguments[0]), n_threads=2)
     if len(arguments) > 1:
         path, dtype, *tested = arguments[1:]
+        if tested == ["pauli"]:
+            return _test_pauli(binding, ctypes.CDLL(path), getattr(mx, dtype))
         if tested == ["spgemm"]:
             return _test_spgemm(binding, ctypes.CDLL(path), getattr(mx, dtype))
         for what in tested:  # block sizes, or bits=4
@@ -84,6 +88,38 @@ def _test_quantized(
             _same(found, naive.qspmm(*matrix, pattern, x, bias))
             found = binding.qspmm(qspmm, *matrix, cols, shape[1], y, None)
             _same(found, naive.qspmm_t(*matrix, pattern, y))
+
+
+def _test_pauli(binding: Binding, library: ctypes.CDLL, dtype: mx.Dtype) -> None:
+    """Compare sums of Pauli strings, and their moments, with the definition."""
+    product, moments = Kernel(library, "pauli_product"), Kernel(library, "pauli_moments")
+    for n in (1, 4, 9, 13):
+        masks = [1 + k * 2654435769 % (2**n - 1) for k in range(20)] + [1 << k for k in range(n)]
+        terms = PauliTerms(n, tuple(masks), tuple(k % 3 * k % 2**n for k in range(len(masks))))
+        strings = mx.array([*zip(terms.flips, terms.signs, strict=True)], dtype=mx.int32)
+        for n_sums, n_states in ((1, 1), (2, 3)):
+            u, x = (_numbers((n_sums, n_states, 2**n), dtype), _numbers((2**n,), dtype))
+            x = x - u
+            c, d = _numbers((n_sums, len(terms)), dtype), _numbers((n_sums, 2**n), dtype)
+            for diagonal in (d, None):
+                found = binding.pauli_product(product, strings, c, diagonal, x)
+                _same(found, _by_naive(pauli_naive.product, terms, c, diagonal, x))
+            found = binding.pauli_moments(moments, strings, u, x)
+            _same(found, _by_naive(pauli_naive.moments, terms, u, x))
+    if dtype == mx.float32:  # and complex states, two floats each
+        x = _numbers((2, 3, 2**9), dtype) + 1j * _numbers((2**9,), dtype)
+        terms, c, d = PauliTerms(9, (1, 256, 85), (0, 3, 40)), c[:, :3], _numbers((2, 2**9), dtype)
+        parts = by_parts(terms, False)
+        strings = mx.array([*zip(parts.flips, parts.signs, strict=True)], dtype=mx.int32)
+        for diagonal in (d, None):
+            found = binding.pauli_product(product, strings, c, diagonal, x)
+            _same(found, _by_naive(pauli_naive.product, terms, c, diagonal, x))
+
+
+def _by_naive(product: Callable, terms: PauliTerms, *arrays: mx.array | None) -> mx.array:
+    """Return what the oracle gives of MLX arrays."""
+    result = product(terms, *(None if a is None else np.array(a) for a in arrays))
+    return mx.array(result, next(a.dtype for a in reversed(arrays) if a is not None))
 
 
 def _test_spgemm(binding: Binding, library: ctypes.CDLL, dtype: mx.Dtype) -> None:

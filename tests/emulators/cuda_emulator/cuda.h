@@ -1,7 +1,6 @@
 // A model of what the kernels use of CUDA, on one OS thread: each CUDA thread is a fiber that runs
 // until it has to wait. Warps go on in random order, and some stand still for a while, so that they
 // drift as far apart as barriers let them. Asynchronous copies land late, at random moments;
-// thread blocks of a cluster take turns of random length, and what is one block's own is exchanged;
 // products of a warpgroup read shared memory when they are begun, or only when they are waited for.
 //
 // Functions of the kernels' headers that are written in PTX have their models here.
@@ -31,11 +30,11 @@ struct uint2 {
 struct uint4 {
   unsigned x, y, z, w;
 };
+struct int4 {
+  int x, y, z, w;
+};
 struct float2 {
   float x, y;
-};
-struct float4 {
-  float x, y, z, w;
 };
 struct dim3 {
   unsigned x, y, z;
@@ -48,14 +47,11 @@ struct __nv_bfloat162 {
 };
 #define __device__
 #define __forceinline__
-// What each thread block has its own of.
-#define PER_BLOCK __attribute__((section("per_block"), used))
-#define __shared__ static PER_BLOCK
+#define __shared__ static
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define make_uint2(...) (uint2{__VA_ARGS__})
 #define make_uint4(...) (uint4{__VA_ARGS__})
 #define make_float2(...) (float2{__VA_ARGS__})
-#define make_float4(...) (float4{__VA_ARGS__})
 #define __floats2bfloat162_rn(a, b) (__nv_bfloat162{__nv_bfloat16(a), __nv_bfloat16(b)})
 #define __floats2half2_rn(a, b) (__half2{__half(a), __half(b)})
 #define __popc __builtin_popcount
@@ -78,12 +74,15 @@ T __ldcs(const T* p) {
   return *p;
 }
 template <typename T>
+void __stcs(T* p, T value) {
+  *p = value;
+}
+template <typename T>
 T __ldcg(const T* p) {
   return *p;
 }
 
 constexpr int kMaxThreads = 1024;
-constexpr int kMaxCluster = 8;
 constexpr int kStack = 64 * 1024;
 constexpr unsigned kBase =
     48;  // address of the first byte of dynamic shared memory: no round number
@@ -99,7 +98,6 @@ struct Buffer {
 struct Launch {
   dim3 grid;  // of thread blocks
   int threads;
-  int cluster;  // thread blocks, along x
   int shared_memory;
   unsigned seed;
   int n_buffers;
@@ -150,7 +148,7 @@ struct Wait {
   int mask, value;
   bool goes_on() const { return !word || (*word & mask) != value; }
 };
-static Wait waits[kMaxCluster * kMaxThreads];
+static Wait waits[kMaxThreads];
 static Fiber* fibers;
 static char* stacks;
 static void* scheduler;
@@ -177,8 +175,8 @@ static void fail(const char* what) {
 }
 
 // Barriers of the thread block and of warps.
-PER_BLOCK __attribute__((used)) static int block_arrived, block_generation;
-PER_BLOCK static int warp_arrived[32], warp_generation[32];
+static int block_arrived, block_generation;
+static int warp_arrived[32], warp_generation[32];
 static void __syncthreads() {
   const int generation = block_generation;
   if (++block_arrived == int(blockDim.x)) {
@@ -198,7 +196,7 @@ static void __syncwarp() {
 }
 
 // What the lanes of a warp show one another.
-PER_BLOCK static unsigned shown[32][32];
+static unsigned shown[32][32];
 template <typename T>
 T exchange(T value, int lane) {
   const int warp = threadIdx.x / 32;
@@ -311,7 +309,7 @@ static int in_register(int value) { return value; }
 // Bytes of boxes that a barrier waits for; they may land before it knows of them.
 static int& bytes_of(unsigned long long* barrier) {
   static unsigned long long* barriers[64];
-  PER_BLOCK static int bytes[64];
+  static int bytes[64];
   int i = 0;
   while (barriers[i] && barriers[i] != barrier) i++;
   barriers[i] = barrier;
@@ -395,7 +393,7 @@ float element(unsigned pair, int i) {
   const unsigned short bits = i ? pair >> 16 : pair;
   return float(__builtin_bit_cast(T, bits));
 }
-PER_BLOCK static const char* rows_of[32][32];
+static const char* rows_of[32][32];
 template <bool TRANS, int COUNT, typename T>
 void load_matrices(unsigned (&r)[COUNT], const T* p) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -439,7 +437,7 @@ unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
 float __uint_as_float(unsigned u) { return __builtin_bit_cast(float, u); }
 // Cuts off what tensor cores do not read.
 float as_tf32(unsigned u) { return __uint_as_float(u & ~0x1fffu); }
-PER_BLOCK static unsigned fragments[32][32][6];
+static unsigned fragments[32][32][6];
 template <typename T>
 void multiply(float (&acc)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
               unsigned b1) {
@@ -593,121 +591,49 @@ static void entry() {
   __builtin_unreachable();
 }
 
-// The thread blocks of a cluster. Of one, the state is in place; that of each other lies aside.
-extern char __start_per_block[] __attribute__((visibility("hidden")));
-extern char __stop_per_block[] __attribute__((visibility("hidden")));
-struct Block {
-  unsigned x;
-  int left;  // threads that are not done
-  unsigned running;
-  char* aside;  // what is PER_BLOCK, then its shared memory
-};
-static Block blocks[kMaxCluster];
-static int in_place;
-static int cluster_arrived, cluster_generation;
-static size_t own_bytes() { return __stop_per_block - __start_per_block; }
-
-static void put_in_place(int block) {
-  blockIdx.x = blocks[block].x;
-  if (block == in_place) return;
-  char* aside = blocks[in_place].aside;
-  memcpy(aside, __start_per_block, own_bytes());
-  memcpy(aside + own_bytes(), shared, launch->shared_memory);
-  in_place = block;
-  aside = blocks[in_place].aside;
-  memcpy(__start_per_block, aside, own_bytes());
-  memcpy(shared, aside + own_bytes(), launch->shared_memory);
-}
-
-// clusters.h
-static void sync_cluster() {
-  const int generation = cluster_generation;
-  if (++cluster_arrived == int(blockDim.x) * launch->cluster) {
-    cluster_arrived = 0;
-    cluster_generation++;
-  }
-  wait_while(&cluster_generation, ~0, generation);
-}
-static float4 load_shared(const float* p, int rank) {
-  if (rank < 0 || rank >= launch->cluster) fail("a thread block beyond its cluster");
-  if ((size_t)p % 16) fail("a load from no multiple of 16 bytes");
-  const char* at = at_shared(__cvta_generic_to_shared(p), 16);
-  if (blocks[rank].left == 0) fail("a load from a thread block that has ended");
-  if (rank != in_place) at = blocks[rank].aside + own_bytes() + (at - shared);
-  float4 value;
-  memcpy(&value, at, 16);
-  return value;
-}
-
-static void begin_block(int block) {
+static void run_block() {
   memset(shared, 0xff, kShared);  // NaN
   block_arrived = 0;
   memset(warp_arrived, 0, sizeof warp_arrived);
-  for (int t = 0; t < int(blockDim.x); t++) {
-    const int i = block * kMaxThreads + t;
-    Fiber& f = fibers[i];
+  const int threads = blockDim.x, warps = threads / 32;
+  for (int t = 0; t < threads; t++) {
+    Fiber& f = fibers[t];
     f.done = false;
     f.late = random_number() % 2;
     f.copied = f.begun = f.group = f.n_products = f.product_group = 0;
-    waits[i].word = nullptr;
-    f.sp = fiber_stack(stacks + (i + 1) * kStack - t % 31 * 192, entry);
+    waits[t].word = nullptr;
+    f.sp = fiber_stack(stacks + (t + 1) * kStack - t % 31 * 192, entry);
   }
-  blocks[block].left = blockDim.x;
-  blocks[block].running = ~0u;
-}
-
-// Let each warp of the block that is in place go on, and some copies land.
-static void run_round() {
-  const int threads = blockDim.x, warps = threads / 32;
-  Block& block = blocks[in_place];
-  Fiber* own = fibers + in_place * kMaxThreads;
-  if (random_number() % 16 == 0)
-    block.running = random_number() % 3 ? ~0u : random_number() | 1u << random_number() % warps;
-  const int first = random_number() % warps;
-  for (int i = 0; i < warps && !failed(); i++) {
-    const int w = (first + i) % warps;
-    if (!(block.running >> w & 1)) continue;
-    for (int t = 32 * w; t < 32 * w + 32 && !failed(); t++) {
-      self = own + t;
-      if (!waits[self - fibers].goes_on() || self->done) continue;
-      threadIdx.x = t;
-      scheduling = false;
-      emu_switch(&scheduler, self->sp);
-      scheduling = true;
-      block.left -= self->done;
+  unsigned running = ~0u;
+  long idle = 0;
+  for (int left = threads; left && !failed(); idle++) {
+    if (idle > kPatience) return fail("threads wait for one another for ever");
+    if (random_number() % 16 == 0)
+      running = random_number() % 3 ? ~0u : random_number() | 1u << random_number() % warps;
+    const int first = random_number() % warps;
+    for (int i = 0; i < warps && !failed(); i++) {
+      const int w = (first + i) % warps;
+      if (!(running >> w & 1)) continue;
+      for (int t = 32 * w; t < 32 * w + 32 && !failed(); t++) {
+        if (!waits[t].goes_on()) continue;
+        self = fibers + t;
+        if (self->done) continue;
+        threadIdx.x = t;
+        scheduling = false;
+        emu_switch(&scheduler, self->sp);
+        scheduling = true;
+        left -= self->done;
+      }
+    }
+    for (int i = 0; i < threads / 4; i++) {
+      Fiber& f = fibers[random_number() % threads];
+      if (f.late && random_number() % 64) continue;
+      for (int n = random_number() % 4; n && f.copied < f.begun; n--) step_copy(f);
     }
   }
-  for (int i = 0; i < threads / 4; i++) {
-    Fiber& f = own[random_number() % threads];
-    if (f.late && random_number() % 64) continue;
-    for (int n = random_number() % 4; n && f.copied < f.begun; n--) step_copy(f);
-  }
-  for (int t = 0; block.left == 0 && t < threads && !failed(); t++) {
+  for (int t = 0; t < threads && !failed(); t++) {
     threadIdx.x = t;
-    if (own[t].copied < own[t].begun) fail("copies under way at the end");
-  }
-}
-
-static void run_cluster() {
-  const int n = launch->cluster;
-  cluster_arrived = 0;
-  for (int i = 0; i < n; i++) {
-    blocks[i].x = blockIdx.x / n * n + i;
-    if (n > 1 && !blocks[i].aside) blocks[i].aside = (char*)calloc(1, own_bytes() + kShared);
-    put_in_place(i);
-    begin_block(i);
-  }
-  int left = n;
-  for (long rounds = 0; left && !failed();) {
-    const int block = random_number() % n;
-    if (!blocks[block].left) continue;
-    put_in_place(block);
-    const int turn = n > 1 ? 1 + random_number() % 256 : 1;
-    for (int i = 0; i < turn && blocks[block].left && !failed(); i++, rounds++) {
-      if (rounds > kPatience * n) return fail("threads wait for one another for ever");
-      run_round();
-    }
-    left -= !blocks[block].left;
+    if (fibers[t].copied < fibers[t].begun) fail("copies under way at the end");
   }
 }
 
@@ -715,17 +641,17 @@ extern "C" __attribute__((visibility("default"))) void run(Launch* of) {
   launch = of;
   scheduling = true;
   if (!fibers) {
-    fibers = (Fiber*)calloc(launch->cluster * kMaxThreads, sizeof(Fiber));
-    stacks = (char*)calloc(launch->cluster * kMaxThreads, kStack);
+    fibers = (Fiber*)calloc(kMaxThreads, sizeof(Fiber));
+    stacks = (char*)calloc(kMaxThreads, kStack);
   }
   random_state = launch->seed;
   gridDim = launch->grid;
   blockDim = {unsigned(launch->threads), 1, 1};
   for (unsigned z = 0; z < gridDim.z; z++) {
     for (unsigned y = 0; y < gridDim.y; y++) {
-      for (unsigned x = 0; x < gridDim.x && !failed(); x += launch->cluster) {
+      for (unsigned x = 0; x < gridDim.x && !failed(); x++) {
         blockIdx = {x, y, z};
-        run_cluster();
+        run_block();
       }
     }
   }

@@ -108,6 +108,7 @@ INLINE float abs(float x) { return __builtin_fabsf(x); }
 INLINE int abs(int x) { return x < 0 ? -x : x; }
 INLINE float exp(float x) { return __builtin_expf(x); }
 INLINE float sqrt(float x) { return __builtin_sqrtf(x); }
+INLINE uint popcount(uint x) { return uint(__builtin_popcount(x)); }
 INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 INLINE half fma(half a, half b, half c) { return half(fma(float(a), float(b), float(c))); }
 template <class T, int N>

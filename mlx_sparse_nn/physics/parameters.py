@@ -1,0 +1,85 @@
+"""What a Hamiltonian depends on, as MLX arrays; and what a solver reads of them, or refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_sparse_nn.core.arrays import COOArray, CSRArray
+
+Rebuild = Callable[[Sequence[mx.array]], Any]
+
+
+def parameters(H: Any) -> tuple[list[mx.array], Rebuild]:
+    """Return the arrays that H is linear in, and the function that makes H of such arrays.
+
+    They are the stored values of a sparse array, a dense array itself, and what an operator of this
+    package says by two methods: ``_arrays()``, and ``_with_arrays(arrays)``, the same operator of
+    other arrays. Any other object has no arrays, and is made of none: itself.
+    """
+    if isinstance(H, mx.array):
+        return [H], lambda arrays: arrays[0]
+    if isinstance(H, CSRArray):
+        return [H.data], lambda arrays: CSRArray(arrays[0], H.pattern)
+    if isinstance(H, COOArray):
+        return [H.data], lambda arrays: COOArray(arrays[0], H.row, H.col, H.shape)
+    if hasattr(H, "_arrays") and hasattr(H, "_with_arrays"):
+        return list(H._arrays()), H._with_arrays
+    return [], lambda arrays: H
+
+
+@contextmanager
+def reading(owner: str, name: str) -> Iterator[None]:
+    """Say which argument is meant where ``mx.vmap`` or ``mx.compile`` does not let it be evaluated.
+
+    ``mx.grad`` and ``mx.jvp`` let arrays be evaluated, so a rule has to stand over the caller.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "[eval]" not in str(error):
+            raise
+        raise ValueError(
+            f"[{owner}] {name} must hold numbers, got a tracer of mx.vmap or mx.compile; "
+            f"call {owner} outside of them"
+        ) from None
+
+
+def read(owner: str, name: str, *arrays: mx.array) -> None:
+    """Evaluate arrays, or raise as :func:`reading` does."""
+    with reading(owner, name):
+        mx.eval(arrays)
+
+
+def detached(arrays: Sequence[mx.array]) -> list[mx.array]:
+    """Return copies of arrays that no transform traces.
+
+    MLX keeps all that is computed of a traced array, evaluated or not, until the transform ends.
+    """
+    return [_detached(a) for a in arrays]
+
+
+def _detached(a: mx.array) -> mx.array:
+    if a.dtype == mx.bfloat16:  # which NumPy does not have
+        return mx.view(_detached(mx.view(a, mx.uint16)), mx.bfloat16)
+    return mx.array(np.array(a), dtype=a.dtype)
+
+
+def refuse_derivatives(owner: str, name: str, array: mx.array) -> mx.array:
+    """Return a zero, ``()``, to be added to a result whose derivative by ``array`` is not known.
+
+    It raises where one is asked for, and where a transform maps ``array``.
+    """
+
+    def refuse(*_: Any) -> Any:
+        raise ValueError(f"[{owner}] has no derivative by {name}, and no vmap over it")
+
+    function: Any = mx.custom_function(lambda a: mx.zeros((), mx.float32))
+    function.vjp(refuse)
+    function.jvp(refuse)
+    function.vmap(refuse)
+    return function(array)
