@@ -48,11 +48,13 @@ class FlowRules:
             read(self.flow.owner, "psi", psi)
             read(self.flow.owner, "H", *arrays)
             psi, *arrays = detached([psi, *arrays])
-            return self.flow.states(self._product(arrays), psi)
+            return detached([self.flow.states(self._product(arrays), psi)])[0]
 
         def vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
-            gradients = self._ruled(lambda *inner: tuple(self.gradients(*detached(inner))))
-            return gradients(cotangent, output, *listed(primals))
+            def compute(*inner: mx.array) -> tuple[mx.array, ...]:
+                return tuple(detached(self.gradients(*detached(inner))))
+
+            return self._ruled(compute)(cotangent, output, *listed(primals))
 
         def jvp(primals: Any, tangents: Any) -> mx.array:
             primals, tangents = listed(primals), listed(tangents)
@@ -60,10 +62,11 @@ class FlowRules:
                 mx.zeros_like(p) if d is None else d for p, d in zip(primals, tangents, strict=True)
             ]
             n = len(primals)
-            along = self._ruled(
-                lambda *inner: self.derivative(detached(inner[:n]), detached(inner[n:]))
-            )
-            return along(*primals, *tangents)
+
+            def compute(*inner: mx.array) -> mx.array:
+                return detached([self.derivative(detached(inner[:n]), detached(inner[n:]))])[0]
+
+            return self._ruled(compute)(*primals, *tangents)
 
         return self._ruled(value, vjp=vjp, jvp=jvp)(*operands)
 
