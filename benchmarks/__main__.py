@@ -7,6 +7,7 @@
     python -m benchmarks --output benchmarks/results/cpu.json && python -m benchmarks report
     python -m benchmarks sweep --device cpu           every block size, dtype and number of rows
     python -m benchmarks sweep --device cpu --quick   two minutes of it
+    python -m benchmarks physics --pages              solvers beside SciPy and QuTiP, on one core
 
 Every peer is a process in an environment of its own, made under ``.bench/`` when it is first
 needed. Results are compared with an oracle, for equality, before any time is taken. Only ratios
@@ -23,7 +24,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks import roofline, sweep, sweep_report, workloads
+from benchmarks import physics, physics_report, roofline, sweep, sweep_report, workloads
 from benchmarks.environments import CACHE, PEERS, default_peers
 from benchmarks.measure import TURNS, Process, describe, measure
 from benchmarks.report import RESULTS, machine, tables, write
@@ -39,10 +40,11 @@ def parser() -> argparse.ArgumentParser:
         "what",
         nargs="?",
         default="all",
-        choices=["all", *SETS, "sweep", "report"],
+        choices=["all", *SETS, "sweep", "physics", "report"],
         help="layers: BlockSparseLinear; arrays: unstructured A @ x; ising: the Hamiltonian "
         "times a vector; build: making arrays; calls: what the host does for a call; sweep: one "
-        "picture of the whole; report: tables and plots of --results",
+        "picture of the whole; physics: ground states, evolution and the neural state; report: "
+        "tables and plots of --results, and of physics",
     )
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="all of the device if not given")
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
@@ -56,6 +58,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--cores", type=int, help="of those at hand, for all peers alike")
     parser.add_argument("--against", type=Path, help="another checkout of the package, as a peer")
     parser.add_argument("--output", type=Path, help="default: .bench/latest.json, or a sweep's")
+    parser.add_argument("--parts", nargs="+", choices=physics.PARTS, help="of physics; or all")
+    parser.add_argument("--pages", action="store_true", help="put the tables of physics into docs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="what to report")
     choices = parser.add_argument_group("workloads", "each choice takes all others of the grid")
     for name, values in workloads.AXES.items():
@@ -120,6 +124,10 @@ def main(argv: list[str] | None = None) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
     if args.what == "report":
         write(json.loads(args.results.read_text()))
+        physics_report.write()
+        return
+    if args.what == "physics":
+        physics.main(args.device, args.quick, args.parts, args.output, args.pages)
         return
     if args.what == "sweep":
         sweep_all(args)

@@ -49,6 +49,8 @@ def check_plot(parser: Parser, path: Path | None) -> None:
     """End with a one-line error unless a plot can be drawn to ``path``, if one is asked for."""
     if path is None:
         return
+    if path.is_dir():
+        parser.error(f"--plot: {path} is a folder")
     if not path.parent.is_dir():
         parser.error(f"--plot: there is no folder {path.parent}")
     if importlib.util.find_spec("matplotlib") is None:

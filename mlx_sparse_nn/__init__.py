@@ -21,6 +21,7 @@ from mlx_sparse_nn.core import (
     COOArray,
     CSRArray,
     CSRPattern,
+    SparseVector,
     block_diag,
     bsr_array,
     coo_array,
@@ -89,6 +90,7 @@ __all__ = [
     "RegrowReport",
     "Sensitivity",
     "SparseParameter",
+    "SparseVector",
     "SparsifyReport",
     "SummaryReport",
     "VerifyReport",
@@ -145,3 +147,24 @@ __all__ = [
     "verify",
     "vstack",
 ]
+
+# Names of SciPy that mean something else here, or nothing.
+_INSTEAD = {
+    "block_array": "stack rows of blocks: vstack([hstack(row) for row in blocks])",
+    "bmat": "stack rows of blocks: vstack([hstack(row) for row in blocks])",
+    "csc_array": "csr_array((data, indices, indptr), (n, m)).T has these columns",
+    "csr_matrix": "it is called csr_array",
+    "diags_array": "it is called diags",
+    "dia_array": "diags makes a csr of diagonals",
+    "eye_array": "it is called eye",
+    "find": "A.nonzero() has the places, A[A.nonzero()] the values",
+    "identity": "it is called eye",
+    "random_array": "it is called random, and takes m, n and density",
+    "tril": "it is a method, A.tril(k)",
+    "triu": "it is a method, A.triu(k)",
+}
+
+
+def __getattr__(name: str) -> object:
+    instead = f"; {_INSTEAD[name]}" if name in _INSTEAD else ""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{instead}")

@@ -18,6 +18,7 @@ KERNELS = {
     "scalars": ["-DELEMENT=float16"],
     "quantized": ["-DELEMENT=float", "-DBITS=5"],
     "pauli": ["-DELEMENT=float"],
+    "spgemm": ["-DELEMENT=complex64"],
     "index": [],
 }
 

@@ -559,6 +559,7 @@ LIST = untyped([1.0])
 STATE = "psi must be an mx.array, got list"
 REST = [
     ("COOArray", lambda: sparse.COOArray(["a"], [0], [0], (1, 1)), TypeError, "data must be num"),
+    ("SparseVector", lambda: sparse.SparseVector(sparse.eye(2)), TypeError, "row must be a CSRArr"),
     (
         "bsr_array",
         lambda: sparse.bsr_array(untyped(3), (2, 2)),
@@ -1084,12 +1085,14 @@ REST = [
         TypeError,
         "n_qubits must be an integer",
     ),
-    ("correlation", lambda: ph.correlation(LIST, 0, 1), TypeError, STATE),
+    ("correlation", lambda: ph.correlation(LIST), TypeError, STATE),
     ("entanglement_entropy", lambda: ph.entanglement_entropy(LIST, 1), TypeError, STATE),
     ("evolve", lambda: ph.evolve(ISING, LIST, 1.0), TypeError, STATE),
     ("exact_ground_energy", lambda: ph.exact_ground_energy(0, 1), ValueError, "n_qubits must be"),
     ("expectation", lambda: ph.expectation(ISING, LIST), TypeError, STATE),
     ("fidelity", lambda: ph.fidelity(LIST, X[0]), TypeError, "a must be an mx.array, got list"),
+    ("from_kron_order", lambda: ph.from_kron_order(LIST), TypeError, STATE),
+    ("to_kron_order", lambda: ph.to_kron_order(LIST), TypeError, STATE),
     (
         "lanczos",
         lambda: ph.lanczos(3),

@@ -45,7 +45,7 @@ MENU = {
     "Physics": ["docs/physics"],
     "How it works": ["docs/backends", "docs/gallery", "docs/design", "benchmarks/README"],
     "API": [f"docs/api/{key}" for key in api_pages.PAGES],
-    "The project": ["CHANGELOG", "CONTRIBUTING", "SECURITY"],
+    "The project": ["docs/release_0_1_0", "CHANGELOG", "CONTRIBUTING", "SECURITY"],
 }
 OTHERS = [  # linked, not in the menu
     "mlx_sparse_nn/metal/README",

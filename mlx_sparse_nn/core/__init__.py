@@ -25,11 +25,13 @@ from mlx_sparse_nn.core.device import use_cpu, use_device, use_gpu
 from mlx_sparse_nn.core.files import load_npz, load_safetensors, save_npz, save_safetensors
 from mlx_sparse_nn.core.ops import qspmm, qspmm_t, sddmm, spmm, spmm_t
 from mlx_sparse_nn.core.pattern import CSRPattern
+from mlx_sparse_nn.core.vector import SparseVector
 
 __all__ = [
     "COOArray",
     "CSRArray",
     "CSRPattern",
+    "SparseVector",
     "block_diag",
     "bsr_array",
     "coo_array",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from numbers import Number
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import mlx.core as mx
 import numpy as np
@@ -19,16 +19,27 @@ from mlx_sparse_nn.core.checks import (
     check_range,
     check_shape,
 )
-from mlx_sparse_nn.core.elementwise import Elementwise
 from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
+from mlx_sparse_nn.core.sparse import (
+    SparseArray,
+    check_comparison,
+    dense,
+    host,
+    is_dense,
+    is_scalar,
+    of_zero,
+    symbol_of,
+    weak,
+)
 from mlx_sparse_nn.core.transforms import defer_to
 from mlx_sparse_nn.core.value_maps import Gather, SumOfRuns
+from mlx_sparse_nn.core.vector import SparseVector
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-class CSRArray(Elementwise):
+class CSRArray(SparseArray):
     """A sparse matrix: an MLX array of stored values on a fixed :class:`CSRPattern`.
 
     The values may be tracers: a CSRArray can be built and used inside functions that MLX
@@ -49,11 +60,8 @@ class CSRArray(Elementwise):
         array([9, 6], dtype=float32)
     """
 
-    # NumPy then leaves `x @ A` and `2 * A` to the reflected operators below.
-    __array_ufunc__ = None
-
     def __init__(self, data: ArrayLike, pattern: CSRPattern):
-        defer_to(CSRArray)
+        defer_to(SparseArray)
         check_pattern("CSRArray", pattern)
         data = check_data("CSRArray", data)
         if tuple(data.shape) != pattern.data_shape:
@@ -70,10 +78,6 @@ class CSRArray(Elementwise):
         return self.pattern.shape
 
     @property
-    def ndim(self) -> int:
-        return 2
-
-    @property
     def nnz(self) -> int:
         """Number of stored values that lie in the matrix."""
         return self.pattern.nnz
@@ -88,22 +92,10 @@ class CSRArray(Elementwise):
         return self.pattern.block_size
 
     @property
-    def dtype(self) -> mx.Dtype:
-        return self.data.dtype
-
-    @property
     def T(self) -> CSRArray:
         """The transpose, on the cached transposed pattern."""
-        data = Gather(self.pattern.transpose_perm, self.pattern.n_blocks)(self.data)
+        data = algebra.transposition(self.pattern)(self.data)
         return CSRArray(data.swapaxes(1, 2) if data.ndim == 3 else data, self.pattern.T)
-
-    @property
-    def H(self) -> CSRArray:
-        """The conjugate transpose."""
-        transposed = self.T
-        if self.dtype == mx.complex64:
-            transposed.data = mx.conjugate(transposed.data)
-        return transposed
 
     @property
     def indptr(self) -> np.ndarray:
@@ -127,27 +119,6 @@ class CSRArray(Elementwise):
             ValueError: It is larger than the memory of the machine.
         """
         return ops.todense(self.data, self.pattern.layout)
-
-    def toarray(self) -> mx.array:
-        """Return :meth:`todense`."""
-        return self.todense()
-
-    def copy(self) -> CSRArray:
-        """Return an array of the same values. Neither changes when the other's ``data`` does."""
-        return CSRArray(self.data[:], self.pattern)
-
-    def transpose(self) -> CSRArray:
-        """Return ``A.T``."""
-        return self.T
-
-    def dot(self, other: Any) -> Any:
-        """Return ``A @ other``, or ``A * other`` of a scalar."""
-        return self * other if _is_scalar(other) else self @ other
-
-    def eval(self) -> CSRArray:
-        """Evaluate the values, and return the array: ``mx.eval(A)`` does not see into it."""
-        mx.eval(self.data)
-        return self
 
     def plot(self, ax: Axes | None = None, *, cmap: str = "Blues") -> Axes:
         """Draw the matrix on matplotlib's axes, to scale, and return them; values shade it.
@@ -173,31 +144,18 @@ class CSRArray(Elementwise):
 
     def tocsr(self) -> CSRArray:
         """Return the same matrix with ``block_size`` 1, rows kept in stored order."""
-        block_size = self.block_size
-        if block_size == 1:
+        if self.block_size == 1:
             return self
-        # Value (j, r, c) of block-row R comes before (j + 1, r, c): sort by row, keep the rest.
-        within = np.arange(block_size, dtype=np.int32)
-        row = self.pattern.row_indices[:, None, None] * block_size + within[:, None]
-        col = self.pattern.indices[:, None, None] * block_size + within
-        row, col = (np.broadcast_to(a, self.pattern.data_shape).reshape(-1) for a in (row, col))
-        data = self.data.reshape(-1)
-        if self.nnz < data.size:
-            inside = np.flatnonzero((row < self.shape[0]) & (col < self.shape[1]))
-            row, col, data = row[inside], col[inside], Gather(inside, data.size)(data)
-        indptr, indices, order = index.sort_rows(row, col, self.shape)
-        return CSRArray(
-            Gather(order, order.size)(data), CSRPattern._of(indptr, indices, self.shape)
-        )
+        scalars = algebra.scalars(self.pattern)
+        return CSRArray(scalars.values(self.data.reshape(-1)), scalars.pattern)
 
     def tocoo(self) -> COOArray:
         """Return the same matrix as coordinates, rows in order."""
         scalar = self.tocsr()
         return COOArray(scalar.data, scalar.pattern.row_indices, scalar.pattern.indices, self.shape)
 
-    def astype(self, dtype: mx.Dtype) -> CSRArray:
-        """Return a copy whose values are cast to ``dtype``."""
-        return CSRArray(self.data.astype(dtype), self.pattern)
+    def _with(self, data: mx.array) -> CSRArray:
+        return CSRArray(data, self.pattern)
 
     def canonical(self) -> CSRArray:
         """Return the same matrix with the columns of each row sorted, and none repeated."""
@@ -233,24 +191,6 @@ class CSRArray(Elementwise):
 
     __pow__ = power
 
-    def conj(self) -> CSRArray:
-        """Return the complex conjugate."""
-        is_complex = self.dtype == mx.complex64
-        return CSRArray(mx.conjugate(self.data), self.pattern) if is_complex else self
-
-    @property
-    def real(self) -> CSRArray:
-        """The real part."""
-        is_complex = self.dtype == mx.complex64
-        return CSRArray(mx.real(self.data), self.pattern) if is_complex else self
-
-    @property
-    def imag(self) -> CSRArray:
-        """The imaginary part; zeros, where values are real."""
-        is_complex = self.dtype == mx.complex64
-        data = mx.imag(self.data) if is_complex else mx.zeros_like(self.data)
-        return CSRArray(data, self.pattern)
-
     def sum(self, axis: int | None = None, *, keepdims: bool = False) -> mx.array:
         """Sum all values, or over rows (``axis=0``, ``(n_cols,)``) or columns (``axis=1``).
 
@@ -265,10 +205,8 @@ class CSRArray(Elementwise):
             # MLX 0.32.4 may never return from the sum of an empty array that NumPy made.
             return self._cleared.sum() if self.nnz else mx.zeros((), dtype)
         if not mx.issubdtype(dtype, mx.inexact):  # which have no products
-            scalar = self.tocsr()
-            places = (scalar.pattern.indices, scalar.pattern.row_indices)[axis]
-            sums = mx.zeros(self.shape[1 - axis], dtype)
-            return sums.at[mx.array(places)].add(scalar.data.astype(dtype)) if self.nnz else sums
+            array = self.tocsr() if axis == 1 else self.tocsr().T
+            return algebra.sum_rows(array.pattern)(array.data.astype(dtype))
         if axis == 0:
             return mx.ones(self.shape[0], self.dtype) @ self
         return self @ mx.ones(self.shape[1], self.dtype)
@@ -298,32 +236,107 @@ class CSRArray(Elementwise):
         return self._extreme("CSRArray.min", axis, keepdims, largest=False)
 
     def _extreme(self, owner: str, axis: int | None, keepdims: bool, largest: bool) -> mx.array:
+        rows, axis = self._rows_along(owner, axis)
+        out = reductions.extreme(owner, rows, largest)
+        return reductions.keep(out if axis is not None else out.squeeze(0), axis, keepdims)
+
+    def argmax(self, axis: int | None = None) -> mx.array:
+        """Return the first place of the largest value: of all, row by row, or in each column
+        (``axis=0``) or row; integers.
+
+        Raises:
+            TypeError: The values are complex.
+            ValueError: The matrix is empty, or ``axis`` is none of its own.
+        """
+        return self._place_of_extreme("CSRArray.argmax", axis, largest=True)
+
+    def argmin(self, axis: int | None = None) -> mx.array:
+        """Return the first place of the smallest value; as :meth:`argmax`."""
+        return self._place_of_extreme("CSRArray.argmin", axis, largest=False)
+
+    def _place_of_extreme(self, owner: str, axis: int | None, largest: bool) -> mx.array:
+        rows, axis = self._rows_along(owner, axis)
+        out = reductions.place_of_extreme(owner, rows, largest)
+        return out if axis is not None else out.squeeze(0)
+
+    def _rows_along(self, owner: str, axis: int | None) -> tuple[reductions.Rows, int | None]:
+        """Return the rows that a reduction reduces: of the transpose, or all as one."""
         axis = reductions.check_axis(owner, axis)
         array = self.tocsr().canonical()
-        if axis is None:
-            array = array.reshape((1, self.shape[0] * self.shape[1]))
-        elif axis == 0:
-            array = array.T
-        out = reductions.extreme(owner, array.data, array.pattern, largest)
-        return reductions.keep(out if axis is not None else out.squeeze(0), axis, keepdims)
+        array = array.T if axis == 0 else array
+        return reductions.Rows(array.data, *reductions.places(array.pattern, axis is None)), axis
 
     def count_nonzero(self, axis: int | None = None) -> mx.array:
         """Count values that are not 0: all, in each column (``axis=0``) or in each row."""
         axis = reductions.check_axis("CSRArray.count_nonzero", axis)
         return self.map_values(lambda data: data != 0).astype(mx.int32).sum(axis)
 
-    def reshape(self, shape: tuple[int, int]) -> CSRArray:
+    def nonzero(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return rows and columns of values that are not 0, row by row, on the host.
+
+        Raises:
+            TypeError: MLX traces the values.
+        """
+        array = self.tocsr().canonical()
+        stored = np.flatnonzero(host("A.nonzero", array.data != 0))
+        return array.pattern.row_indices[stored], array.pattern.indices[stored]
+
+    def maximum(self, other: Operand) -> Any:
+        """Return the larger of both in each place.
+
+        Args:
+            other: A sparse array of this shape, or a number that is not above 0; or a dense array,
+                which gives a dense one.
+
+        Raises:
+            TypeError: The result would not be 0 where nothing is stored.
+        """
+        return self._larger("A.maximum", mx.maximum, max, other)
+
+    def minimum(self, other: Operand) -> Any:
+        """Return the smaller of both in each place: ``other`` is not below 0 if it is a number."""
+        return self._larger("A.minimum", mx.minimum, min, other)
+
+    def _larger(self, owner: str, function: Callable, of_numbers: Callable, other: Any) -> Any:
+        if is_sparse(other):
+            a, b = (array.canonical() for array in _alike(owner, self, other))
+            return CSRArray(*algebra.map_union(function, a.data, a.pattern, b.data, b.pattern))
+        if not is_scalar(other):
+            return function(self.todense(), _fitting(owner, self, other))
+        if of_zero(owner, of_numbers, other) != 0:
+            raise TypeError(
+                f"[{owner}] {other} stands in every place that is not stored: use "
+                f"mx.{owner.removeprefix('A.')}(A.todense(), {other})"
+            )
+        return self.map_values(lambda data: function(data, weak(other)))
+
+    def _compare(self, compare: Callable, other: Any) -> Any:
+        if is_sparse(other):
+            check_comparison(compare, compare(0, 0))
+            a, b = (array.canonical() for array in _alike(symbol_of(compare), self, other))
+            return CSRArray(*algebra.map_union(compare, a.data, a.pattern, b.data, b.pattern))
+        if is_scalar(other):
+            check_comparison(compare, of_zero(symbol_of(compare), compare, other))
+            return self.map_values(lambda data: compare(data, weak(other)))
+        if is_dense(other) or hasattr(other, "tocsr"):
+            return compare(self.todense(), _fitting(symbol_of(compare), self, other))
+        return NotImplemented
+
+    def reshape(self, *shape: Any) -> Any:
         """Return the matrix of another shape that has the same numbers, row by row.
+
+        Args:
+            shape: ``(m, n)`` or ``m, n``, of which one may be -1; of one size, a SparseVector.
 
         Raises:
             ValueError: It has another number of places, or one of over 2**31 - 1 rows or columns.
         """
-        shape = check_shape("CSRArray.reshape", shape)
-        if shape[0] * shape[1] != self.shape[0] * self.shape[1]:
-            raise ValueError(f"[CSRArray.reshape] cannot make shape {shape} of {self.shape}")
+        wanted = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
+        sizes = indexing.new_shape("CSRArray.reshape", wanted, self.shape)
         array = self.tocsr().canonical()
-        pattern = CSRPattern.from_places(array.pattern.places, shape)
-        return CSRArray(array.data, pattern)
+        matrix = sizes if len(sizes) == 2 else (1, *sizes)
+        out = CSRArray(array.data, CSRPattern.from_places(array.pattern.places, matrix))
+        return out if len(sizes) == 2 else SparseVector(out)
 
     def trace(self, k: int = 0) -> mx.array:
         """Return the sum of a diagonal; ``k`` as in :meth:`diagonal`."""
@@ -331,11 +344,13 @@ class CSRArray(Elementwise):
 
     def tril(self, k: int = 0) -> CSRArray:
         """Return what lies on the ``k``-th diagonal or below it."""
-        return self._where(lambda row, col: col - row <= check_offset("CSRArray.tril", k))
+        k = check_offset("CSRArray.tril", k)
+        return self._where(lambda row, col: col - row <= k)
 
     def triu(self, k: int = 0) -> CSRArray:
         """Return what lies on the ``k``-th diagonal or above it."""
-        return self._where(lambda row, col: col - row >= check_offset("CSRArray.triu", k))
+        k = check_offset("CSRArray.triu", k)
+        return self._where(lambda row, col: col - row >= k)
 
     def _where(self, keeps: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> CSRArray:
         """Return the values in places that a function of their rows and columns keeps."""
@@ -364,27 +379,30 @@ class CSRArray(Elementwise):
     def __getitem__(self, key: Any) -> Any:
         """Return an entry, or some rows and columns.
 
-        ``A[i, j]`` is a number. ``A[i]``, ``A[a:b]``, ``A[rows]``, ``A[:, j]``, ``A[rows, a:b]``
-        and a mask of rows or columns give a CSRArray, always of two axes. Two arrays, or a mask of
-        the shape of this matrix, give the entries at these places as a dense array.
+        ``A[i, j]`` is a number. ``A[i]``, ``A[i, a:b]``, ``A[:, j]``, ``A[i, cols]`` and
+        ``A[rows, j]`` are a SparseVector. ``A[a:b]``, ``A[rows]``, ``A[rows, a:b]`` and a mask of
+        rows or columns give a CSRArray. Two arrays, or a mask of the shape of this matrix, dense or
+        sparse, give the entries at these places as a dense array.
 
         Raises:
             IndexError: An index is out of range, or none.
+            TypeError: MLX traces it.
         """
-        if hasattr(key, "shape") and len(key.shape) == 2:
-            mask = np.array(key)
-            if mask.dtype != bool or mask.shape != self.shape:
-                raise IndexError(
-                    f"[A[...]] a mask must be bool and of shape {self.shape}, got {mask.dtype} of "
-                    f"shape {mask.shape}"
-                )
-            key = np.nonzero(mask)
+        if getattr(key, "ndim", 0) == 2:
+            key = indexing.places_of_mask(key, self.shape)
         rows, cols = indexing.split(key, self.shape)
-        if not isinstance(rows, slice) and not isinstance(cols, slice):
+        n_numbers = isinstance(rows, int) + isinstance(cols, int)
+        if n_numbers == 2 or not any(isinstance(key, int | slice) for key in (rows, cols)):
             return self._entries(*indexing.pairs(rows, cols))
-        array = self.tocsr()._rows(rows)
-        is_all = isinstance(cols, slice) and cols == slice(None)
-        return array if is_all else array.T._rows(cols).T
+        if isinstance(rows, int):
+            return SparseVector(self.tocsr()._rows(rows)._columns(cols))
+        if isinstance(cols, int):
+            return SparseVector(self.tocsr().T._rows(cols)._columns(rows))
+        return self.tocsr()._rows(rows)._columns(cols)
+
+    def _columns(self, cols: slice | np.ndarray) -> CSRArray:
+        """Return some columns, of scalars."""
+        return self if indexing.is_all(cols) else self.T._rows(cols).T
 
     def _entries(self, rows: np.ndarray, cols: np.ndarray) -> mx.array:
         array = self.tocsr().canonical()
@@ -394,15 +412,17 @@ class CSRArray(Elementwise):
 
     def _rows(self, rows: int | slice | np.ndarray) -> CSRArray:
         """Return some rows, of scalars."""
+        if indexing.is_all(rows):
+            return self
         if isinstance(rows, slice):
-            if rows == slice(None):
-                return self
             rows = np.arange(self.shape[0])[rows]
         pattern, gather = indexing.take_rows(self.pattern, np.atleast_1d(rows).reshape(-1))
         return CSRArray(gather(self.data), pattern)
 
     def __matmul__(self, x: Any) -> Any:
         """Multiply by a dense vector or matrix, or by a sparse matrix, which gives a sparse one."""
+        if isinstance(x, SparseVector):
+            return NotImplemented  # which it multiplies from the right
         if not is_sparse(x):
             return _matmul("A @ x", self, x)
         if x.shape[0] != self.shape[1]:
@@ -411,19 +431,23 @@ class CSRArray(Elementwise):
         return CSRArray(*algebra.matmul(a.data, a.pattern, b.data, b.pattern))
 
     def __rmatmul__(self, x: ArrayLike) -> mx.array:
-        x = _dense("x @ A", x, self.dtype)
+        x = dense("x @ A", x, self.dtype)
         if x.shape[-1:] != self.shape[:1]:
             raise ValueError(
                 f"[x @ A] x has shape {x.shape}, A is {self.shape}: inner sizes differ"
             )
+        if not mx.issubdtype(mx.result_type(self.data, x), mx.inexact):
+            return _multiply_integers(self.T, x.swapaxes(0, -1)).swapaxes(0, -1)
         return ops.spmm_t(self.data, self.pattern, x)
 
-    def __add__(self, other: CSRArray | COOArray | ArrayLike | complex | np.generic) -> Any:
+    def __add__(self, other: Operand) -> Any:
         """Add a sparse matrix; or a dense one, which gives a dense one; or 0, as ``sum`` does."""
         if is_sparse(other):
             a, b = _alike("A + B", self, other)
             return CSRArray(*algebra.add(a.data, a.pattern, b.data, b.pattern))
-        if _is_scalar(other):
+        if isinstance(other, SparseVector):
+            raise ValueError(f"[A + v] A is {self.shape}, v is {other.shape}: shapes differ")
+        if is_scalar(other):
             if isinstance(other, Number) and other == 0:
                 return self
             raise TypeError(
@@ -434,7 +458,7 @@ class CSRArray(Elementwise):
 
     __radd__ = __add__
 
-    def __sub__(self, other: CSRArray | COOArray | ArrayLike | complex | np.generic) -> Any:
+    def __sub__(self, other: Operand) -> Any:
         """Subtract what can be added."""
         if is_sparse(other):
             a, b = _alike("A - B", self, other)
@@ -442,19 +466,19 @@ class CSRArray(Elementwise):
             if dtype == mx.bool_:
                 raise TypeError("[A - B] bool has no difference; cast one by astype")
             return a + -b.astype(dtype)  # unsigned values are promoted before they are negated
-        if _is_scalar(other):
+        if is_scalar(other):
             return self + other
         return self.todense() - _fitting("A - D", self, other)
 
     def __rsub__(self, other: ArrayLike | complex | np.generic) -> Any:
-        if _is_scalar(other):
+        if is_scalar(other):
             return -self + other
         return _fitting("D - A", self, other) - self.todense()
 
-    def __mul__(self, other: CSRArray | COOArray | ArrayLike | complex | np.generic) -> CSRArray:
+    def __mul__(self, other: Operand) -> CSRArray:
         """Multiply by a scalar, or elementwise: :meth:`multiply`. A matrix product is ``A @ x``."""
-        if _is_scalar(other):
-            return CSRArray(self.data * _weak(other), self.pattern)
+        if is_scalar(other):
+            return CSRArray(self.data * weak(other), self.pattern)
         return self.multiply(other)
 
     __rmul__ = __mul__
@@ -463,31 +487,47 @@ class CSRArray(Elementwise):
         """Divide by a scalar; or elementwise by a dense array, as :meth:`multiply` multiplies."""
         if is_sparse(other):
             raise TypeError("[A / B] has no value where B stores nothing; divide by B.todense()")
-        if _is_scalar(other):
-            return CSRArray(self.data / _weak(other), self.pattern)
+        if is_scalar(other):
+            return CSRArray(self.data / weak(other), self.pattern)
         divisor = self._values_of("A / D", other)
         if (inside := self._inside) is not None:
             divisor = mx.where(inside, divisor, mx.ones((), divisor.dtype))
         return CSRArray(self._cleared / divisor, self.pattern)
 
-    def multiply(self, other: CSRArray | COOArray | ArrayLike | complex | np.generic) -> CSRArray:
+    def multiply(self, other: Operand) -> CSRArray:
         """Multiply elementwise, by what broadcasts to the shape of this matrix.
 
         Args:
             other: A sparse or dense matrix of this shape; ``(n_rows, 1)``, a number for each row;
-                ``(1, n_cols)`` or ``(n_cols,)``, one for each column; or a scalar.
+                ``(1, n_cols)`` or ``(n_cols,)``, one for each column; or a scalar. A matrix of one
+                row or column is repeated, too.
 
         Returns:
             Of a sparse ``other``, what both store; otherwise the pattern of this matrix.
         """
-        if _is_scalar(other):
+        if is_scalar(other):
             return self * other
-        if is_sparse(other) and other.shape == self.shape:
-            a, b = (array.canonical() for array in _alike("A.multiply", self, other))
-            return CSRArray(*algebra.multiply(a.data, a.pattern, b.data, b.pattern))
-        if is_sparse(other):
-            other = other.todense()  # a row or column
-        return CSRArray(self._cleared * self._values_of("A.multiply", other), self.pattern)
+        if isinstance(other, SparseVector):
+            other = other[None]
+        if not is_sparse(other):
+            other = dense("A.multiply", other, self.dtype)
+            shape = _broadcast("A.multiply", self.shape, other.shape)
+            array = self._spread(shape)
+            return CSRArray(array._cleared * array._values_of("A.multiply", other), array.pattern)
+        other = other.tocsr() if isinstance(other, COOArray) else other
+        shape = _broadcast("A.multiply", self.shape, other.shape)
+        a, b = _alike("A.multiply", self._spread(shape), other._spread(shape))
+        a, b = a.canonical(), b.canonical()
+        return CSRArray(*algebra.multiply(a.data, a.pattern, b.data, b.pattern))
+
+    def _spread(self, shape: tuple[int, int]) -> CSRArray:
+        """Return the matrix with its one row or column repeated, where ``shape`` has more."""
+        if self.shape == shape:
+            return self
+        array = self.tocsr()
+        if array.shape[0] != shape[0]:
+            array = array._rows(np.zeros(shape[0], np.int64))
+        return array if array.shape[1] == shape[1] else array.T._spread((shape[1], shape[0])).T
 
     @property
     def _inside(self) -> mx.array | None:
@@ -506,47 +546,21 @@ class CSRArray(Elementwise):
         """Return a dense array, broadcast to this shape, where this matrix stores values."""
         return algebra.values_at(self.pattern, _fitting(owner, self, other))
 
-    def __neg__(self) -> CSRArray:
-        return CSRArray(-self.data, self.pattern)
+    def __iter__(self) -> Iterator[SparseVector]:
+        """Yield the rows."""
+        array = self.tocsr()
+        return (array[i] for i in range(self.shape[0]))
 
-    def __pos__(self) -> CSRArray:
-        return self
-
-    def __eq__(self, other: object) -> bool:
-        raise _no_comparison()
-
-    def __ne__(self, other: object) -> bool:
-        raise _no_comparison()
-
-    __hash__ = object.__hash__
-
-    def __len__(self) -> int:
-        raise TypeError("sparse array length is ambiguous; use nnz or shape[0]")
-
-    def __bool__(self) -> bool:
-        return _truth(self)
-
-    def __iter__(self) -> Iterator[CSRArray]:
-        """Yield the rows, each a CSRArray of shape ``(1, n_cols)``."""
-        scalar = self.tocsr()
-        for start, stop in zip(scalar.pattern.indptr[:-1], scalar.pattern.indptr[1:], strict=True):
-            indices = scalar.pattern.indices[start:stop]
-            pattern = CSRPattern([0, indices.size], indices, (1, self.shape[1]))
-            yield CSRArray(scalar.data[int(start) : int(stop)], pattern)
-
-    def __repr__(self) -> str:
-        blocks = f", block_size={self.block_size}" if self.block_size > 1 else ""
-        return (
-            f"CSRArray({self.shape[0]} x {self.shape[1]}, {self.dtype}{blocks}, "
-            f"{self.nnz} stored values, density {self.density:.3g})"
-        )
+    @property
+    def _blocks(self) -> str:
+        return f", block_size={self.block_size}" if self.block_size > 1 else ""
 
 
 # What describes the layout of a CSRArray, and has no meaning for coordinates.
 _OF_CSR_ALONE = ("indptr", "indices", "pattern", "block_size")
 
 
-class COOArray:
+class COOArray(SparseArray):
     """A sparse matrix as coordinates, to build a :class:`CSRArray` from.
 
     Whatever it is asked to compute, its :meth:`tocsr` computes, and gives a CSRArray.
@@ -562,10 +576,8 @@ class COOArray:
         ValueError: Lengths differ or a coordinate is out of range.
     """
 
-    __array_ufunc__ = None
-
     def __init__(self, data: ArrayLike, row: ArrayLike, col: ArrayLike, shape: tuple[int, int]):
-        defer_to(COOArray)
+        defer_to(SparseArray)
         self.data = check_data("COOArray", data)
         self._shape = check_shape("COOArray", shape)
         self._row = _coordinates("row", row, self.shape[0])
@@ -590,8 +602,9 @@ class COOArray:
         return self._col
 
     @property
-    def ndim(self) -> int:
-        return 2
+    def coords(self) -> tuple[np.ndarray, np.ndarray]:
+        """``(row, col)``."""
+        return self.row, self.col
 
     @property
     def nnz(self) -> int:
@@ -599,13 +612,9 @@ class COOArray:
         return self.row.size
 
     @property
-    def density(self) -> float:
-        """Stored fraction of the matrix."""
-        return self.nnz / max(1, self.shape[0] * self.shape[1])
-
-    @property
-    def dtype(self) -> mx.Dtype:
-        return self.data.dtype
+    def T(self) -> COOArray:
+        """The transpose."""
+        return COOArray(self.data, self.col, self.row, (self.shape[1], self.shape[0]))
 
     def tocsr(self, canonical: bool = True) -> CSRArray:
         """Return the same matrix with its rows grouped.
@@ -623,111 +632,73 @@ class COOArray:
         pattern = CSRPattern._of(indptr, indices, self.shape)
         return CSRArray(Gather(order, self.nnz)(self.data), pattern)
 
-    def todense(self) -> mx.array:
-        """Return the dense ``(n_rows, n_cols)`` array; repeated entries add up."""
-        return self.tocsr(canonical=False).todense()
-
-    @property
-    def T(self) -> COOArray:
-        """The transpose."""
-        return COOArray(self.data, self.col, self.row, (self.shape[1], self.shape[0]))
-
-    @property
-    def H(self) -> COOArray:
-        """The conjugate transpose."""
-        data = mx.conjugate(self.data) if self.dtype == mx.complex64 else self.data
-        return COOArray(data, self.col, self.row, (self.shape[1], self.shape[0]))
-
     def tocoo(self) -> COOArray:
         """Return the array itself."""
         return self
 
-    def toarray(self) -> mx.array:
-        """Return :meth:`todense`."""
-        return self.todense()
+    def todense(self) -> mx.array:
+        """Return the dense ``(n_rows, n_cols)`` array; repeated entries add up."""
+        return self._csr.todense()
 
-    def transpose(self) -> COOArray:
-        """Return ``A.T``."""
-        return self.T
+    def map_values(self, function: Callable[[mx.array], mx.array]) -> CSRArray:
+        """Return what :meth:`CSRArray.map_values` does."""
+        return self._csr.map_values(function)
 
-    def eval(self) -> COOArray:
-        """Evaluate the values, and return the array: ``mx.eval(A)`` does not see into it."""
-        mx.eval(self.data)
-        return self
+    def _with(self, data: mx.array) -> COOArray:
+        return COOArray(data, self.row, self.col, self.shape)
 
-    def astype(self, dtype: mx.Dtype) -> COOArray:
-        """Return a copy whose values are cast to ``dtype``."""
-        return COOArray(self.data.astype(dtype), self.row, self.col, self.shape)
+    def _compare(self, compare: Callable, other: Any) -> Any:
+        return self._csr._compare(compare, other)
+
+    @property
+    def _csr(self) -> CSRArray:
+        """What computes."""
+        return self.tocsr(canonical=False)
 
     def __getattr__(self, name: str) -> Any:
         """Return what a CSRArray has by this name: ``max``, ``multiply``, ``diagonal``, ..."""
         if name[0] == "_" or name in _OF_CSR_ALONE or not hasattr(CSRArray, name):
-            raise AttributeError(f"'COOArray' object has no attribute {name!r}")
-        return getattr(self.tocsr(canonical=False), name)
+            return super().__getattr__(name)
+        return getattr(self._csr, name)
 
     def __getitem__(self, key: Any) -> Any:
-        return self.tocsr(canonical=False)[key]
+        return self._csr[key]
 
-    def __abs__(self) -> CSRArray:
-        return abs(self.tocsr(canonical=False))
+    def __iter__(self) -> Iterator[SparseVector]:
+        """Yield the rows."""
+        return iter(self._csr)
 
     def __pow__(self, n: float) -> CSRArray:
-        return self.tocsr(canonical=False) ** n
+        return self._csr**n
 
     def __matmul__(self, x: Any) -> Any:
-        return self.tocsr(canonical=False) @ x
+        return self._csr @ x
 
     def __rmatmul__(self, x: ArrayLike) -> mx.array:
-        return x @ self.tocsr(canonical=False)
+        return x @ self._csr
 
-    def __add__(self, other: CSRArray | COOArray | ArrayLike | complex | np.generic) -> Any:
-        return self.tocsr(canonical=False) + other
+    def __add__(self, other: Operand) -> Any:
+        return self._csr + other
 
     __radd__ = __add__
 
-    def __sub__(self, other: CSRArray | COOArray | ArrayLike | complex | np.generic) -> Any:
-        return self.tocsr(canonical=False) - other
+    def __sub__(self, other: Operand) -> Any:
+        return self._csr - other
 
     def __rsub__(self, other: ArrayLike | complex | np.generic) -> Any:
-        return other - self.tocsr(canonical=False)
+        return other - self._csr
 
-    def __mul__(self, other: CSRArray | COOArray | ArrayLike | complex | np.generic) -> Any:
-        return self.tocsr(canonical=False) * other
+    def __mul__(self, other: Operand) -> Any:
+        return self._csr * other
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: ArrayLike | complex | np.generic) -> CSRArray:
-        return self.tocsr(canonical=False) / other
+        return self._csr / other
 
-    def __neg__(self) -> COOArray:
-        return COOArray(-self.data, self.row, self.col, self.shape)
 
-    def __pos__(self) -> COOArray:
-        return self
-
-    def __eq__(self, other: object) -> bool:
-        raise _no_comparison()
-
-    def __ne__(self, other: object) -> bool:
-        raise _no_comparison()
-
-    __hash__ = object.__hash__
-
-    def __len__(self) -> int:
-        raise TypeError("sparse array length is ambiguous; use nnz or shape[0]")
-
-    def __bool__(self) -> bool:
-        return _truth(self)
-
-    def __iter__(self) -> Iterator[CSRArray]:
-        """Yield the rows, each a CSRArray of shape ``(1, n_cols)``."""
-        return iter(self.tocsr(canonical=False))
-
-    def __repr__(self) -> str:
-        return (
-            f"COOArray({self.shape[0]} x {self.shape[1]}, {self.dtype}, "
-            f"{self.nnz} stored values, density {self.density:.3g})"
-        )
+# What stands beside a sparse matrix in a sum or an elementwise product.
+Operand: TypeAlias = "CSRArray | COOArray | SparseVector | ArrayLike | complex | np.generic"
 
 
 def csr_matmul(A: CSRArray, x: ArrayLike) -> mx.array:
@@ -750,13 +721,25 @@ def csr_matmul(A: CSRArray, x: ArrayLike) -> mx.array:
 
 
 def _matmul(owner: str, A: CSRArray, x: ArrayLike) -> mx.array:
-    x = _dense(owner, x, A.dtype)
+    x = dense(owner, x, A.dtype)
     inner = x.shape[-1 if x.ndim == 1 else -2] if x.ndim else None
     if inner != A.shape[1]:
         raise ValueError(f"[{owner}] A is {A.shape}, x has shape {x.shape}: inner sizes differ")
+    if not mx.issubdtype(mx.result_type(A.data, x), mx.inexact):
+        if x.ndim == 1:
+            return _multiply_integers(A, x)
+        return _multiply_integers(A, x.swapaxes(0, -2)).swapaxes(0, -2)
     if x.ndim == 1:
         return ops.spmm(A.data, A.pattern, x)
     return ops.spmm(A.data, A.pattern, x.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+
+def _multiply_integers(A: CSRArray, x: mx.array) -> mx.array:
+    """Return the product ``(n_rows, ...)`` with ``x (n_cols, ...)`` of integers or bools."""
+    array, dtype = A.tocsr(), mx.result_type(A.data, x)
+    _, of_columns = algebra.gathers(array.pattern)
+    values = array.data.reshape(-1, *[1] * (x.ndim - 1)).astype(dtype)
+    return algebra.sum_rows(array.pattern)(values * of_columns(x.astype(dtype)))
 
 
 def _coordinates(name: str, values: ArrayLike, size: int) -> np.ndarray:
@@ -774,7 +757,7 @@ def check_offset(owner: str, k: int) -> int:
 
 
 def is_sparse(x: object) -> TypeGuard[CSRArray | COOArray]:
-    """Return whether ``x`` is a sparse array of this package."""
+    """Return whether ``x`` is a sparse matrix of this package."""
     return isinstance(x, CSRArray | COOArray)
 
 
@@ -791,19 +774,9 @@ def _alike(owner: str, a: CSRArray | COOArray, b: CSRArray | COOArray) -> tuple[
     return _of_one_block_size(a, b)
 
 
-def _is_scalar(x: object) -> bool:
-    """Return whether ``x`` is a number, or an array of no axes."""
-    return isinstance(x, Number) or (hasattr(x, "dtype") and getattr(x, "ndim", 1) == 0)
-
-
-def _weak(x: Any) -> Any:
-    """Return a scalar so that NumPy's dtype does not decide that of the result."""
-    return x.item() if isinstance(x, np.generic | np.ndarray) else x
-
-
 def _fitting(owner: str, a: CSRArray, x: object) -> mx.array:
     """Return a dense array that broadcasts to the shape of ``a``, or raise."""
-    x = _dense(owner, x, a.dtype)
+    x = dense(owner, x, a.dtype)
     shape = (1,) * (2 - x.ndim) + tuple(x.shape)
     if len(shape) == 2 and all(n in (1, size) for n, size in zip(shape, a.shape, strict=True)):
         return x.reshape(shape)
@@ -812,29 +785,10 @@ def _fitting(owner: str, a: CSRArray, x: object) -> mx.array:
     )
 
 
-def _dense(operation: str, x: object, dtype: mx.Dtype) -> mx.array:
-    """Return an operand beside values of ``dtype``: numbers of Python and NumPy keep float64."""
-    if isinstance(x, mx.array):
-        return x
-    if isinstance(x, np.ndarray | list | tuple):
-        keeps = dtype == mx.float64 and np.asarray(x).dtype == np.float64
-        return check_data(operation, x, dtype=mx.float64 if keeps else None)
-    raise TypeError(f"[{operation}] x must be a dense array, got {_describe(x)}")
-
-
-def _describe(x: object) -> str:
-    shape = getattr(x, "shape", None)
-    return type(x).__name__ + (f" of shape {tuple(shape)}" if shape is not None else "")
-
-
-def _no_comparison() -> TypeError:
-    return TypeError(
-        "[A == B] sparse arrays have no elementwise ==, which is true nearly everywhere; compare "
-        "(A - B).count_nonzero() with 0, A.data == b for stored values, or A is B"
-    )
-
-
-def _truth(array: CSRArray | COOArray) -> bool:
-    if array.shape != (1, 1):
-        raise ValueError("The truth value of an array with more than one element is ambiguous.")
-    return bool(array.nnz)
+def _broadcast(owner: str, a: tuple[int, int], b: tuple[int, ...]) -> tuple[int, int]:
+    """Return the shape to which two shapes broadcast, that of a matrix, or raise."""
+    wide = (1,) * (2 - len(b)) + tuple(b)
+    if len(wide) == 2 and all(1 in (n, m) or n == m for n, m in zip(a, wide, strict=True)):
+        n_rows, n_cols = (m if n == 1 else n for n, m in zip(a, wide, strict=True))
+        return n_rows, n_cols
+    raise ValueError(f"[{owner}] A is {a}, and shape {tuple(b)} does not broadcast to it")

@@ -22,8 +22,10 @@ from mlx_sparse_nn.core.checks import (
 )
 from mlx_sparse_nn.core.construct import from_dense
 from mlx_sparse_nn.core.pattern import CSRPattern
+from mlx_sparse_nn.core.sparse import SparseArray
+from mlx_sparse_nn.core.vector import SparseVector
 
-Sparse = CSRArray | COOArray
+Sparse = CSRArray | COOArray | SparseVector
 
 
 def eye(m: int, n: int | None = None, k: int = 0, dtype: mx.Dtype = mx.float32) -> CSRArray:
@@ -113,7 +115,7 @@ def kron(A: Sparse | ArrayLike, B: Sparse | ArrayLike) -> CSRArray:
         array([[1, 2, 0, 0],
                [0, 0, 1, 2]], dtype=float32)
     """
-    a, b = (_scalars("kron", x) for x in (A, B))
+    a, b = (x.tocsr() for x in _matrices("kron", [A, B]))
     data = (a.data[:, None] * b.data[None, :]).reshape(-1)
     rows, cols = (
         (np.multiply.outer(of_a, size) + of_b).reshape(-1)
@@ -132,7 +134,7 @@ def kronsum(A: Sparse | ArrayLike, B: Sparse | ArrayLike) -> CSRArray:
     Raises:
         ValueError: One is not square.
     """
-    a, b = (_scalars("kronsum", x) for x in (A, B))
+    a, b = (x.tocsr() for x in _matrices("kronsum", [A, B]))
     for x in (a, b):
         if x.shape[0] != x.shape[1]:
             raise ValueError(f"[kronsum] takes square matrices, got shape {x.shape}")
@@ -216,7 +218,7 @@ def softmax(A: Sparse) -> CSRArray:
         >>> softmax(csr_array(([0.0, 0.0, 1.0], [0, 2, 1], [0, 2, 3]), (2, 3))).data
         array([0.5, 0.5, 1], dtype=float32)
     """
-    array = _scalars("softmax", A).canonical()
+    array = _matrices("softmax", [A])[0].tocsr().canonical()
     if not mx.issubdtype(array.dtype, mx.floating):
         raise TypeError(f"[softmax] A must hold real floating numbers, got {array.dtype}")
     if not array.nnz:
@@ -231,11 +233,11 @@ def softmax(A: Sparse) -> CSRArray:
 
 def issparse(x: object) -> bool:
     """Return whether ``x`` is a sparse array of this package."""
-    return is_sparse(x)
+    return isinstance(x, SparseArray)
 
 
 def _stack(owner: str, arrays: Sequence[Any], axis: int | None) -> CSRArray:
-    csr = [x.tocsr() if isinstance(x, COOArray) else _csr(owner, x) for x in arrays]
+    csr = _matrices(owner, arrays)
     if not csr:
         raise ValueError(f"[{owner}] takes at least one array")
     if axis is not None and len({a.shape[1 - axis] for a in csr}) > 1:
@@ -272,13 +274,23 @@ def _of_entries(
     return CSRArray(merged.sums(data), merged.pattern)
 
 
-def _csr(owner: str, x: Any) -> CSRArray:
-    if isinstance(x, CSRArray):
-        return x
-    x = check_data(owner, x, "an array")
+def _matrices(owner: str, arrays: Sequence[Any]) -> list[CSRArray]:
+    """Return arrays as CSR, vectors as rows. NumPy's float64 stays float64 beside such arrays."""
+    dtypes = [x.dtype for x in arrays if isinstance(x, SparseArray | mx.array)]
+    return [_matrix(owner, x, mx.float64 in dtypes) for x in arrays]
+
+
+def _matrix(owner: str, x: Any, is_wide: bool) -> CSRArray:
+    if isinstance(x, SparseVector):
+        return x[None]
+    if is_sparse(x):
+        return x if isinstance(x, CSRArray) else x.tocsr()
+    if hasattr(x, "tocsr"):
+        raise TypeError(
+            f"[{owner}] takes arrays of this package, got {type(x).__name__}; from_scipy(x) makes "
+            "one of it"
+        )
+    keeps = is_wide and not isinstance(x, mx.array) and np.asarray(x).dtype == np.float64
+    x = check_data(owner, x, "an array", mx.float64 if keeps else None)
     check_matrix(owner, "an array", x)
     return from_dense(x)
-
-
-def _scalars(owner: str, x: Any) -> CSRArray:
-    return x.tocsr() if is_sparse(x) else _csr(owner, x)

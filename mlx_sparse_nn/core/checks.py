@@ -24,6 +24,17 @@ INT32_MAX = 2**31 - 1
 SEED_MAX = 2**64 - 1  # of mx.random.key
 
 
+def shown(value: Any) -> str:
+    """Return the repr of a value for an error, or its type where a transform traces an array.
+
+    A tracer has no numbers to show, and MLX says only that it may not be evaluated.
+    """
+    try:
+        return repr(value)
+    except ValueError:
+        return f"{type(value).__name__} traced by a transform"
+
+
 def check_size(owner: str, name: str, value: int, minimum: int = 0) -> int:
     """Return ``value`` as an int of at least ``minimum``, or raise."""
     value = _check_integer(owner, name, value)
@@ -43,7 +54,7 @@ def check_seed(owner: str, seed: int) -> int:
 def check_number(owner: str, name: str, value: float) -> None:
     """Raise unless ``value`` is a real number of Python or NumPy."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"[{owner}] {name} must be a number, got {value!r}")
+        raise TypeError(f"[{owner}] {name} must be a number, got {shown(value)}")
 
 
 def check_density(owner: str, density: float, name: str = "density") -> None:
@@ -64,7 +75,7 @@ def check_name(
     owner: str, name: str, value: object, known: Sequence[str], or_else: str = ""
 ) -> None:
     """Raise unless ``value`` is one of the ``known`` words."""
-    message = f"[{owner}] {name} must be one of {tuple(known)}{or_else}, got {value!r}"
+    message = f"[{owner}] {name} must be one of {tuple(known)}{or_else}, got {shown(value)}"
     if not isinstance(value, str):
         raise TypeError(message)
     if value not in known:
@@ -250,5 +261,5 @@ def check_rectangular(owner: str, name: str, values: ArrayLike) -> np.ndarray:
 
 def _check_integer(owner: str, name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"[{owner}] {name} must be an integer, got {value!r}")
+        raise TypeError(f"[{owner}] {name} must be an integer, got {shown(value)}")
     return int(value)

@@ -20,6 +20,8 @@ from mlx_sparse_nn.core.checks import (
 )
 from mlx_sparse_nn.core.edges import pad_matrix
 from mlx_sparse_nn.core.pattern import CSRPattern
+from mlx_sparse_nn.core.sparse import SparseArray
+from mlx_sparse_nn.core.vector import SparseVector
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -100,8 +102,10 @@ def _csr(owner: str, arg: Any, shape: Any, dtype: mx.Dtype | None) -> CSRArray:
             indices = check_indices(owner, "indices", indices)
             shape = len(indptr) - 1, int(indices.max(initial=-1)) + 1
         return CSRArray(check_data(owner, data, "data", dtype), CSRPattern(indptr, indices, shape))
-    if is_sparse(arg) or _is_scipy(arg):
-        array = (arg if is_sparse(arg) else from_scipy(arg, dtype)).tocsr()
+    arg = from_scipy(arg, dtype) if _is_scipy(arg) else arg
+    arg = arg[None] if isinstance(arg, SparseVector) else arg
+    if is_sparse(arg):
+        array = arg.tocsr()
         array = array if dtype is None else array.astype(dtype)
     elif isinstance(arg, mx.array | np.ndarray | list):
         array = from_dense(check_data(owner, arg, "a dense matrix", dtype))
@@ -171,8 +175,9 @@ def from_dense(w: ArrayLike, block_size: int = 1) -> CSRArray:
     return CSRArray(data, pattern)
 
 
-def from_scipy(array: Any, dtype: mx.Dtype | None = None) -> CSRArray | COOArray:
-    """Make a sparse array of one of SciPy: csr, bsr and coo as stored, others by their ``tocsr``.
+def from_scipy(array: Any, dtype: mx.Dtype | None = None) -> CSRArray | COOArray | SparseVector:
+    """Make a sparse array of one of SciPy: csr, bsr and coo as stored, others by their ``tocsr``;
+    of one axis, a SparseVector.
 
     SciPy's bsr has whole blocks alone. For others, convert with ``.tocsr()`` there, and go on with
     ``from_dense(A.todense(), block_size)`` here.
@@ -191,6 +196,9 @@ def from_scipy(array: Any, dtype: mx.Dtype | None = None) -> CSRArray | COOArray
             f"[from_scipy] takes a sparse array of SciPy, got {type(array).__name__}; "
             "use from_dense"
         )
+    if array.ndim == 1:
+        row = array.tocoo().reshape(1, -1)
+        return SparseVector(csr_array((row.data, (row.row, row.col)), row.shape, dtype))
     if array.format == "bsr":
         return bsr_array((array.data, array.indices, array.indptr), array.shape, dtype)
     if array.format == "coo":
@@ -200,9 +208,10 @@ def from_scipy(array: Any, dtype: mx.Dtype | None = None) -> CSRArray | COOArray
 
 
 def to_scipy(
-    array: CSRArray | COOArray,
+    array: CSRArray | COOArray | SparseVector,
 ) -> scipy.sparse.csr_array | scipy.sparse.bsr_array | scipy.sparse.coo_array:
-    """Return a SciPy array of the same format: csr, bsr (``block_size > 1``) or coo.
+    """Return a SciPy array of the same format: csr, bsr (``block_size > 1``) or coo, which a vector
+    becomes too.
 
     NumPy has no bfloat16, and SciPy no float16: such values become float32.
 
@@ -212,12 +221,12 @@ def to_scipy(
     """
     import scipy.sparse
 
-    if not isinstance(array, CSRArray | COOArray):
+    if not isinstance(array, SparseArray):
         raise TypeError(f"[to_scipy] takes a CSRArray or COOArray, got {type(array).__name__}")
     is_16_bits = array.dtype in (mx.float16, mx.bfloat16)
     data = np.array(array.data.astype(mx.float32) if is_16_bits else array.data)
-    if isinstance(array, COOArray):
-        return scipy.sparse.coo_array((data, (array.row, array.col)), shape=array.shape)
+    if isinstance(array, COOArray | SparseVector):
+        return scipy.sparse.coo_array((data, array.coords), shape=array.shape)
     parts = (data, array.pattern.indices.copy(), array.pattern.indptr.copy())
     if array.block_size > 1:
         if array.pattern.layout.has_edges:
@@ -230,7 +239,8 @@ def to_scipy(
 
 
 def _is_scipy(arg: Any) -> bool:
-    return hasattr(arg, "format") and hasattr(arg, "tocsr") and not is_sparse(arg)
+    is_ours = isinstance(arg, SparseArray)
+    return not is_ours and hasattr(arg, "format") and hasattr(arg, "tocsr")
 
 
 def _is_coordinates(arg: Any) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_sparse_nn.core import blocks, edges, quantized
-from mlx_sparse_nn.core.backends import cuda
+from mlx_sparse_nn.core.backends import cpu, cuda
 from mlx_sparse_nn.core.backends.choose import choose
 from mlx_sparse_nn.core.layout import Layout
 from mlx_sparse_nn.core.transforms import needs_rules, tracing
@@ -25,6 +25,7 @@ from mlx_sparse_nn.core.transforms import needs_rules, tracing
 # What MLX passes to a rule and gets back: one array or axis, or a list of them.
 Arrays = Any
 Axes = Any
+Layouts = tuple[Layout, Layout, Layout]
 
 
 def spmm(layout: Layout, data: mx.array, x: mx.array) -> mx.array:
@@ -164,6 +165,48 @@ def qspmm_t(
     jvp, vmap = partial(_quantized_jvp, qspmm_t, layout), partial(_map_matrix, qspmm_t, layout)
     function = with_rules(_qspmm_t, layout, vjp, jvp, vmap)
     return function(_constant(packed), scales, biases, y)
+
+
+def spgemm(which: int, layouts: Layouts, first: mx.array, second: mx.array) -> mx.array:
+    """Return the values of one of three sparse matrices, ``c = a b``, of those of the other two.
+
+    The derivative of one to another is the third: all are sums of products of the same pairs.
+
+    Args:
+        which: 0, 1 or 2, of a, b and c; the first two are sums at the places that they store.
+        layouts: Of the three. That of c stores all that may not be zero.
+        first, second: ``(V, n_blocks, ...)`` of the other two, in this order.
+    """
+    if not needs_rules():
+        return cpu.spgemm(which, layouts, first, second)
+    of_first, of_second = (i for i in range(3) if i != which)
+
+    def gradient(wanted: int, other: int, values: mx.array, cotangent: mx.array) -> mx.array:
+        operands = (_conj(values), cotangent) if other < which else (cotangent, _conj(values))
+        return spgemm(wanted, layouts, *operands)
+
+    def vjp(primals: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
+        first, second = primals
+        d_first = gradient(of_first, of_second, second, cotangent)
+        return d_first, gradient(of_second, of_first, first, cotangent)
+
+    def product(layouts: Layouts, first: mx.array, second: mx.array) -> mx.array:
+        return spgemm(which, layouts, first, second)
+
+    def jvp(primals: Arrays, tangents: Arrays) -> mx.array:
+        return _bilinear_jvp(product, layouts, primals, tangents)
+
+    def vmap(operands: Arrays, axes: Axes) -> Arrays:
+        mapped = zip(operands, axes, strict=True)
+        size = next(a.shape[axis] for a, axis in mapped if axis is not None)
+        first, second = (
+            mx.broadcast_to(a, (size, *a.shape)) if axis is None else mx.moveaxis(a, axis, 0)
+            for a, axis in zip(operands, axes, strict=True)
+        )
+        out = product(layouts, mx.flatten(first, 0, 1), mx.flatten(second, 0, 1))
+        return mx.unflatten(out, 0, (size, -1)), 0
+
+    return with_rules(partial(cpu.spgemm, which), layouts, vjp, jvp, vmap)(first, second)
 
 
 def todense(layout: Layout, data: mx.array) -> mx.array:
@@ -323,7 +366,7 @@ def _writable(operand: Any) -> mx.array:
     return operand
 
 
-def _bilinear_jvp(product: Callable, layout: Layout, primals: Arrays, tangents: Arrays) -> mx.array:
+def _bilinear_jvp(product: Callable, layout: Any, primals: Arrays, tangents: Arrays) -> mx.array:
     """Return the derivative of a product along tangents, None where an operand is constant."""
     (a, b), (d_a, d_b) = primals, tangents
     if d_a is None:

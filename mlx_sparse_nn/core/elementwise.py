@@ -9,7 +9,7 @@ import mlx.core as mx
 
 
 class Elementwise:
-    """What :class:`CSRArray` has of them: each gives a matrix of the same pattern."""
+    """What sparse arrays have of them: each gives an array of the same places."""
 
     def map_values(self, function: Callable[[mx.array], mx.array]) -> Any:
         """Return a matrix of what ``function`` makes of the stored values, repeated ones summed."""
@@ -80,6 +80,10 @@ class Elementwise:
     def rint(self) -> Any:
         """Return values rounded to the nearest whole number."""
         return self.map_values(mx.round)
+
+    def __round__(self, decimals: int = 0) -> Any:
+        """Return values rounded to so many decimals."""
+        return self.map_values(lambda a: mx.round(a, decimals))
 
     def trunc(self) -> Any:
         """Return values rounded towards zero."""

@@ -14,6 +14,7 @@ import numpy as np
 from mlx_sparse_nn.core.arrays import COOArray, CSRArray, is_sparse
 from mlx_sparse_nn.core.construct import bsr_array, coo_array, csr_array
 from mlx_sparse_nn.core.pattern import CSRPattern
+from mlx_sparse_nn.core.sparse import SparseArray
 
 _FORMATS = ("csr", "csc", "bsr", "coo")
 
@@ -135,7 +136,9 @@ def load_safetensors(file: str | PathLike) -> CSRArray:
 
 def _check(owner: str, A: object) -> None:
     if not is_sparse(A):
-        raise TypeError(f"[{owner}] A must be a CSRArray or COOArray, got {type(A).__name__}")
+        hint = "; v[None] is the matrix of one row" if isinstance(A, SparseArray) else ""
+        kind = type(A).__name__
+        raise TypeError(f"[{owner}] A must be a CSRArray or COOArray, got {kind}{hint}")
 
 
 def _shape(owner: str, file: Any, shape: np.ndarray) -> tuple[int, int]:

@@ -63,7 +63,11 @@ class Native:
         self._transpose = function("transpose", None, array, array, size, size, *out)
         self._sort_rows = function("sort_rows", None, *entries, *out)
         self._unite = function("unite", size, *[array] * 4, size, *out)
-        self._multiply = function("multiply", size, array, array, size, *[array] * 8, size)
+        self._n_pairs = function("n_pairs", size, array, size, array)
+        self._room_for_places = function("room_for_places", size, size, size, size)
+        operands = [array, array, size, array, array]
+        self._multiply = function("multiply", size, *operands, size, size, *[array] * 3)
+        self._pairs = function("pairs", None, *operands, *[array] * 6)
         self._sort_coordinates = function("sort_coordinates", None, *entries, *out, array)
 
     def in_range(self, indices: np.ndarray, limit: int) -> bool:
@@ -114,15 +118,25 @@ class Native:
         found = self._unite(*operands, n_rows, *out)
         return Places(indptr, indices[:found].copy(), starts[:found].copy()), order
 
-    def multiply(self, a: Csr, b: Csr) -> tuple[Places, np.ndarray, np.ndarray]:
-        ends = _pair_ends(a, b)
-        most, n_rows = int(np.diff(ends[a[0]]).max(initial=0)), a[0].size - 1
-        indptr = np.empty(n_rows + 1, np.int32)
-        indices, starts, of_a, of_b = (np.empty(ends[-1], np.int32) for _ in range(4))
-        room = np.empty(2 * most, np.uint64)
-        out = map(_address, (indptr, indices, starts, of_a, of_b, room))
-        found = self._multiply(*map(_address, a), n_rows, *map(_address, b), *out, most)
-        return Places(indptr, indices[:found].copy(), starts[:found].copy()), of_a, of_b
+    def n_pairs(self, a: Csr, b: Csr) -> int:
+        return self._n_pairs(_address(a[1]), a[1].size, _address(b[0]))
+
+    def multiply(self, a: Csr, b: Csr, n_cols: int, most: int) -> Csr:
+        indptr, indices = np.empty(a[0].size, np.int32), np.empty(most, np.int32)
+        n_inner = b[0].size - 1
+        room = np.empty(self._room_for_places(n_inner, n_cols, b[1].size), np.uint64)
+        operands = *map(_address, a), a[0].size - 1, *map(_address, b), n_inner, n_cols
+        found = self._multiply(*operands, *map(_address, (indptr, indices, room)))
+        return indptr, share(indices[:found])
+
+    def pairs(
+        self, a: Csr, b: Csr, c: Csr, n_cols: int, n: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        sizes = c[1].size + 1, n, n, n_cols
+        starts, of_a, of_b, place_of = (np.empty(size, np.int32) for size in sizes)
+        operands = *map(_address, a), a[0].size - 1, *map(_address, b), *map(_address, c)
+        self._pairs(*operands, *map(_address, (starts, of_a, of_b, place_of)))
+        return starts, of_a, of_b
 
     def _empty(self, n: int, n_rows: int) -> tuple[Sorted, np.ndarray]:
         """Return the arrays of n sorted entries, and what sorting them takes besides."""
@@ -222,28 +236,53 @@ def unite(a: Csr, b: Csr, n_cols: int) -> tuple[Places, np.ndarray]:
     return merge(rows, np.concatenate([a[1], b[1]]), (a[0].size - 1, n_cols))
 
 
-def multiply(a: Csr, b: Csr, n_cols: int) -> tuple[Places, np.ndarray, np.ndarray]:
-    """Return the places of a product of CSR patterns, and the pairs of entries of ``a`` and ``b``
-    that add up to them, by place. There must be fewer than 2**31."""
-    if library := native():
-        return library.multiply(a, b)
-    ends = _pair_ends(a, b)
-    lengths = np.diff(ends)
-    of_a = np.repeat(np.arange(a[1].size, dtype=np.int32), lengths)
-    of_b = np.arange(ends[-1]) + np.repeat(b[0][a[1]] - ends[:-1], lengths)
-    places, order = merge(rows_of(a[0])[of_a], b[1][of_b], (a[0].size - 1, n_cols))
-    return places, of_a[order], of_b[order].astype(np.int32)
-
-
 def n_pairs(a: Csr, b: Csr) -> int:
     """Return how many products of stored values a product of two CSR patterns takes."""
-    return int(_pair_ends(a, b)[-1])
+    if library := native():
+        return library.n_pairs(a, b)
+    return int(np.diff(b[0])[a[1]].sum(dtype=np.int64))
 
 
-def _pair_ends(a: Csr, b: Csr) -> np.ndarray:
-    """Return where the pairs of each entry of ``a`` begin, and the end of all: int64."""
+def multiply(a: Csr, b: Csr, n_cols: int, most: int) -> Csr:
+    """Return the places of the product of two CSR patterns, canonical.
+
+    Args:
+        a, b: The patterns.
+        n_cols: Columns of ``b``.
+        most: The number of pairs, of :func:`n_pairs`, below 2**31.
+    """
+    if library := native():
+        return library.multiply(a, b, n_cols, most)
+    of_a, of_b = _pairs_by_row(a, b)
+    places, _ = merge(rows_of(a[0])[of_a], b[1][of_b], (a[0].size - 1, n_cols))
+    return places.indptr, places.indices
+
+
+def pairs(a: Csr, b: Csr, c: Csr, n_cols: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the pairs of entries of two CSR patterns that add up to the places of their product.
+
+    Args:
+        a, b: The patterns.
+        c: Their product, of :func:`multiply`.
+        n_cols: Columns of ``b``.
+        n: The number of pairs.
+
+    Returns:
+        Where those of each place begin, and the end of all; and the entries of ``a`` and of ``b``.
+    """
+    if library := native():
+        return library.pairs(a, b, c, n_cols, n)
+    of_a, of_b = _pairs_by_row(a, b)
+    places, order = merge(rows_of(a[0])[of_a], b[1][of_b], (a[0].size - 1, n_cols))
+    return np.append(places.starts, n).astype(np.int32), of_a[order], of_b[order]
+
+
+def _pairs_by_row(a: Csr, b: Csr) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.diff(b[0])[a[1]]
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    ends = np.cumsum(lengths)
+    of_a = np.repeat(np.arange(a[1].size, dtype=np.int32), lengths)
+    of_b = np.arange(of_a.size) + np.repeat(b[0][a[1]] - (ends - lengths), lengths)
+    return of_a, of_b.astype(np.int32)
 
 
 def share(indices: np.ndarray) -> np.ndarray:

@@ -6,12 +6,15 @@ that MLX traces.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_sparse_nn.core.checks import check_size
 from mlx_sparse_nn.core.pattern import CSRPattern
+from mlx_sparse_nn.core.sparse import SparseArray, host
 from mlx_sparse_nn.core.value_maps import Gather
 
 OWNER = "A[...]"
@@ -41,7 +44,8 @@ def _normal(key: Any, size: int, axis: str) -> Any:
         if not -size <= index < size:
             raise IndexError(f"[{OWNER}] {axis} {index} is outside a matrix of {size} {axis}s")
         return index % size
-    array = np.array(key) if isinstance(key, mx.array) else np.asarray(key)
+    key = key.todense() if isinstance(key, SparseArray) else key
+    array = host(OWNER, key) if isinstance(key, mx.array) else np.asarray(key)
     if array.size == 0:
         return np.zeros(array.shape, np.int64)
     if array.dtype == bool:
@@ -60,6 +64,50 @@ def _normal(key: Any, size: int, axis: str) -> Any:
         worst = array[outside].flat[0]
         raise IndexError(f"[{OWNER}] {axis} {worst} is outside a matrix of {size} {axis}s")
     return np.where(wide < 0, wide + size, wide)
+
+
+def is_all(key: Any) -> bool:
+    """Return whether a key asks for all rows or columns as they are."""
+    return isinstance(key, slice) and key == slice(None)
+
+
+def places_of_mask(mask: Any, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows and columns where a mask, dense or sparse, of a matrix of this shape is true.
+
+    Raises:
+        IndexError: It is not bool, or of another shape.
+        TypeError: MLX traces it.
+    """
+    if tuple(mask.shape) != shape or mask.dtype not in (mx.bool_, np.bool_):
+        raise IndexError(
+            f"[{OWNER}] a mask must be bool and of shape {shape}, got {mask.dtype} of shape "
+            f"{tuple(mask.shape)}"
+        )
+    if isinstance(mask, SparseArray):
+        array: Any = mask
+        return array.nonzero()
+    rows, cols = np.nonzero(host(OWNER, mask) if isinstance(mask, mx.array) else np.asarray(mask))
+    return rows, cols
+
+
+def new_shape(owner: str, wanted: Any, shape: tuple[int, int]) -> tuple[int, ...]:
+    """Return one or two sizes as numbers, where one may be -1, for as many places as ``shape`` has.
+
+    Raises:
+        TypeError, ValueError: They are none.
+    """
+    sizes = [check_size(owner, "a size", n, minimum=-1) for n in wanted]
+    if len(sizes) not in (1, 2) or sizes.count(-1) > 1:
+        raise ValueError(
+            f"[{owner}] shape must be one or two sizes, of which one may be -1, got {wanted}"
+        )
+    n_places = shape[0] * shape[1]
+    if -1 in sizes:
+        others = -math.prod(sizes)
+        sizes[sizes.index(-1)] = n_places // others if others else 0
+    if math.prod(sizes) != n_places:
+        raise ValueError(f"[{owner}] cannot make shape {tuple(wanted)} of {shape}")
+    return tuple(check_size(owner, "a size", n) for n in sizes)
 
 
 def pairs(rows: Any, cols: Any) -> tuple[np.ndarray, np.ndarray]:

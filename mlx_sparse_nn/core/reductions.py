@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -28,55 +28,142 @@ def keep(out: mx.array, axis: int | None, keepdims: bool) -> mx.array:
     return out.reshape(1, 1) if axis is None else mx.expand_dims(out, axis)
 
 
-def extreme(owner: str, data: mx.array, pattern: CSRPattern, largest: bool) -> mx.array:
+class Rows(NamedTuple):
+    """Rows whose extremes are asked for.
+
+    Attributes:
+        data: ``(nnz,)`` stored values, of scalars.
+        pattern: Which of them make up each row: canonical.
+        n_empty: ``(n_rows,)``, how many places of each row store nothing.
+        places: ``(nnz,)``, where each value lies in its row.
+        first_empty: ``(n_rows,)``, the first place of each row that stores nothing, or its end.
+        size: Places in a row.
+    """
+
+    data: mx.array
+    pattern: CSRPattern
+    n_empty: np.ndarray
+    places: np.ndarray
+    first_empty: np.ndarray
+    size: int
+
+
+def places(pattern: CSRPattern, as_one: bool) -> tuple:
+    """Return what :class:`Rows` says of places: of the rows of a canonical pattern, or of all of
+    them as one row."""
+    return _as_one(pattern) if as_one else (pattern, *_by_rows(pattern))
+
+
+@algebra.kept
+def _by_rows(pattern: CSRPattern) -> tuple:
+    return _describe(pattern, pattern.indices, pattern.shape[1])
+
+
+@algebra.kept
+def _as_one(pattern: CSRPattern) -> tuple:
+    n = pattern.n_blocks  # a row of stored values alone: all places may be too many
+    row = CSRPattern([0, n], np.arange(n), (1, n))
+    return row, *_describe(row, pattern.places, pattern.shape[0] * pattern.shape[1])
+
+
+def _describe(pattern: CSRPattern, places: np.ndarray, size: int) -> tuple:
+    lengths = np.diff(pattern.indptr)
+    number = np.arange(places.size) - np.repeat(pattern.indptr[:-1], lengths)  # in its row
+    first_empty = lengths.astype(np.int64)
+    moved = np.flatnonzero(places != number)
+    np.minimum.at(first_empty, pattern.row_indices[moved], number[moved])
+    return size - lengths.astype(np.int64), places, first_empty, size
+
+
+def extreme(owner: str, rows: Rows, largest: bool) -> mx.array:
     """Return the largest or smallest value of each row, ``(n_rows,)``.
 
     The gradient goes to all places that have it, in equal shares, as MLX's does.
 
     Args:
         owner: Name shown in the error message.
-        data: ``(nnz,)`` values.
-        pattern: A canonical one, of scalars.
+        rows: The rows.
         largest: Or the smallest.
 
     Raises:
         TypeError: The values are complex.
-        ValueError: There are no columns.
+        ValueError: There are no places.
     """
-    if data.dtype == mx.complex64:
-        raise TypeError(f"[{owner}] complex numbers have no order; use abs(A)")
-    if not pattern.shape[1] or not pattern.shape[0]:
-        raise ValueError(f"[{owner}] a matrix of shape {pattern.shape} has no such value")
+    _check_order(owner, rows)
+    pattern = rows.pattern
     of_rows, _ = algebra.gathers(pattern)
-    n_zeros = mx.array((pattern.shape[1] - np.diff(pattern.indptr)).astype(np.int32))
-
-    def values(data: mx.array) -> mx.array:
-        """Return the extremes, without a derivative."""
-        choose = mx.maximum if largest else mx.minimum
-        stored = _extreme_stored(data, pattern, largest)
-        return mx.where(n_zeros > 0, choose(stored, mx.zeros((), data.dtype)), stored)
+    n_empty = mx.array(rows.n_empty.astype(np.float32))
 
     def shares(data: mx.array) -> mx.array:
         """Return the part that each value has in the extreme of its row."""
-        found = values(data)
+        found = _values(rows._replace(data=data), largest)
         equal = (of_rows(found) == data) | mx.isnan(data)
         count = algebra.sum_rows(pattern)(equal.astype(mx.float32))
-        count = count + mx.where(found == 0, n_zeros, 0)
+        count = count + mx.where(found == 0, n_empty, 0)
         return (equal / of_rows(mx.maximum(count, 1))).astype(data.dtype)
 
     if not transforming():
-        return values(data)
-    function: Any = mx.custom_function(lambda data: values(mx.stop_gradient(data)))
+        return _values(rows, largest)
+    function: Any = mx.custom_function(
+        lambda data: _values(rows._replace(data=mx.stop_gradient(data)), largest)
+    )
 
+    # Shares are of the values without a derivative: MLX has none of the operations behind them.
     @function.vjp
     def vjp(primal: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-        return mx.stop_gradient(shares(primal)) * of_rows(cotangent)
+        return mx.stop_gradient(shares(mx.stop_gradient(primal))) * of_rows(cotangent)
 
     @function.jvp
     def jvp(primal: mx.array, tangent: mx.array) -> mx.array:
-        return algebra.sum_rows(pattern)(mx.stop_gradient(shares(primal)) * tangent)
+        return algebra.sum_rows(pattern)(
+            mx.stop_gradient(shares(mx.stop_gradient(primal))) * tangent
+        )
 
-    return function(data)
+    return function(rows.data)
+
+
+def place_of_extreme(owner: str, rows: Rows, largest: bool) -> mx.array:
+    """Return the first place of the largest or smallest value of each row, ``(n_rows,)``.
+
+    uint32, or int64 where a row has too many places.
+
+    Args:
+        owner, rows, largest: As of :func:`extreme`.
+
+    Raises:
+        TypeError, ValueError: As of :func:`extreme`.
+    """
+    _check_order(owner, rows)
+    rows = rows._replace(data=mx.stop_gradient(rows.data))
+    dtype = mx.uint32 if rows.size < 2**32 else mx.int64
+    to_rows, _ = algebra.gathers(rows.pattern)
+    found = _values(rows, largest)
+    equal = (to_rows(found) == rows.data) | mx.isnan(rows.data)
+    end = mx.array(rows.size, dtype)
+    first = mx.full(found.shape, end, dtype)
+    if rows.data.size:
+        candidates = mx.where(equal, mx.array(rows.places).astype(dtype), end)
+        first = first.at[to_rows.index].minimum(candidates)
+    empty = mx.array(rows.first_empty).astype(dtype)
+    return mx.where((found == 0) & _has_empty(rows), mx.minimum(first, empty), first)
+
+
+def _check_order(owner: str, rows: Rows) -> None:
+    if rows.data.dtype == mx.complex64:
+        raise TypeError(f"[{owner}] complex numbers have no order; use abs(A)")
+    if not rows.size or not rows.n_empty.size:
+        raise ValueError(f"[{owner}] a matrix without places has no such value")
+
+
+def _values(rows: Rows, largest: bool) -> mx.array:
+    """Return the extremes, without a derivative."""
+    stored = _extreme_stored(rows.data, rows.pattern, largest)
+    choose, zero = mx.maximum if largest else mx.minimum, mx.zeros((), rows.data.dtype)
+    return mx.where(_has_empty(rows), choose(stored, zero), stored)
+
+
+def _has_empty(rows: Rows) -> mx.array:
+    return mx.array((rows.n_empty > 0).astype(np.uint8)) > 0
 
 
 def largest_stored(data: mx.array, pattern: CSRPattern) -> mx.array:

@@ -11,9 +11,10 @@ since MLX (0.32.4) has no other way:
   whether it is exporting. They and ``mx.FunctionExporter`` explain where they find one.
 - ``mx.compile`` notes when it traces for every shape (``shapeless=True``), from then on too. There,
   MLX cannot tell the shape of what a ``custom_function`` gives.
-- The operators ``@ * + - /`` of ``mx.array`` return ``NotImplemented`` for a sparse array, as
-  Python's protocol asks, from the first sparse array on (:func:`defer_to`). MLX's raise instead, so
-  that Python would never try ``A.__rmatmul__`` and its like.
+- The operators ``@ * + - / == != < <= > >=`` of ``mx.array`` return ``NotImplemented`` for a
+  sparse array, as Python's protocol asks, from the first sparse array on (:func:`defer_to`). MLX's
+  raise instead, or say that the two differ, so that Python would never try ``A.__rmatmul__`` and
+  its like.
 - ``nn.Module.load_weights`` and ``save_weights`` know of patterns, from the first layer on
   (:func:`wrap_module_method`). A load writes array by array: what a layer refuses, it refuses when
   others have been written, and only who called it can put those back.
@@ -68,14 +69,26 @@ def transforming() -> bool:
     function again only for tracers. The first call in a thread or on a device always runs it: hence
     the second call. Where compilation is disabled, this answer is always True.
     """
+    return _is_tracer(_tracer())
+
+
+def is_traced(array: mx.array) -> bool:
+    """Return whether a transform that is running follows this array: its operand, or made of it.
+
+    As of :func:`transforming`: where compilation is disabled, the answer may be True of any array.
+    """
+    return _is_tracer(array.reshape(-1)[:1])  # of one shape: the probe is compiled for each
+
+
+def _is_tracer(array: mx.array) -> bool:
     if tracing.is_tracer is not None:
-        return tracing.is_tracer(_tracer())
+        return tracing.is_tracer(array)
     probe, seen = tracing.probe
     seen.clear()
-    probe(_tracer())
+    probe(array)
     if seen:
         seen.clear()
-        probe(_tracer())
+        probe(array)
     return bool(seen)
 
 
@@ -234,7 +247,8 @@ def _noted(fun: Callable, **notes: Any) -> Callable:
 @cache
 def defer_to(sparse: type) -> None:
     """Make operators of an MLX array and a sparse one, of the class ``sparse``, ask that one."""
-    for name in ("__matmul__", "__mul__", "__add__", "__sub__", "__truediv__"):
+    comparisons = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
+    for name in ("__matmul__", "__mul__", "__add__", "__sub__", "__truediv__", *comparisons):
         setattr(mx.array, name, _deferring(getattr(mx.array, name), sparse))
 
 

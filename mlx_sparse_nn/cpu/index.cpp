@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "kernels.h"
+#include "vectors.h"
 
 namespace mlx_sparse_nn {
 namespace {
@@ -131,6 +132,75 @@ void sort(const Entries& entries, int64_t n, Sorted out, uint64_t* room) {
   }
 }
 
+// Columns that the words of a bitmap stand for, and words that those of its index stand for.
+constexpr int WORD = 6;
+// Entries of a from that whose row of b is read to the one whose row is fetched.
+constexpr int AHEAD = 16;
+// Entries of b from which on its rows are fetched: with fewer, they are in the second cache.
+constexpr int64_t MANY = 100000;
+
+// The columns of a row as bits, by words of 64; and a bit for each of these words that is not 0.
+struct RowOfBits {
+  uint64_t* bits;
+  uint64_t* touched;
+  int32_t first = INT32_MAX;  // of `touched`, what is not 0
+  int32_t last = -1;
+  int32_t word = 0;      // of columns that are gathered, since neighbours often share one
+  uint64_t columns = 0;  // bits of them
+
+  INLINE void add(int32_t column) {
+    if (column >> WORD != word) {
+      if (columns) put(word, columns);
+      word = column >> WORD;
+      columns = 0;
+    }
+    columns |= uint64_t(1) << (column & 63);
+  }
+
+  INLINE void put(int32_t at, uint64_t some) {
+    const int32_t t = at >> WORD;
+    bits[at] |= some;
+    touched[t] |= uint64_t(1) << (at & 63);
+    first = std::min(first, t);
+    last = std::max(last, t);
+  }
+
+  // Writes the columns in order, and clears the row. Returns how many there are.
+  INLINE int32_t take(int32_t* out) {
+    const int32_t* begin = out;
+    if (columns) put(word, columns);
+    for (int32_t t = first; t <= last; ++t) {
+      for (uint64_t words = touched[t]; words; words &= words - 1) {
+        const int32_t at = t << WORD | __builtin_ctzll(words);
+        for (uint64_t found = bits[at]; found; found &= found - 1) {
+          *out++ = at << WORD | __builtin_ctzll(found);
+        }
+        bits[at] = 0;
+      }
+      touched[t] = 0;
+    }
+    return out - begin;
+  }
+};
+
+// Neighbouring columns of each row of a CSR as words, and the bits in them.
+void pack_columns(const int32_t* indptr, const int32_t* indices, int64_t R, int32_t* starts,
+                  int32_t* words, uint64_t* columns) {
+  int32_t n = 0;
+  for (int64_t r = 0; r < R; ++r) {
+    starts[r] = n;
+    for (int32_t j = indptr[r]; j < indptr[r + 1]; ++j) {
+      const int32_t word = indices[j] >> WORD;
+      if (n == starts[r] || words[n - 1] != word) {
+        words[n] = word;
+        columns[n++] = 0;
+      }
+      columns[n - 1] |= uint64_t(1) << (indices[j] & 63);
+    }
+  }
+  starts[R] = n;
+}
+
 }  // namespace
 
 // Whether all indices lie in [0, limit).
@@ -234,41 +304,89 @@ MLX_SPARSE_EXPORT int64_t unite(const int32_t* a_indptr, const int32_t* a_indice
   return found;
 }
 
-// Multiplies two CSR patterns: the pairs of entries whose products add up to a place, sorted by
-// their places, those of one place as rows of a have them. Of the places: where each row starts,
-// the columns, and where their pairs begin. `room` takes two numbers for each pair of the longest
-// row. Returns how many places there are.
+// How many pairs of entries of two CSR patterns their product takes, n those of a.
+MLX_SPARSE_EXPORT int64_t n_pairs(const int32_t* a_indices, int64_t n, const int32_t* b_indptr) {
+  int64_t pairs = 0;
+  for (int64_t i = 0; i < n; ++i) pairs += b_indptr[a_indices[i] + 1] - b_indptr[a_indices[i]];
+  return pairs;
+}
+
+// How many uint64 finding the places of a product takes as `room`: b stores n entries in K rows of
+// C columns.
+MLX_SPARSE_EXPORT int64_t room_for_places(int64_t K, int64_t C, int64_t n) {
+  return (C >> WORD) + (C >> 2 * WORD) + 2 + n + (n + K + 2) / 2;
+}
+
+// The places of a product of two CSR patterns: where each row starts, and the columns, in order.
+// Returns how many there are, at most n_pairs.
 MLX_SPARSE_EXPORT int64_t multiply(const int32_t* a_indptr, const int32_t* a_indices, int64_t R,
-                                   const int32_t* b_indptr, const int32_t* b_indices,
-                                   int32_t* indptr, int32_t* indices, int32_t* starts,
-                                   int32_t* of_a, int32_t* of_b, uint64_t* room, int64_t most) {
-  uint64_t* keys = room;  // column, and the number of the pair in its row
-  uint64_t* pairs = room + most;
+                                   const int32_t* b_indptr, const int32_t* b_indices, int64_t K,
+                                   int64_t C, int32_t* indptr, int32_t* indices, uint64_t* room) {
+  const int64_t n = b_indptr[K];
+  uint64_t* const touched = room + (C >> WORD) + 1;
+  uint64_t* const columns = touched + (C >> 2 * WORD) + 1;
+  std::fill(room, columns, 0);
+  int64_t runs = 0;
+  for (int64_t j = 1; j < n; ++j) runs += b_indices[j] >> WORD != b_indices[j - 1] >> WORD;
+  const bool packs = 2 * (runs + K) < n;
+  int32_t* words = reinterpret_cast<int32_t*>(columns + n);
+  int32_t* starts = words + n;
+  if (packs) pack_columns(b_indptr, b_indices, K, starts, words, columns);
   int32_t found = 0;
-  int32_t pair = 0;
   indptr[0] = 0;
   for (int64_t r = 0; r < R; ++r) {
-    uint32_t n = 0;
+    RowOfBits row{room, touched};
     for (int32_t i = a_indptr[r]; i < a_indptr[r + 1]; ++i) {
-      for (int32_t j = b_indptr[a_indices[i]]; j < b_indptr[a_indices[i] + 1]; ++j) {
-        keys[n] = uint64_t(b_indices[j]) << 32 | n;
-        pairs[n++] = uint64_t(i) << 32 | uint32_t(j);
+      const int32_t k = a_indices[i];
+      if (packs) {
+        for (int32_t j = starts[k]; j < starts[k + 1]; ++j) row.put(words[j], columns[j]);
+        continue;
       }
-    }
-    std::sort(keys, keys + n);
-    for (uint32_t k = 0; k < n; ++k) {
-      const int32_t col = keys[k] >> 32;
-      if (k == 0 || col != indices[found - 1]) {
-        indices[found] = col;
-        starts[found++] = pair;
+      if (n > MANY && i + AHEAD < a_indptr[R]) __builtin_prefetch(b_indptr + a_indices[i + AHEAD]);
+      if (n > MANY && i + AHEAD / 2 < a_indptr[R]) {
+        __builtin_prefetch(b_indices + b_indptr[a_indices[i + AHEAD / 2]]);
       }
-      const uint64_t both = pairs[uint32_t(keys[k])];
-      of_a[pair] = both >> 32;
-      of_b[pair++] = uint32_t(both);
+      for (int32_t j = b_indptr[k]; j < b_indptr[k + 1]; ++j) row.add(b_indices[j]);
     }
+    found += row.take(indices + found);
     indptr[r + 1] = found;
   }
   return found;
+}
+
+// The pairs of entries of two CSR patterns whose products add up to the places of their product, c:
+// by place, those of one place as rows of a have them; `starts` says where those of each place
+// begin, and the end of all. `place_of` takes C numbers.
+MLX_SPARSE_EXPORT void pairs(const int32_t* a_indptr, const int32_t* a_indices, int64_t R,
+                             const int32_t* b_indptr, const int32_t* b_indices,
+                             const int32_t* c_indptr, const int32_t* c_indices, int32_t* starts,
+                             int32_t* of_a, int32_t* of_b, int32_t* place_of) {
+  int32_t* next = starts + 1;  // where the next pair of a place goes: in the end, its end
+  int32_t begin = 0;
+  starts[0] = 0;
+  for (int64_t r = 0; r < R; ++r) {
+    const auto each = [=](const auto& f) {
+      for (int32_t i = a_indptr[r]; i < a_indptr[r + 1]; ++i) {
+        const int32_t k = a_indices[i];
+        for (int32_t j = b_indptr[k]; j < b_indptr[k + 1]; ++j) f(place_of[b_indices[j]], i, j);
+      }
+    };
+    for (int32_t place = c_indptr[r]; place < c_indptr[r + 1]; ++place) {
+      place_of[c_indices[place]] = place;
+      next[place] = 0;
+    }
+    each([=](int32_t place, int32_t, int32_t) { ++next[place]; });
+    for (int32_t place = c_indptr[r]; place < c_indptr[r + 1]; ++place) {
+      const int32_t count = next[place];
+      next[place] = begin;
+      begin += count;
+    }
+    each([=](int32_t place, int32_t i, int32_t j) {
+      const int32_t to = next[place]++;
+      of_a[to] = i;
+      of_b[to] = j;
+    });
+  }
 }
 
 }  // namespace mlx_sparse_nn

@@ -111,4 +111,25 @@ struct PauliMoments {
   Crew crew;
 };
 
+// c = a b on three patterns of block-rows, where c stores all that may not be zero; or the sums
+// that its gradients to a and b are. Two of the three are read.
+struct Spgemm {
+  const int32_t* a_indptr;  // (R + 1)
+  const int32_t* a_indices;
+  const int32_t* b_indptr;  // (K + 1)
+  const int32_t* b_indices;
+  const int32_t* c_indptr;  // (R + 1)
+  const int32_t* c_indices;
+  void* a;  // (V, n_blocks of a, B, B), and so on, without gaps
+  void* b;
+  void* c;
+  int64_t R;
+  int64_t K;
+  int64_t C;
+  int64_t B;
+  int64_t V;
+  void* scratch;  // spgemm_scratch() bytes, aligned to 64
+  Crew crew;
+};
+
 }  // namespace mlx_sparse_nn

@@ -443,6 +443,72 @@ class PauliMomentsOf : public CPUPrimitive {
   const Kernel<PauliMoments>* kernel_;
 };
 
+// Inputs: a_indptr, a_indices, and the values of two of a, b and c in this order, (V, n_blocks) or
+// (V, n_blocks, B, B); b_indptr, b_indices, c_indptr, c_indices.
+class SparseSparseProduct : public CPUPrimitive {
+ public:
+  enum class Out { A, B, C };
+
+  // `n_cols` are the block-columns of b and c.
+  SparseSparseProduct(mx::Stream stream, const Kernel<Spgemm>* kernel, Out out, int n_cols)
+      : CPUPrimitive(stream), kernel_(kernel), out_(out), n_cols_(n_cols) {}
+
+  const char* name() const override { return "SparseSparseProduct"; }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    const auto& same = static_cast<const SparseSparseProduct&>(other);
+    return kernel_ == same.kernel_ && out_ == same.out_ && n_cols_ == same.n_cols_;
+  }
+
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
+    auto shape = inputs[2].shape();
+    shape[1] = inputs[out_ == Out::A ? 1 : out_ == Out::B ? 5 : 7].size();
+    return {shape};
+  }
+
+  Mapped vmap(const std::vector<mx::array>& inputs, const std::vector<int>& axes) override {
+    check_unmapped(axes, {0, 1, 4, 5, 6, 7});
+    auto in = inputs;
+    const int mapped = axes[2] >= 0 ? 2 : 3, m = inputs[mapped].shape(axes[mapped]);
+    for (int i : {2, 3}) in[i] = matrices(inputs[i], axes[i], m, true);
+    const int V = in[2].shape(0) / m;
+    const auto shape = output_shapes(in)[0];
+    auto primitive = std::make_shared<SparseSparseProduct>(stream(), kernel_, out_, n_cols_);
+    mx::array out(shape, inputs[3].dtype(), primitive, std::move(in));
+    return {{mx::unflatten(out, 0, {m, V}, stream())}, {0}};
+  }
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    auto& encoder = mx::cpu::get_command_encoder(stream());
+    outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
+    const int32_t* index[6];
+    const int places[] = {0, 1, 4, 5, 6, 7};
+    for (int i = 0; i < 6; ++i) {
+      index[i] = static_cast<const int32_t*>(contiguous(inputs[places[i]], encoder));
+    }
+    void* first = const_cast<void*>(contiguous(inputs[2], encoder));
+    void* second = const_cast<void*>(contiguous(inputs[3], encoder));
+    void* out = outputs[0].data<char>();
+    Spgemm p{index[0], index[1], index[2], index[3], index[4], index[5]};
+    p.a = out_ == Out::A ? out : first;
+    p.b = out_ == Out::B ? out : out_ == Out::A ? first : second;
+    p.c = out_ == Out::C ? out : second;
+    p.R = static_cast<int64_t>(inputs[0].size()) - 1;
+    p.K = static_cast<int64_t>(inputs[4].size()) - 1;
+    p.C = n_cols_;
+    p.B = inputs[2].ndim() > 2 ? inputs[2].shape(-1) : 1;
+    p.V = inputs[2].shape(0);
+    p.crew = crew();
+    p.scratch = temporary(kernel_->scratch(&p), encoder);
+    encoder.dispatch([p, compute = kernel_->compute]() { compute(&p); });
+  }
+
+ private:
+  const Kernel<Spgemm>* kernel_;
+  Out out_;
+  int n_cols_;
+};
+
 // ------------------------------------------------------------------------------------- Python
 
 size_t header = 0;     // bytes of PyObject
@@ -546,6 +612,20 @@ MLX_SPARSE_EXPORT const char* make_pauli_moments(void* out, const void* kernel, 
   return write(out, {terms, u, x}, 2, [&](mx::Stream stream) {
     return std::make_shared<PauliMomentsOf>(stream,
                                             static_cast<const Kernel<PauliMoments>*>(kernel));
+  });
+}
+
+// `which` of a, b and c is computed of the other two: 0, 1 or 2.
+MLX_SPARSE_EXPORT const char* make_spgemm(void* out, const void* kernel, void* a_indptr,
+                                          void* a_indices, void* first, void* second,
+                                          void* b_indptr, void* b_indices, void* c_indptr,
+                                          void* c_indices, int which, int n_cols) {
+  const auto operands = {a_indptr, a_indices, first,    second,
+                         b_indptr, b_indices, c_indptr, c_indices};
+  return write(out, operands, 2, [&](mx::Stream stream) {
+    return std::make_shared<SparseSparseProduct>(stream, static_cast<const Kernel<Spgemm>*>(kernel),
+                                                 static_cast<SparseSparseProduct::Out>(which),
+                                                 n_cols);
   });
 }
 

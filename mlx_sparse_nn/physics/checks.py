@@ -14,10 +14,10 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core.checks import check_size
-from mlx_sparse_nn.core.transforms import transforming
+from mlx_sparse_nn.core.checks import check_size, shown
+from mlx_sparse_nn.core.transforms import is_traced, transforming
 from mlx_sparse_nn.physics.parameters import read
-from mlx_sparse_nn.physics.precision import epsilon, pairwise_sum
+from mlx_sparse_nn.physics.precision import epsilon, largest_part, pairwise_sum
 from mlx_sparse_nn.physics.units import Scaled, in_own_unit
 
 Values: TypeAlias = "float | Sequence[float | mx.array] | np.ndarray | mx.array"
@@ -35,7 +35,7 @@ def check_chain(owner: str, n_qubits: int, periodic: bool) -> tuple[int, int]:
 def check_bonds(owner: str, bonds: Pairs, n_qubits: int) -> list[tuple[int, int]]:
     """Return bonds as pairs of different sites, each once, or raise."""
     if isinstance(bonds, str) or not (hasattr(bonds, "__iter__") and hasattr(bonds, "__len__")):
-        raise TypeError(f"[{owner}] bonds must be a list of pairs of sites, got {bonds!r}")
+        raise TypeError(f"[{owner}] bonds must be a list of pairs of sites, got {shown(bonds)}")
     checked, first = [], {}
     for index, bond in enumerate(bonds):
         name = f"bonds[{index}]"
@@ -141,12 +141,12 @@ def _real_numbers(
     """Return finite real numbers of shape ``()`` or ``shape`` as float64, or raise."""
     array = np.asarray(values.tolist() if isinstance(values, mx.array) else values)
     if array.dtype.kind not in "iuf":
-        raise TypeError(f"[{owner}] {name} must be real numbers, got {values!r}")
+        raise TypeError(f"[{owner}] {name} must be real numbers, got {shown(values)}")
     if array.shape not in ((), shape):
         raise ValueError(f"[{owner}] {name} must be {expected}, got shape {array.shape}")
     array = array.astype(np.float64)
     if not np.isfinite(array).all():
-        raise ValueError(f"[{owner}] {name} must be finite, got {values!r}")
+        raise ValueError(f"[{owner}] {name} must be finite, got {shown(values)}")
     return array
 
 
@@ -200,15 +200,43 @@ def check_basis_memory(owner: str, size: int, dim: int, dtype: mx.Dtype) -> None
 
 def check_hamiltonian(owner: str, H: Any) -> int:
     """Return the dimension of a square Hamiltonian, or raise."""
-    if isinstance(H, np.ndarray) or not (hasattr(H, "shape") and hasattr(H, "__matmul__")):
+    made_by = {base.__module__.split(".")[0] for base in type(H).__mro__}
+    if made_by & {"numpy", "scipy"} or not (hasattr(H, "shape") and hasattr(H, "__matmul__")):
+        if "scipy" in made_by:  # NumPy computes its products, which no transform of MLX can follow
+            advice = "mlx_sparse_nn.from_scipy(H) makes a CSRArray of a sparse matrix"
+        elif "numpy" in made_by:
+            advice = "mx.array(H) makes one of it"
+        else:
+            advice = "any object with shape whose H @ psi is an mx.array will also do"
         raise TypeError(
             f"[{owner}] H must be a CSRArray, an IsingOperator, a PauliSum or an mx.array, got "
-            f"{type(H).__name__}; any object with shape whose H @ psi is an mx.array will also do"
+            f"{type(H).__name__}; {advice}"
         )
     shape = tuple(H.shape)
     if len(shape) != 2 or shape[0] != shape[1]:
         raise ValueError(f"[{owner}] H must be square, got shape {shape}")
     return shape[0]
+
+
+def check_product(owner: str, H: Any, psi: mx.array) -> mx.array:
+    """Return ``H @ psi``, or raise unless MLX computes it from ``psi``.
+
+    A product that NumPy computes would have the gradient 0, without a word.
+    """
+    advice = "must be computed by MLX from psi, or mx.grad and its like cannot follow it"
+    try:
+        product = H @ psi
+    except ValueError as error:
+        if not str(error).startswith("[eval]"):
+            raise
+        raise TypeError(f"[{owner}] H @ psi {advice}: it reads the numbers of psi") from error
+    if not isinstance(product, mx.array):
+        raise TypeError(f"[{owner}] H @ psi must be an mx.array, got {type(product).__name__}")
+    if product.shape != psi.shape:
+        raise ValueError(f"[{owner}] H @ psi has shape {product.shape}, psi has {psi.shape}")
+    if is_traced(psi) and not is_traced(product):
+        raise TypeError(f"[{owner}] H @ psi {advice}: it does not depend on psi")
+    return product
 
 
 def check_hermitian(owner: str, H: Any, normals: Callable[[], mx.array]) -> Scaled:
@@ -237,6 +265,13 @@ def check_state(owner: str, name: str, psi: mx.array, dim: int | None = None) ->
 
     What it holds is looked at unless a transform is running.
     """
+    return check_sized_state(owner, name, psi, dim)[0]
+
+
+def check_sized_state(
+    owner: str, name: str, psi: mx.array, dim: int | None = None
+) -> tuple[mx.array, mx.array]:
+    """Return a state as :func:`check_state` does, and its largest part, ``()``, or raise."""
     _check_array(owner, name, psi)
     if psi.ndim != 1 or dim not in (None, psi.size):
         needs = "expected one axis" if dim is None else f"H needs ({dim},)"
@@ -244,13 +279,24 @@ def check_state(owner: str, name: str, psi: mx.array, dim: int | None = None) ->
     return _check_amplitudes(owner, name, psi)
 
 
-def check_state_of_sites(owner: str, psi: mx.array) -> tuple[mx.array, int]:
-    """Return a state of ``(2**n,)``, as :func:`check_state` does, and n, or raise."""
+def check_state_of_sites(owner: str, psi: mx.array) -> tuple[mx.array, mx.array, int]:
+    """Return a state of ``(2**n,)``, as :func:`check_sized_state` does, and n, or raise."""
+    n = _sites(owner, psi, "(2**n,)", (1,))
+    return *_check_amplitudes(owner, "psi", psi), n
+
+
+def check_columns_of_sites(owner: str, psi: mx.array) -> tuple[mx.array, int]:
+    """Return states of ``(2**n,)`` or ``(2**n, k)``, whatever they hold, and n, or raise."""
+    return psi, _sites(owner, psi, "(2**n,) or (2**n, k)", (1, 2))
+
+
+def _sites(owner: str, psi: mx.array, expected: str, ndims: tuple[int, ...]) -> int:
+    """Return n of a shape that begins with 2**n, or raise."""
     _check_array(owner, "psi", psi)
-    n = psi.size.bit_length() - 1
-    if psi.ndim != 1 or n < 1 or psi.size != 1 << n:
-        raise ValueError(f"[{owner}] psi has shape {psi.shape}, expected (2**n,) with n >= 1")
-    return _check_amplitudes(owner, "psi", psi), n
+    n = (psi.shape[0] if psi.ndim else 0).bit_length() - 1
+    if psi.ndim not in ndims or n < 1 or psi.shape[0] != 1 << n:
+        raise ValueError(f"[{owner}] psi has shape {psi.shape}, expected {expected} with n >= 1")
+    return n
 
 
 def _check_array(owner: str, name: str, psi: mx.array) -> None:
@@ -258,29 +304,32 @@ def _check_array(owner: str, name: str, psi: mx.array) -> None:
         raise TypeError(f"[{owner}] {name} must be an mx.array, got {type(psi).__name__}")
 
 
-def _check_amplitudes(owner: str, name: str, psi: mx.array) -> mx.array:
-    """Return amplitudes as float32 or wider, or raise if they are all zero or not finite."""
+def _check_amplitudes(owner: str, name: str, psi: mx.array) -> tuple[mx.array, mx.array]:
+    """Return amplitudes as float32 or wider, and their largest part, or raise.
+
+    They must not all be zero, and must be finite.
+    """
     if not psi.size:
         raise ValueError(f"[{owner}] {name} must not be empty, got shape {psi.shape}")
     psi = psi.astype(mx.result_type(psi, mx.float32))
-    if not transforming():
-        check_magnitude(owner, name, psi)
-    return psi
+    return psi, largest_part(psi) if transforming() else check_magnitude(owner, name, psi)
 
 
-def check_magnitude(owner: str, name: str, psi: mx.array) -> None:
-    """Raise if amplitudes are all zero, or not finite."""
-    largest = float(mx.abs(psi).max())
-    if not math.isfinite(largest):
-        raise ValueError(f"[{owner}] {name} must be finite, its largest magnitude is {largest}")
-    if largest == 0:
+def check_magnitude(owner: str, name: str, psi: mx.array) -> mx.array:
+    """Return the largest part of amplitudes, ``()``, or raise if it is zero or not finite."""
+    largest = largest_part(psi)
+    host = float(largest)
+    if not math.isfinite(host):
+        raise ValueError(f"[{owner}] {name} must be finite, its largest magnitude is {host}")
+    if host == 0:
         raise ValueError(f"[{owner}] {name} must not be zero")
+    return largest
 
 
 def check_index(owner: str, name: str, value: int, last: int) -> int:
     """Return ``value`` as an int of 0 to ``last``, or raise."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"[{owner}] {name} must be an integer, got {value!r}")
+        raise TypeError(f"[{owner}] {name} must be an integer, got {shown(value)}")
     if not 0 <= value <= last:
         raise ValueError(f"[{owner}] {name} must be in [0, {last}], got {value}")
     return int(value)
@@ -288,8 +337,8 @@ def check_index(owner: str, name: str, value: int, last: int) -> int:
 
 def check_axis(owner: str, axis: str) -> None:
     """Raise unless ``axis`` is one of those along which a spin is measured."""
-    if axis not in ("z", "x"):
-        raise ValueError(f"[{owner}] axis must be 'z' or 'x', got {axis!r}")
+    if axis not in ("z", "x", "y"):
+        raise ValueError(f"[{owner}] axis must be 'z', 'x' or 'y', got {shown(axis)}")
 
 
 def check_times(owner: str, t: Values) -> tuple[np.ndarray, bool]:
@@ -304,9 +353,11 @@ def check_times(owner: str, t: Values) -> tuple[np.ndarray, bool]:
         host = np.asarray(t)
         elements = t if isinstance(t, list | tuple) else []
         if any(isinstance(a, mx.array) for a in elements):
-            raise TypeError(f"[{owner}] t must be numbers or one mx.array, got {t!r}; use mx.stack")
+            raise TypeError(
+                f"[{owner}] t must be numbers or one mx.array, got {shown(t)}; use mx.stack"
+            )
     if host.dtype.kind not in "iuf":
-        raise TypeError(f"[{owner}] t must be a number or a sequence of numbers, got {t!r}")
+        raise TypeError(f"[{owner}] t must be a number or a sequence of numbers, got {shown(t)}")
     if host.ndim > 1 or not host.size:
         raise ValueError(f"[{owner}] t must be a number or (K,) of them, got shape {host.shape}")
     times = host.astype(np.float64)
@@ -318,7 +369,7 @@ def check_times(owner: str, t: Values) -> tuple[np.ndarray, bool]:
 def check_tol(owner: str, tol: float, minimum: float = 0.0) -> float:
     """Return a positive tolerance of [minimum, 1), or raise."""
     if isinstance(tol, bool) or not isinstance(tol, int | float | np.floating):
-        raise TypeError(f"[{owner}] tol must be a number, got {tol!r}")
+        raise TypeError(f"[{owner}] tol must be a number, got {shown(tol)}")
     if not (minimum <= tol < 1 and tol > 0):
         interval = f"[{minimum:g}, 1)" if minimum else "(0, 1)"
         raise ValueError(f"[{owner}] tol must be in {interval}, got {tol}")

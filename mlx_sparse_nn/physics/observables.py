@@ -1,23 +1,39 @@
 """Observables of a state: energy, magnetisation, correlation, entanglement and fidelity.
 
-A state that is zero or not finite raises. A transform, such as mx.grad or mx.compile, traces states
-whose numbers are not known yet: there, everything stays lazy and such a state gives nan.
+A state that is zero or not finite raises, and so does what does not fit its dtype, as the square of
+an energy of 1e-23 in float32. A transform, such as mx.grad or mx.compile, traces states whose
+numbers are not known yet: there, everything stays lazy and such a state gives nan.
+
+States and products with H are first multiplied by powers of two, so that no square is too large or
+too small. A derivative by ``psi`` is divided by the norm of ``psi``, to the power of its order.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
+from mlx_sparse_nn.core.transforms import transforming
 from mlx_sparse_nn.physics.checks import (
     check_axis,
     check_hamiltonian,
     check_index,
-    check_state,
+    check_product,
+    check_sized_state,
     check_state_of_sites,
 )
-from mlx_sparse_nn.physics.precision import pairwise_sum
+from mlx_sparse_nn.physics.precision import (
+    epsilon,
+    largest_part,
+    pairwise_sum,
+    parts_of,
+    power_of_two,
+    times_real,
+)
 
 _TINY = 1e-300  # replaces smaller eigenvalues, so that the logarithm of 0 is finite
 
@@ -29,7 +45,7 @@ def expectation(H: Any, psi: mx.array) -> mx.array:
 
     Args:
         H: ``(n, n)``, Hermitian: a CSRArray, an IsingOperator, or any object with ``shape`` whose
-            ``H @ psi`` is an MLX array. Any other matrix gives the real part.
+            ``H @ psi`` MLX computes. Any other matrix gives the real part. Any unit of energy.
         psi: ``(n,)`` amplitudes, real or complex64, of any norm but 0.
 
     Returns:
@@ -37,12 +53,11 @@ def expectation(H: Any, psi: mx.array) -> mx.array:
 
     Raises:
         TypeError: ``H`` is not such an object, or ``psi`` is not an array.
-        ValueError: ``H`` is not square, or ``psi`` does not have shape ``(n,)``, is empty, zero or
-            not finite.
+        ValueError: ``H`` is not square, ``psi`` does not have shape ``(n,)``, is empty, zero or not
+            finite, or the energy does not fit its dtype.
     """
-    psi = check_state("expectation", "psi", psi, check_hamiltonian("expectation", H))
-    bra = _conj(psi)
-    return pairwise_sum(mx.real(bra * (H @ psi))) / pairwise_sum(mx.real(bra * psi))
+    measured = _energy("expectation", H, psi)
+    return _with_unit("expectation", "energy", measured.energy, measured.unit)
 
 
 def variance(H: Any, psi: mx.array) -> mx.array:
@@ -53,7 +68,8 @@ def variance(H: Any, psi: mx.array) -> mx.array:
     :func:`expectation`.
 
     Args:
-        H: ``(n, n)``, Hermitian, as in :func:`expectation`.
+        H: ``(n, n)``, Hermitian, as in :func:`expectation`. In float32, the square of an energy
+            fits between 1e-38 and 1e38 only.
         psi: ``(n,)`` amplitudes, real or complex64, of any norm but 0.
 
     Returns:
@@ -62,21 +78,26 @@ def variance(H: Any, psi: mx.array) -> mx.array:
     Raises:
         TypeError, ValueError: As in :func:`expectation`.
     """
-    psi = check_state("variance", "psi", psi, check_hamiltonian("variance", H))
-    product, weight = H @ psi, _weights(psi)
-    norm = pairwise_sum(weight)
-    energy = pairwise_sum(mx.real(_conj(psi) * product)) / norm
-    return pairwise_sum(_weights(product - energy * psi)) / norm
+    state, norm, product, energy, unit = _energy("variance", H, psi)
+    rest = [h - energy * x for h, x in zip_longest(product, state, fillvalue=0)]
+    factor = power_of_two(mx.stack([largest_part(part) for part in rest]).max())
+    factor = mx.minimum(factor, 2.0**40)  # below that is rounding, or the 0 of an eigenstate
+    rest = [part * factor for part in rest]
+    squared = _dot(rest, rest) / norm
+    rounding = (8 * epsilon(energy.dtype) * energy * factor).square()  # all that an eigenstate has
+    return _with_unit("variance", "variance", squared, unit / factor, 2, rounding)
 
 
 def magnetization(psi: mx.array, axis: str = "z") -> mx.array:
-    r"""Return :math:`\langle Z_i\rangle` or :math:`\langle X_i\rangle` of every site.
+    r"""Return :math:`\langle Z_i\rangle`, :math:`\langle X_i\rangle` or :math:`\langle Y_i\rangle`.
 
-    Differentiable to any order. The mean over the sites is ``magnetization(psi).mean()``.
+    It is that of every site. Y = i X Z, with +1 for a set bit in Z: it takes a clear bit to -i
+    times a set one, and is 0 in every real state. Differentiable to any order. The mean over the
+    sites is ``magnetization(psi).mean()``.
 
     Args:
         psi: ``(2**n,)`` amplitudes of n >= 1 sites, of any norm but 0.
-        axis: ``"z"`` or ``"x"``.
+        axis: ``"z"``, ``"x"`` or ``"y"``.
 
     Returns:
         ``(n,)`` real numbers in [-1, 1], site 0 first.
@@ -84,53 +105,70 @@ def magnetization(psi: mx.array, axis: str = "z") -> mx.array:
     Raises:
         TypeError: ``psi`` is not an array.
         ValueError: ``psi`` does not have shape ``(2**n,)``, is zero or not finite, or ``axis`` is
-            neither ``"z"`` nor ``"x"``.
+            none of these.
+
+    Example:
+        >>> magnetization(mx.array([1.0, -1j]), "y")  # one site, along y
+        array([1], dtype=float32)
     """
-    psi, n = check_state_of_sites("magnetization", psi)
+    psi, largest, n = check_state_of_sites("magnetization", psi)
     check_axis("magnetization", axis)
-    norm = pairwise_sum(_weights(psi))
-    if axis == "x":
-        by_bit = [psi.reshape(-1, 2, 1 << site) for site in range(n)]
-        flips = [mx.real(_conj(pairs[:, 0]) * pairs[:, 1]).reshape(-1) for pairs in by_bit]
-        return 2 * mx.stack([pairwise_sum(flip) for flip in flips]) / norm
-    means = []
-    weights = _weights(psi)
-    for _ in range(n):  # from the last site down: measure it, then sum it out
-        down, up = weights.reshape(2, -1)
-        means.append(pairwise_sum(up - down))
-        weights = down + up
-    return mx.stack(means[::-1]) / norm
+    norm, spins = _moments(_probabilities(psi, largest, axis, range(n)), 1)
+    return spins / norm
 
 
-def correlation(psi: mx.array, i: int, j: int) -> mx.array:
-    r"""Return :math:`\langle Z_i Z_j\rangle`, without subtracting the product of the means.
+def correlation(
+    psi: mx.array, axis: str = "z", i: int | None = None, j: int | None = None
+) -> mx.array:
+    r"""Return :math:`\langle Z_i Z_j\rangle` of all pairs of sites, or of one.
 
-    Differentiable to any order.
+    The product of the means is not subtracted. All pairs are summed together, in about three times
+    the time of one along z; along x and y, a pass over the state for each site turns them there
+    before. Differentiable to any order.
 
     Args:
         psi: ``(2**n,)`` amplitudes, of any norm but 0.
-        i: A site, 0 to n - 1.
-        j: A site, 0 to n - 1.
+        axis: ``"z"``, ``"x"`` or ``"y"``, of both sites, as in :func:`magnetization`.
+        i: A site, 0 to n - 1, or None for all.
+        j: A site if ``i`` is one, else None.
 
     Returns:
-        A real scalar in [-1, 1].
+        ``(n, n)`` real numbers in [-1, 1], with 1 on the diagonal, or the scalar of one pair.
 
     Raises:
-        TypeError: ``psi`` is not an array, or a site is not an integer.
-        ValueError: ``psi`` does not have shape ``(2**n,)``, is zero or not finite, or a site is
-            out of range.
+        TypeError: ``psi`` is not an array, a site is not an integer, or just one is None.
+        ValueError: ``psi`` does not have shape ``(2**n,)``, is zero or not finite, a site is out of
+            range, or ``axis`` is none of these.
+
+    Example:
+        >>> up_up_down = mx.zeros(8).at[0b011].add(1.0)
+        >>> correlation(up_up_down)
+        array([[1, 1, -1],
+               [1, 1, -1],
+               [-1, -1, 1]], dtype=float32)
+        >>> correlation(up_up_down, "z", 0, 2)
+        array(-1, dtype=float32)
     """
-    psi, n = check_state_of_sites("correlation", psi)
-    low, high = sorted(
-        check_index("correlation", name, site, n - 1) for name, site in (("i", i), ("j", j))
-    )
-    weights = _weights(psi)
-    norm = pairwise_sum(weights)
+    owner = "correlation"
+    psi, largest, n = check_state_of_sites(owner, psi)
+    check_axis(owner, axis)
+    if i is None and j is None:
+        return _all_pairs(_probabilities(psi, largest, axis, range(n)), n)
+    if i is None or j is None:
+        alone, missing = ("i", "j") if j is None else ("j", "i")
+        raise TypeError(
+            f"[{owner}] {missing} must be a site as {alone} is, got None; "
+            "correlation(psi, axis)[i] is that of a site with all"
+        )
+    low, high = sorted(check_index(owner, name, site, n - 1) for name, site in (("i", i), ("j", j)))
+    weights = _probabilities(psi, largest, axis, {low, high})
     if low == high:
-        return norm / norm
+        norm = pairwise_sum(weights)
+        return mx.stop_gradient(norm / norm)
     w = weights.reshape(-1, 2, 1 << (high - low - 1), 2, 1 << low)
     aligned, opposed = w[:, 0, :, 0] + w[:, 1, :, 1], w[:, 0, :, 1] + w[:, 1, :, 0]
-    return pairwise_sum((aligned - opposed).reshape(-1)) / norm
+    aligned, opposed = (pairwise_sum(part.reshape(-1)) for part in (aligned, opposed))
+    return (aligned - opposed) / (aligned + opposed)
 
 
 def entanglement_entropy(psi: mx.array, cut: int) -> mx.array:
@@ -139,8 +177,12 @@ def entanglement_entropy(psi: mx.array, cut: int) -> mx.array:
     .. math:: S = -\sum_a \lambda_a \ln \lambda_a
 
     The :math:`\lambda_a` are the eigenvalues of the reduced density matrix of the smaller side,
-    computed in float64 on the CPU. Differentiable once, in reverse and in forward mode. At an
-    eigenvalue of 0, the derivative of S in it is infinite, but in ``psi`` it is 0.
+    computed in float64 on the CPU. Differentiable once, in reverse and in forward mode; a second
+    derivative raises. At an eigenvalue of 0, the derivative of S in it is infinite, but in ``psi``
+    it is 0.
+
+    The states of a degenerate level have different entropies: of what :func:`lanczos` finds there,
+    this is the entropy of one vector of many, and another seed gives another.
 
     Args:
         psi: ``(2**n,)`` amplitudes, of any norm but 0.
@@ -155,23 +197,23 @@ def entanglement_entropy(psi: mx.array, cut: int) -> mx.array:
         ValueError: ``psi`` does not have shape ``(2**n,)``, is zero or not finite, or ``cut`` is
             out of range.
     """
-    psi, n = check_state_of_sites("entanglement_entropy", psi)
+    psi, largest, n = check_state_of_sites("entanglement_entropy", psi)
     cut = check_index("entanglement_entropy", "cut", cut, n)
     dtype = mx.float64 if psi.dtype == mx.float64 else mx.float32
     with mx.stream(mx.cpu):  # MLX has eigh and float64 there only
-        m = psi.reshape(-1, 1 << cut)
-        m = m if m.shape[0] <= m.shape[1] else m.T
-        if psi.dtype == mx.complex64:
+        parts = _scaled_parts(psi, largest)
+        parts = [part.reshape(-1, 1 << cut).astype(mx.float64) for part in parts]
+        parts = [part if part.shape[0] <= part.shape[1] else part.T for part in parts]
+        if len(parts) == 2:
             # The real matrix [[Re, -Im], [Im, Re]] has each eigenvalue of Re + i Im twice.
-            a, b = mx.real(m).astype(mx.float64), mx.imag(m).astype(mx.float64)
+            a, b = parts
             re, im = a @ a.T + b @ b.T, b @ a.T - a @ b.T
             rho = mx.concatenate(
                 [mx.concatenate([re, -im], axis=1), mx.concatenate([im, re], axis=1)]
             )
             copies = 2
         else:
-            m = m.astype(mx.float64)
-            rho = m @ m.T
+            rho = parts[0] @ parts[0].T
             copies = 1
         trace = mx.diag(rho).sum() / copies
         return (_entropy(rho / trace) / copies).astype(dtype)
@@ -194,27 +236,137 @@ def fidelity(a: mx.array, b: mx.array) -> mx.array:
         ValueError: A state is not one-dimensional, or is empty, zero or not finite, or the lengths
             of the states differ.
     """
-    a = check_state("fidelity", "a", a)
-    b = check_state("fidelity", "b", b)
+    a, largest_a = check_sized_state("fidelity", "a", a)
+    b, largest_b = check_sized_state("fidelity", "b", b)
     if a.size != b.size:
         raise ValueError(f"[fidelity] a has {a.size} amplitudes, b has {b.size}")
-    overlap = _conj(a) * b
-    squared = pairwise_sum(mx.real(overlap)) ** 2
-    if overlap.dtype == mx.complex64:
-        squared = squared + pairwise_sum(mx.imag(overlap)) ** 2
-    return squared / (pairwise_sum(_weights(a)) * pairwise_sum(_weights(b)))
+    x, y = _scaled_parts(a, largest_a), _scaled_parts(b, largest_b)
+    norms = _dot(x, x) * _dot(y, y)
+    if len(x) == len(y) == 1:
+        return pairwise_sum(x[0] * y[0]).square() / norms
+    x, y = ([*parts, mx.zeros(1)][:2] for parts in (x, y))  # beside a complex state
+    overlap = [x[0] * y[0] + x[1] * y[1], x[0] * y[1] - x[1] * y[0]]
+    squared = _total([pairwise_sum(part).square() for part in overlap])
+    return squared / norms
 
 
-def _weights(psi: mx.array) -> mx.array:
-    """Return ``|psi|**2``, element by element."""
-    if psi.dtype == mx.complex64:
-        return mx.real(psi).square() + mx.imag(psi).square()
-    return psi.square()
+def _scaled_parts(psi: mx.array, largest: mx.array) -> list[mx.array]:
+    """Return the parts of a state, times the power of two that keeps squares in range.
+
+    No observable depends on that factor, so derivatives of every order are right if it is taken for
+    a constant.
+    """
+    factor = power_of_two(largest)
+    return [part * factor for part in parts_of(psi)]
 
 
-def _conj(psi: mx.array) -> mx.array:
-    """Return the complex conjugate; a real array is its own."""
-    return mx.conjugate(psi) if psi.dtype == mx.complex64 else psi
+def _dot(a: list[mx.array], b: list[mx.array]) -> mx.array:
+    """Return the real part of ``<a|b>``."""
+    return pairwise_sum(_total([x * y for x, y in zip(a, b, strict=False)]))
+
+
+def _total(terms: list[mx.array]) -> mx.array:
+    """Return the sum of one or two arrays."""
+    return terms[0] + terms[1] if len(terms) == 2 else terms[0]
+
+
+class _Energy(NamedTuple):
+    """The energy of a scaled state, in a unit that is a power of two."""
+
+    state: list[mx.array]  # its parts
+    norm: mx.array  # squared, between 1 / dim and dim, and mostly near 1
+    product: list[mx.array]  # the parts of H times the state, in the unit
+    energy: mx.array  # in the unit
+    unit: mx.array  # in that of H; transforms take it for a constant
+
+
+def _energy(owner: str, H: Any, psi: mx.array) -> _Energy:
+    """Return the energy of a state, and of what it is made."""
+    dim = check_hamiltonian(owner, H)
+    psi, largest = check_sized_state(owner, "psi", psi, dim)
+    factor = power_of_two(largest) * 2.0 ** -(dim.bit_length() // 2)
+    psi = times_real(psi, mx.maximum(factor, mx.finfo(factor.dtype).smallest_normal))
+    product = check_product(owner, H, psi)
+    factor = power_of_two(largest_part(product))
+    state, product = parts_of(psi), [part * factor for part in parts_of(product)]
+    norm = _dot(state, state)
+    return _Energy(state, norm, product, _dot(state, product) / norm, 1 / factor)
+
+
+def _with_unit(
+    owner: str,
+    name: str,
+    value: mx.array,
+    unit: mx.array,
+    power: int = 1,
+    rounding: mx.array | float = 0.0,
+) -> mx.array:
+    """Return ``value * unit**power``, or raise if that does not fit the dtype.
+
+    A value of 0 to ``rounding`` may become 0. Under a transform, whose numbers are not known, what
+    does not fit is nan or infinite.
+    """
+    result = value
+    for _ in range(power):
+        result = result * unit
+    tiny = mx.finfo(result.dtype).smallest_normal
+    lost = (mx.abs(value) > rounding) & (mx.abs(result) < tiny)
+    result = result * mx.where(lost, mx.array(mx.nan, result.dtype), mx.array(1, result.dtype))
+    if not transforming() and not mx.isfinite(result).item():
+        raise ValueError(
+            f"[{owner}] the {name} is not finite, or does not fit {result.dtype}: check that H is "
+            "finite, and divide it by a unit of energy"
+        )
+    return result
+
+
+def _probabilities(psi: mx.array, largest: mx.array, axis: str, sites: Iterable[int]) -> mx.array:
+    """Return ``(2**n,)`` of how likely ``sites`` point along ``axis``, where their bits are set.
+
+    The others are measured along z. The sum is not 1.
+    """
+    parts = _scaled_parts(psi, largest)
+    if axis == "y" and len(parts) == 1:
+        parts.append(mx.zeros_like(psi))
+    signs = mx.array([[-1.0], [1.0]], dtype=parts[0].dtype)
+    for site in sites if axis != "z" else ():
+        # Amplitudes along the axis, but for a norm and phases.
+        parts = [part.reshape(-1, 2, 1 << site) for part in parts]
+        flipped = [part[:, ::-1] for part in parts]
+        if axis == "x":
+            parts = [other + signs * part for other, part in zip(flipped, parts, strict=True)]
+        else:
+            parts = [flipped[0] - parts[1], flipped[1] + parts[0]]
+    return _total([part.square() for part in parts]).reshape(-1)
+
+
+def _moments(weights: mx.array, order: int) -> list[mx.array]:
+    """Return the sums of w, of w z_i, and for order 2 of w z_i z_j with i < j, flat.
+
+    Sites are summed out from the last one down, so that each has half the work of the one before.
+    """
+    levels = [weights[None]]
+    while levels[0].size > 1:
+        halves = [level.reshape(level.shape[0], 2, -1) for level in levels]
+        sums = [[half[:, 0] + half[:, 1]] for half in halves]
+        # This site with those above it, which follow in their order.
+        of_site = [[half[:, 1] - half[:, 0]] for half in halves]
+        rows = zip_longest([[], *of_site], sums, fillvalue=[])
+        levels = [mx.concatenate([*new, *old]) for new, old in rows][: order + 1]
+    return [level.reshape(-1) for level in levels]
+
+
+def _all_pairs(weights: mx.array, n: int) -> mx.array:
+    """Return the means of z_i z_j, ``(n, n)``."""
+    norm, _, *pairs = _moments(weights, 2)
+    diagonal = mx.eye(n, dtype=weights.dtype) * mx.stop_gradient(norm / norm)
+    if n == 1:
+        return diagonal
+    lengths = np.arange(n - 1, 0, -1)  # of the rows above the diagonal
+    rows = mx.split(pairs[0] / norm, np.cumsum(lengths)[:-1].tolist())
+    upper = mx.stack([mx.pad(row, (n - row.size, 0)) for row in rows])
+    upper = mx.pad(upper, [(0, 1), (0, 0)])
+    return upper + upper.T + diagonal
 
 
 def _entropy(rho: mx.array) -> mx.array:
@@ -250,9 +402,28 @@ def _entropy(rho: mx.array) -> mx.array:
 
 def _entropy_gradient(rho: mx.array) -> mx.array:
     """Return ``-(ln rho + 1)``, with eigenvalues of at least ``_TINY``."""
-    values, vectors = _eigh(rho)
-    slopes = -(mx.log(mx.maximum(values, _TINY)) + 1)
-    return (vectors * slopes[..., None, :]) @ vectors.swapaxes(-1, -2)
+
+    @mx.custom_function
+    def gradient(rho):
+        with mx.stream(mx.cpu):
+            values, vectors = _eigh(rho)
+            slopes = -(mx.log(mx.maximum(values, _TINY)) + 1)
+            return (vectors * slopes[..., None, :]) @ vectors.swapaxes(-1, -2)
+
+    def refuse(*_):
+        raise ValueError(
+            "[entanglement_entropy] psi has been differentiated twice: the entropy has a first "
+            "derivative only"
+        )
+
+    gradient.vjp(refuse)
+    gradient.jvp(refuse)
+
+    @gradient.vmap
+    def vmap(rho, axis):
+        return (_entropy_gradient(mx.moveaxis(rho, axis, 0)),), (0,)
+
+    return gradient(rho)  # pyright: ignore[reportReturnType]
 
 
 def _eigh(rho: mx.array) -> tuple[mx.array, mx.array]:

@@ -1,6 +1,9 @@
 """Sums and products of sparse arrays: values against SciPy, derivatives against dense MLX."""
 
 import gc
+import weakref
+from contextlib import contextmanager, nullcontext
+from unittest import mock
 
 import mlx.core as mx
 import numpy as np
@@ -27,8 +30,11 @@ from mlx_sparse_nn import (
     csr_array,
     from_dense,
     from_scipy,
+    sddmm,
+    to_scipy,
 )
 from mlx_sparse_nn.core import algebra
+from mlx_sparse_nn.core.backends import choose
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16, mx.complex64, mx.int32, mx.bool_)
 
@@ -86,14 +92,30 @@ def test_elementwise_products(ab):
     same(a.tocoo() * b, dense(a) * dense(b))
 
 
-@given(pairs(product=True))
-def test_products_of_two_sparse_matrices(ab):
+@contextmanager
+def multiplied_by(kind):
+    """By C++, which takes the product of two sparse matrices on a CPU, or by MLX's operations."""
+    with (
+        nullcontext()
+        if kind == "C++"
+        else mock.patch.object(choose, "takes_spgemm", return_value=False)
+    ):
+        yield
+
+
+KINDS = pytest.mark.parametrize("kind", ["C++", "MLX"])
+
+
+@KINDS
+@given(ab=pairs(product=True))
+def test_products_of_two_sparse_matrices(kind, ab):
     a, b = ab
-    product = a @ b
+    with multiplied_by(kind):
+        product = a @ b
+        same(product, dense(a) @ dense(b))
+        same(a.tocoo() @ b.tocoo(), dense(a) @ dense(b))
     assert isinstance(product, CSRArray)
     assert product.pattern.is_canonical
-    same(product, dense(a) @ dense(b))
-    same(a.tocoo() @ b.tocoo(), dense(a) @ dense(b))
 
 
 @given(arrays(), st.integers(0, 3))
@@ -182,9 +204,17 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.parametrize("block_size", [1, 2])
-def test_derivatives_of_every_order(name, block_size):
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, "C++") for name in OPERATIONS] + [("A @ B", "MLX"), ("A.T @ A", "MLX")],
+)
+@pytest.mark.parametrize("block_size", [1, 2, 3])
+def test_derivatives_of_every_order(name, kind, block_size):
+    with multiplied_by(kind):
+        check_derivatives(name, block_size)
+
+
+def check_derivatives(name, block_size):
     patterns = [random_pattern(4, 4, block_size, seed=i) for i in (1, 2)]
     a, b = (integers(p.data_shape, i) for i, p in enumerate(patterns))
     of_sparse, of_dense = OPERATIONS[name]
@@ -245,6 +275,32 @@ def test_plans_are_kept_and_let_go():
     assert len(gc.get_referrers(kept)) <= 1  # this function's own
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda a: a + a.T,
+        lambda a: a @ a,
+        lambda a: a * a.T,
+        lambda a: a.max(),
+        lambda a: a.argmax(1),
+        lambda a: a.sum(0),
+        lambda a: a.maximum(a.T),
+        lambda a: a[1] @ a,
+        lambda a: a[a > 0],
+        lambda a: a.tril().reshape(-1),
+        lambda a: a.tocsr().canonical().T,
+        lambda a: mx.grad(lambda data: (CSRArray(data, a.pattern) @ a).sum())(a.data),
+    ],
+)
+def test_no_plan_keeps_a_pattern_alive(use):
+    pattern = random_pattern(5, 5, 2, seed=1)
+    use(CSRArray(integers(pattern.data_shape), pattern))
+    alive = weakref.ref(pattern)
+    del pattern
+    gc.collect()
+    assert alive() is None
+
+
 def test_galerkin_product_and_powers():
     rng = np.random.default_rng(0)
     a = sp.random_array((40, 40), density=0.1, rng=rng, dtype=np.float32, format="csr")
@@ -253,6 +309,48 @@ def test_galerkin_product_and_powers():
     expected = (p.T @ a @ p).toarray()
     assert np.allclose(to_numpy((P.T @ A @ P).todense()), expected, atol=1e-5)
     assert np.allclose(to_numpy((A @ A @ A).todense()), (a @ a @ a).toarray(), atol=1e-5)
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_products_that_are_shared_by_threads(block_size):
+    """And their gradients, of rows that are much longer than others."""
+    rng, n = np.random.default_rng(0), 3000 // block_size
+    counts = np.where(np.arange(n) % 50 == 0, 200, 8)
+    rows = np.repeat(np.arange(n), counts)
+    places = np.unique(rows * np.int64(n) + rng.integers(0, n, rows.size))
+    pattern = CSRPattern.from_places(places, (n * block_size,) * 2, block_size)
+    a, b = (integers(pattern.data_shape, i) for i in (1, 2))
+    A, B = (to_scipy(CSRArray(v, pattern)).tocsr() for v in (a, b))
+    product = CSRArray(a, pattern) @ CSRArray(b, pattern)
+    assert abs(to_scipy(product).tocsr() - A @ B).max() == 0
+
+    def loss(a, b):
+        return (CSRArray(a, pattern) @ CSRArray(b, pattern)).sum()
+
+    d_a, d_b = mx.grad(loss, argnums=(0, 1))(a, b)
+    ones = np.ones((pattern.shape[0], 1), np.float32)
+    expected = sparse_at(pattern, ones, B @ ones), sparse_at(pattern, A.T @ ones, ones)
+    assert np.array_equal(np.array(d_a), expected[0])
+    assert np.array_equal(np.array(d_b), expected[1])
+
+
+def sparse_at(pattern, column, row):
+    """Return ``column @ row.T`` at the stored places."""
+    return np.array(sddmm(pattern, mx.array(column.T), mx.array(row.T)))
+
+
+def test_products_are_mapped_without_python():
+    pattern = random_pattern(5, 5, 1, seed=1)
+    a = integers(pattern.data_shape, 1)
+
+    def f(a):
+        return (CSRArray(a, pattern) @ CSRArray(a, pattern)).data.sum()
+
+    batch = mx.stack([a, 2 * a, -a])
+    found = mx.vmap(mx.checkpoint(f))(batch)
+    assert_equal(found, mx.stack([f(v) for v in batch]))
+    found = mx.grad(lambda batch: mx.vmap(mx.checkpoint(f))(batch).sum())(batch)
+    assert_equal(found, mx.stack([mx.grad(f)(v) for v in batch]))
 
 
 EYE = coo_array(([1.0, 1.0], ([0, 1], [0, 1])), shape=(2, 2)).tocsr()

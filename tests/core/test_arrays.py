@@ -89,7 +89,7 @@ def test_views_and_sums(A: CSRArray):
     assert np.array_equal(to_numpy((A * 2).todense()), dense * 2)
     assert np.array_equal(to_numpy((-A * mx.array(0.5)).todense()), -dense / 2)
     assert np.array_equal(to_numpy((np.float32(3) * A).todense()), dense * 3)
-    rows = [to_numpy(row.todense()) for row in A]
+    rows = [to_numpy(row.todense())[None] for row in A]
     assert np.array_equal(np.concatenate([np.zeros((0, A.shape[1])), *rows]), dense)
 
 
@@ -227,7 +227,7 @@ class TestAsSciPy:
     def test_iteration_yields_rows(self):
         ours, theirs = self.ARRAYS[0]
         for a, b in zip(ours, theirs, strict=True):
-            assert np.array_equal(np.array(a.todense())[0], untyped(b).toarray())
+            assert np.array_equal(np.array(a.todense()), untyped(b).toarray())
 
 
 def test_repr():

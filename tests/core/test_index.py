@@ -248,8 +248,12 @@ def test_unions_and_products_are_numpys(library, a, n_cols, seed):
         with mock.patch.object(index, "native", return_value=native):
             operand = a.indptr, a.indices
             united = index.unite(operand, (same.indptr, same.indices), a.shape[1])
-            product = index.multiply(operand, (right.indptr, right.indices), n_cols)
-        found.append([*united[0], united[1], *product[0], *product[1:]])
+            other = right.indptr, right.indices
+            n_pairs = index.n_pairs(operand, other)
+            product = index.multiply(operand, other, n_cols, n_pairs)
+            pairs = index.pairs(operand, other, product, n_cols, n_pairs)
+        assert pairs[1].size == pairs[2].size == n_pairs
+        found.append([*united[0], united[1], *product, *pairs])
     for by_library, by_numpy in zip(*found, strict=True):
         assert by_library.dtype == by_numpy.dtype == np.int32
         assert np.array_equal(by_library, by_numpy)

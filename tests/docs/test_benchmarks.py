@@ -24,6 +24,7 @@ from benchmarks import (  # noqa: E402
     openblas,
     report,
     roofline,
+    sparse_products,
     sweep,
     sweep_report,
     sweep_server,
@@ -476,3 +477,16 @@ def test_a_report_fills_the_marks_and_draws(tmp_path):
         assert report.between(mark, text) == report.MARKS[page, mark](results)
     for name in ("cpu", "scaling"):
         assert (tmp_path / f"docs/{name}.png").stat().st_size > 10_000
+
+
+def test_products_of_two_sparse_matrices_are_right_and_timed():
+    found = sparse_products.products(0.002)
+    assert len(found) == 7
+    for name, factors in found.items():
+        times = sparse_products.measure(name, factors, 1)
+        assert min(times["scipy"], times["first"], times["later"]) >= 0
+        assert times["stored"] > 100
+    page = (ROOT / "docs/arrays.md").read_text(encoding="utf-8")
+    results = json.loads(sparse_products.RESULTS.read_text(encoding="utf-8"))
+    table = f"<!-- products -->\n{sparse_products.table(results)}\n<!-- end -->"
+    assert table in page

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import mlx.core as mx
 import numpy as np
 import pytest
+import scipy.sparse
 
 from mlx_sparse_nn import csr_array, physics
 from mlx_sparse_nn.physics import (
@@ -19,12 +20,14 @@ from mlx_sparse_nn.physics import (
     exact_ground_energy,
     expectation,
     fidelity,
+    from_kron_order,
     ladder,
     lanczos,
     magnetization,
     pauli_sum,
     ring,
     square,
+    to_kron_order,
     transverse_field_ising,
     triangular,
     variance,
@@ -35,6 +38,7 @@ CHAINS = [transverse_field_ising, IsingOperator, exact_ground_energy]
 OBSERVED = [expectation, variance]
 SOLVERS = [lanczos, evolve]
 OF_SITES = [magnetization, correlation, entanglement_entropy]
+ORDERS = [to_kron_order, from_kron_order]
 
 GRIDS = [square, triangular]
 
@@ -52,9 +56,11 @@ GOOD = {
     expectation: {"H": H, "psi": mx.ones(16)},
     variance: {"H": H, "psi": mx.ones(16)},
     magnetization: {"psi": mx.ones(16)},
-    correlation: {"psi": mx.ones(16), "i": 0, "j": 3},
+    correlation: {"psi": mx.ones(16), "axis": "z", "i": 0, "j": 3},
     entanglement_entropy: {"psi": mx.ones(16), "cut": 2},
     fidelity: {"a": mx.ones(16), "b": mx.ones(16)},
+    to_kron_order: {"psi": mx.ones(16)},
+    from_kron_order: {"psi": mx.ones((16, 2))},
     lanczos: {"H": H},
     evolve: {"H": H, "psi": mx.ones(16), "t": 1.0},
 }
@@ -347,7 +353,15 @@ ROWS = [
             TypeError,
             f"H must be a CSRArray, an IsingOperator, a PauliSum or an mx.array, got {got};",
         )
-        for value, got in ((np.eye(4), "ndarray"), (3, "int"), (None, "NoneType"), ([[1]], "list"))
+        for value, got in (
+            (np.eye(4), "ndarray"),
+            (np.asmatrix(np.eye(4)), "matrix"),
+            (scipy.sparse.eye_array(16).tocsr(), "csr_array"),
+            (scipy.sparse.csr_matrix(np.eye(16)), "csr_matrix"),
+            (3, "int"),
+            (None, "NoneType"),
+            ([[1]], "list"),
+        )
     ),
     *(
         (OBSERVED + SOLVERS, {"H": value}, ValueError, f"H must be square, got shape {value.shape}")
@@ -376,7 +390,7 @@ ROWS = [
     *(
         (functions, {name: value}, error, f"{name} {message}")
         for functions, name in (
-            ([*OBSERVED, *OF_SITES, evolve], "psi"),
+            ([*OBSERVED, *OF_SITES, evolve, *ORDERS], "psi"),
             ([lanczos], "v0"),
             ([fidelity], "a"),
             ([fidelity], "b"),
@@ -384,6 +398,17 @@ ROWS = [
         for value, error, message in (
             (np.ones(16), TypeError, "must be an mx.array, got ndarray"),
             ([1.0] * 16, TypeError, "must be an mx.array, got list"),
+        )
+    ),
+    *(
+        (functions, {name: value}, error, f"{name} {message}")
+        for functions, name in (
+            ([*OBSERVED, *OF_SITES, evolve], "psi"),
+            ([lanczos], "v0"),
+            ([fidelity], "a"),
+            ([fidelity], "b"),
+        )
+        for value, error, message in (
             (mx.zeros(16), ValueError, "must not be zero"),
             (mx.zeros(16, dtype=mx.complex64), ValueError, "must not be zero"),
             (mx.full(16, NAN), ValueError, "must be finite, its largest magnitude is nan"),
@@ -396,6 +421,12 @@ ROWS = [
             ([*OBSERVED, evolve], "psi", "H needs (16,)", [(8,), (16, 1), (), (0,)]),
             ([lanczos], "v0", "H needs (16,)", [(7,), (16, 1), (), (0,)]),
             (OF_SITES, "psi", "expected (2**n,) with n >= 1", [(6,), (1,), (4, 4), (), (0,)]),
+            (
+                ORDERS,
+                "psi",
+                "expected (2**n,) or (2**n, k) with n >= 1",
+                [(6,), (1,), (3, 4), (4, 2, 1), (), (0,)],
+            ),
             ([fidelity], "a", "expected one axis", [(16, 1), ()]),
             ([fidelity], "b", "expected one axis", [(16, 1), ()]),
         )
@@ -414,8 +445,13 @@ ROWS = [
     ([fidelity], {"b": mx.ones(8)}, ValueError, "a has 16 amplitudes, b has 8"),
     # What is measured.
     *(
-        ([magnetization], {"axis": axis}, ValueError, f"axis must be 'z' or 'x', got {axis!r}")
-        for axis in ("y", "Z", None, 0)
+        (
+            [magnetization, correlation],
+            {"axis": axis},
+            ValueError,
+            f"axis must be 'z', 'x' or 'y', got {axis!r}",
+        )
+        for axis in ("w", "Z", None, 0)
     ),
     *(
         ([function], {name: value}, error, f"{name} must be {message}")
@@ -429,9 +465,11 @@ ROWS = [
             (last + 1, ValueError, f"in [0, {last}], got {last + 1}"),
             (1.0, TypeError, "an integer, got 1.0"),
             (True, TypeError, "an integer, got True"),
-            (None, TypeError, "an integer, got None"),
         )
     ),
+    ([entanglement_entropy], {"cut": None}, TypeError, "cut must be an integer, got None"),
+    ([correlation], {"i": None}, TypeError, "i must be a site as j is, got None"),
+    ([correlation], {"j": None}, TypeError, "j must be a site as i is, got None"),
     # Solvers.
     *(
         ([lanczos], {name: value}, error, f"{name} must be {message}")
@@ -525,6 +563,26 @@ def test_a_transform_makes_nan_of_a_state_without_a_norm(function, name, value):
     assert mx.isnan(mx.vmap(observable)(psi[None])).any().item()
     total, _ = mx.value_and_grad(lambda psi: observable(psi).sum())(psi)
     assert mx.isnan(total).item()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda i: correlation(mx.ones(16), "z", i, 1), "[correlation] i must be an integer"),
+        (lambda cut: entanglement_entropy(mx.ones(16), cut), "[entanglement_entropy] cut must be"),
+        (lambda axis: magnetization(mx.ones(16), axis), "[magnetization] axis must be 'z', 'x' or"),
+        (lambda tol: evolve(H, mx.ones(16), 1.0, tol=tol), "[evolve] tol must be a number"),
+        (lambda n: IsingOperator(n, 0.7).diagonal(), "[IsingOperator] n_qubits must be an integer"),
+        (lambda k: lanczos(H, k).energies, "[lanczos] k must be an integer"),
+    ],
+)
+@pytest.mark.parametrize("transform", [mx.compile, mx.vmap], ids=["compile", "vmap"])
+@pytest.mark.not_emulated("needs mx.compile")
+def test_what_is_traced_is_named(call, message, transform):
+    """It has no numbers to show: MLX would say [eval], and nothing of the argument."""
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)) as error:
+        transform(call)(mx.ones(2, dtype=mx.int32))
+    assert "traced by a transform" in str(error.value)
 
 
 def test_a_state_is_checked_in_a_new_thread():

@@ -70,6 +70,7 @@ class Binding:
         self._sddmm = _function(library, "make_sddmm", 4)
         self._pauli_product = _function(library, "make_pauli_product", 4, n_sizes=0)
         self._pauli_moments = _function(library, "make_pauli_moments", 3, n_sizes=0)
+        self._spgemm = _function(library, "make_spgemm", 8, n_sizes=2)
 
     def spmm(
         self,
@@ -123,6 +124,21 @@ class Binding:
     def pauli_moments(self, kernel: Kernel, terms: mx.array, u: mx.array, x: mx.array) -> mx.array:
         """Return the moments of Pauli strings between states, not computed yet."""
         return _made(self._pauli_moments, kernel, terms, u, x)
+
+    def spgemm(
+        self, kernel: Kernel, which: int, sides: tuple[Side, Side, Side], *operands: mx.array
+    ) -> mx.array:
+        """Return the values of one of three matrices, ``c = a b``, not computed yet.
+
+        Args:
+            kernel: That of this one.
+            which: 0, 1 or 2.
+            sides: Their rows.
+            operands: The values of the other two, ``(V, n_blocks, ...)``.
+        """
+        a, b, c = sides
+        arrays = *operands, b.indptr, b.indices, c.indptr, c.indices
+        return _made(self._spgemm, kernel, a.indptr, a.indices, *arrays, which, c.n_block_cols)
 
 
 def check_layout(array: mx.array) -> None:

@@ -84,3 +84,12 @@ def choose_pauli(op: str, terms: PauliTerms, n_states: int, dtype: mx.Dtype) -> 
         if backend.is_available() and backend.takes(op, terms, n_states, dtype):
             return backend
     raise AssertionError("plain MLX takes every product")
+
+
+def takes_spgemm(dtype: mx.Dtype) -> bool:
+    """Return whether C++ multiplies two sparse matrices of a dtype on MLX's default device.
+
+    It has no kernel of a GPU, and a file or a function of every shape cannot hold it.
+    """
+    on_cpu = mx.default_device().type is not mx.gpu and tracing.graph is None
+    return on_cpu and cpu.is_available() and cpu.takes_spgemm(dtype)

@@ -36,6 +36,7 @@ ELEMENTS = {
 }
 # Block sizes that have a library of their own, and some of all others, which share one.
 OWN_KERNELS = (2, 4, 8, 16, 32, 64, 128)
+SPGEMM_DTYPES = (mx.float32, mx.float64, mx.complex64)
 TESTED_SIZES = ("3", "20", "48")
 _FAILURES = (build.BuildError, LayoutError, OSError)
 
@@ -122,6 +123,24 @@ def qspmm_t(
     return binding().qspmm(kernel, *matrix, layout.cols, layout.shape[1], y, None)
 
 
+def takes_spgemm(dtype: mx.Dtype) -> bool:
+    """Return whether there is a kernel for the product of two sparse matrices of a dtype."""
+    return dtype in SPGEMM_DTYPES and has(_spgemm_kernels, dtype)
+
+
+def spgemm(which: int, layouts: tuple[Layout, Layout, Layout], *operands: mx.array) -> mx.array:
+    """Return the values of one of three matrices, ``c = a b``, of those of the other two.
+
+    Args:
+        which: 0, 1 or 2.
+        layouts: Of a, b and c.
+        operands: ``(V, n_blocks, ...)``, of one dtype.
+    """
+    a, b, c = (layout.rows for layout in layouts)
+    kernel = _spgemm_kernels(operands[0].dtype)[which]
+    return binding().spgemm(kernel, which, (a, b, c), *operands)
+
+
 def library(dtype: mx.Dtype, block_size: int) -> Path:
     """Return the library of the products of a dtype and block size, built if need be.
 
@@ -166,6 +185,20 @@ def _kernels(dtype: mx.Dtype, block_size: int) -> Kernels:
     loaded = ctypes.CDLL(str(library(dtype, block_size)))
     spmm_t = Kernel(loaded, "spmm_t") if block_size == 1 else None
     return Kernels(Kernel(loaded, "spmm"), Kernel(loaded, "sddmm"), spmm_t)
+
+
+@cache
+def _spgemm_kernels(dtype: mx.Dtype) -> tuple[Kernel, Kernel, Kernel]:
+    """Return the kernels of the product of two sparse matrices, built if need be.
+
+    Raises:
+        BuildError, OSError: They cannot be had.
+    """
+    name = str(dtype).removeprefix("mlx.core.")
+    path = build.kernels("spgemm", [name, "spgemm"], ELEMENT=ELEMENTS[dtype])
+    library = ctypes.CDLL(str(path))
+    a, b, c = (Kernel(library, name) for name in ("spgemm_a", "spgemm_b", "spgemm"))
+    return a, b, c
 
 
 @cache

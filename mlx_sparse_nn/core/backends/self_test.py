@@ -38,6 +38,8 @@ def main(arguments: list[str]) -> None:
         path, dtype, *tested = arguments[1:]
         if tested == ["pauli"]:
             return _test_pauli(binding, ctypes.CDLL(path), getattr(mx, dtype))
+        if tested == ["spgemm"]:
+            return _test_spgemm(binding, ctypes.CDLL(path), getattr(mx, dtype))
         for what in tested:  # block sizes, or bits=4
             bits = what.removeprefix("bits=")
             test = _test_products if bits == what else _test_quantized
@@ -120,6 +122,25 @@ def _by_naive(product: Callable, terms: PauliTerms, *arrays: mx.array | None) ->
     return mx.array(result, next(a.dtype for a in reversed(arrays) if a is not None))
 
 
+def _test_spgemm(binding: Binding, library: ctypes.CDLL, dtype: mx.Dtype) -> None:
+    """Compare the product of two sparse matrices, and its gradients, with dense ones."""
+    of_a, of_b, of_c = (Kernel(library, name) for name in ("spgemm_a", "spgemm_b", "spgemm"))
+    for block_size in (1,) if dtype == mx.complex64 else (1, 2, 3, 4, 8, 16):
+        a = _pattern(block_size, 0)
+        c = CSRPattern.from_places(np.arange(16), (a.shape[0],) * 2, block_size)
+        patterns = (a, a.T, c)
+        data = [_numbers((2, *p.data_shape), dtype) for p in patterns]
+        dense = [naive.dense(values, p) for values, p in zip(data, patterns, strict=True)]
+        of_left, of_right = (x.swapaxes(-1, -2) for x in dense[1:])
+        sides = (a.layout.rows, a.T.layout.rows, c.layout.rows)
+        found = binding.spgemm(of_c, 2, sides, data[0], data[1])
+        _same(naive.dense(found, c), dense[0] @ dense[1])
+        found = binding.spgemm(of_a, 0, sides, data[1], data[2])
+        _same(found, naive.sddmm(a, of_right, of_left))
+        found = binding.spgemm(of_b, 1, sides, data[0], data[2])
+        _same(found, naive.sddmm(a.T, dense[0], dense[2]))
+
+
 def _pattern(block_size: int, missing: int) -> CSRPattern:
     """Return a pattern whose matrix has so many rows and columns less than its blocks."""
     missing = min(missing, block_size - 1)
@@ -153,7 +174,7 @@ def _index_arrays(library: index.Native | None) -> list[Any]:
     """Return what a library, or NumPy, makes of some index arrays."""
     with mock.patch.object(index, "native", return_value=library):
         made = []
-        for n_rows, n_cols in ((3, 5), (2000, 9000), (9000, 100_000)):
+        for n_rows, n_cols in ((300, 500), (2000, 9000), (9000, 100_000)):
             shape, numbers = (n_rows, n_cols), np.arange(20_000)
             rows, cols = numbers * 7919 % n_rows, numbers * 31 % n_cols
             made += index.sort_coordinates(rows.astype(np.int32), cols.astype(np.int32), shape)
@@ -161,6 +182,10 @@ def _index_arrays(library: index.Native | None) -> list[Any]:
             made += [*index.transpose(indptr, indices, n_cols), index.narrow(cols)]
             made += [index.ascends(indptr, indices), index.in_range(indices, n_cols - 1)]
             made += [index.rises(indptr, 20_000), index.rises(indptr[::-1].copy(), 0)]
+            other = index.transpose(indptr, indices, n_cols)[:2]
+            n_pairs = index.n_pairs((indptr, indices), other)
+            product = index.multiply((indptr, indices), other, n_rows, n_pairs)
+            made += [*product, *index.pairs((indptr, indices), other, product, n_rows, n_pairs)]
     return made
 
 
