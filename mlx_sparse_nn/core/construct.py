@@ -175,7 +175,7 @@ def from_dense(w: ArrayLike, block_size: int = 1) -> CSRArray:
         return CSRArray(mx.take_along_axis(w.reshape(-1), mx.array(places), axis=0), pattern)
     # By lines of blocks, which lie in one piece: twice as fast as by blocks.
     n_lines = w.shape[1] // block_size
-    lines = pattern.row_indices[:, None] * np.int64(block_size) + np.arange(block_size)
+    lines = pattern.row_indices[:, None].astype(np.int64) * block_size + np.arange(block_size)
     lines = lines * n_lines + pattern.indices[:, None]
     data = w.reshape(-1, block_size)[mx.array(lines)]
     return CSRArray(data, pattern)

@@ -144,7 +144,7 @@ def entries(pattern: CSRPattern, rows: np.ndarray, cols: np.ndarray) -> Gather:
         pattern: The pattern.
         rows, cols: Indices of one shape, flat.
     """
-    wanted = rows * np.int64(pattern.shape[1]) + cols
+    wanted = rows.astype(np.int64) * pattern.shape[1] + cols
     at = np.searchsorted(pattern.places, wanted)
     at = np.where(at < pattern.n_blocks, at, 0)
     stored = pattern.places[at] == wanted if pattern.n_blocks else np.zeros(wanted.shape, bool)
