@@ -108,7 +108,13 @@ def _csr(owner: str, arg: Any, shape: Any, dtype: mx.Dtype | None) -> CSRArray:
         array = arg.tocsr()
         array = array if dtype is None else array.astype(dtype)
     elif isinstance(arg, mx.array | np.ndarray | list):
-        array = from_dense(check_data(owner, arg, "a dense matrix", dtype))
+        values = check_data(owner, arg, "a dense matrix", dtype)
+        if values.ndim == 1:
+            raise ValueError(
+                f"[{owner}] makes matrices, got shape {values.shape}; {owner}([x])[0] is a sparse "
+                "vector"
+            )
+        array = from_dense(values)
     else:
         raise TypeError(f"[{owner}] takes {_FORMS}, got {type(arg).__name__}")
     if shape is not None and array.shape != check_shape(owner, shape):
@@ -169,7 +175,7 @@ def from_dense(w: ArrayLike, block_size: int = 1) -> CSRArray:
         return CSRArray(mx.take_along_axis(w.reshape(-1), mx.array(places), axis=0), pattern)
     # By lines of blocks, which lie in one piece: twice as fast as by blocks.
     n_lines = w.shape[1] // block_size
-    lines = pattern.row_indices[:, None] * np.int64(block_size) + np.arange(block_size)
+    lines = pattern.row_indices[:, None].astype(np.int64) * block_size + np.arange(block_size)
     lines = lines * n_lines + pattern.indices[:, None]
     data = w.reshape(-1, block_size)[mx.array(lines)]
     return CSRArray(data, pattern)

@@ -183,7 +183,7 @@ def _colours(name: str) -> Any:
 
 def _sum_cells(pattern: Drawable, merge: int, rows, cols, weights=None) -> np.ndarray:
     height, width = (max(1, -(-n // merge)) for n in pattern.grid)
-    cell = rows // merge * np.int64(width) + cols // merge
+    cell = (rows // merge).astype(np.int64) * width + cols // merge
     return np.bincount(cell, weights, minlength=height * width).reshape(height, width)
 
 

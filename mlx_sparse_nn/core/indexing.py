@@ -39,6 +39,9 @@ def split(key: Any, shape: tuple[int, int]) -> tuple[Any, Any]:
 def _normal(key: Any, size: int, axis: str) -> Any:
     if isinstance(key, slice):
         return key
+    if isinstance(key, mx.array | np.ndarray) and key.ndim == 0:
+        number = host(OWNER, key) if isinstance(key, mx.array) else key
+        key = int(number) if number.dtype.kind in "iu" else key
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         index = int(key)
         if not -size <= index < size:
@@ -141,7 +144,7 @@ def entries(pattern: CSRPattern, rows: np.ndarray, cols: np.ndarray) -> Gather:
         pattern: The pattern.
         rows, cols: Indices of one shape, flat.
     """
-    wanted = rows * np.int64(pattern.shape[1]) + cols
+    wanted = rows.astype(np.int64) * pattern.shape[1] + cols
     at = np.searchsorted(pattern.places, wanted)
     at = np.where(at < pattern.n_blocks, at, 0)
     stored = pattern.places[at] == wanted if pattern.n_blocks else np.zeros(wanted.shape, bool)

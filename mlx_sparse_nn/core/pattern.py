@@ -161,7 +161,7 @@ class CSRPattern:
 
     @cached_property
     def _places(self) -> np.ndarray:
-        places = self.row_indices * np.int64(self.grid[1]) + self.indices
+        places = self.row_indices.astype(np.int64) * self.grid[1] + self.indices
         places.flags.writeable = False
         return places
 
