@@ -7,6 +7,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_sparse_nn.core.transforms import transforming
+
 _WIDTH = 1024  # elements of a panel
 _LARGE = 1 << 18  # elements of a column beyond which memory counts more than launches
 _PIECES = 8  # in which large columns are combined
@@ -32,6 +34,7 @@ class DeviceColumns:
         self.dim, self.dtype = dim, dtype
         self.large = dim > _LARGE
         self.at_once = 4 if self.large else 8
+        self.begin = mx.eval if transforming() else mx.async_eval  # which no transform allows
         self.width = min(_WIDTH, -(-dim // 32) * 32)
         self.panels = -(-dim // self.width)
         self.vectors = mx.zeros((self.panels, size, self.width), dtype)
@@ -87,7 +90,7 @@ class DeviceColumns:
             product = (H @ self._flat(x)).astype(self.dtype)
             alpha, norm, rest = _rest(self._cut(product) - known, x)
             known, x = norm * x, rest / norm
-            mx.async_eval(x, alpha)  # the device begins while the host goes on
+            self.begin(x, alpha)  # the device works while the host goes on
             if self.large and rests:
                 mx.eval(rests[-1])  # little is under way at once
             alphas.append(alpha)
@@ -113,14 +116,15 @@ class DeviceColumns:
     def overlaps(self, count: int, first: int, last: int) -> np.ndarray:
         """Return the products of the first columns, conjugated, with columns ``first`` to ``last``.
 
-        ``(count, last - first)``.
+        ``(count, last - first)``. A matmul may add a thousand terms one after another; this, 32.
         """
         wide = np.complex128 if self.dtype == mx.complex64 else np.float64
-        products = [
-            np.array(self._overlaps(count, self.vectors[:, j : j + 1]).reshape(-1))
-            for j in range(first, last)
-        ]
-        return np.stack(products, axis=1).astype(wide)
+        products = []
+        for j in range(first, last):
+            terms = mx.conjugate(self.vectors[:, :count]) * self.vectors[:, j : j + 1]
+            sums = terms.reshape(self.panels, count, -1, 32).sum(axis=3).sum(axis=2)
+            products.append(np.array(sums).astype(wide).sum(axis=0))
+        return np.stack(products, axis=1)
 
     def distances(self, count: int, factors: np.ndarray) -> np.ndarray:
         """Return the norms of columns ``count`` to ``2 * count`` less ``factors`` times the first.
@@ -144,7 +148,7 @@ class DeviceColumns:
             combined = self._combined(panels, first, coefficients)
             mx.eval(combined)
             self.vectors[panels, first : first + p] = combined  # in place, as in _put
-            (mx.eval if self.large else mx.async_eval)(self.vectors)
+            (mx.eval if self.large else self.begin)(self.vectors)
         if p < m and first + m < self.vectors.shape[1]:
             self._put(first + p, mx.contiguous(self.vectors[:, first + m : first + m + 1]))
 
@@ -162,7 +166,7 @@ class DeviceColumns:
         """Write columns from j on, ``(panels, count, width)``."""
         mx.eval(x)
         self.vectors[:, j : j + x.shape[1]] = x  # in place, where nothing under way reads them
-        (mx.eval if self.large else mx.async_eval)(self.vectors)
+        (mx.eval if self.large else self.begin)(self.vectors)
 
     def _cut(self, x: mx.array) -> mx.array:
         """Return ``(dim,)`` as ``(panels, 1, width)``."""
@@ -210,7 +214,7 @@ def _dot(x: mx.array, y: mx.array) -> mx.array:
 def _sum(terms: mx.array) -> mx.array:
     """Return the sum over the last axis, in two stages where it is long."""
     n = terms.shape[-1]
-    if n > _WIDTH and n % 32 == 0:
+    if n > 32 and n % 32 == 0:
         terms = terms.reshape(*terms.shape[:-1], -1, 32).sum(axis=-1)
     return terms.sum(axis=-1)
 
