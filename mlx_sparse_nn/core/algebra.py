@@ -18,6 +18,7 @@ from mlx_sparse_nn.core import derivatives, edges, index, ops
 from mlx_sparse_nn.core.backends import choose
 from mlx_sparse_nn.core.checks import INT32_MAX
 from mlx_sparse_nn.core.pattern import CSRPattern, grid_of
+from mlx_sparse_nn.core.transforms import tracing
 from mlx_sparse_nn.core.value_maps import Gather, SumOfRuns
 
 Plan = TypeVar("Plan")
@@ -276,7 +277,9 @@ def matmul(
 
 def _multiply_pairs(pairs: Pairs, a: mx.array, b: mx.array) -> mx.array:
     """Return the values of a product by MLX operations: on every device, for every dtype."""
-    if a.ndim == 1 and mx.issubdtype(a.dtype, mx.inexact):
+    # Traced for every shape, only constants are stored values of a product.
+    is_open = tracing.graph == "shapeless"
+    if a.ndim == 1 and mx.issubdtype(a.dtype, mx.inexact) and not is_open:
         return ops.spmm(pairs.of_b(b), pairs.rows, a)
     return pairs.sums(_products(pairs.of_a(a), pairs.of_b(b)))
 

@@ -108,7 +108,13 @@ def _csr(owner: str, arg: Any, shape: Any, dtype: mx.Dtype | None) -> CSRArray:
         array = arg.tocsr()
         array = array if dtype is None else array.astype(dtype)
     elif isinstance(arg, mx.array | np.ndarray | list):
-        array = from_dense(check_data(owner, arg, "a dense matrix", dtype))
+        values = check_data(owner, arg, "a dense matrix", dtype)
+        if values.ndim == 1:
+            raise ValueError(
+                f"[{owner}] makes matrices, got shape {values.shape}; {owner}([x])[0] is a sparse "
+                "vector"
+            )
+        array = from_dense(values)
     else:
         raise TypeError(f"[{owner}] takes {_FORMS}, got {type(arg).__name__}")
     if shape is not None and array.shape != check_shape(owner, shape):

@@ -39,6 +39,9 @@ def split(key: Any, shape: tuple[int, int]) -> tuple[Any, Any]:
 def _normal(key: Any, size: int, axis: str) -> Any:
     if isinstance(key, slice):
         return key
+    if isinstance(key, mx.array | np.ndarray) and key.ndim == 0:
+        number = host(OWNER, key) if isinstance(key, mx.array) else key
+        key = int(number) if number.dtype.kind in "iu" else key
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         index = int(key)
         if not -size <= index < size:

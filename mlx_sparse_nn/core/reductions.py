@@ -14,7 +14,7 @@ from mlx_sparse_nn.core.transforms import transforming
 
 def check_axis(owner: str, axis: Any) -> int | None:
     """Return an axis as None, 0 or 1, or raise."""
-    if axis is None:
+    if axis is None or (isinstance(axis, tuple) and sorted(n % 2 for n in axis) == [0, 1]):
         return None
     if isinstance(axis, bool) or axis not in (-2, -1, 0, 1):
         raise ValueError(f"[{owner}] axis must be None, 0 or 1, got {axis!r}")

@@ -83,12 +83,14 @@ def evolve(
     flow = Flow(owner, H, psi, times, imaginary, tol)
     psi = psi.astype(flow.dtype)
     if transforming():
-        operands = [psi, *arrays] + ([t] if isinstance(t, mx.array) else [])
-        out = FlowRules(flow, rebuild, len(arrays))(operands)
         if not arrays:
             with reading(owner, "H"):
                 probe = H @ mx.ones(dim, flow.dtype)
-            out = out + refuse_derivatives(owner, "H, which only gives products", probe)
+                mx.eval(probe)
+            zero = refuse_derivatives(owner, "H, which only gives products", probe)
+            psi = psi + zero.astype(flow.dtype)  # all that is derived of it depends on H then
+        operands = [psi, *arrays] + ([t] if isinstance(t, mx.array) else [])
+        out = FlowRules(flow, rebuild, len(arrays))(operands)
     else:
         out = flow.states(flow.product(H), psi)
     return out if is_list else out.reshape(dim)

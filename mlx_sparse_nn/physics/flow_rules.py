@@ -20,7 +20,7 @@ from mlx_sparse_nn.physics.adjoint import (
     weighted,
 )
 from mlx_sparse_nn.physics.flow import Flow
-from mlx_sparse_nn.physics.parameters import Rebuild, detached, read
+from mlx_sparse_nn.physics.parameters import Rebuild, detached, listed, read, ruled
 from mlx_sparse_nn.physics.recurrence import Product, Row
 from mlx_sparse_nn.physics.tangent import tangents
 from mlx_sparse_nn.physics.units import Scaled
@@ -48,28 +48,27 @@ class FlowRules:
             read(self.flow.owner, "psi", psi)
             read(self.flow.owner, "H", *arrays)
             psi, *arrays = detached([psi, *arrays])
-            return self.flow.states(self._product(arrays), psi)
+            return detached([self.flow.states(self._product(arrays), psi)])[0]
 
         def vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
-            gradients = self._once(lambda *inner: tuple(self.gradients(*detached(inner))))
-            return gradients(cotangent, output, *_listed(primals))
+            def compute(*inner: mx.array) -> tuple[mx.array, ...]:
+                return tuple(detached(self.gradients(*detached(inner))))
+
+            return self._ruled(compute)(cotangent, output, *listed(primals))
 
         def jvp(primals: Any, tangents: Any) -> mx.array:
-            primals, tangents = _listed(primals), _listed(tangents)
+            primals, tangents = listed(primals), listed(tangents)
             tangents = [
                 mx.zeros_like(p) if d is None else d for p, d in zip(primals, tangents, strict=True)
             ]
             n = len(primals)
-            along = self._once(
-                lambda *inner: self.derivative(detached(inner[:n]), detached(inner[n:]))
-            )
-            return along(*primals, *tangents)
 
-        function: Any = mx.custom_function(value)
-        function.vjp(vjp)
-        function.jvp(jvp)
-        function.vmap(self._refuse)
-        return function(*operands)
+            def compute(*inner: mx.array) -> mx.array:
+                return detached([self.derivative(detached(inner[:n]), detached(inner[n:]))])[0]
+
+            return self._ruled(compute)(*primals, *tangents)
+
+        return self._ruled(value, vjp=vjp, jvp=jvp)(*operands)
 
     def gradients(
         self, cotangent: mx.array, output: mx.array, *operands: mx.array
@@ -180,21 +179,9 @@ class FlowRules:
         t = others[self.n_arrays] if len(others) > self.n_arrays else None
         return psi, others[: self.n_arrays], t
 
-    def _once(self, function: Callable) -> Callable:
-        """Return a function of arrays whose derivatives are refused."""
-        once: Any = mx.custom_function(function)
-        once.vjp(self._refuse)
-        once.jvp(self._refuse)
-        once.vmap(self._refuse)
-        return once
-
-    def _refuse(self, *_: Any) -> Any:
-        raise ValueError(
+    def _ruled(self, function: Callable, **rules: Callable) -> Callable:
+        refusal = (
             f"[{self.flow.owner}] psi, H and t have first derivatives alone, and no vmap; take "
             "differences of first derivatives, and call it once for each state"
         )
-
-
-def _listed(arrays: Any) -> list[Any]:
-    """Return what MLX passes to a rule as a list: it passes a single array as itself."""
-    return list(arrays) if isinstance(arrays, list | tuple) else [arrays]
+        return ruled(function, refusal, **rules)

@@ -7,7 +7,7 @@ import math
 import mlx.core as mx
 import numpy as np
 
-_PIECE = 1 << 14  # elements: what a loop works on stays in the cache; sums of pieces are float64
+_PIECE = 1 << 15  # elements: what a loop works on stays in the cache; sums of pieces are float64
 _DTYPES = {mx.float32: np.float32, mx.float64: np.float64, mx.complex64: np.complex64}
 
 
@@ -53,16 +53,24 @@ class HostColumns:
         Returns:
             The coefficient of column j, which is real, and the norm of the rest.
         """
-        product, rest = np.array(y, copy=False), self.rows[j + 1]
+        product, column, rest = np.array(y, copy=False), self.rows[j], self.rows[j + 1]
+        number = self.rows.dtype.type
         first = int(np.argmax(before != 0)) if before.any() else j
-        coefficients = before[first:].astype(self.rows.dtype)
-        column, alpha = self.rows[j], 0.0
+        coefficients = before[first:].astype(number)
+        alpha = square = 0.0
         for p in self.pieces:
-            np.subtract(product[p], coefficients @ self.rows[first:j, p], out=rest[p])
-            alpha += np.vdot(column[p], rest[p]).real.item()
-        factor, square = self.rows.dtype.type(alpha), 0.0
+            known = rest[p]
+            if coefficients.size > 1:
+                np.dot(coefficients, self.rows[first:j, p], out=known)
+                np.subtract(product[p], known, out=known)
+            elif coefficients.size:
+                np.multiply(self.rows[first, p], coefficients[0], out=known)
+                np.subtract(product[p], known, out=known)
+            else:
+                known[:] = product[p]
+            alpha += np.vdot(column[p], known).real.item()
         for p in self.pieces:
-            rest[p] -= factor * column[p]
+            rest[p] -= number(alpha) * column[p]
             square += np.vdot(rest[p], rest[p]).real.item()
         return alpha, math.sqrt(square)
 

@@ -27,7 +27,7 @@ from mlx_sparse_nn.physics.checks import (
 )
 from mlx_sparse_nn.physics.lattices import Bonds
 from mlx_sparse_nn.physics.operator import IsingOperator, bonds_of
-from mlx_sparse_nn.physics.parameters import read
+from mlx_sparse_nn.physics.parameters import read, ruled
 
 _MAX_QUBITS = 26  # 2**26 * 27 stored values fit 32-bit indices, 2**27 * 28 do not
 _Z = np.array([-1.0, 1.0])  # z of a clear bit, of a set bit
@@ -219,16 +219,8 @@ def _once_differentiable(
     """Return the first number of ``compute`` as a function of two scalars, whose slopes are the
     others."""
 
-    def refuse(*_: Any) -> Any:
-        raise ValueError(f"[{owner}] field and coupling have first derivatives alone, and no vmap")
-
-    def ruled(function: Callable, **rules: Callable) -> Callable:
-        out: Any = mx.custom_function(function)
-        for name in ("vjp", "jvp", "vmap"):
-            getattr(out, name)(rules.get(name, refuse))
-        return out
-
-    slopes = ruled(lambda h, j: mx.array(compute(h, j)[1:]))
+    refusal = f"[{owner}] field and coupling have first derivatives alone, and no vmap"
+    slopes = ruled(lambda h, j: mx.array(compute(h, j)[1:]), refusal)
 
     def vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
         by_h, by_j = mx.split(cotangent * slopes(*primals), 2)
@@ -238,7 +230,7 @@ def _once_differentiable(
         moves = [mx.zeros(()) if tangent is None else tangent for tangent in tangents]
         return (slopes(*primals) * mx.stack(moves)).sum()
 
-    return ruled(lambda h, j: mx.array(compute(h, j)[0]), vjp=vjp, jvp=jvp)
+    return ruled(lambda h, j: mx.array(compute(h, j)[0]), refusal, vjp=vjp, jvp=jvp)
 
 
 def _open_energy(n_qubits: int, h: float, j: float) -> tuple[float, float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import mlx.core as mx
@@ -11,8 +12,9 @@ from mlx_sparse_nn.physics.device_columns import DeviceColumns
 from mlx_sparse_nn.physics.host_columns import HostColumns
 from mlx_sparse_nn.physics.precision import epsilon
 
-# Of vectors from former spaces, which only have to stay out of this one.
-_LOSS_TO_KEPT = 1e-3
+# Powers of the rounding to which the products of columns may grow: in general, and with vectors
+# from former spaces, which only have to stay out of this one.
+_LOSS, _LOSS_TO_KEPT = 0.75, 0.4
 
 
 class Krylov:
@@ -36,8 +38,8 @@ class Krylov:
         filled: Number of columns.
         epsilon: Rounding of the dtype.
         at_once: Products that :meth:`grow` takes before the host looks at what they gave.
-        projected: ``(size, size)`` NumPy array, H in the basis; its lower triangle is right. Real,
-            since the coefficients of the recurrence are.
+        projected: ``(size, size)`` NumPy array, H in the basis. Real, since the coefficients of the
+            recurrence are.
     """
 
     def __init__(self, dim: int, size: int, dtype: mx.Dtype, room: int = 0):
@@ -64,8 +66,7 @@ class Krylov:
     def extend(self, x: mx.array) -> None:
         """Make the next column of the part of ``(dim,)`` that is not in the basis."""
         self.columns.write(self.filled, x)
-        for _ in range(2):  # "twice is enough": once leaves what rounding adds
-            norm = self._orthogonalise()
+        norm = self._orthogonalise(math.inf)
         self.columns.scale(self.filled, 1 / norm)
         self.filled += 1
 
@@ -80,9 +81,7 @@ class Krylov:
         alpha, norm = self.columns.recur(j, product, self.projected[j, :j])
         lost = self._note(alpha, norm)
         if lost or self._again:
-            before, norm = norm, self._orthogonalise()
-            if norm < before / 2:
-                norm = self._orthogonalise()
+            norm = self._orthogonalise(norm)
             self._again = lost and not self._again
         if norm <= self._rounding():
             return 0.0
@@ -91,7 +90,8 @@ class Krylov:
 
     def append(self, norm: float) -> None:
         """Make the next column of what :meth:`multiply` left, and its norm."""
-        self.projected[self.filled, self.filled - 1] = norm
+        j = self.filled
+        self.projected[j, j - 1] = self.projected[j - 1, j] = norm
         self.filled += 1
 
     def grow(self, H: Any, steps: int) -> tuple[int, float]:
@@ -129,9 +129,8 @@ class Krylov:
         self.at_once = max(2, step + 1) if lost else min(self.at_once + 1, columns.at_once)
         # The recurrence goes on from the last two columns: both are made orthogonal.
         columns.orthogonalise(self.filled - 1)
-        self._losses[self.filled - 1, : self.filled - 1] = self.epsilon
-        self._losses[: self.filled - 1, self.filled - 1] = self.epsilon
-        factor = self._orthogonalise()
+        self._forget_losses(self.filled - 1)
+        factor = self._orthogonalise(1.0)
         if not norm * factor > self._rounding():
             return 0.0
         columns.scale(self.filled, 1 / factor)
@@ -145,7 +144,7 @@ class Krylov:
             first: The first column taken, so that m is ``done - first``.
             sign: -1 for the negative of H.
         """
-        return np.linalg.eigh(sign * self.projected[first:done, first:done])  # reads the lower half
+        return np.linalg.eigh(sign * self.projected[first:done, first:done])
 
     def border(self, norm: float, done: int, first: int) -> np.ndarray:
         """Return what H gives the column after ``done`` of each of those before, from ``first`` on.
@@ -153,6 +152,16 @@ class Krylov:
         ``norm`` is that of the last rest: where it is 0, there is no such column.
         """
         return self.projected[done, first:done] if norm > 0 else np.zeros(done - first)
+
+    def separating(self, first: int) -> np.ndarray:
+        """Return the combinations of all columns, ``(filled, filled)``, that take out of those from
+        ``first`` on what they have of those before."""
+        change = np.eye(self.filled)
+        if 0 < first < self.filled:
+            overlaps = self.columns.overlaps(first, first, self.filled)
+            change = change.astype(overlaps.dtype)
+            change[:first, first:] = -overlaps
+        return change
 
     def restart(
         self,
@@ -176,30 +185,50 @@ class Krylov:
         p, last = vectors.shape[1], first + vectors.shape[0]
         self.columns.combine(first, vectors)
         self.filled = first + p
-        change = np.zeros((last, first + p))
+        change = np.zeros((last, first + p), vectors.dtype)
         change[:first, :first] = np.eye(first)
         change[first:, first:] = vectors
-        self.projected[first:] = 0
+        self.projected[first:] = self.projected[:, first:] = 0
         self.projected[first : first + p, first : first + p] = np.diag(values)
         if border is not None:
             self.projected[first + p, first : first + p] = border
+            self.projected[first : first + p, first + p] = border
             change = np.pad(change, ((0, 1), (0, 1)))
             change[-1, -1] = 1
             self.filled += 1
         rows, n = change.shape
-        self._losses[:n, :n] = change.T @ self._losses[:rows, :rows] @ change
+        losses = change.conj().T @ self._losses[:rows, :rows] @ change
+        self._losses[:n, :n] = losses.real
         self._left_out[first : first + p] = left_out
         self._left_out[first + p :] = 0
 
-    def _orthogonalise(self) -> float:
-        """Subtract from what will be the next column its part in the basis; return its norm."""
+    def _orthogonalise(self, norm: float) -> float:
+        """Subtract from what will be the next column, of this norm, its part in the basis.
+
+        Again, as long as that takes half of it away, since once leaves what rounding adds; or as
+        long as what the basis lacks in orthogonality leaves too much.
+
+        Returns:
+            The norm of the rest.
+        """
         j = self.filled
+        among = np.abs(self._losses[:j, :j] - np.eye(j)).max(initial=0.0)
+        own = min(1.0, np.abs(self._losses[j, :j]).max(initial=0.0)) if norm < math.inf else 1.0
+        for _ in range(5):
+            before, norm = norm, self.columns.orthogonalise(j)
+            own = own * among + self.epsilon
+            if norm >= before / 2 and own <= 10 * self.epsilon:
+                break
+        self._forget_losses(j)
+        return norm
+
+    def _forget_losses(self, j: int) -> None:
+        """Note that column j is orthogonal to those before it."""
         self._losses[j, :j] = self._losses[:j, j] = self.epsilon
-        return self.columns.orthogonalise(j)
 
     def _rounding(self) -> float:
         """Return the norm of a rest that may be rounding alone."""
-        return 30 * self.epsilon * float(np.abs(self.projected[: self.filled, : self.filled]).max())
+        return 10 * self.epsilon * float(np.abs(self.projected[: self.filled, : self.filled]).max())
 
     def _note(self, alpha: float, norm: float) -> bool:
         """Note the coefficient of the last column in its product, and the norm of the rest.
@@ -211,16 +240,16 @@ class Krylov:
         """
         n = self.filled
         self.projected[n - 1, n - 1] = alpha
-        lower = self.projected[:n, :n]
-        T = lower + np.tril(lower, -1).T
-        rounding = self.epsilon * float(np.abs(lower).max())
+        T = self.projected[:n, :n]
+        rounding = self.epsilon * float(np.abs(T).max())
         losses = T @ self._losses[:n, n - 1] - self._losses[:n, :n] @ T[:, n - 1]
         losses += np.copysign(rounding + self._left_out[:n], losses)
         losses[-1] = rounding  # it has just been subtracted
         losses /= max(norm, rounding) or 1.0
         self._losses[n, :n] = self._losses[:n, n] = losses
-        limits = np.where(self._left_out[:n] > 0, _LOSS_TO_KEPT, self.epsilon**0.75)
-        return bool((np.abs(losses) > limits).any())
+        powers = np.where(self._left_out[:n] > 0, _LOSS_TO_KEPT, _LOSS)
+        is_whole = self.size == self.dim  # all eigenvectors, of a small H: each has to be right
+        return is_whole or bool((np.abs(losses) > self.epsilon**powers).any())
 
 
 def _on_host(dtype: mx.Dtype) -> bool:

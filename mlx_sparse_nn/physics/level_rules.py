@@ -20,10 +20,12 @@ from mlx_sparse_nn.physics.levels import Levels, Search, device_of, next_level
 from mlx_sparse_nn.physics.parameters import (
     Rebuild,
     detached,
+    listed,
     parameters,
     read,
     reading,
     refuse_derivatives,
+    ruled,
 )
 from mlx_sparse_nn.physics.precision import epsilon, pairwise_sum, work_dtype
 from mlx_sparse_nn.physics.units import Scaled, in_own_unit, times_power
@@ -70,10 +72,7 @@ class LevelRules:
 
     def __call__(self, arrays: Sequence[mx.array]) -> Levels:
         """Return the levels, differentiable by the arrays."""
-        function: Any = mx.custom_function(self._values)
-        function.vjp(self._vjp)
-        function.jvp(self._jvp)
-        function.vmap(self._refuse)
+        function = self._ruled(self._values, vjp=self._vjp, jvp=self._jvp)
         energies, states, residuals = function(*arrays)
         assert self._found is not None
         return replace(self._found[1], energies=energies, states=states, residuals=residuals)
@@ -88,28 +87,28 @@ class LevelRules:
         return [levels.energies, levels.states, levels.residuals]
 
     def _vjp(self, primals: Any, cotangents: Any, outputs: Any) -> Any:
-        arrays = _listed(primals)
+        arrays = listed(primals)
         (energies, states, _), (by_energy, by_state, by_residual) = outputs, cotangents
         if _is_not_zero(by_residual):
             raise ValueError(f"[{self.search.owner}] residuals have no derivative by H")
         weights = states * by_energy
         if _is_not_zero(by_state):
-            weights = weights + self._once(self._turned)(by_state, energies, states, *arrays)
+            weights = weights + self._ruled(self._turned)(by_state, energies, states, *arrays)
         else:
             weights = weights + refuse_derivatives(self.search.owner, "states twice", by_state)
         _, gradients = mx.vjp(lambda *a: self.rebuild(a) @ states, arrays, [weights])
         return gradients
 
     def _jvp(self, primals: Any, tangents: Any) -> list[mx.array]:
-        arrays = _listed(primals)
+        arrays = listed(primals)
         moves = [
             mx.zeros_like(a) if d is None else d
-            for a, d in zip(arrays, _listed(tangents), strict=True)
+            for a, d in zip(arrays, listed(tangents), strict=True)
         ]
         levels = self(arrays)
         states = levels.states
         _, (pushed,) = mx.jvp(lambda *a: self.rebuild(a) @ states, arrays, moves)
-        turned = self._once(self._turned_or_nan)(pushed, levels.energies, states, *arrays)
+        turned = self._ruled(self._turned_or_nan)(pushed, levels.energies, states, *arrays)
         energies = pairwise_sum(mx.real(mx.conjugate(states) * pushed))
         return [energies, turned, mx.full(energies.shape, float("nan"), energies.dtype)]
 
@@ -202,24 +201,12 @@ class LevelRules:
             )
         return x
 
-    def _once(self, function: Callable) -> Callable:
-        """Return a function of arrays that has no derivatives."""
-        once: Any = mx.custom_function(function)
-        once.vjp(self._refuse)
-        once.jvp(self._refuse)
-        once.vmap(self._refuse)
-        return once
-
-    def _refuse(self, *_: Any) -> Any:
-        raise ValueError(
+    def _ruled(self, function: Callable, **rules: Callable) -> Callable:
+        refusal = (
             f"[{self.search.owner}] states have first derivatives alone by H, and no vmap; take "
             "differences of first derivatives, and call it once for each H"
         )
-
-
-def _listed(arrays: Any) -> list[Any]:
-    """Return what MLX passes to a rule as a list: it passes a single array as itself."""
-    return list(arrays) if isinstance(arrays, list | tuple) else [arrays]
+        return ruled(function, refusal, **rules)
 
 
 def _is_not_zero(a: mx.array) -> bool:

@@ -106,9 +106,7 @@ class Search:
             products += steps
             first, done = kept.size, basis.filled - (norm > 0)
             values, vectors = basis.ritz(done, first, sign)
-            border = (
-                basis.projected[done, first:done] @ vectors if norm > 0 else np.zeros(values.size)
-            )
+            border = basis.border(norm, done, first) @ vectors
             scale = max(scale, float(np.abs(values).max()))
 
             levels = np.concatenate([kept, values])
@@ -123,10 +121,11 @@ class Search:
                     worst, goal = errors[k], max(goal, _SURE * above)
                     finished = finished or worst <= goal
             if finished or products == max_iter or worst <= goal or norm == 0:
-                combinations = np.eye(done)
-                combinations[first:, first:] = vectors
                 kept, kept_errors = levels[lowest], errors[lowest]
-                basis.restart(sign * kept, combinations[:, lowest], left_out=kept_errors)
+                new = lowest[lowest >= first]
+                basis.restart(sign * levels[new], vectors[:, new - first], first=first)
+                order = np.where(lowest < first, lowest, first + np.cumsum(lowest >= first) - 1)
+                basis.restart(sign * kept, basis.separating(first)[:, order], left_out=kept_errors)
                 if finished or products == max_iter:
                     return products, scale, finished
                 basis.extend(normals())

@@ -56,8 +56,8 @@ def expectation(H: Any, psi: mx.array) -> mx.array:
         ValueError: ``H`` is not square, ``psi`` does not have shape ``(n,)``, is empty, zero or not
             finite, or the energy does not fit its dtype.
     """
-    measured = _energy("expectation", H, psi)
-    return _with_unit("expectation", "energy", measured.energy, measured.unit)
+    _, _, _, energy, unit = _energy("expectation", H, psi)
+    return _with_unit("expectation", "energy", energy, unit, 1, epsilon(energy.dtype))
 
 
 def variance(H: Any, psi: mx.array) -> mx.array:
@@ -298,13 +298,13 @@ def _with_unit(
     name: str,
     value: mx.array,
     unit: mx.array,
-    power: int = 1,
-    rounding: mx.array | float = 0.0,
+    power: int,
+    rounding: mx.array | float,
 ) -> mx.array:
     """Return ``value * unit**power``, or raise if that does not fit the dtype.
 
-    A value of 0 to ``rounding`` may become 0. Under a transform, whose numbers are not known, what
-    does not fit is nan or infinite.
+    A value of 0 to ``rounding`` may get too small for all its digits. Under a transform, whose
+    numbers are not known, what does not fit is nan or infinite.
     """
     result = value
     for _ in range(power):

@@ -69,17 +69,34 @@ def _detached(a: mx.array) -> mx.array:
     return mx.array(np.array(a), dtype=a.dtype)
 
 
+def ruled(
+    function: Callable, refusal: str, *, vjp: Callable | None = None, jvp: Callable | None = None
+) -> Callable:
+    """Return a function of arrays with these rules, a ValueError in place of others and of vmap.
+
+    A rule that reads numbers has to wrap what it computes of them so, without rules: its own
+    derivative would be zero otherwise, without a word.
+    """
+
+    def refuse(*_: Any) -> Any:
+        raise ValueError(refusal)
+
+    out: Any = mx.custom_function(function)
+    out.vjp(vjp or refuse)
+    out.jvp(jvp or refuse)
+    out.vmap(refuse)
+    return out
+
+
+def listed(arrays: Any) -> list[Any]:
+    """Return what MLX passes to a rule as a list: it passes a single array as itself."""
+    return list(arrays) if isinstance(arrays, list | tuple) else [arrays]
+
+
 def refuse_derivatives(owner: str, name: str, array: mx.array) -> mx.array:
     """Return a zero, ``()``, to be added to a result whose derivative by ``array`` is not known.
 
     It raises where one is asked for, and where a transform maps ``array``.
     """
-
-    def refuse(*_: Any) -> Any:
-        raise ValueError(f"[{owner}] has no derivative by {name}, and no vmap over it")
-
-    function: Any = mx.custom_function(lambda a: mx.zeros((), mx.float32))
-    function.vjp(refuse)
-    function.jvp(refuse)
-    function.vmap(refuse)
-    return function(array)
+    refusal = f"[{owner}] has no derivative by {name}, and no vmap over it"
+    return ruled(lambda a: mx.zeros((), mx.float32), refusal)(array)

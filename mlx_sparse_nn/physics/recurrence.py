@@ -18,7 +18,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.core.arrays import COOArray, CSRArray
-from mlx_sparse_nn.physics.parameters import parameters
+from mlx_sparse_nn.core.transforms import transforming
+from mlx_sparse_nn.physics.parameters import detached, parameters
 from mlx_sparse_nn.physics.precision import pairwise_sum
 from mlx_sparse_nn.physics.units import Scaled
 
@@ -198,7 +199,8 @@ class DeviceRecurrence(Recurrence):
 
     def start(self, row: Row) -> None:
         self.a, self.b, self._scale = [], [], 0.0
-        self.vectors = [row]
+        # While a rule runs, MLX keeps all that a row was made of: the steps before.
+        self.vectors = detached([row]) if transforming() else [row]
 
     def grow(self, count: int) -> None:
         numbers = []

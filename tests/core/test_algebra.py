@@ -339,6 +339,23 @@ def sparse_at(pattern, column, row):
     return np.array(sddmm(pattern, mx.array(column.T), mx.array(row.T)))
 
 
+def test_products_in_files_and_for_every_shape(tmp_path):
+    pattern = random_pattern(5, 5, 1, seed=1)
+    a = integers(pattern.data_shape, 1)
+
+    def f(a):
+        return (CSRArray(a, pattern) @ CSRArray(a, pattern).T).todense()
+
+    mx.export_function(str(tmp_path / "f.mlxfn"), f, a)
+    imported = untyped(mx.import_function(str(tmp_path / "f.mlxfn")))
+    assert_equal(imported(2 * a)[0], f(2 * a))
+
+    def values(a):  # MLX has no dense result for every shape
+        return (CSRArray(a, pattern) @ CSRArray(a, pattern)).data
+
+    assert_equal(mx.compile(values, shapeless=True)(a), values(a))
+
+
 def test_products_are_mapped_without_python():
     pattern = random_pattern(5, 5, 1, seed=1)
     a = integers(pattern.data_shape, 1)

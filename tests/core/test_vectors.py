@@ -15,6 +15,7 @@ from mlx_sparse_nn import CSRArray, SparseVector, csr_array, from_scipy
 EXPRESSIONS = """
 A[1] | A[-1] | A[1, :] | A[1, ...] | A[..., 1] | A[1, 1:3] | A[:, 1] | A[::2, 1] | A[1, [0, 2, 2]]
 A[[2, 0], 1] | A[1, ::-1] | A[1, w > 1] | A[1, mask] | A[1:, -1] | A[np.int64(1)] | B.tocoo()[1]
+A[np.array(1)] | A[:, np.array(1)]
 v.shape | v.ndim | v.nnz | v.toarray() | v.todense() | v.coords[0] | v.T | v.conj() | v.copy()
 v.sum() | v.sum(0) | v.sum(axis=-1) | v.mean() | v.max() | v.min(axis=0) | v.argmax() | v.argmin()
 v.count_nonzero() | v.nonzero()[0] | list(v)
@@ -165,6 +166,7 @@ A = csr_array([[0.0, 2.0, 3.0], [1.0, 0.0, 0.0]])
     ("call", "error", "message"),
     [
         (lambda: V[3], IndexError, "column 3 is outside a matrix of 3 columns"),
+        (lambda: csr_array([1.0, 0.0]), ValueError, r"csr_array\(\[x\]\)\[0\] is a sparse vector"),
         (lambda: V[0, 1], IndexError, "a vector has one axis, got 2 indices"),
         (lambda: V @ mx.ones(2), ValueError, "inner sizes differ"),
         (lambda: V @ A, ValueError, r"\[A @ B\] A is \(1, 3\), B is \(2, 3\): inner sizes differ"),

@@ -345,6 +345,14 @@ class TestEveryNormAndUnit:
         zz = on_site(PAULI_Z, 0, 2) @ on_site(PAULI_Z, 1, 2)
         assert by_g.item() == pytest.approx(-mean(zz, state), rel=1e-6)
 
+    @pytest.mark.parametrize("unit", [1e-30, 1e30])
+    def test_an_energy_of_0_in_any_unit(self, unit):
+        """By symmetry; what rounding leaves of it is too small for float32, and no error."""
+        psi = random_state(4)
+        odd = psi - psi[::-1]  # the flip of all spins changes its sign, and that of Z
+        H = IsingOperator(4, 0.0, coupling=0.0, longitudinal=[0.3 * unit, 1.1 * unit, unit, unit])
+        assert expectation(H, odd).item() == pytest.approx(0, abs=1e-6 * unit)
+
     def test_an_energy_that_float32_has_not(self):
         H = mx.full((4, 4), 3e38)
         message = r"\[expectation\] the energy is not finite, or does not fit mlx.core.float32"
