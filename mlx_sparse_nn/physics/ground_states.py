@@ -60,20 +60,20 @@ def lanczos(
 
     With ``k > 1``, an eigenvalue is found as often as it occurs. The space of one vector has each
     once; so, when ``k`` have converged, another one grows from a random vector that is orthogonal
-    to their states. Has it a lower one, that takes the place of the highest, and so on. The last
-    search ends when its own lowest eigenvalue is known to 1/100 of its distance to the ``k`` ones,
-    or to ``tol``: that a lower one hides in 1/100 of what the random vector would lead one to
-    expect has a probability below 1%.
+    to their states. If it has a lower one, that takes the place of the highest, and so on. The last
+    search ends when the residual of its own lowest eigenvalue is 1/100 of the distance to the ``k``
+    ones, or ``tol / 20`` where they are equal. A level is missed only if the random vector has less
+    than 1/100 of what it has on average of that level, in below 1% of cases.
 
     Energies may be in any unit: H is scaled by a power of two before anything is squared. Memory is
     that of ``35 + 5 k`` vectors, however many products it takes, with that of the product; on a GPU
     it is more where a vector has at most 2^18 elements and several products are under way.
 
     Under mx.grad and mx.jvp, energies and states have the derivatives of perturbation theory, by
-    what H depends on: ``H.data``, a dense ``H``, or J, h and g. Those of energies can be derived
-    again. A state has one only where its energy is further from all others than about ten
-    residuals; a complex one, whose phase is arbitrary, turns by none. In ``v0``, ``seed`` and
-    ``tol`` there are none.
+    what H depends on: ``H.data``, a dense ``H``, J, h and g, or the coefficients of a sum. Those of
+    energies can be derived again. A state has one only where its energy is further from all others
+    than 1000 roundings of the largest, 1e-4 of it in float32; that of a complex one, whose phase is
+    arbitrary, is orthogonal to it. Forward, a state without one gets nan, and so do residuals.
 
     C. Lanczos, J. Res. Natl. Bur. Stand. 45 (1950) 255.
     K. Wu and H. Simon, SIAM J. Matrix Anal. Appl. 22 (2000) 602, for the restart.

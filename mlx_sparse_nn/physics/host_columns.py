@@ -77,7 +77,8 @@ class HostColumns:
     def orthogonalise(self, j: int) -> float:
         """Subtract from column j its part in the columns before it, and return its norm."""
         others, column, square = self.rows[:j], self.rows[j], 0.0
-        factors = self.overlaps(j, j, j + 1)[:, 0].astype(self.rows.dtype)
+        overlaps = sum(others[:, p] @ column[p].conj() for p in self.pieces)
+        factors = np.conj(overlaps)
         for p in self.pieces:
             column[p] -= factors @ others[:, p]
             square += np.vdot(column[p], column[p]).real.item()
@@ -86,12 +87,15 @@ class HostColumns:
     def overlaps(self, count: int, first: int, last: int) -> np.ndarray:
         """Return the products of the first columns, conjugated, with columns ``first`` to ``last``.
 
-        ``(count, last - first)``, summed in float64.
+        ``(count, last - first)``, in float64: BLAS may add thousands of terms one after another.
         """
-        wide = np.complex128 if self.rows.dtype == np.complex64 else np.float64
+        wide = np.result_type(self.rows, np.float64)
         total = np.zeros((count, last - first), wide)
         for p in self.pieces:
-            total += self.rows[:count, p].conj() @ self.rows[first:last, p].T
+            left, right = (
+                self.rows[some, p].astype(wide) for some in (slice(count), slice(first, last))
+            )
+            total += left.conj() @ right.T
         return total
 
     def distances(self, count: int, factors: np.ndarray) -> np.ndarray:

@@ -118,7 +118,7 @@ class Search:
             if first == k:
                 above = values[0] - kept.max() + 30 * basis.epsilon * scale
                 if above >= 0:  # as it seems, no level is missing
-                    worst, goal = errors[k], max(goal, _SURE * above)
+                    worst, goal = errors[k], max(goal / 10, _SURE * above)
                     finished = finished or worst <= goal
             if finished or products == max_iter or worst <= goal or norm == 0:
                 kept, kept_errors = levels[lowest], errors[lowest]

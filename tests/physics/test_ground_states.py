@@ -69,6 +69,15 @@ class TestIsing:
         assert result.converged
         assert result.energies.item() == pytest.approx(exact, rel=rtol)
 
+    @pytest.mark.parametrize("seed", range(3))
+    def test_energies_have_all_digits_of_float32(self, seed):
+        """Deep in the ordered phase a few amplitudes are large, and a sum loses the small ones."""
+        result = lanczos(IsingOperator(14, 0.3, periodic=True), k=2, seed=seed)
+        exact = exact_ground_energy(14, 0.3, periodic=True)
+        np.testing.assert_allclose(result.energies, [exact] * 2, rtol=3e-7)
+        norms = np.square(np.array(result.states, dtype=np.float64)).sum(axis=0)
+        np.testing.assert_allclose(norms, 1, atol=5e-7)
+
     @pytest.mark.parametrize(("dtype", "rtol"), [(mx.float32, 1e-5), (mx.float64, 1e-10)])
     @pytest.mark.parametrize("h", [0.0, 1e-4, 0.1, 0.3, 0.5, 0.9])
     def test_pairs_of_the_ring(self, h, dtype, rtol):

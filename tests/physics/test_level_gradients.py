@@ -9,19 +9,29 @@ from spins import dense_ising
 from support import device_of, to_numpy
 
 from mlx_sparse_nn import CSRArray
-from mlx_sparse_nn.physics import IsingOperator, lanczos, transverse_field_ising
+from mlx_sparse_nn.physics import (
+    IsingOperator,
+    chain,
+    lanczos,
+    pauli_sum,
+    transverse_field_ising,
+)
 
 N = 4
 FIELDS = (0.7, 1.1, 0.3)  # h, J, g
 STEP = 1e-5
 WEIGHTS = np.random.default_rng(0).normal(size=(2**N, 4))
-FORMS = ["operator", "csr", "dense", "data"]
+FORMS = ["operator", "sum", "csr", "dense", "data"]
 DTYPES = [(mx.float32, 2e-4), (mx.float64, 1e-6)]
 
 
 def hamiltonian(form, h, j, g):
     if form == "operator":
         return IsingOperator(N, h, coupling=j, longitudinal=g, dtype=h.dtype)
+    if form == "sum":
+        sites = [(i,) for i in range(N)]
+        strings = {"ZZ": (-j, chain(N)), "X": (-h, sites), "Z": (-g, sites)}
+        return pauli_sum(strings, N, dtype=h.dtype)
     H = transverse_field_ising(N, h, coupling=j, longitudinal=g, dtype=h.dtype)
     if form == "data":  # linear in h and J: of what is stored, not of the builder
         parts = [
