@@ -60,7 +60,7 @@ def move_blocks(blocks: mx.array, source: np.ndarray) -> mx.array:
 
 def todense(layout: Layout, data: mx.array) -> mx.array:
     """Return the dense ``(V, n_rows, n_cols)`` matrices; repeated entries add up in float32."""
-    if data.dtype == mx.complex64 and mx.default_device().type is mx.gpu:  # which adds none at places
+    if data.dtype == mx.complex64 and mx.default_device().type is mx.gpu:  # it adds none in place
         real, imaginary = (todense(layout, part) for part in (mx.real(data), mx.imag(data)))
         return real + imaginary * mx.array(1j)
     (n_rows, n_cols), block_size, n_matrices = layout.full_shape, layout.block_size, data.shape[0]
