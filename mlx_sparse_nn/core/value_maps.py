@@ -112,5 +112,7 @@ def _sum_integers(selector: CSRPattern, values: mx.array) -> mx.array:
     out = mx.zeros((*values.shape[:-1], selector.shape[0]), dtype)
     if selector.n_blocks:
         rows, columns = mx.array(selector.row_indices), mx.array(selector.indices)
-        out = out.at[..., rows].add(values[..., columns].astype(dtype))
+        bits = mx.int64 if dtype == mx.uint64 else dtype  # of the same sums: a GPU adds no uint64
+        added = values[..., columns].astype(dtype).view(bits)
+        out = out.view(bits).at[..., rows].add(added).view(dtype)
     return out > 0 if values.dtype == mx.bool_ else out

@@ -34,7 +34,6 @@ class DeviceColumns:
         self.dim, self.dtype = dim, dtype
         self.large = dim > _LARGE
         self.at_once = 4 if self.large else 8
-        self.begin = mx.eval if transforming() else mx.async_eval  # which no transform allows
         self.width = min(_WIDTH, -(-dim // 32) * 32)
         self.panels = -(-dim // self.width)
         self.vectors = mx.zeros((self.panels, size, self.width), dtype)
@@ -90,7 +89,7 @@ class DeviceColumns:
             product = (H @ self._flat(x)).astype(self.dtype)
             alpha, norm, rest = _rest(self._cut(product) - known, x)
             known, x = norm * x, rest / norm
-            self.begin(x, alpha)  # the device works while the host goes on
+            _begin(x, alpha)  # while the host goes on
             if self.large and rests:
                 mx.eval(rests[-1])  # little is under way at once
             alphas.append(alpha)
@@ -148,7 +147,7 @@ class DeviceColumns:
             combined = self._combined(panels, first, coefficients)
             mx.eval(combined)
             self.vectors[panels, first : first + p] = combined  # in place, as in _put
-            (mx.eval if self.large else self.begin)(self.vectors)
+            (mx.eval if self.large else _begin)(self.vectors)
         if p < m and first + m < self.vectors.shape[1]:
             self._put(first + p, mx.contiguous(self.vectors[:, first + m : first + m + 1]))
 
@@ -166,7 +165,7 @@ class DeviceColumns:
         """Write columns from j on, ``(panels, count, width)``."""
         mx.eval(x)
         self.vectors[:, j : j + x.shape[1]] = x  # in place, where nothing under way reads them
-        (mx.eval if self.large else self.begin)(self.vectors)
+        (mx.eval if self.large else _begin)(self.vectors)
 
     def _cut(self, x: mx.array) -> mx.array:
         """Return ``(dim,)`` as ``(panels, 1, width)``."""
@@ -195,6 +194,11 @@ class DeviceColumns:
         """
         products = self.vectors[:, :count] @ mx.conjugate(x).swapaxes(1, 2)
         return mx.conjugate(_sum(products.swapaxes(0, 2)))
+
+
+def _begin(*arrays: mx.array) -> None:
+    """Let the device begin to compute; where MLX traces, it has to end as well."""
+    (mx.eval if transforming() else mx.async_eval)(*arrays)
 
 
 def _rest(y: mx.array, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:

@@ -63,11 +63,23 @@ def dense(value):
     return to_numpy(value) if isinstance(value, mx.array) else np.asarray(value)
 
 
+def of_scipy(expression, there):
+    """Return what SciPy gives; its coo arrays have had an index since 1.16 alone."""
+    modules = {"np": np, "sparse": sp}
+    try:
+        return eval(expression, there | modules)
+    except TypeError as error:
+        if "not subscriptable" not in str(error):
+            raise
+        there = {k: v.tocsr() if sp.issparse(v) else v for k, v in there.items()}
+        return eval(expression.replace(".tocoo()", ""), there | modules)
+
+
 @pytest.mark.parametrize("expression", CASES)
 def test_as_scipy(expression):
     there = names()
     here = {k: ours(v) for k, v in there.items()}
-    expected = eval(expression, there | {"np": np, "sparse": sp})
+    expected = of_scipy(expression, there)
     found = eval(
         expression.replace("np.float32)", "mx.float32)"),
         here | {"np": np, "mx": mx, "sparse": sparse},
