@@ -22,7 +22,7 @@ from mlx_sparse_nn.core.checks import (
 )
 from mlx_sparse_nn.core.construct import from_dense
 from mlx_sparse_nn.core.pattern import CSRPattern
-from mlx_sparse_nn.core.sparse import SparseArray
+from mlx_sparse_nn.core.sparse import SparseArray, conversion
 from mlx_sparse_nn.core.vector import SparseVector
 
 Sparse = CSRArray | COOArray | SparseVector
@@ -287,8 +287,8 @@ def _matrix(owner: str, x: Any, is_wide: bool) -> CSRArray:
         return x if isinstance(x, CSRArray) else x.tocsr()
     if hasattr(x, "tocsr"):
         raise TypeError(
-            f"[{owner}] takes arrays of this package, got {type(x).__name__}; from_scipy(x) makes "
-            "one of it"
+            f"[{owner}] takes arrays of this package, got {type(x).__name__}; {conversion(x)} "
+            "makes one of it"
         )
     keeps = is_wide and not isinstance(x, mx.array) and np.asarray(x).dtype == np.float64
     x = check_data(owner, x, "an array", mx.float64 if keeps else None)

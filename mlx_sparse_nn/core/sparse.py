@@ -237,9 +237,15 @@ def dense(operation: str, x: object, dtype: mx.Dtype) -> mx.array:
     if is_dense(x):
         keeps = dtype == mx.float64 and np.asarray(x).dtype == np.float64
         return check_data(operation, x, dtype=mx.float64 if keeps else None)
-    hint = "; from_scipy(x) makes it one of this package" if hasattr(x, "tocsr") else ""
+    hint = f"; {conversion(x)} makes it one of this package" if hasattr(x, "tocsr") else ""
     hint = "; a scalar goes by A * x" if is_scalar(x) else hint
     raise TypeError(f"[{operation}] x must be a dense array, got {_describe(x)}{hint}")
+
+
+def conversion(x: Any) -> str:
+    """Return what makes a sparse array of this package of an object with ``tocsr``: one of SciPy,
+    which has a format, or an operator."""
+    return "from_scipy(x)" if hasattr(x, "format") else "x.tocsr()"
 
 
 def of_zero(symbol: str, function: Callable, s: Any) -> Any:
