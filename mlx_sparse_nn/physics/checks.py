@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core.checks import check_size, shown
-from mlx_sparse_nn.core.transforms import is_traced, transforming
+from mlx_sparse_nn.core.checks import check_rectangular, check_size, shown
+from mlx_sparse_nn.core.transforms import is_traced, tracing, transforming
 from mlx_sparse_nn.physics.parameters import read
 from mlx_sparse_nn.physics.precision import epsilon, largest_part, pairwise_sum
 from mlx_sparse_nn.physics.units import Scaled, in_own_unit
@@ -27,14 +27,21 @@ Pairs: TypeAlias = "Sequence[Sequence[int]] | np.ndarray"
 def check_chain(owner: str, n_qubits: int, periodic: bool) -> tuple[int, int]:
     """Return the numbers of sites and bonds of an open chain or a ring, or raise."""
     n_qubits = check_size(owner, "n_qubits", n_qubits, minimum=1)
+    check_flag(owner, "periodic", periodic)
     if periodic and n_qubits < 3:
         raise ValueError(f"[{owner}] n_qubits must be at least 3 for a ring, got {n_qubits}")
     return n_qubits, n_qubits if periodic else n_qubits - 1
 
 
+def check_flag(owner: str, name: str, value: bool) -> None:
+    """Raise unless ``value`` is true or false itself: of any other object, Python says which."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"[{owner}] {name} must be True or False, got {shown(value)}")
+
+
 def check_bonds(owner: str, bonds: Pairs, n_qubits: int) -> list[tuple[int, int]]:
     """Return bonds as pairs of different sites, each once, or raise."""
-    if isinstance(bonds, str) or not (hasattr(bonds, "__iter__") and hasattr(bonds, "__len__")):
+    if _is_unordered(bonds) or not (hasattr(bonds, "__iter__") and hasattr(bonds, "__len__")):
         raise TypeError(f"[{owner}] bonds must be a list of pairs of sites, got {shown(bonds)}")
     checked, first = [], {}
     for index, bond in enumerate(bonds):
@@ -53,7 +60,7 @@ def check_bonds(owner: str, bonds: Pairs, n_qubits: int) -> list[tuple[int, int]
 def check_sites(owner: str, name: str, sites: Any, size: int, n_qubits: int) -> tuple[int, ...]:
     """Return ``size`` different sites of 0 to ``n_qubits - 1``, or raise."""
     of_size = "1 site" if size == 1 else f"{size} sites"
-    if isinstance(sites, str | mx.array) or not hasattr(sites, "__len__"):
+    if _is_unordered(sites) or isinstance(sites, mx.array) or not hasattr(sites, "__len__"):
         raise TypeError(f"[{owner}] {name} must be a tuple of {of_size}, got {sites!r}")
     if len(sites) != size:
         raise ValueError(f"[{owner}] {name} must name {of_size}, got {sites!r}")
@@ -61,6 +68,11 @@ def check_sites(owner: str, name: str, sites: Any, size: int, n_qubits: int) -> 
     if len(set(checked)) < size:
         raise ValueError(f"[{owner}] {name} must name different sites, got {checked}")
     return checked
+
+
+def _is_unordered(values: Any) -> bool:
+    """Return whether values have no order of their own, or are the letters of a word."""
+    return isinstance(values, str | Mapping | Set)
 
 
 def check_dtype(owner: str, dtype: mx.Dtype) -> None:
@@ -139,7 +151,8 @@ def _real_numbers(
     owner: str, name: str, values: Values, shape: tuple[int, ...], expected: str
 ) -> np.ndarray:
     """Return finite real numbers of shape ``()`` or ``shape`` as float64, or raise."""
-    array = np.asarray(values.tolist() if isinstance(values, mx.array) else values)
+    given: Any = values.tolist() if isinstance(values, mx.array) else values
+    array = _of_long_integers(owner, name, check_rectangular(owner, name, given))
     if array.dtype.kind not in "iuf":
         raise TypeError(f"[{owner}] {name} must be real numbers, got {shown(values)}")
     if array.shape not in ((), shape):
@@ -148,6 +161,20 @@ def _real_numbers(
     if not np.isfinite(array).all():
         raise ValueError(f"[{owner}] {name} must be finite, got {shown(values)}")
     return array
+
+
+def _of_long_integers(owner: str, name: str, array: np.ndarray) -> np.ndarray:
+    """Return numbers as float64 where some are integers of more than 64 bits, or raise."""
+    numbers = array.reshape(-1).tolist() if array.dtype.kind == "O" else []
+    if not numbers or any(type(number) not in (int, float) for number in numbers):
+        return array
+    try:
+        return array.astype(np.float64)
+    except OverflowError:
+        n_bits = max(number.bit_length() for number in numbers if isinstance(number, int))
+        raise ValueError(
+            f"[{owner}] {name} must be small enough for float64, got an integer of {n_bits} bits"
+        ) from None
 
 
 def check_energies(
@@ -265,13 +292,24 @@ def check_state(owner: str, name: str, psi: mx.array, dim: int | None = None) ->
 
     What it holds is looked at unless a transform is running.
     """
-    return check_sized_state(owner, name, psi, dim)[0]
+    return _sized_state(owner, name, psi, dim)[0]
 
 
 def check_sized_state(
     owner: str, name: str, psi: mx.array, dim: int | None = None
 ) -> tuple[mx.array, mx.array]:
-    """Return a state as :func:`check_state` does, and its largest part, ``()``, or raise."""
+    """Return a state as :func:`check_state` does, and its largest part, ``()``, or raise.
+
+    It must be traced for one shape.
+    """
+    _check_array(owner, name, psi)
+    check_one_shape(owner, name, psi)
+    return _sized_state(owner, name, psi, dim)
+
+
+def _sized_state(
+    owner: str, name: str, psi: mx.array, dim: int | None
+) -> tuple[mx.array, mx.array]:
     _check_array(owner, name, psi)
     if psi.ndim != 1 or dim not in (None, psi.size):
         needs = "expected one axis" if dim is None else f"H needs ({dim},)"
@@ -293,6 +331,7 @@ def check_columns_of_sites(owner: str, psi: mx.array) -> tuple[mx.array, int]:
 def _sites(owner: str, psi: mx.array, expected: str, ndims: tuple[int, ...]) -> int:
     """Return n of a shape that begins with 2**n, or raise."""
     _check_array(owner, "psi", psi)
+    check_one_shape(owner, "psi", psi)
     n = (psi.shape[0] if psi.ndim else 0).bit_length() - 1
     if psi.ndim not in ndims or n < 1 or psi.shape[0] != 1 << n:
         raise ValueError(f"[{owner}] psi has shape {psi.shape}, expected {expected} with n >= 1")
@@ -302,6 +341,15 @@ def _sites(owner: str, psi: mx.array, expected: str, ndims: tuple[int, ...]) -> 
 def _check_array(owner: str, name: str, psi: mx.array) -> None:
     if not isinstance(psi, mx.array):
         raise TypeError(f"[{owner}] {name} must be an mx.array, got {type(psi).__name__}")
+
+
+def check_one_shape(owner: str, name: str, array: mx.array) -> None:
+    """Raise if MLX traces an array for every shape: it cannot tell those of what is made of it."""
+    if tracing.graph == "shapeless" and is_traced(array):
+        raise ValueError(
+            f"[{owner}] {name} must be traced for one shape, got shapeless=True; leave that out, "
+            "and trace it again for another shape"
+        )
 
 
 def _check_amplitudes(owner: str, name: str, psi: mx.array) -> tuple[mx.array, mx.array]:

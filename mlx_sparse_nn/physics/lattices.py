@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mlx_sparse_nn.core.checks import check_size
+from mlx_sparse_nn.physics.checks import check_flag
 
 Bonds = list[tuple[int, int]]
 
@@ -47,13 +48,14 @@ def ladder(n_rungs: int, *, periodic: bool = False) -> Bonds:
         periodic: Whether each leg is a ring, which takes at least 3 rungs.
 
     Raises:
-        TypeError: ``n_rungs`` is not an integer.
+        TypeError: ``n_rungs`` is not an integer, or ``periodic`` neither true nor false.
         ValueError: ``n_rungs`` is below 1, or below 3 for a periodic ladder.
 
     Example:
         >>> ladder(2)
         [(0, 1), (0, 2), (1, 3), (2, 3)]
     """
+    check_flag("ladder", "periodic", periodic)
     check = _check_closed if periodic else _check_open
     n_rungs = check("ladder", "n_rungs", n_rungs)
     return _grid(2, n_rungs, [(1, 0), (0, 1)], closed=(False, periodic))
@@ -70,7 +72,7 @@ def square(lx: int, ly: int, *, periodic: bool = False) -> Bonds:
         periodic: Whether it is a torus, which takes at least 3 sites each way.
 
     Raises:
-        TypeError: A length is not an integer.
+        TypeError: A length is not an integer, or ``periodic`` neither true nor false.
         ValueError: A length is below 1, or below 3 for a torus.
 
     Example:
@@ -91,7 +93,7 @@ def triangular(lx: int, ly: int, *, periodic: bool = False) -> Bonds:
         periodic: Whether it is a torus, which takes at least 3 sites each way.
 
     Raises:
-        TypeError: A length is not an integer.
+        TypeError: A length is not an integer, or ``periodic`` neither true nor false.
         ValueError: A length is below 1, or below 3 for a torus.
 
     Example:
@@ -102,6 +104,7 @@ def triangular(lx: int, ly: int, *, periodic: bool = False) -> Bonds:
 
 
 def _lattice(owner: str, lx: int, ly: int, periodic: bool, steps: list[tuple[int, int]]) -> Bonds:
+    check_flag(owner, "periodic", periodic)
     check = _check_closed if periodic else _check_open
     lx, ly = (check(owner, name, length) for name, length in (("lx", lx), ("ly", ly)))
     return _grid(lx, ly, steps, closed=(periodic, periodic))

@@ -11,6 +11,7 @@ from mlx_sparse_nn.physics.checks import (
     Values,
     check_bonds,
     check_chain,
+    check_flag,
     check_parameter,
     check_total,
     known_numbers,
@@ -132,6 +133,7 @@ class IsingOperator(PauliSum):
 
 def bonds_of(owner: str, n_qubits: int, periodic: bool, bonds: Pairs | None) -> Bonds:
     """Return the bonds of an open chain, of a ring, or those given, or raise."""
+    check_flag(owner, "periodic", periodic)
     if bonds is None:
         check_chain(owner, n_qubits, periodic)
         return ring(n_qubits) if periodic else chain(n_qubits)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from numbers import Number
+from operator import mul, truediv
 from typing import Any
 
 import mlx.core as mx
@@ -13,9 +15,16 @@ from mlx_sparse_nn.core.arrays import CSRArray, is_sparse
 from mlx_sparse_nn.core.checks import INT32_MAX, ArrayLike, check_data, check_size
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.pauli import PauliTerms, parts, pauli_diagonal, pauli_product
-from mlx_sparse_nn.core.transforms import defer_to
+from mlx_sparse_nn.core.transforms import defer_to, tracing, transforming
 from mlx_sparse_nn.core.value_maps import Gather
-from mlx_sparse_nn.physics.checks import check_dtype, check_memory, check_scalar, check_total
+from mlx_sparse_nn.physics.checks import (
+    check_dtype,
+    check_memory,
+    check_number,
+    check_one_shape,
+    check_scalar,
+    check_total,
+)
 from mlx_sparse_nn.physics.strings import String, count_y, letters_of, merged, sites_of
 
 _MAX_QUBITS = 30  # the length of an axis of MLX is an int32
@@ -29,7 +38,8 @@ class PauliSum:
     arrays. It works in ``vmap`` and ``compile``, on any device.
 
     ``H + K``, ``H - K``, ``-H``, ``c * H`` and ``H / c`` are a PauliSum again, for real numbers c
-    and scalars of MLX. Operators cannot be compared, but pickled and copied.
+    and scalars of MLX. Unless a transform is running, they raise where the energies overflow
+    ``dtype``, or vanish in it. Operators cannot be compared, but pickled and copied.
 
     Attributes:
         n_qubits: Number of sites.
@@ -63,6 +73,7 @@ class PauliSum:
     def _prepare(self) -> None:
         """Make what the product reads: all of it lazy."""
         defer_to(PauliSum)
+        check_one_shape(type(self).__name__, "coefficients", self.coefficients)
         n_still = sum(not x for x, _ in self._masks)
         self._moving = PauliTerms(
             self.n_qubits,
@@ -123,6 +134,9 @@ class PauliSum:
         """Return the diagonal, ``(2**n_qubits,)`` of ``dtype``."""
         if self._diagonal is None:
             return mx.zeros(self.shape[0], self._dtype)
+        if tracing.graph == "shapeless":  # MLX would trace how it was made
+            check_one_shape("PauliSum.diagonal", "coefficients", self._diagonal)
+            mx.eval(self._diagonal)
         return self._diagonal.astype(self._dtype)
 
     def todense(self) -> mx.array:
@@ -213,14 +227,17 @@ class PauliSum:
 
     def __mul__(self, factor: float | mx.array) -> PauliSum:
         """Multiply by a real number. The product with a state is ``H @ psi``."""
-        return self._scaled(self.coefficients * self._factor("c * H", factor))
+        factor = self._factor("c * H", factor)
+        self._check_multiple("c * H", factor, mul)
+        return self._scaled(self.coefficients * factor)
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float | mx.array) -> PauliSum:
         divisor = self._factor("H / c", divisor)
-        if not isinstance(divisor, mx.array) and divisor == 0:
+        if (not isinstance(divisor, mx.array) or not transforming()) and float(divisor) == 0:
             raise ValueError("[H / c] c must not be 0")
+        self._check_multiple("H / c", divisor, truediv)
         return self._scaled(self.coefficients / divisor)
 
     def __neg__(self) -> PauliSum:
@@ -329,11 +346,17 @@ class PauliSum:
             )
         terms = [
             (string, value)
-            for operator, factor in ((self, 1.0), (other, sign))
+            for summand, factor in ((self, 1.0), (other, sign))
             for string, value in zip(
-                operator._masks, parts(factor * operator.coefficients), strict=True
+                summand._masks, parts(factor * summand.coefficients), strict=True
             )
         ]
+        if not transforming():
+            totals: dict[String, float] = {}
+            for summand, factor in ((self, 1.0), (other, sign)):
+                for string, value in zip(summand._masks, summand._numbers(), strict=True):
+                    totals[string] = totals.get(string, 0.0) + factor * value
+            check_total(operation, list(totals.values()), dtype)
         return PauliSum._of(self.n_qubits, *merged(terms, coefficient_dtype(dtype)), dtype)
 
     def _factor(self, operation: str, factor: Any) -> float | mx.array:
@@ -349,7 +372,23 @@ class PauliSum:
         factor = check_scalar(operation, "c", factor, self.coefficients.dtype)
         if isinstance(factor, float):
             check_total(operation, [factor], self.coefficients.dtype)
+        elif not transforming():
+            check_number(operation, "c", factor)
         return factor
+
+    def _numbers(self) -> list[float]:
+        """Return the coefficients, evaluated."""
+        return np.array(self.coefficients).tolist()
+
+    def _check_multiple(
+        self, operation: str, factor: float | mx.array, of: Callable[[float, float], float]
+    ) -> None:
+        """Raise unless the energies of a multiple fit ``dtype``, where they are known."""
+        if transforming():
+            return
+        factor, least = float(factor), math.ulp(0.0)  # which a product of nonzero numbers is not
+        numbers = [abs(of(c, factor)) for c in self._numbers() if c and factor]
+        check_total(operation, [max(number, least) for number in numbers], self._dtype)
 
 
 def check_operator_size(owner: str, n_qubits: int, dtype: mx.Dtype) -> int:

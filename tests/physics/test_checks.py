@@ -3,13 +3,14 @@
 import inspect
 import re
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import scipy.sparse
 
-from mlx_sparse_nn import csr_array, physics
+from mlx_sparse_nn import csr_array, physics, vstack
 from mlx_sparse_nn.physics import (
     IsingOperator,
     chain,
@@ -104,6 +105,22 @@ ROWS = [
         ValueError,
         "n_qubits 1000000 needs 2**1000000 amplitudes",
     ),
+    # Flags.
+    *(
+        (
+            [*CHAINS, *GRIDS, ladder],
+            {"periodic": value},
+            TypeError,
+            f"periodic must be True or False, got {value!r}",
+        )
+        for value in ("no", 1, None, [])
+    ),
+    (
+        [transverse_field_ising, IsingOperator],
+        {"periodic": "no", "bonds": [(0, 1)]},
+        TypeError,
+        "periodic must be True or False, got 'no'",
+    ),
     # Parameters of the chain.
     *(
         (functions, {name: value}, error, f"{name} must be {message}")
@@ -119,6 +136,9 @@ ROWS = [
             (None, TypeError, "real numbers, got None"),
             (True, TypeError, "real numbers, got True"),
             (1j, TypeError, "real numbers, got 1j"),
+            ([[1, 2], 3], ValueError, "rectangular, got a ragged list"),
+            (10**400, ValueError, "small enough for float64, got an integer of 1329 bits"),
+            (-(10**5000), ValueError, "small enough for float64, got an integer of 16610 bits"),
             (mx.array(True), TypeError, "real numbers, got "),
             (mx.array(1j), TypeError, "real numbers, got "),
         )
@@ -207,6 +227,9 @@ ROWS = [
     *(
         ([transverse_field_ising, IsingOperator], {"bonds": bonds}, error, message)
         for bonds, error, message in (
+            ({(0, 1): 1.0}, TypeError, "bonds must be a list of pairs of sites, got {"),
+            ({(0, 1)}, TypeError, "bonds must be a list of pairs of sites, got {"),
+            ([{0, 1}], TypeError, "bonds[0] must be a tuple of 2 sites, got {0, 1}"),
             (3, TypeError, "bonds must be a list of pairs of sites, got 3"),
             ("01", TypeError, "bonds must be a list of pairs of sites, got '01'"),
             ([0, 1], TypeError, "bonds[0] must be a tuple of 2 sites, got 0"),
@@ -583,6 +606,65 @@ def test_what_is_traced_is_named(call, message, transform):
     with pytest.raises((TypeError, ValueError), match=re.escape(message)) as error:
         transform(call)(mx.ones(2, dtype=mx.int32))
     assert "traced by a transform" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [[[1, 2], 3], (1, [2])])
+def test_a_coefficient_is_not_ragged(value):
+    for rows in ([(value, 0)], (value, [0, 1])):
+        with pytest.raises(ValueError, match=r"\[pauli_sum\] terms\['X'\].* must be rectangular"):
+            pauli_sum({"X": rows}, 2)
+
+
+def test_a_long_integer_is_a_number():
+    """NumPy has no type of more than 64 bits."""
+    long = IsingOperator(2, 10**30, coupling=[10**25])
+    assert long.diagonal().tolist() == IsingOperator(2, 1e30, coupling=1e25).diagonal().tolist()
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        *((function, "psi") for function in [*OBSERVED, *OF_SITES, *ORDERS]),
+        (fidelity, "a"),
+        (fidelity, "b"),
+    ],
+)
+@pytest.mark.not_emulated("needs mx.compile")
+def test_every_shape_is_refused_by_name(function, name):
+    """MLX would say "[Primitive::output_shapes]", and nothing of the argument."""
+
+    def observable(psi):
+        return function(**{**GOOD[function], name: psi})
+
+    message = f"[{function.__name__}] {name} must be traced for one shape, got shapeless=True"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        mx.compile(observable, shapeless=True)(mx.ones(16))
+    assert mx.compile(observable)(mx.ones(16)).shape == observable(mx.ones(16)).shape
+
+
+@pytest.mark.not_emulated("needs mx.compile")
+def test_parameters_traced_for_every_shape_are_refused():
+    message = r"\[IsingOperator\] coefficients must be traced for one shape, got shapeless=True"
+    with pytest.raises(ValueError, match=message):
+        mx.compile(lambda h: IsingOperator(3, h).diagonal(), shapeless=True)(mx.array(0.7))
+
+
+A = H.tocsr()
+operand: Any = H  # which types refuse, too
+
+
+@pytest.mark.parametrize(
+    ("compute", "message"),
+    [
+        (lambda: A + operand, "x.tocsr() makes it one of this package"),
+        (lambda: A @ operand, "x.tocsr() makes it one of this package"),
+        (lambda: vstack([A, operand]), "x.tocsr() makes one of it"),
+        (lambda: A + scipy.sparse.eye(16).tocsr(), "from_scipy(x) makes it one of this"),
+    ],
+)
+def test_an_operator_beside_a_sparse_array_says_what_makes_it_one(compute, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        compute()
 
 
 def test_a_state_is_checked_in_a_new_thread():

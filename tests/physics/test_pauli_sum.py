@@ -3,6 +3,8 @@
 import copy
 import pickle
 import re
+import subprocess
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -579,3 +581,69 @@ class TestObject:
     def test_is_a_key(self):
         H = pauli_sum(A, 3)
         assert {H: 1}[H] == 1
+
+
+SHAPELESS = """
+import mlx.core as mx
+from mlx_sparse_nn.physics import pauli_sum
+
+for letter in "XYZ":
+    H = pauli_sum({letter: [(1.0, 0)]}, 1)
+    y = mx.compile(lambda psi: H.tocsr() @ psi, shapeless=True)(mx.ones(2))
+    assert mx.array_equal(y, H @ mx.ones(2)).item(), letter
+    psi = mx.array([1.0, 2.0])
+    y = mx.compile(lambda psi: H.diagonal() * psi, shapeless=True)(psi)
+    assert mx.array_equal(y, H.diagonal() * psi).item(), letter
+"""
+
+
+@pytest.mark.not_emulated("needs mx.compile")
+def test_one_string_in_a_trace_for_every_shape():
+    """MLX would end the process at the sum of one row."""
+    command = [sys.executable, "-c", SHAPELESS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+class TestArithmeticThatDoesNotFit:
+    @pytest.mark.parametrize(
+        ("compute", "message"),
+        [
+            (lambda H: H * 1e-30 * 1e-30, r"\[c \* H\] energies of .* vanish in .*float32"),
+            (lambda H: H * 1e30 * 1e30, r"\[c \* H\] energies of .* overflow .*float32"),
+            (lambda H: H * mx.array(1e30) * mx.array(1e30), r"\[c \* H\] energies .* overflow"),
+            (lambda H: H / 1e30 / 1e30, r"\[H / c\] energies of .* vanish"),
+            (lambda H: H / 1e-30 / 1e-30, r"\[H / c\] energies of .* overflow"),
+            (lambda H: H * 1e38 + H * 1e38 + H * 1e38 + H * 1e38, r"\[H \+ K\] .* overflow"),
+            (lambda H: H * 1e38 - H * -1e38 - H * -1e38 - H * -1e38, r"\[H - K\] .* overflow"),
+            (lambda H: H / mx.array(0.0), r"\[H / c\] c must not be 0"),
+            (lambda H: H * mx.array(float("nan")), r"\[c \* H\] c must be finite"),
+        ],
+    )
+    def test_raises(self, compute, message):
+        with pytest.raises(ValueError, match=message):
+            compute(pauli_sum({"X": [(1.0, 0)]}, 1))
+
+    @pytest.mark.parametrize(("factor", "word"), [(1e200, "overflow"), (1e-200, "vanish")])
+    def test_raises_in_float64(self, factor, word):
+        with mx.stream(mx.cpu):
+            H = pauli_sum({"X": [(1.0, 0)]}, 1, dtype=mx.float64)
+            with pytest.raises(ValueError, match=word):
+                _ = H * factor * factor
+
+    def test_takes_what_fits(self):
+        H = pauli_sum({"X": [(2e38, 0)]}, 1)
+        assert (H - H).coefficients.tolist() == [0]
+        assert (H * 0).coefficients.tolist() == [0]
+        assert (H * 0 * 5).coefficients.tolist() == [0]
+        assert (H * 1e-36 * 1e36).coefficients.item() == pytest.approx(2e38)
+
+    @pytest.mark.not_emulated("needs mx.compile")
+    def test_does_not_look_at_what_is_traced(self):
+        H = pauli_sum({"X": [(1.0, 0)]}, 1)
+        energy = lambda c: ((H * c + H / c) @ mx.ones(2)).sum()
+        c = mx.array(4.0)
+        assert mx.grad(energy)(c).item() == pytest.approx(2 - 2 / 16)
+        assert mx.compile(energy)(c).item() == pytest.approx(8.5)
+        assert mx.vmap(energy)(c[None]).tolist() == pytest.approx([8.5])
+        assert mx.isinf(mx.compile(energy)(mx.array(0.0))).item()
