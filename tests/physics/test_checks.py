@@ -649,6 +649,24 @@ def test_parameters_traced_for_every_shape_are_refused():
         mx.compile(lambda h: IsingOperator(3, h).diagonal(), shapeless=True)(mx.array(0.7))
 
 
+@pytest.mark.parametrize(
+    ("function", "name"), [(lanczos, "H"), (evolve, "psi"), (exact_ground_energy, "field")]
+)
+@pytest.mark.parametrize("transform", [mx.compile, mx.vmap], ids=["compile", "vmap"])
+@pytest.mark.not_emulated("needs mx.compile")
+def test_who_reads_numbers_refuses_what_has_none(function, name, transform):
+    """As README.md says of them: they take the derivatives alone."""
+
+    def solve(number):
+        made = {"H": lambda: IsingOperator(4, number), "psi": lambda: number * mx.ones(16)}
+        result = function(**{**GOOD[function], name: made.get(name, lambda: number)()})
+        return result.energies if function is lanczos else result
+
+    with pytest.raises(ValueError, match=rf"\[{function.__name__}\] {name} must hold numbers"):
+        transform(solve)(mx.array([0.7, 0.8]) if transform is mx.vmap else mx.array(0.7))
+    assert mx.isfinite(mx.grad(lambda x: mx.abs(solve(x)).sum())(mx.array(0.7))).item()
+
+
 A = H.tocsr()
 operand: Any = H  # which types refuse, too
 
