@@ -398,7 +398,8 @@ def check_times(owner: str, t: Values) -> tuple[np.ndarray, bool]:
         read(owner, "t", t)
         host = np.array(t.astype(mx.float32) if t.dtype == mx.bfloat16 else t)
     else:
-        host = np.asarray(t)
+        given: Any = t
+        host = _of_long_integers(owner, "t", check_rectangular(owner, "t", given))
         elements = t if isinstance(t, list | tuple) else []
         if any(isinstance(a, mx.array) for a in elements):
             raise TypeError(

@@ -533,6 +533,13 @@ ROWS = [
         ([evolve], {"t": t}, ValueError, f"t must be a number or (K,) of them, got shape {shape}")
         for t, shape in (([], (0,)), (np.ones((2, 2)), (2, 2)), (mx.ones((1, 3)), (1, 3)))
     ),
+    ([evolve], {"t": [[1, 2], 3]}, ValueError, "t must be rectangular, got a ragged list"),
+    (
+        [evolve],
+        {"t": [1.0, 10**400]},
+        ValueError,
+        "t must be small enough for float64, got an integer of 1329 bits",
+    ),
     ([evolve], {"t": [1.0, INF]}, ValueError, "t must be finite, got [1.0, inf]"),
     ([evolve], {"t": mx.array([1.0, NAN])}, ValueError, "t must be finite, got array([1, nan]"),
     ([evolve], {"t": [mx.array(1.0), 2.0]}, TypeError, "t must be numbers or one mx.array, got ["),
