@@ -106,8 +106,8 @@ def lanczos(
 
     Example:
         >>> energies, states = lanczos(IsingOperator(8, 0.7), k=2)
-        >>> energies
-        array([-8.30561, -8.24608], dtype=float32)
+        >>> [round(energy, 4) for energy in energies.tolist()]
+        [-8.3056, -8.2461]
     """
     owner = "lanczos"
     dim = check_hamiltonian(owner, H)

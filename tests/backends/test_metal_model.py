@@ -13,7 +13,16 @@ from support import apple_gpu, computing
 from test_metal import BLOCK_SIZES, DTYPES
 
 import mlx_sparse_nn
-from mlx_sparse_nn import BlockSparseLinear, CSRPattern, qspmm, qspmm_t, sddmm, spmm, spmm_t
+from mlx_sparse_nn import (
+    BlockSparseLinear,
+    CSRPattern,
+    physics,
+    qspmm,
+    qspmm_t,
+    sddmm,
+    spmm,
+    spmm_t,
+)
 from mlx_sparse_nn.core.backends import metal as backend
 from mlx_sparse_nn.core.backends import metal_tiles, plain
 from mlx_sparse_nn.core.quantized import BITS
@@ -144,6 +153,8 @@ def test_every_variant_compiles_from_the_source_that_mlx_would_compile(metal):
             spmm(mx.ones(pattern.data_shape, mx.float16), pattern, mx.ones((17, 16), mx.float16))
         )
     quantized_products()
+    energy = lambda field: physics.IsingOperator(4, field) @ mx.ones(16)
+    mx.eval(mx.vjp(energy, [mx.ones(4)], [mx.ones(16)]))
     for launch in metal.launches:
         assert f"void custom_kernel_{launch.kernel}" in launch.source
         assert "[[kernel]]" in launch.source

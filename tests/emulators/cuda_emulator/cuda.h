@@ -36,6 +36,9 @@ struct int4 {
 struct float2 {
   float x, y;
 };
+struct float4 {
+  float x, y, z, w;
+};
 struct dim3 {
   unsigned x, y, z;
 };
@@ -52,6 +55,7 @@ struct __nv_bfloat162 {
 #define make_uint2(...) (uint2{__VA_ARGS__})
 #define make_uint4(...) (uint4{__VA_ARGS__})
 #define make_float2(...) (float2{__VA_ARGS__})
+#define make_float4(...) (float4{__VA_ARGS__})
 #define __floats2bfloat162_rn(a, b) (__nv_bfloat162{__nv_bfloat16(a), __nv_bfloat16(b)})
 #define __floats2half2_rn(a, b) (__half2{__half(a), __half(b)})
 #define __popc __builtin_popcount
