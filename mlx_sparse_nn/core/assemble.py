@@ -77,7 +77,7 @@ def diags(
     if isinstance(offsets, int | np.integer):
         alone = len(diagonals) == 1 and hasattr(diagonals[0], "__len__")
         diagonals, offsets = (diagonals if alone else [diagonals]), [int(offsets)]
-    values = [check_data("diags", d, "a diagonal", dtype).reshape(-1) for d in diagonals]
+    values = [mx.flatten(check_data("diags", d, "a diagonal", dtype)) for d in diagonals]
     offsets = [check_offset("diags", k) for k in offsets]
     if len(values) != len(offsets) or not values:
         raise ValueError(
@@ -116,7 +116,7 @@ def kron(A: Sparse | ArrayLike, B: Sparse | ArrayLike) -> CSRArray:
                [0, 0, 1, 2]], dtype=float32)
     """
     a, b = (x.tocsr() for x in _matrices("kron", [A, B]))
-    data = (a.data[:, None] * b.data[None, :]).reshape(-1)
+    data = mx.flatten(a.data[:, None] * b.data[None, :])
     rows, cols = (
         (np.multiply.outer(of_a, size) + of_b).reshape(-1)
         for of_a, of_b, size in (
