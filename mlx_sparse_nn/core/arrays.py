@@ -175,6 +175,10 @@ class CSRArray(SparseArray):
 
         Values of one place are added up first.
         """
+        if not callable(function):
+            raise TypeError(
+                f"[A.map_values] function must be callable, got {type(function).__name__}"
+            )
         array = self.canonical()
         data, inside = array.data, array._inside
         if inside is None:

@@ -16,8 +16,10 @@ from mlx_sparse_nn.core.elementwise import Elementwise
 # Names of SciPy that are not there, and what to do instead.
 _INSTEAD = {
     "asformat": "use tocsr() or tocoo()",
+    "conjugate": "it is called conj",
     "coords": "A.nonzero() or A.tocoo() has rows and columns",
     "eliminate_zeros": "patterns are fixed; csr_array(A.todense()) stores what is not 0",
+    "format": "isinstance tells a CSRArray, which has its block_size, from a COOArray",
     "getcol": "use A[:, [j]]",
     "getnnz": "use A.nnz or A.count_nonzero(axis)",
     "getrow": "use A[[i]]",

@@ -578,13 +578,13 @@ def test_scipy_beside_our_own_names_what_to_do():
 def test_names_of_scipy_say_what_to_do():
     a = sparse.eye(3)
     for array in (a, a.tocoo(), a[0]):
-        for name in ("tocsc", "asformat", "setdiag", "eliminate_zeros", "getrow"):
+        for name in ("tocsc", "asformat", "setdiag", "eliminate_zeros", "getrow", "conjugate"):
             with pytest.raises(AttributeError, match=f"no attribute {name!r}; "):
                 getattr(array, name)
             assert not hasattr(array, name)
         with pytest.raises(TypeError, match=r"cannot be written to.*csr_array\(\(x"):
             array[0] = 1.0
-    for name in ("eye_array", "diags_array", "random_array", "csc_array", "find"):
+    for name in ("eye_array", "diags_array", "random_array", "csc_array", "find", "spdiags"):
         with pytest.raises(AttributeError, match=f"no attribute {name!r}; "):
             getattr(sparse, name)
     with pytest.raises(AttributeError, match=r"no attribute 'nothing'$"):
@@ -798,10 +798,10 @@ def test_tracers_are_assigned():
     assert mx.array_equal(A.data, csr_array(D).data)
 
 
-COPIES = "A[:], A[...], A[:, :], +A, A + 0, A.copy(), A.conj(), A.canonical(), A.tocoo()"
+COPIES = "A[:]; A[...]; A[:, :]; +A; A + 0; A.copy(); A.conj(); A.canonical(); A.tocoo()"
 
 
-@pytest.mark.parametrize("copy", COPIES.split(", "))
+@pytest.mark.parametrize("copy", COPIES.split("; "))
 def test_copies_have_values_of_their_own(copy):
     a = A.copy()
     untyped(eval(copy.replace("A", "a"), {"a": a})).data[0] = 99
@@ -873,3 +873,61 @@ def test_expm1_of_complex_numbers():
 
     expected = slope(lambda data: mx.exp(data) - 1)
     assert mx.allclose(slope(lambda d: CSRArray(d, pattern).expm1().data), expected, rtol=1e-5)
+
+
+WIDE = csr_array(([1.0], ([0], [0])), (1, 2**30))
+MISTAKES = [
+    *(
+        (call, TypeError, rf"^\[{owner}\] dtype must be one of MLX, as mx.float32")
+        for owner, call in {
+            "csr_array": lambda: csr_array(D, dtype=untyped(np.float32)),
+            "coo_array": lambda: sparse.coo_array(D, dtype=untyped(np.float32)),
+            "bsr_array": lambda: sparse.bsr_array(
+                (np.ones((1, 2, 2)), [0], [0, 1]), (2, 2), untyped(np.float32)
+            ),
+            "from_scipy": lambda: from_scipy(sp.csr_array(D), untyped(np.float32)),
+            "load_npz": lambda: sparse.load_npz("none.npz", untyped(np.float32)),
+            "eye": lambda: sparse.eye(2, dtype=untyped(np.float32)),
+            "diags": lambda: sparse.diags([[1.0]], [0], dtype=untyped(np.float32)),
+            "random": lambda: sparse.random(2, 2, dtype=untyped(np.float32)),
+        }.items()
+    ),
+    (lambda: csr_array((2**31 - 1, 2**31 - 1)), ValueError, r"^\[csr_array\] n_rows must be below"),
+    (lambda: sparse.hstack([WIDE, WIDE]), ValueError, r"^\[hstack\] n_cols must be in"),
+    (lambda: sparse.vstack([WIDE.T, WIDE.T]), ValueError, r"^\[vstack\] n_rows must be in"),
+    (lambda: sparse.kron(WIDE, WIDE), ValueError, r"^\[kron\] n_cols must be in"),
+    (lambda: A.map_values(untyped(3)), TypeError, r"^\[A.map_values\] function must be callable"),
+    (lambda: sparse.diags(untyped(5)), TypeError, r"^\[diags\] diagonals must be a sequence"),
+    (lambda: sparse.diags([1.0], untyped(None)), TypeError, r"^\[diags\] offsets must be a seq"),
+    (lambda: sparse.vstack(untyped(3)), TypeError, r"^\[vstack\] arrays must be a sequence"),
+    (lambda: sparse.hstack([A, untyped(None)]), TypeError, r"^\[hstack\] an array must be .*None"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), MISTAKES)
+def test_mistakes_name_their_owner(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_broken_files_are_named(tmp_path: Path):
+    file = tmp_path / "broken.npz"
+    sparse.save_npz(file, A)
+    whole = file.read_bytes()
+    for content in (b"", whole[:10], whole[:-1], whole[:60] + b"0" * 9 + whole[69:]):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"^\[load_npz\] .*broken.npz "):
+            sparse.load_npz(file)
+    parts = {"data": np.ones(2), "indices": [0, 7], "indptr": [0, 1, 2], "shape": [2, 2]}
+    np.savez(file, format=b"csr", **untyped({name: np.array(a) for name, a in parts.items()}))
+    with pytest.raises(ValueError, match=r"^\[load_npz\] .*broken.npz .*indices\[1\] is 7"):
+        sparse.load_npz(file)
+
+
+def test_files_of_wide_and_narrow_numbers(tmp_path: Path):
+    file = tmp_path / "a.npz"
+    for there, here in ((np.int64, mx.int64), (np.uint64, mx.uint64), (np.float64, mx.float32)):
+        sp.save_npz(file, sp.csr_array(D.astype(there)))
+        assert sparse.load_npz(file).dtype == here
+    sparse.save_npz(file, A.astype(mx.bfloat16))
+    assert sparse.load_npz(file).dtype == mx.float32
