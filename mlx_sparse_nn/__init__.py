@@ -152,6 +152,7 @@ __all__ = [
 _INSTEAD = {
     "block_array": "stack rows of blocks: vstack([hstack(row) for row in blocks])",
     "bmat": "stack rows of blocks: vstack([hstack(row) for row in blocks])",
+    "coo_matrix": "it is called coo_array",
     "csc_array": "csr_array((data, indices, indptr), (n, m)).T has these columns",
     "csr_matrix": "it is called csr_array",
     "diags_array": "it is called diags",
@@ -159,7 +160,9 @@ _INSTEAD = {
     "eye_array": "it is called eye",
     "find": "A.nonzero() has the places, A[A.nonzero()] the values",
     "identity": "it is called eye",
+    "rand": "it is called random",
     "random_array": "it is called random, and takes m, n and density",
+    "spdiags": "it is called diags, and takes offsets and shape",
     "tril": "it is a method, A.tril(k)",
     "triu": "it is a method, A.triu(k)",
 }

@@ -134,9 +134,9 @@ def values_at(pattern: CSRPattern, dense: mx.array) -> mx.array:
     axis = 0 if dense.shape[1] == 1 else 1
     gather, block_size = gathers(pattern)[axis], pattern.block_size
     if block_size == 1:
-        return gather(dense.reshape(-1))
-    whole = edges.pad(dense.reshape(-1), pattern.grid[axis] * block_size)
-    return mx.expand_dims(gather(whole.reshape(-1, block_size)), 2 - axis)
+        return gather(mx.flatten(dense))
+    whole = edges.pad(mx.flatten(dense), pattern.grid[axis] * block_size)
+    return mx.expand_dims(gather(whole.reshape(pattern.grid[axis], block_size)), 2 - axis)
 
 
 @kept

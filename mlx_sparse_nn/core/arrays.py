@@ -12,7 +12,6 @@ import numpy as np
 from mlx_sparse_nn.core import algebra, draw, edges, index, indexing, ops, reductions
 from mlx_sparse_nn.core.checks import (
     ArrayLike,
-    check_block_dtype,
     check_data,
     check_indices,
     check_number,
@@ -20,6 +19,7 @@ from mlx_sparse_nn.core.checks import (
     check_shape,
 )
 from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
+from mlx_sparse_nn.core.reductions import Axis
 from mlx_sparse_nn.core.sparse import (
     SparseArray,
     check_comparison,
@@ -64,13 +64,17 @@ class CSRArray(SparseArray):
         defer_to(SparseArray)
         check_pattern("CSRArray", pattern)
         data = check_data("CSRArray", data)
-        if tuple(data.shape) != pattern.data_shape:
-            raise ValueError(
-                f"[CSRArray] data has shape {data.shape}, the pattern needs {pattern.data_shape}"
-            )
-        check_block_dtype("CSRArray", data.dtype, pattern.block_size)
+        self._pattern = pattern
         self.data = data
-        self.pattern = pattern
+
+    @property
+    def pattern(self) -> CSRPattern:
+        """Where the values lie."""
+        return self._pattern
+
+    @property
+    def _needed(self) -> tuple[tuple[int, ...], str]:
+        return self._pattern.data_shape, "pattern needs"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -147,12 +151,14 @@ class CSRArray(SparseArray):
         if self.block_size == 1:
             return self
         scalars = algebra.scalars(self.pattern)
-        return CSRArray(scalars.values(self.data.reshape(-1)), scalars.pattern)
+        return CSRArray(scalars.values(mx.flatten(self.data)), scalars.pattern)
 
     def tocoo(self) -> COOArray:
         """Return the same matrix as coordinates, rows in order."""
         scalar = self.tocsr()
-        return COOArray(scalar.data, scalar.pattern.row_indices, scalar.pattern.indices, self.shape)
+        return COOArray(
+            scalar.data[:], scalar.pattern.row_indices, scalar.pattern.indices, self.shape
+        )
 
     def _with(self, data: mx.array) -> CSRArray:
         return CSRArray(data, self.pattern)
@@ -160,7 +166,7 @@ class CSRArray(SparseArray):
     def canonical(self) -> CSRArray:
         """Return the same matrix with the columns of each row sorted, and none repeated."""
         if self.pattern.is_canonical:
-            return self
+            return self.copy()
         merged = algebra.canonical(self.pattern)
         return CSRArray(merged.sums(self.data), merged.pattern)
 
@@ -169,6 +175,10 @@ class CSRArray(SparseArray):
 
         Values of one place are added up first.
         """
+        if not callable(function):
+            raise TypeError(
+                f"[A.map_values] function must be callable, got {type(function).__name__}"
+            )
         array = self.canonical()
         data, inside = array.data, array._inside
         if inside is None:
@@ -191,7 +201,7 @@ class CSRArray(SparseArray):
 
     __pow__ = power
 
-    def sum(self, axis: int | None = None, *, keepdims: bool = False) -> mx.array:
+    def sum(self, axis: Axis = None, *, keepdims: bool = False) -> mx.array:
         """Sum all values, or over rows (``axis=0``, ``(n_cols,)``) or columns (``axis=1``).
 
         Integers and bools have the dtype that ``mx.sum`` gives them.
@@ -211,7 +221,7 @@ class CSRArray(SparseArray):
             return mx.ones(self.shape[0], self.dtype) @ self
         return self @ mx.ones(self.shape[1], self.dtype)
 
-    def mean(self, axis: int | None = None, *, keepdims: bool = False) -> mx.array:
+    def mean(self, axis: Axis = None, *, keepdims: bool = False) -> mx.array:
         """Return means over all places, or over rows (``axis=0``) or columns; as :meth:`sum`."""
         axis = reductions.check_axis("CSRArray.mean", axis)
         count = self.shape[0] * self.shape[1] if axis is None else self.shape[axis]
@@ -220,7 +230,7 @@ class CSRArray(SparseArray):
         dtype = self.dtype if mx.issubdtype(self.dtype, mx.inexact) else mx.float32
         return (array.sum(axis, keepdims=keepdims) / count).astype(dtype)
 
-    def max(self, axis: int | None = None, *, keepdims: bool = False) -> mx.array:
+    def max(self, axis: Axis = None, *, keepdims: bool = False) -> mx.array:
         """Return the largest value of all, of each column (``axis=0``) or of each row.
 
         What is not stored counts as 0. A gradient goes in equal shares to all that have it.
@@ -231,16 +241,16 @@ class CSRArray(SparseArray):
         """
         return self._extreme("CSRArray.max", axis, keepdims, largest=True)
 
-    def min(self, axis: int | None = None, *, keepdims: bool = False) -> mx.array:
+    def min(self, axis: Axis = None, *, keepdims: bool = False) -> mx.array:
         """Return the smallest value of all, of each column or of each row; as :meth:`max`."""
         return self._extreme("CSRArray.min", axis, keepdims, largest=False)
 
-    def _extreme(self, owner: str, axis: int | None, keepdims: bool, largest: bool) -> mx.array:
+    def _extreme(self, owner: str, axis: Axis, keepdims: bool, largest: bool) -> mx.array:
         rows, axis = self._rows_along(owner, axis)
         out = reductions.extreme(owner, rows, largest)
         return reductions.keep(out if axis is not None else out.squeeze(0), axis, keepdims)
 
-    def argmax(self, axis: int | None = None) -> mx.array:
+    def argmax(self, axis: Axis = None) -> mx.array:
         """Return the first place of the largest value: of all, row by row, or in each column
         (``axis=0``) or row; integers.
 
@@ -250,23 +260,23 @@ class CSRArray(SparseArray):
         """
         return self._place_of_extreme("CSRArray.argmax", axis, largest=True)
 
-    def argmin(self, axis: int | None = None) -> mx.array:
+    def argmin(self, axis: Axis = None) -> mx.array:
         """Return the first place of the smallest value; as :meth:`argmax`."""
         return self._place_of_extreme("CSRArray.argmin", axis, largest=False)
 
-    def _place_of_extreme(self, owner: str, axis: int | None, largest: bool) -> mx.array:
+    def _place_of_extreme(self, owner: str, axis: Axis, largest: bool) -> mx.array:
         rows, axis = self._rows_along(owner, axis)
         out = reductions.place_of_extreme(owner, rows, largest)
         return out if axis is not None else out.squeeze(0)
 
-    def _rows_along(self, owner: str, axis: int | None) -> tuple[reductions.Rows, int | None]:
+    def _rows_along(self, owner: str, axis: Axis) -> tuple[reductions.Rows, int | None]:
         """Return the rows that a reduction reduces: of the transpose, or all as one."""
         axis = reductions.check_axis(owner, axis)
         array = self.tocsr().canonical()
         array = array.T if axis == 0 else array
         return reductions.Rows(array.data, *reductions.places(array.pattern, axis is None)), axis
 
-    def count_nonzero(self, axis: int | None = None) -> mx.array:
+    def count_nonzero(self, axis: Axis = None) -> mx.array:
         """Count values that are not 0: all, in each column (``axis=0``) or in each row."""
         axis = reductions.check_axis("CSRArray.count_nonzero", axis)
         return self.map_values(lambda data: data != 0).astype(mx.int32).sum(axis)
@@ -398,7 +408,8 @@ class CSRArray(SparseArray):
             return SparseVector(self.tocsr()._rows(rows)._columns(cols))
         if isinstance(cols, int):
             return SparseVector(self.tocsr().T._rows(cols)._columns(rows))
-        return self.tocsr()._rows(rows)._columns(cols)
+        part = self.tocsr()._rows(rows)._columns(cols)
+        return part.copy() if part is self else part
 
     def _columns(self, cols: slice | np.ndarray) -> CSRArray:
         """Return some columns, of scalars."""
@@ -449,7 +460,7 @@ class CSRArray(SparseArray):
             raise ValueError(f"[A + v] A is {self.shape}, v is {other.shape}: shapes differ")
         if is_scalar(other):
             if isinstance(other, Number) and other == 0:
-                return self
+                return self.copy()
             raise TypeError(
                 "[A + s] a sparse matrix plus a scalar is dense; use A.todense() + s, or "
                 "CSRArray(A.data + s, A.pattern) for the stored values alone"
@@ -578,13 +589,17 @@ class COOArray(SparseArray):
 
     def __init__(self, data: ArrayLike, row: ArrayLike, col: ArrayLike, shape: tuple[int, int]):
         defer_to(SparseArray)
-        self.data = check_data("COOArray", data)
+        self._data = check_data("COOArray", data)
         self._shape = check_shape("COOArray", shape)
         self._row = _coordinates("row", row, self.shape[0])
         self._col = _coordinates("col", col, self.shape[1])
-        lengths = {"data": self.data.shape, "row": self.row.shape, "col": self.col.shape}
-        if len(set(lengths.values())) > 1 or self.data.ndim != 1:
+        lengths = {"data": self._data.shape, "row": self.row.shape, "col": self.col.shape}
+        if len(set(lengths.values())) > 1 or self._data.ndim != 1:
             raise ValueError(f"[COOArray] data, row and col must be of one length, got {lengths}")
+
+    @property
+    def _needed(self) -> tuple[tuple[int, ...], str]:
+        return self._row.shape, "coordinates need"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -622,9 +637,6 @@ class COOArray(SparseArray):
         Args:
             canonical: Also sort the columns of each row and add up repeated entries.
         """
-        if self.data.shape != self.row.shape:
-            shapes = f"{self.data.shape}, the coordinates need {self.row.shape}"
-            raise ValueError(f"[COOArray] data has shape {shapes}")
         if canonical:
             merged = algebra.merge(self.row, self.col, self.shape)
             return CSRArray(merged.sums(self.data), merged.pattern)
@@ -738,7 +750,7 @@ def _multiply_integers(A: CSRArray, x: mx.array) -> mx.array:
     """Return the product ``(n_rows, ...)`` with ``x (n_cols, ...)`` of integers or bools."""
     array, dtype = A.tocsr(), mx.result_type(A.data, x)
     _, of_columns = algebra.gathers(array.pattern)
-    values = array.data.reshape(-1, *[1] * (x.ndim - 1)).astype(dtype)
+    values = array.data.reshape(array.nnz, *[1] * (x.ndim - 1)).astype(dtype)
     return algebra.sum_rows(array.pattern)(values * of_columns(x.astype(dtype)))
 
 

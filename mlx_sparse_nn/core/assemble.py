@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -22,7 +22,7 @@ from mlx_sparse_nn.core.checks import (
 )
 from mlx_sparse_nn.core.construct import from_dense
 from mlx_sparse_nn.core.pattern import CSRPattern
-from mlx_sparse_nn.core.sparse import SparseArray, conversion
+from mlx_sparse_nn.core.sparse import SparseArray, check_dtype, conversion
 from mlx_sparse_nn.core.vector import SparseVector
 
 Sparse = CSRArray | COOArray | SparseVector
@@ -44,6 +44,7 @@ def eye(m: int, n: int | None = None, k: int = 0, dtype: mx.Dtype = mx.float32) 
         array([[1, 0],
                [0, 1]], dtype=float32)
     """
+    check_dtype("eye", dtype)
     shape = check_size("eye", "m", m), check_size("eye", "n", m if n is None else n)
     k = check_offset("eye", k)
     rows = np.arange(max(0, -k), max(0, min(shape[0], shape[1] - k)), dtype=np.int32)
@@ -74,10 +75,15 @@ def diags(
         array([[1, 3],
                [0, 2]], dtype=float32)
     """
+    check_dtype("diags", dtype)
+    for name, value in (("diagonals", diagonals), ("offsets", offsets)):
+        is_one = name == "offsets" and isinstance(value, int | np.integer)
+        if not is_one and (not hasattr(value, "__len__") or getattr(value, "ndim", 1) == 0):
+            raise TypeError(f"[diags] {name} must be a sequence, got {type(value).__name__}")
     if isinstance(offsets, int | np.integer):
         alone = len(diagonals) == 1 and hasattr(diagonals[0], "__len__")
         diagonals, offsets = (diagonals if alone else [diagonals]), [int(offsets)]
-    values = [check_data("diags", d, "a diagonal", dtype).reshape(-1) for d in diagonals]
+    values = [mx.flatten(check_data("diags", d, "a diagonal", dtype)) for d in diagonals]
     offsets = [check_offset("diags", k) for k in offsets]
     if len(values) != len(offsets) or not values:
         raise ValueError(
@@ -116,7 +122,8 @@ def kron(A: Sparse | ArrayLike, B: Sparse | ArrayLike) -> CSRArray:
                [0, 0, 1, 2]], dtype=float32)
     """
     a, b = (x.tocsr() for x in _matrices("kron", [A, B]))
-    data = (a.data[:, None] * b.data[None, :]).reshape(-1)
+    shape = check_shape("kron", (a.shape[0] * b.shape[0], a.shape[1] * b.shape[1]))
+    data = mx.flatten(a.data[:, None] * b.data[None, :])
     rows, cols = (
         (np.multiply.outer(of_a, size) + of_b).reshape(-1)
         for of_a, of_b, size in (
@@ -124,7 +131,6 @@ def kron(A: Sparse | ArrayLike, B: Sparse | ArrayLike) -> CSRArray:
             (a.pattern.indices[:, None], b.pattern.indices[None, :], b.shape[1]),
         )
     )
-    shape = check_shape("kron", (a.shape[0] * b.shape[0], a.shape[1] * b.shape[1]))
     return _of_entries(data, rows.astype(np.int32), cols.astype(np.int32), shape)
 
 
@@ -194,6 +200,7 @@ def random(
     shape = check_size("random", "m", m), check_size("random", "n", n)
     if density:
         check_density("random", density)
+    check_dtype("random", dtype)
     if not mx.issubdtype(dtype, mx.floating):
         raise TypeError(f"[random] dtype must be floating, got {dtype}")
     seed = check_seed("random", seed)
@@ -237,7 +244,9 @@ def issparse(x: object) -> bool:
 
 
 def _stack(owner: str, arrays: Sequence[Any], axis: int | None) -> CSRArray:
-    csr = _matrices(owner, arrays)
+    if not isinstance(arrays, Iterable):
+        raise TypeError(f"[{owner}] arrays must be a sequence, got {type(arrays).__name__}")
+    csr = _matrices(owner, list(arrays))
     if not csr:
         raise ValueError(f"[{owner}] takes at least one array")
     if axis is not None and len({a.shape[1 - axis] for a in csr}) > 1:
@@ -251,14 +260,14 @@ def _stack(owner: str, arrays: Sequence[Any], axis: int | None) -> CSRArray:
         csr, block_size = [a.tocsr() for a in csr], 1
     sizes = [tuple(a.shape[i] if i in moved else 0 for i in (0, 1)) for a in csr]
     ends = list(accumulate(sizes, lambda a, b: (a[0] + b[0], a[1] + b[1])))
+    shape = tuple(ends[-1][i] if i in moved else csr[0].shape[i] for i in (0, 1))
+    shape = check_shape(owner, shape)
     rows, cols = [], []
     for a, size, end in zip(csr, sizes, ends, strict=True):
         rows.append(a.pattern.row_indices + (end[0] - size[0]) // block_size)
         cols.append(a.pattern.indices + (end[1] - size[1]) // block_size)
-    shape = tuple(ends[-1][i] if i in moved else csr[0].shape[i] for i in (0, 1))
     dtype = mx.result_type(*(a.data for a in csr))
     data = mx.concatenate([a.data.astype(dtype) for a in csr])
-    shape = check_shape(owner, shape)
     return _of_entries(data, np.concatenate(rows), np.concatenate(cols), shape, block_size)
 
 
@@ -290,6 +299,8 @@ def _matrix(owner: str, x: Any, is_wide: bool) -> CSRArray:
             f"[{owner}] takes arrays of this package, got {type(x).__name__}; {conversion(x)} "
             "makes one of it"
         )
+    if x is None:
+        raise TypeError(f"[{owner}] an array must be sparse or dense, got None")
     keeps = is_wide and not isinstance(x, mx.array) and np.asarray(x).dtype == np.float64
     x = check_data(owner, x, "an array", mx.float64 if keeps else None)
     check_matrix(owner, "an array", x)

@@ -68,7 +68,7 @@ def todense(layout: Layout, data: mx.array) -> mx.array:
     wide = mx.float32 if data.dtype in (mx.float16, mx.bfloat16) else data.dtype
     blocks = mx.zeros(shape, wide)
     if data.size:
-        values = data.astype(wide).reshape(n_matrices, -1, block_size, block_size)
+        values = data.astype(wide).reshape(*data.shape[:2], block_size, block_size)
         blocks = blocks.at[_places(layout.rows)].add(values)
     dense = blocks.swapaxes(2, 3).reshape(n_matrices, n_rows, n_cols)
     return dense[:, : layout.shape[0], : layout.shape[1]].astype(data.dtype)

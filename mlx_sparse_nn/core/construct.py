@@ -10,6 +10,7 @@ import numpy as np
 from mlx_sparse_nn.core.arrays import COOArray, CSRArray, is_sparse
 from mlx_sparse_nn.core.blocks import split_blocks
 from mlx_sparse_nn.core.checks import (
+    INT32_MAX,
     ArrayLike,
     check_block_dtype,
     check_data,
@@ -20,7 +21,7 @@ from mlx_sparse_nn.core.checks import (
 )
 from mlx_sparse_nn.core.edges import pad_matrix
 from mlx_sparse_nn.core.pattern import CSRPattern
-from mlx_sparse_nn.core.sparse import SparseArray
+from mlx_sparse_nn.core.sparse import SparseArray, check_dtype
 from mlx_sparse_nn.core.vector import SparseVector
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def coo_array(
         ValueError: Lengths differ or a coordinate is out of range.
     """
     owner = "coo_array"
+    check_dtype(owner, dtype)
     if not _is_coordinates(arg):
         return _csr(owner, arg, shape, dtype).tocoo()
     data, coordinates = arg
@@ -84,6 +86,7 @@ def csr_array(
         >>> csr_array([[0.0, 2.0], [0.0, 0.0]])
         CSRArray(2 x 2, mlx.core.float32, 1 stored values, density 0.25)
     """
+    check_dtype("csr_array", dtype)
     array = _csr("csr_array", arg, shape, dtype)
     return array.canonical() if canonical else array
 
@@ -94,6 +97,8 @@ def _csr(owner: str, arg: Any, shape: Any, dtype: mx.Dtype | None) -> CSRArray:
         return coo_array(arg, shape, dtype).tocsr()
     if isinstance(arg, tuple) and len(arg) == 2:
         n_rows, n_cols = check_shape(owner, arg)
+        if n_rows == INT32_MAX:
+            raise ValueError(f"[{owner}] n_rows must be below 2**31 - 1: there is an end for each")
         pattern = CSRPattern(np.zeros(n_rows + 1, np.int32), [], (n_rows, n_cols))
         return CSRArray(mx.zeros(0, mx.float32 if dtype is None else dtype), pattern)
     if isinstance(arg, tuple):
@@ -139,6 +144,7 @@ def bsr_array(
         TypeError: ``blocks`` is complex or not numeric, or the indices are not integers.
         ValueError: The blocks are not square, or the indices do not describe such a matrix.
     """
+    check_dtype("bsr_array", dtype)
     blocks, indices, indptr = _unpack("bsr_array", "(blocks, indices, indptr)", arg, 3)
     blocks = check_data("bsr_array", blocks, "blocks", dtype)
     if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2] or blocks.shape[1] == 0:
@@ -197,6 +203,7 @@ def from_scipy(array: Any, dtype: mx.Dtype | None = None) -> CSRArray | COOArray
         TypeError: It is none of SciPy's, or of complex blocks.
         ValueError: The blocks are not square, or indices do not fit 32 bits.
     """
+    check_dtype("from_scipy", dtype)
     if not _is_scipy(array):
         raise TypeError(
             f"[from_scipy] takes a sparse array of SciPy, got {type(array).__name__}; "

@@ -204,7 +204,7 @@ def spgemm(which: int, layouts: Layouts, first: mx.array, second: mx.array) -> m
             for a, axis in zip(operands, axes, strict=True)
         )
         out = product(layouts, mx.flatten(first, 0, 1), mx.flatten(second, 0, 1))
-        return mx.unflatten(out, 0, (size, -1)), 0
+        return mx.unflatten(out, 0, first.shape[:2]), 0
 
     return with_rules(partial(cpu.spgemm, which), layouts, vjp, jvp, vmap)(first, second)
 
@@ -437,7 +437,7 @@ def _map_matrices(product: Callable, layout: Layout, operands: Arrays, axes: Axe
     if stacked[-1].ndim == 3:  # x, with no axis of matrices so far
         return product(layout, *stacked)
     out = product(layout, *(mx.flatten(a, 0, 1) for a in stacked))
-    return mx.unflatten(out, 0, (sizes[0], -1))
+    return mx.unflatten(out, 0, stacked[-1].shape[:2])
 
 
 def _map_with_bias(

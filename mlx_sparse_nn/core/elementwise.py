@@ -62,8 +62,8 @@ class Elementwise:
         return self.map_values(mx.arctanh)
 
     def expm1(self) -> Any:
-        """Return ``exp(x) - 1``."""
-        return self.map_values(mx.expm1)
+        """Return ``exp(x) - 1``, precise near 0; of complex numbers, too."""
+        return self.map_values(_expm1)
 
     def log1p(self) -> Any:
         """Return ``log(1 + x)``."""
@@ -96,3 +96,12 @@ class Elementwise:
     def rad2deg(self) -> Any:
         """Return radians as degrees."""
         return self.map_values(mx.degrees)
+
+
+def _expm1(z: mx.array) -> mx.array:
+    """Return ``exp(z) - 1``: MLX's own (0.32.4) is wrong for complex numbers."""
+    if z.dtype != mx.complex64:
+        return mx.expm1(z)
+    x, y = mx.real(z), mx.imag(z)
+    # cos(y) - 1 = -2 sin(y / 2)^2
+    return mx.expm1(x) * mx.cos(y) - 2 * mx.sin(y / 2) ** 2 + 1j * (mx.exp(x) * mx.sin(y))

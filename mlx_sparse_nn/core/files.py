@@ -14,7 +14,7 @@ import numpy as np
 from mlx_sparse_nn.core.arrays import COOArray, CSRArray, is_sparse
 from mlx_sparse_nn.core.construct import bsr_array, coo_array, csr_array
 from mlx_sparse_nn.core.pattern import CSRPattern
-from mlx_sparse_nn.core.sparse import SparseArray
+from mlx_sparse_nn.core.sparse import SparseArray, check_dtype
 
 _FORMATS = ("csr", "csc", "bsr", "coo")
 
@@ -22,7 +22,8 @@ _FORMATS = ("csr", "csc", "bsr", "coo")
 def save_npz(file: str | PathLike, A: CSRArray | COOArray, compressed: bool = True) -> None:
     """Write a sparse array as SciPy's ``save_npz`` does, which ``scipy.sparse.load_npz`` reads.
 
-    NumPy has no bfloat16: such values are written as float32.
+    NumPy has no bfloat16: such values are written as float32. SciPy computes nothing of float16,
+    which is written as it is.
 
     Args:
         file: Its name; ``.npz`` is added where it is missing.
@@ -57,18 +58,23 @@ def load_npz(file: str | PathLike, dtype: mx.Dtype | None = None) -> CSRArray | 
 
     Args:
         file: Its name.
-        dtype: Of the values. By default 64-bit values become MLX's 32-bit types.
+        dtype: Of the values. By default float64 becomes float32 and complex128 complex64; others,
+            64-bit integers among them, stay what they are.
 
     Raises:
+        TypeError: ``dtype`` is none of MLX, or the values are not numeric.
         ValueError: The file holds no sparse array, one in another format, or one whose indices
             describe no matrix.
     """
     from zipfile import BadZipFile  # takes a while to import
+    from zlib import error as BadStream
 
+    check_dtype("load_npz", dtype)
+    broken = ValueError, BadZipFile, AttributeError, EOFError, NotImplementedError, TypeError
     try:
-        with np.load(file, allow_pickle=False) as found:
+        with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as found:
             parts = {name: found[name] for name in found.files}
-    except (ValueError, BadZipFile, AttributeError) as error:
+    except (*broken, BadStream) as error:
         raise ValueError(f"[load_npz] {file} is no npz file of arrays: {error}") from error
     kind = bytes(parts.get("format", np.array(b""))).rstrip(b"\0").decode("ascii", "replace")
     kind = kind.replace("\0", "")  # where the name was written as text
@@ -80,6 +86,15 @@ def load_npz(file: str | PathLike, dtype: mx.Dtype | None = None) -> CSRArray | 
     if missing := [name for name in ("data", "shape", *needed) if name not in parts]:
         raise ValueError(f"[load_npz] {file} has no array {missing[0]!r}")
     shape = _shape("load_npz", file, parts["shape"])
+    try:
+        return _of_parts(kind, parts, shape, dtype)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"[load_npz] {file} holds no matrix: {error}") from error
+
+
+def _of_parts(
+    kind: str, parts: dict[str, np.ndarray], shape: tuple[int, int], dtype: mx.Dtype | None
+) -> CSRArray | COOArray:
     data = parts["data"]
     if kind == "coo":
         return coo_array((data, (parts["row"], parts["col"])), shape, dtype)
@@ -94,7 +109,8 @@ def load_npz(file: str | PathLike, dtype: mx.Dtype | None = None) -> CSRArray | 
 def save_safetensors(file: str | PathLike, A: CSRArray | COOArray) -> None:
     """Write a sparse array as safetensors: ``data``, ``indices``, ``indptr``, and its shape.
 
-    Every dtype and size of blocks keeps as it is. :func:`load_safetensors` reads it.
+    Every dtype but float64, and every size of blocks, stays what it is. :func:`load_safetensors`
+    reads it.
 
     Args:
         file: Its name, which ends in ``.safetensors``.

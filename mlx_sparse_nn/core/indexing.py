@@ -33,7 +33,13 @@ def split(key: Any, shape: tuple[int, int]) -> tuple[Any, Any]:
     if len(key) > 2:
         raise IndexError(f"[{OWNER}] a matrix has two axes, got {len(key)} indices")
     rows, cols = (*key, slice(None), slice(None))[:2]
-    return _normal(rows, shape[0], "row"), _normal(cols, shape[1], "column")
+    rows, cols = _normal(rows, shape[0], "row"), _normal(cols, shape[1], "column")
+    for index, other in ((rows, cols), (cols, rows)):
+        if isinstance(other, int | slice) and isinstance(index, np.ndarray) and index.ndim != 1:
+            raise IndexError(
+                f"[{OWNER}] indices of rows or columns have one axis, got shape {index.shape}"
+            )
+    return rows, cols
 
 
 def _normal(key: Any, size: int, axis: str) -> Any:
@@ -81,6 +87,12 @@ def places_of_mask(mask: Any, shape: tuple[int, int]) -> tuple[np.ndarray, np.nd
         IndexError: It is not bool, or of another shape.
         TypeError: MLX traces it.
     """
+    is_mask = isinstance(mask, SparseArray) or mask.dtype in (mx.bool_, np.bool_)
+    if not is_mask:
+        raise IndexError(
+            f"[{OWNER}] indices of rows or columns have one axis, and a mask must be bool; got "
+            f"{mask.dtype} of shape {tuple(mask.shape)}"
+        )
     if tuple(mask.shape) != shape or mask.dtype not in (mx.bool_, np.bool_):
         raise IndexError(
             f"[{OWNER}] a mask must be bool and of shape {shape}, got {mask.dtype} of shape "

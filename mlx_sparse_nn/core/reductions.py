@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -11,11 +11,14 @@ from mlx_sparse_nn.core import algebra
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.transforms import transforming
 
+Axis: TypeAlias = "int | tuple[int, ...] | None"
+
 
 def check_axis(owner: str, axis: Any) -> int | None:
     """Return an axis as None, 0 or 1, or raise."""
     if axis is None or (isinstance(axis, tuple) and sorted(n % 2 for n in axis) == [0, 1]):
         return None
+    axis = axis[0] if isinstance(axis, tuple) and len(axis) == 1 else axis
     if isinstance(axis, bool) or axis not in (-2, -1, 0, 1):
         raise ValueError(f"[{owner}] axis must be None, 0 or 1, got {axis!r}")
     return int(axis) % 2
@@ -90,6 +93,8 @@ def extreme(owner: str, rows: Rows, largest: bool) -> mx.array:
         ValueError: There are no places.
     """
     _check_order(owner, rows)
+    if not rows.n_empty.size:
+        return mx.zeros(0, rows.data.dtype)
     pattern = rows.pattern
     of_rows, _ = algebra.gathers(pattern)
     n_empty = mx.array(rows.n_empty.astype(np.float32))
@@ -136,6 +141,8 @@ def place_of_extreme(owner: str, rows: Rows, largest: bool) -> mx.array:
     _check_order(owner, rows)
     rows = rows._replace(data=mx.stop_gradient(rows.data))
     dtype = mx.uint32 if rows.size < 2**32 else mx.int64
+    if not rows.n_empty.size:
+        return mx.zeros(0, dtype)
     to_rows, _ = algebra.gathers(rows.pattern)
     found = _values(rows, largest)
     equal = (to_rows(found) == rows.data) | mx.isnan(rows.data)
@@ -151,7 +158,7 @@ def place_of_extreme(owner: str, rows: Rows, largest: bool) -> mx.array:
 def _check_order(owner: str, rows: Rows) -> None:
     if rows.data.dtype == mx.complex64:
         raise TypeError(f"[{owner}] complex numbers have no order; use abs(A)")
-    if not rows.size or not rows.n_empty.size:
+    if not rows.size:
         raise ValueError(f"[{owner}] a matrix without places has no such value")
 
 

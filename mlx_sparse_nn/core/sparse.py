@@ -10,14 +10,16 @@ from typing import Any, TypeGuard
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core.checks import ArrayLike, check_data
+from mlx_sparse_nn.core.checks import ArrayLike, check_array, check_block_dtype, check_data
 from mlx_sparse_nn.core.elementwise import Elementwise
 
 # Names of SciPy that are not there, and what to do instead.
 _INSTEAD = {
     "asformat": "use tocsr() or tocoo()",
+    "conjugate": "it is called conj",
     "coords": "A.nonzero() or A.tocoo() has rows and columns",
     "eliminate_zeros": "patterns are fixed; csr_array(A.todense()) stores what is not 0",
+    "format": "isinstance tells a CSRArray, which has its block_size, from a COOArray",
     "getcol": "use A[:, [j]]",
     "getnnz": "use A.nnz or A.count_nonzero(axis)",
     "getrow": "use A[[i]]",
@@ -57,7 +59,37 @@ class SparseArray(Elementwise):
     # NumPy then leaves `x @ A` and `2 * A` to the reflected operators.
     __array_ufunc__ = None
 
-    data: mx.array
+    @property
+    def data(self) -> mx.array:
+        """The stored values. Others of the same shape may be assigned, tracers as well.
+
+        Raises:
+            TypeError: What is assigned is no mx.array, or is complex blocks.
+            ValueError: It has another shape.
+        """
+        self._check_shape(self._data)  # `data += x` may have given it another one
+        return self._data
+
+    @data.setter
+    def data(self, data: mx.array) -> None:
+        owner = type(self).__name__
+        check_array(owner, "data", data)
+        self._check_shape(data)
+        check_block_dtype(owner, data.dtype, data.shape[-1] if data.ndim == 3 else 1)
+        self._data = data
+
+    def _check_shape(self, data: mx.array) -> None:
+        """Raise unless values have the shape of the places: what is native reads by that alone."""
+        needed, places = self._needed
+        if data.shape != needed:
+            raise ValueError(
+                f"[{type(self).__name__}] data has shape {data.shape}, the {places} {needed}"
+            )
+
+    @property
+    def _needed(self) -> tuple[tuple[int, ...], str]:
+        """The shape of the values, and who needs it."""
+        raise NotImplementedError
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -108,8 +140,15 @@ class SparseArray(Elementwise):
         """Return :meth:`todense`."""
         return self.todense()
 
-    def transpose(self) -> Any:
-        """Return ``A.T``."""
+    def transpose(self, axes: tuple[int, ...] | None = None) -> Any:
+        """Return ``A.T``.
+
+        Raises:
+            ValueError: ``axes`` is not None, nor all axes in reverse: ``(1, 0)``.
+        """
+        reverse = tuple(range(self.ndim))[::-1]
+        if axes is not None and (not isinstance(axes, tuple | list) or tuple(axes) != reverse):
+            raise ValueError(f"[A.transpose] axes must be None or {reverse}, got {axes!r}")
         return self.T
 
     def dot(self, other: Any) -> Any:
@@ -128,10 +167,7 @@ class SparseArray(Elementwise):
         Raises:
             TypeError: It is no dtype of MLX.
         """
-        if not isinstance(dtype, mx.Dtype):
-            raise TypeError(
-                f"[A.astype] dtype must be one of MLX, as mx.float32 or mx.bool_, got {dtype!r}"
-            )
+        check_dtype("A.astype", dtype)
         return self._with(self.data.astype(dtype))
 
     def copy(self) -> Any:
@@ -140,7 +176,7 @@ class SparseArray(Elementwise):
 
     def conj(self) -> Any:
         """Return the complex conjugate."""
-        return self._with(mx.conjugate(self.data)) if self.dtype == mx.complex64 else self
+        return self._with(mx.conjugate(self.data)) if self.dtype == mx.complex64 else self.copy()
 
     @property
     def real(self) -> Any:
@@ -157,7 +193,7 @@ class SparseArray(Elementwise):
         return self._with(-self.data)
 
     def __pos__(self) -> Any:
-        return self
+        return self.copy()
 
     def __eq__(self, other: object) -> Any:
         return self._compare(operator.eq, other)
@@ -209,6 +245,14 @@ class SparseArray(Elementwise):
     def _blocks(self) -> str:
         """What ``repr`` says of blocks."""
         return ""
+
+
+def check_dtype(owner: str, dtype: mx.Dtype | None) -> None:
+    """Raise unless ``dtype`` is one of MLX, or None."""
+    if dtype is not None and not isinstance(dtype, mx.Dtype):
+        raise TypeError(
+            f"[{owner}] dtype must be one of MLX, as mx.float32 or mx.bool_, got {dtype!r}"
+        )
 
 
 def is_scalar(x: object) -> TypeGuard[Any]:

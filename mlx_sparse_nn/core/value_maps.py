@@ -103,14 +103,15 @@ def _multiply_by_ones(selector: CSRPattern, values: mx.array) -> mx.array:
         out = ops.spmm(mx.ones(selector.n_blocks, values.dtype), selector, rows)
     else:
         out = _sum_integers(selector, rows)
-    return mx.moveaxis(out, -1, 1).reshape(values.shape[0], -1, *values.shape[2:])
+    shape = values.shape[0], selector.shape[0], *values.shape[2:]
+    return mx.moveaxis(out, -1, 1).reshape(shape)
 
 
 def _sum_integers(selector: CSRPattern, values: mx.array) -> mx.array:
     """Return ``values (..., n)`` times the transpose of the pattern: integers have no products."""
     dtype = mx.int32 if values.dtype == mx.bool_ else values.dtype
     out = mx.zeros((*values.shape[:-1], selector.shape[0]), dtype)
-    if selector.n_blocks:
+    if selector.n_blocks and values.size:
         rows, columns = mx.array(selector.row_indices), mx.array(selector.indices)
         bits = mx.int64 if dtype == mx.uint64 else dtype  # of the same sums: a GPU adds no uint64
         added = values[..., columns].astype(dtype).view(bits)

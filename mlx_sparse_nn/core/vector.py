@@ -10,6 +10,7 @@ import numpy as np
 
 from mlx_sparse_nn.core.checks import ArrayLike
 from mlx_sparse_nn.core.pattern import CSRPattern
+from mlx_sparse_nn.core.reductions import Axis
 from mlx_sparse_nn.core.sparse import SparseArray, dense, is_dense, is_scalar
 from mlx_sparse_nn.core.transforms import defer_to
 
@@ -43,9 +44,16 @@ class SparseVector(SparseArray):
         self._row = row
 
     @property
-    def data(self) -> mx.array:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The stored values."""
+    def _data(self) -> mx.array:
         return self._row.data
+
+    @_data.setter
+    def _data(self, data: mx.array) -> None:
+        self._row = self._row._with(data)
+
+    @property
+    def _needed(self) -> tuple[tuple[int, ...], str]:
+        return self.pattern.data_shape, "pattern needs"
 
     @property
     def pattern(self) -> CSRPattern:
@@ -79,7 +87,7 @@ class SparseVector(SparseArray):
 
     def todense(self) -> mx.array:
         """Return the dense ``(n,)`` array; repeated entries add up."""
-        return self._row.todense().reshape(-1)
+        return mx.flatten(self._row.todense())
 
     def canonical(self) -> SparseVector:
         """Return the same vector with its places sorted, and none repeated."""
@@ -95,35 +103,36 @@ class SparseVector(SparseArray):
 
     __pow__ = power
 
-    def sum(self, axis: int | None = None, *, keepdims: bool = False) -> mx.array:
+    def sum(self, axis: Axis = None, *, keepdims: bool = False) -> mx.array:
         """Sum all values."""
         return self._reduced("sum", axis, keepdims)
 
-    def mean(self, axis: int | None = None, *, keepdims: bool = False) -> mx.array:
+    def mean(self, axis: Axis = None, *, keepdims: bool = False) -> mx.array:
         """Return the mean over all places."""
         return self._reduced("mean", axis, keepdims)
 
-    def max(self, axis: int | None = None, *, keepdims: bool = False) -> mx.array:
+    def max(self, axis: Axis = None, *, keepdims: bool = False) -> mx.array:
         """Return the largest value; what is not stored counts as 0."""
         return self._reduced("max", axis, keepdims)
 
-    def min(self, axis: int | None = None, *, keepdims: bool = False) -> mx.array:
+    def min(self, axis: Axis = None, *, keepdims: bool = False) -> mx.array:
         """Return the smallest value; as :meth:`max`."""
         return self._reduced("min", axis, keepdims)
 
-    def argmax(self, axis: int | None = None) -> mx.array:
+    def argmax(self, axis: Axis = None) -> mx.array:
         """Return the first place of the largest value, uint32."""
         return self._reduced("argmax", axis)
 
-    def argmin(self, axis: int | None = None) -> mx.array:
+    def argmin(self, axis: Axis = None) -> mx.array:
         """Return the first place of the smallest value, uint32."""
         return self._reduced("argmin", axis)
 
-    def count_nonzero(self, axis: int | None = None) -> mx.array:
+    def count_nonzero(self, axis: Axis = None) -> mx.array:
         """Count values that are not 0."""
         return self._reduced("count_nonzero", axis)
 
-    def _reduced(self, name: str, axis: int | None, keepdims: bool = False) -> mx.array:
+    def _reduced(self, name: str, axis: Axis, keepdims: bool = False) -> mx.array:
+        axis = axis[0] if isinstance(axis, tuple) and len(axis) == 1 else axis
         if axis not in (None, 0, -1) or isinstance(axis, bool):
             raise ValueError(f"[SparseVector.{name}] axis must be None or 0, got {axis!r}")
         out = getattr(self._row, name)(None)
@@ -159,7 +168,7 @@ class SparseVector(SparseArray):
             IndexError: An index is out of range, or none.
         """
         if key is None:
-            return self._row
+            return self._row.copy()
         if isinstance(key, tuple):
             kept = tuple(k for k in key if k is not Ellipsis)
             if len(kept) > 1:
@@ -225,7 +234,7 @@ class SparseVector(SparseArray):
         n_axes = other.ndim if hasattr(other, "ndim") else np.ndim(other)
         if out is NotImplemented or n_axes > 1:
             return out
-        return SparseVector(out) if isinstance(out, SparseArray) else out.reshape(-1)
+        return SparseVector(out) if isinstance(out, SparseArray) else mx.flatten(out)
 
 
 def _row_of(x: Any) -> Any:

@@ -8,6 +8,7 @@
 // behind the header of PyObject says where in it the mlx::core::array lies. binding.py checks that
 // before it calls anything else here.
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -360,7 +361,8 @@ class PauliSum : public CPUPrimitive {
       shape = in[2].shape();
       const int64_t V = has_v ? int64_t(m) * shape[1] : m;
       const int size = shape.back();
-      const int N = in[2].size() / (V * size);
+      int N = 1;  // of a batch of 0, too
+      for (size_t i = has_v ? 2 : 1; i + 1 < shape.size(); ++i) N *= shape[i];
       in[2] = mx::reshape(in[2], {static_cast<int>(V), N, size}, stream());
       for (size_t i = 1; i < in.size(); ++i) {
         if (i != 2) in[i] = matrices(inputs[i], axes[i], m, has_v);
@@ -383,7 +385,7 @@ class PauliSum : public CPUPrimitive {
     p.out = outputs[0].data<char>();
     p.n_terms = inputs[0].shape(0);
     p.V = coefficients.ndim() > 1 ? coefficients.shape(0) : 1;
-    p.N = x.size() / x.shape(-1) / p.V;
+    p.N = x.size() / x.shape(-1) / std::max<int64_t>(p.V, 1);
     p.parts = x.dtype() == mx::complex64 ? 2 : 1;
     p.size = x.shape(-1) * p.parts;
     p.crew = crew();
@@ -414,12 +416,13 @@ class PauliMomentsOf : public CPUPrimitive {
   Mapped vmap(const std::vector<mx::array>& inputs, const std::vector<int>& axes) override {
     check_unmapped(axes, {0});
     auto in = inputs;
-    const int m = inputs[axes[1] >= 0 ? 1 : 2].shape(axes[1] >= 0 ? axes[1] : axes[2]);
+    const int mapped = axes[1] >= 0 ? 1 : 2, m = inputs[mapped].shape(axes[mapped]);
+    const int V = inputs[mapped].shape(axes[mapped] == 0 ? 1 : 0);
     for (int i : {1, 2}) in[i] = matrices(inputs[i], axes[i], m, true);
     const auto shape = output_shapes(in)[0];
     auto primitive = std::make_shared<PauliMomentsOf>(stream(), kernel_);
     const mx::array out(shape, inputs[2].dtype(), primitive, std::move(in));
-    return {{mx::unflatten(out, 0, {m, shape[0] / m}, stream())}, {0}};
+    return {{mx::unflatten(out, 0, {m, V}, stream())}, {0}};
   }
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
@@ -471,7 +474,7 @@ class SparseSparseProduct : public CPUPrimitive {
     auto in = inputs;
     const int mapped = axes[2] >= 0 ? 2 : 3, m = inputs[mapped].shape(axes[mapped]);
     for (int i : {2, 3}) in[i] = matrices(inputs[i], axes[i], m, true);
-    const int V = in[2].shape(0) / m;
+    const int V = inputs[mapped].shape(axes[mapped] == 0 ? 1 : 0);
     const auto shape = output_shapes(in)[0];
     auto primitive = std::make_shared<SparseSparseProduct>(stream(), kernel_, out_, n_cols_);
     mx::array out(shape, inputs[3].dtype(), primitive, std::move(in));

@@ -91,6 +91,8 @@ def test_entries(data):
     [
         *(5, -6, (0, 7), ([0, 9],), (slice(None), -8), (0, 0, 0), 1.5, "row", [0.5]),
         *(np.ones(3, bool), np.ones((5, 6), bool), np.ones((5, 7))),
+        *([[0, 1]], (slice(None), [[0, 1]]), ([[0, 1]], 1), (1, [[0, 1]]), [[]]),
+        *(mx.array([[0, 1]]), np.array([[0, 1]])),
     ],
     ids=repr,
 )
@@ -576,13 +578,13 @@ def test_scipy_beside_our_own_names_what_to_do():
 def test_names_of_scipy_say_what_to_do():
     a = sparse.eye(3)
     for array in (a, a.tocoo(), a[0]):
-        for name in ("tocsc", "asformat", "setdiag", "eliminate_zeros", "getrow"):
+        for name in ("tocsc", "asformat", "setdiag", "eliminate_zeros", "getrow", "conjugate"):
             with pytest.raises(AttributeError, match=f"no attribute {name!r}; "):
                 getattr(array, name)
             assert not hasattr(array, name)
         with pytest.raises(TypeError, match=r"cannot be written to.*csr_array\(\(x"):
             array[0] = 1.0
-    for name in ("eye_array", "diags_array", "random_array", "csc_array", "find"):
+    for name in ("eye_array", "diags_array", "random_array", "csc_array", "find", "spdiags"):
         with pytest.raises(AttributeError, match=f"no attribute {name!r}; "):
             getattr(sparse, name)
     with pytest.raises(AttributeError, match=r"no attribute 'nothing'$"):
@@ -704,9 +706,6 @@ def test_coordinates_cannot_be_written():
     for name in ("row", "col", "shape"):
         with pytest.raises(AttributeError):
             setattr(a, name, None)
-    a.data = mx.ones(2)
-    with pytest.raises(ValueError, match=r"data has shape \(2,\), the coordinates need \(3,\)"):
-        _ = a @ mx.ones(3)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint64])
@@ -752,3 +751,183 @@ def test_a_parameter_trains_in_a_compiled_step():
         compiled(x)
         mx.eval(state)
     assert mx.allclose(parameter.weight, mx.full((5,), 0.7), atol=1e-5)
+
+
+D = np.array([[1.0, 0, 2, 0], [0, 0, 0, 3], [0, 4, 0, 0]])
+A = csr_array(D)
+KINDS = {"csr": A, "coo": A.tocoo(), "vector": A[0], "blocks": from_dense(D, 2)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_of_another_shape_cannot_be_assigned(kind):
+    a = KINDS[kind].copy()
+    name, whole = type(a).__name__, a.data[:]
+    with pytest.raises(ValueError, match=rf"^\[{name}\] data has shape \(1,\), the .* needs? "):
+        a.data = mx.ones(1)
+    with pytest.raises(TypeError, match=rf"^\[{name}\] data must be an mx.array, got list"):
+        a.data = untyped([1.0])
+    if kind == "blocks":
+        with pytest.raises(TypeError, match="blocks are real"):
+            a.data = whole.astype(mx.complex64)
+    assert mx.array_equal(a.data, whole)
+    with pytest.raises(ValueError, match="data has shape"):
+        a.data += mx.ones((5, *whole.shape))
+    with pytest.raises(ValueError, match="data has shape"):  # which MLX has added in place
+        _ = a.data
+    a.data = mx.ones(whole.shape)
+    assert mx.array_equal(a.data, mx.ones(whole.shape))
+    for fixed in ("row", "col") if kind == "coo" else ("pattern",):
+        with pytest.raises(AttributeError):
+            setattr(a, fixed, None)
+
+
+def test_tracers_are_assigned():
+    def total(values):
+        a = A.copy()
+        a.data = values * 2
+        return (a @ a.T).data.sum()
+
+    def expected(values):
+        a = CSRArray(values * 2, A.pattern)
+        return (a.todense() @ a.todense().T).sum()
+
+    values = mx.stack([A.data, -2 * A.data])
+    for transform in (mx.grad, lambda f: mx.compile(mx.grad(f))):
+        assert_equal(transform(total)(A.data), transform(expected)(A.data))
+    assert_equal(mx.vmap(total)(values), mx.vmap(expected)(values))
+    assert mx.array_equal(A.data, csr_array(D).data)
+
+
+COPIES = "A[:]; A[...]; A[:, :]; +A; A + 0; A.copy(); A.conj(); A.canonical(); A.tocoo()"
+
+
+@pytest.mark.parametrize("copy", COPIES.split("; "))
+def test_copies_have_values_of_their_own(copy):
+    a = A.copy()
+    untyped(eval(copy.replace("A", "a"), {"a": a})).data[0] = 99
+    assert a.data[0].item() == 1
+    v = a[0]
+    v[None].data[0] = 99
+    assert v.data[0].item() == 1
+
+
+IN_BATCHES = (
+    *("todense()", "tocsr().T.data", "sum(1)", "max()", "max(1)", "argmax(0)", "mean(1)"),
+    *("diagonal()", "tril().data", "multiply(mx.ones((3, 1))).data", "reshape(4, 3).data"),
+    *("count_nonzero(1)", "astype(mx.int32) @ mx.ones((4, 2), mx.int32)", "__add__(D)"),
+    *("__matmul__(A.T).data", "__matmul__(mx.ones(4))", "__getitem__((1, 2))", "maximum(A).data"),
+    *("__getitem__(1).todense()", "__getitem__(slice(1, 3)).data"),
+)
+
+
+@pytest.mark.parametrize("kind", ["csr", "blocks"])
+def test_batches_of_none(kind):
+    a, names = KINDS[kind], {"mx": mx, "A": A, "D": mx.array(D.tolist()), "sparse": sparse}
+    functions = [f"X.{expression}" for expression in IN_BATCHES]
+    functions += [f"sparse.{name}([X, A]).data" for name in ("vstack", "hstack", "block_diag")]
+    functions += ["sparse.kron(X, A).data", "sparse.softmax(X).data"]
+    for expression in functions:
+        of_array = eval(f"lambda X: {expression}", names)
+        found = mx.vmap(lambda v, of=of_array: of(CSRArray(v, a.pattern)))(
+            mx.zeros((0, *a.data.shape))
+        )
+        one = of_array(a)
+        assert (found.shape, found.dtype) == ((0, *one.shape), one.dtype), expression
+        mx.eval(found)
+
+
+def test_nothing_to_reduce_or_multiply():
+    a = A.astype(mx.int32)
+    assert (a @ mx.zeros((4, 0), mx.int32)).shape == (3, 0)
+    assert (a @ mx.zeros((0, 4, 2), mx.int32)).shape == (0, 3, 2)
+    assert (mx.zeros((0, 3), mx.int32) @ a).shape == (0, 4)
+    for name in ("max", "min", "argmax", "argmin"):
+        assert getattr(csr_array((0, 17)), name)(1).shape == (0,)
+        assert getattr(csr_array((17, 0)), name)(0).shape == (0,)
+        with pytest.raises(ValueError, match="without places"):
+            getattr(csr_array((0, 17)), name)(0)
+
+
+def test_axes_as_tuples():
+    assert_equal(A.sum((0,)), mx.array(D.sum(0).tolist()))
+    assert_equal(A.sum((-1,)), mx.array(D.sum(1).tolist()))
+    assert A[0].sum((0,)).item() == 3
+    for a in (A, A.tocoo()):
+        same(a.transpose((1, 0)), D.T)
+        with pytest.raises(ValueError, match=r"axes must be None or \(1, 0\), got \(0, 1\)"):
+            a.transpose((0, 1))
+
+
+def test_expm1_of_complex_numbers():
+    z = np.array([1e-4 + 2e-4j, 1 + 2j, -3 + 0.5j, 1e-8j, 1j * np.pi], np.complex64)
+    pattern = csr_array(z[None]).pattern
+    found, expected = (
+        np.array(CSRArray(z, pattern).expm1().data),
+        np.expm1(z.astype(np.complex128)),
+    )
+    assert np.all(np.abs(found - expected) <= 8 * np.finfo(np.float32).eps * np.abs(expected))
+    weights = mx.array([1, 2j, 3, 1 - 1j, 1])
+
+    def slope(function):
+        return mx.grad(lambda data: mx.real((function(data) * weights).sum()))(mx.array(z))
+
+    expected = slope(lambda data: mx.exp(data) - 1)
+    assert mx.allclose(slope(lambda d: CSRArray(d, pattern).expm1().data), expected, rtol=1e-5)
+
+
+WIDE = csr_array(([1.0], ([0], [0])), (1, 2**30))
+MISTAKES = [
+    *(
+        (call, TypeError, rf"^\[{owner}\] dtype must be one of MLX, as mx.float32")
+        for owner, call in {
+            "csr_array": lambda: csr_array(D, dtype=untyped(np.float32)),
+            "coo_array": lambda: sparse.coo_array(D, dtype=untyped(np.float32)),
+            "bsr_array": lambda: sparse.bsr_array(
+                (np.ones((1, 2, 2)), [0], [0, 1]), (2, 2), untyped(np.float32)
+            ),
+            "from_scipy": lambda: from_scipy(sp.csr_array(D), untyped(np.float32)),
+            "load_npz": lambda: sparse.load_npz("none.npz", untyped(np.float32)),
+            "eye": lambda: sparse.eye(2, dtype=untyped(np.float32)),
+            "diags": lambda: sparse.diags([[1.0]], [0], dtype=untyped(np.float32)),
+            "random": lambda: sparse.random(2, 2, dtype=untyped(np.float32)),
+        }.items()
+    ),
+    (lambda: csr_array((2**31 - 1, 2**31 - 1)), ValueError, r"^\[csr_array\] n_rows must be below"),
+    (lambda: sparse.hstack([WIDE, WIDE]), ValueError, r"^\[hstack\] n_cols must be in"),
+    (lambda: sparse.vstack([WIDE.T, WIDE.T]), ValueError, r"^\[vstack\] n_rows must be in"),
+    (lambda: sparse.kron(WIDE, WIDE), ValueError, r"^\[kron\] n_cols must be in"),
+    (lambda: A.map_values(untyped(3)), TypeError, r"^\[A.map_values\] function must be callable"),
+    (lambda: sparse.diags(untyped(5)), TypeError, r"^\[diags\] diagonals must be a sequence"),
+    (lambda: sparse.diags([1.0], untyped(None)), TypeError, r"^\[diags\] offsets must be a seq"),
+    (lambda: sparse.vstack(untyped(3)), TypeError, r"^\[vstack\] arrays must be a sequence"),
+    (lambda: sparse.hstack([A, untyped(None)]), TypeError, r"^\[hstack\] an array must be .*None"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), MISTAKES)
+def test_mistakes_name_their_owner(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_broken_files_are_named(tmp_path: Path):
+    file = tmp_path / "broken.npz"
+    sparse.save_npz(file, A)
+    whole = file.read_bytes()
+    for content in (b"", whole[:10], whole[:-1], whole[:60] + b"0" * 9 + whole[69:]):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"^\[load_npz\] .*broken.npz "):
+            sparse.load_npz(file)
+    parts = {"data": np.ones(2), "indices": [0, 7], "indptr": [0, 1, 2], "shape": [2, 2]}
+    np.savez(file, format=b"csr", **untyped({name: np.array(a) for name, a in parts.items()}))
+    with pytest.raises(ValueError, match=r"^\[load_npz\] .*broken.npz .*indices\[1\] is 7"):
+        sparse.load_npz(file)
+
+
+def test_files_of_wide_and_narrow_numbers(tmp_path: Path):
+    file = tmp_path / "a.npz"
+    for there, here in ((np.int64, mx.int64), (np.uint64, mx.uint64), (np.float64, mx.float32)):
+        sp.save_npz(file, sp.csr_array(D.astype(there)))
+        assert sparse.load_npz(file).dtype == here
+    sparse.save_npz(file, A.astype(mx.bfloat16))
+    assert sparse.load_npz(file).dtype == mx.float32
