@@ -350,12 +350,19 @@ def check_times(owner: str, t: Values) -> tuple[np.ndarray, bool]:
         read(owner, "t", t)
         host = np.array(t.astype(mx.float32) if t.dtype == mx.bfloat16 else t)
     else:
-        host = np.asarray(t)
+        try:
+            host = np.asarray(t)
+        except ValueError:  # rows of different lengths
+            raise ValueError(
+                f"[{owner}] t must be a number or (K,) of them, got {shown(t)}"
+            ) from None
         elements = t if isinstance(t, list | tuple) else []
         if any(isinstance(a, mx.array) for a in elements):
             raise TypeError(
                 f"[{owner}] t must be numbers or one mx.array, got {shown(t)}; use mx.stack"
             )
+    if isinstance(t, int) and host.dtype.kind == "O":
+        raise ValueError(f"[{owner}] t must fit float64, got an integer of {t.bit_length()} bits")
     if host.dtype.kind not in "iuf":
         raise TypeError(f"[{owner}] t must be a number or a sequence of numbers, got {shown(t)}")
     if host.ndim > 1 or not host.size:
