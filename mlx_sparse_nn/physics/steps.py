@@ -117,7 +117,7 @@ class Step:
     def drift(self) -> float:
         r"""Return about how fast rounding turns phases, if no vector is left out: 4 roundings of
 
-        .. math:: \left| \sum_k |c_k|^2 E_k \sum_j V_{jk}^4 \right|
+        .. math:: \sum_k |c_k|^2 |E_k| \sum_j V_{jk}^4
 
         with overlaps c. Each number of the recurrence has a rounding of its own, and an energy that
         depends on many of them, by V, has their mean. An eigenstate has that of one. Where vectors
@@ -129,7 +129,7 @@ class Step:
         if isinstance(self.space, Spectrum):  # in float64, of no recurrence
             return 4 * 2.0**-52 * float(weights @ np.abs(self.energies))
         weights = weights * (np.abs(self.vectors) ** 4).sum(axis=0)
-        return 4 * self.space.epsilon * abs(float(weights @ self.energies))
+        return 4 * self.space.epsilon * float(weights @ np.abs(self.energies))
 
     def amplitudes(self, times: Sequence[float] | np.ndarray) -> np.ndarray:
         """Return ``(K, m)`` amplitudes of the vectors of the space, not normalised."""
