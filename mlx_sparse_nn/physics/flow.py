@@ -23,8 +23,9 @@ from mlx_sparse_nn.physics.recurrence import Product, Row
 from mlx_sparse_nn.physics.steps import Steps
 from mlx_sparse_nn.physics.units import times_power
 
-_FOR_LESS = "; give H in float64, on the CPU, for less"
+_FOR_LESS = "; give H in float64, on the CPU, for more digits"
 _FEWEST, _MOST = 30, 96  # vectors of a Krylov space; between them, as many as fit into
+_SMALL = 512  # dimension: float64 then takes hardly longer on a CPU, and keeps all phases
 _BASIS = 2**28  # bytes
 
 
@@ -60,7 +61,9 @@ class Flow:
         # A user's object may take no float64, or give none.
         known = bool(parameters(H)[0])
         wide = self.dtype == mx.float64 or (known and work_dtype(H) == mx.float64)
-        self._real = mx.float64 if wide else mx.float32
+        is_small = known and self.dim <= _SMALL and work_dtype(H) == mx.float32
+        in_float64 = wide or (is_small and _is_on_host(mx.float32))
+        self._real = mx.float64 if in_float64 else mx.float32
         self._on_host = _is_on_host(self._real)
         self.device = mx.cpu if self._on_host else mx.default_device()
         self._is_asked = tol is not None
@@ -84,7 +87,7 @@ class Flow:
             rows: list[Row] = [unit] * self.times.size
             for factor, order, distances in self.sides(product):
                 steps = self.steps(product, factor, distances)
-                for i, row in zip(order, steps.through(unit, distances), strict=True):
+                for i, row in zip(order, steps.through(unit, distances), strict=False):
                     rows[i] = row
                 self._check_rounding(steps, distances[-1])
             return mx.stack([self.array(product, row, norm) for row in rows])
@@ -121,11 +124,17 @@ class Flow:
         return Steps(product, factor, self.tol / distances[-1], self._size)
 
     def _check_rounding(self, steps: Steps, distance: float) -> None:
-        """Raise if a smaller error was asked for than rounding leaves."""
+        """Raise if a smaller error was asked for than rounding leaves, or if that is everything."""
         least = steps.rounding(distance)
+        wide = self._real == mx.float64
+        dtype, more = (mx.float64, "") if wide else (self.dtype, _FOR_LESS)
+        if least >= 1:
+            longest = float(np.abs(self.times).max())
+            raise ValueError(
+                f"[{self.owner}] t must be shorter, got {longest:.3g}: over this time, {dtype} "
+                f"rounds off the whole state{more}"
+            )
         if self._is_asked and self.tol < least:
-            wide = self._real == mx.float64
-            dtype, more = (mx.float64, "") if wide else (self.dtype, _FOR_LESS)
             raise ValueError(
                 f"[{self.owner}] tol must be at least {least:.2g}, which {dtype} rounds off "
                 f"over this time, got {self.tol}{more}"

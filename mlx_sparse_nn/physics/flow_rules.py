@@ -52,6 +52,7 @@ class FlowRules:
 
         def vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
             def compute(*inner: mx.array) -> tuple[mx.array, ...]:
+                read(self.flow.owner, "the gradient by its states", *inner)
                 return tuple(detached(self.gradients(*detached(inner))))
 
             return self._ruled(compute)(cotangent, output, *listed(primals))
@@ -64,6 +65,7 @@ class FlowRules:
             n = len(primals)
 
             def compute(*inner: mx.array) -> mx.array:
+                read(self.flow.owner, "the tangent of an argument", *inner)
                 return detached([self.derivative(detached(inner[:n]), detached(inner[n:]))])[0]
 
             return self._ruled(compute)(*primals, *tangents)

@@ -89,6 +89,7 @@ class LevelRules:
     def _vjp(self, primals: Any, cotangents: Any, outputs: Any) -> Any:
         arrays = listed(primals)
         (energies, states, _), (by_energy, by_state, by_residual) = outputs, cotangents
+        read(self.search.owner, "the gradient by its result", *cotangents)
         if _is_not_zero(by_residual):
             raise ValueError(f"[{self.search.owner}] residuals have no derivative by H")
         weights = states * by_energy
@@ -132,6 +133,7 @@ class LevelRules:
     ) -> tuple[mx.array, list[str]]:
         """Return the responses, and why there is none of some states, which then are nan."""
         owner, k = self.search.owner, self.search.k
+        read(owner, "the tangent of H", pushes, *arrays)
         pushes, energies, states, *arrays = detached([pushes, energies, states, *arrays])
         dim, dtype = states.shape[0], states.dtype
         with device_of(dtype):
@@ -152,7 +154,8 @@ class LevelRules:
                     gap = np.ldexp(gaps.min(), H.exponent)
                     refusals.append(
                         f"[{owner}] state {i} has no derivative by H: its energy is only {gap:.2g} "
-                        "from another one; energies have one"
+                        "from another one; energies of a degenerate level have first derivatives "
+                        "alone"
                     )
                     continue
                 turn = self._response(H, levels, states, i, push / largest)

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.core.arrays import COOArray, CSRArray
+from mlx_sparse_nn.core.transforms import transforming
 
 Rebuild = Callable[[Sequence[mx.array]], Any]
 
@@ -52,7 +53,7 @@ def reading(owner: str, name: str) -> Iterator[None]:
 def read(owner: str, name: str, *arrays: mx.array) -> None:
     """Evaluate arrays, or raise as :func:`reading` does."""
     with reading(owner, name):
-        mx.eval(arrays)
+        _evaluate(arrays)
 
 
 def detached(arrays: Sequence[mx.array]) -> list[mx.array]:
@@ -60,7 +61,27 @@ def detached(arrays: Sequence[mx.array]) -> list[mx.array]:
 
     MLX keeps all that is computed of a traced array, evaluated or not, until the transform ends.
     """
+    _evaluate(arrays)
     return [_detached(a) for a in arrays]
+
+
+def _evaluate(arrays: Sequence[mx.array]) -> None:
+    """Evaluate arrays, which still know what they are made of.
+
+    In a forward rule, MLX (0.32.4) forgets that: what an outer transform derives of the tangent
+    would be zero, without a word. In a reverse one it does not.
+    """
+
+    def vjp(primal: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+        mx.eval(arrays)
+        return cotangent
+
+    if not transforming():
+        return mx.eval(arrays)
+    reverse: Any = mx.custom_function(lambda a: a)
+    reverse.vjp(vjp)
+    zero = mx.zeros(())
+    mx.vjp(reverse, [zero], [zero])
 
 
 def _detached(a: mx.array) -> mx.array:

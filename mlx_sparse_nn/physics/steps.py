@@ -33,6 +33,7 @@ class Steps:
         self.product, self.factor, self.rate, self.size = product, factor, rate, size
         self.space = recurrence(product, size)
         self.spread = 0.0  # of energies, as far as steps have seen
+        self.drift = 0.0  # error of phases per unit of s, as far as steps have seen
         self.full = math.inf  # length of the last step that needed all products
 
     def step(self, state: Row, remaining: float) -> Step:
@@ -51,10 +52,13 @@ class Steps:
             count = min(self.size, space.done + missing)
         if length < remaining:
             self.full = length
-            if space.done == self.size and space.product.may_be_stored:
-                self.space, self.full = Spectrum(space.product), math.inf
-                return self.step(state, remaining)
+        is_long = length < remaining and space.done == self.size
+        drifts = step.drift() > self.rate
+        if (is_long or drifts) and self.product.may_be_stored and not isinstance(space, Spectrum):
+            self.space, self.full = Spectrum(self.product), math.inf
+            return self.step(state, remaining)
         step.length = length
+        self.drift = max(self.drift, step.drift())
         self.spread = max(self.spread, float(step.energies[-1] - step.energies[0]))
         return step
 
@@ -63,12 +67,15 @@ class Steps:
         product = self.product
         if self.factor.real:  # what is lost on the way decays
             return 4 * product.epsilon
-        return product.epsilon * math.sqrt(1 + self.spread * length / 2)
+        spread = 1.5 * product.epsilon * math.sqrt(1 + self.spread * length / 2)
+        of_time = 2.0**-52 * self.spread  # times are float64
+        return spread + (self.drift + of_time) * length
 
     def through(self, state: Row, times: Sequence[float]) -> Iterator[Row]:
         """Yield the states at ascending times >= 0, of norm 1.
 
-        All times within one step are read from its Krylov space.
+        All times within one step are read from its Krylov space. There are no more states once
+        rounding would leave nothing of the last one.
         """
         now, done = 0.0, 0
         while done < len(times):
@@ -77,6 +84,8 @@ class Steps:
                 done += 1
                 continue
             step = self.step(state, times[-1] - now)
+            if self.rounding(times[-1]) >= 1:
+                return
             is_last = step.length >= times[-1] - now
             ahead = [t for t in times[done:] if is_last or t < now + step.length]
             states = step.states([*(min(t - now, step.length) for t in ahead), step.length])
@@ -104,6 +113,23 @@ class Step:
         # In imaginary time relative to what grows fastest, so that nothing overflows.
         self.shift = float(self.energies[0 if factor.real < 0 else -1]) if factor.real else 0.0
         self.exponents = factor * (self.energies - self.shift)
+
+    def drift(self) -> float:
+        r"""Return about how fast rounding turns phases, if no vector is left out: 4 roundings of
+
+        .. math:: \sum_k |c_k|^2 |E_k| \sum_j V_{jk}^4
+
+        with overlaps c. Each number of the recurrence has a rounding of its own, and an energy that
+        depends on many of them, by V, has their mean. An eigenstate has that of one. Where vectors
+        are left out, steps are so many that their roundings cancel.
+        """
+        if self.factor.real or self.left_out:
+            return 0.0
+        weights = np.abs(self.overlaps) ** 2
+        if isinstance(self.space, Spectrum):  # in float64, of no recurrence
+            return 4 * 2.0**-52 * float(weights @ np.abs(self.energies))
+        weights = weights * (np.abs(self.vectors) ** 4).sum(axis=0)
+        return 4 * self.space.epsilon * float(weights @ np.abs(self.energies))
 
     def amplitudes(self, times: Sequence[float] | np.ndarray) -> np.ndarray:
         """Return ``(K, m)`` amplitudes of the vectors of the space, not normalised."""

@@ -142,6 +142,33 @@ class TestTolerance:
         with pytest.raises(ValueError, match=r"^\[evolve\] tol must be at least .* float64"):
             evolve(H, psi, 5.0, tol=1e-12)
 
+    @pytest.mark.parametrize(
+        ("n", "h", "t", "tol"), [(1, 1.5, 1e4, 2e-5), (3, 0.7, 100.0, 3e-6), (9, 1.5, 10.0, 2e-6)]
+    )
+    def test_is_reached_by_symmetric_states(self, n, h, t, tol):
+        """Of few levels: nothing cancels what rounding does to their phases."""
+        periodic, psi = n > 2, mx.ones(2**n)
+        H = IsingOperator(n, h, periodic=periodic)
+        expected = exact(transverse_field_ising(n, h, periodic=periodic), psi, t)
+        if mx.default_device().type == mx.gpu:
+            pytest.skip("a GPU has no float64, and refuses such a tol")
+        assert error(evolve(H, psi, t, tol=tol), expected) < tol
+
+    def test_of_an_eigenstate_is_reached_or_refused(self):
+        H = transverse_field_ising(10, 1.0, periodic=True)
+        dense = to_numpy(H.todense()).astype(np.float64)
+        psi = mx.array(np.linalg.eigh(dense)[1][:, 0].astype(np.float32))
+        expected = exact(H, psi, 100.0)
+        with pytest.raises(ValueError, match=r"^\[evolve\] tol must be at least"):
+            evolve(H, psi, 100.0, tol=2e-5)
+        assert error(evolve(H, psi, 100.0, tol=2e-3), expected) < 2e-3
+
+    @pytest.mark.parametrize("n", [1, 4, 9, 10])
+    @pytest.mark.parametrize("tol", [None, 1e-3])
+    def test_a_time_after_which_nothing_is_left(self, n, tol):
+        with pytest.raises(ValueError, match=r"^\[evolve\] t must be shorter, got 1e\+30"):
+            evolve(IsingOperator(n, 0.7), mx.ones(2**n), [1.0, 1e30], tol=tol)
+
     @pytest.mark.parametrize("form", [transverse_field_ising, IsingOperator])
     def test_float64_goes_on_in_real_time_and_is_rounded_once(self, form):
         with mx.stream(mx.cpu):
@@ -158,6 +185,21 @@ class TestTolerance:
             psi = random_state(9, mx.float64)
             state = evolve(H, psi, 3.0, imaginary=True, tol=1e-13)
             assert error(state, exact(H, psi, 3.0, imaginary=True)) < 1e-13
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("kind", "message", "t", "flags"),
+        [
+            (TypeError, "imaginary must be True or False", 1.0, {"imaginary": "no"}),
+            (ValueError, r"t must be a number or \(K,\)", [[1, 2], 3], {}),
+            (ValueError, "t must fit float64", 10**400, {}),
+        ],
+        ids=["flag", "ragged", "huge"],
+    )
+    def test_bad_arguments(self, kind, message, t, flags):
+        with pytest.raises(kind, match=rf"^\[evolve\] {message}"):
+            evolve(IsingOperator(2, 0.7), mx.ones(4), t, **flags)
 
 
 class TestRealTime:
@@ -213,7 +255,7 @@ class TestRealTime:
                 return IsingOperator(8, 0.7) @ x
 
         counts, psi = [], random_state(8, mx.float32)
-        for tol in (1e-2, 1e-6):
+        for tol in (1e-2, 2e-6):
             H = Counted()
             later = evolve(H, psi, 5.0, tol=tol)
             counts.append(H.products)

@@ -447,6 +447,19 @@ class TestRefused:
             with pytest.raises(ValueError, match=rf"^\[evolve\] {name} must hold numbers"):
                 getattr(mx, transform)(function)(mx.stack([of, of]) if transform == "vmap" else of)
 
+    @pytest.mark.parametrize("name", ["vmap", "compile"])
+    @pytest.mark.not_emulated("needs mx.compile")
+    def test_tangents_and_cotangents_mapped_or_compiled(self, name):
+        def f(h):
+            return loss(evolve(IsingOperator(N, h), as_mlx(PSI), [1.0]))
+
+        h, of = mx.array(0.7), mx.ones(2) if name == "vmap" else mx.array(1.0)
+        transform = getattr(mx, name)
+        with pytest.raises(ValueError, match=r"^\[evolve\] the tangent of an argument must hold"):
+            transform(lambda d: mx.jvp(f, [h], [d])[1][0])(of)
+        with pytest.raises(ValueError, match=r"^\[evolve\] the gradient by its states must hold"):
+            transform(lambda c: mx.vjp(f, [h], [c])[1][0])(of)
+
     def test_what_is_not_finite(self):
         def f(h):
             return loss(evolve(IsingOperator(N, h), as_mlx(PSI), [1.0])) * math.inf
@@ -456,6 +469,14 @@ class TestRefused:
             mx.grad(f)(h)
         with pytest.raises(ValueError, match=r"^\[evolve\] the tangent of an argument must be fin"):
             mx.jvp(f, [h], [h * math.nan])
+
+    def test_the_value_beside_a_tangent_has_a_derivative(self):
+        def f(h):
+            return loss(evolve(IsingOperator(N, h), as_mlx(PSI), [1.0]))
+
+        h = mx.array(0.7)
+        slope = mx.grad(lambda h: mx.jvp(f, [h], [h])[0][0])(h)
+        assert slope.item() == pytest.approx(mx.grad(f)(h).item(), rel=1e-4)
 
     def test_second_derivatives(self):
         def f(h):

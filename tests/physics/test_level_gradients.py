@@ -121,6 +121,34 @@ def test_second_derivatives_of_energies():
     assert along.item() == pytest.approx(expected[0], rel=2e-3)
 
 
+@pytest.mark.parametrize("form", ["operator", "csr"])
+def test_derivatives_of_a_tangent_and_of_the_value_beside_it(form):
+    """MLX forgets what is evaluated in a forward rule, and finds zero there."""
+    h, one = mx.array(0.7), mx.array(1.0)
+
+    def energy(h):
+        return lanczos(hamiltonian(form, h, mx.array(1.1), mx.array(0.3))).energies[0]
+
+    def weight(h):
+        return lanczos(IsingOperator(N, h)).states[0, 0] ** 2
+
+    def exact(h):
+        return np.linalg.eigvalsh(dense_ising(N, h, *FIELDS[1:]))[0]
+
+    def forward(f, i):
+        return lambda h: mx.jvp(f, [h], [one])[i][0]
+
+    (slope,) = differences(exact, FIELDS[:1])
+    second = (exact(0.7 + 1e-4) - 2 * exact(0.7) + exact(0.7 - 1e-4)) / 1e-8
+    of_weight = mx.grad(weight)(h).item()
+    for derived in (mx.grad, lambda f: forward(f, 1)):
+        assert derived(forward(energy, 0))(h).item() == pytest.approx(slope, rel=1e-4)
+        assert derived(forward(energy, 1))(h).item() == pytest.approx(second, rel=2e-3)
+        assert derived(forward(weight, 0))(h).item() == pytest.approx(of_weight, rel=1e-3)
+        with pytest.raises(ValueError, match=r"^\[lanczos\] states have first derivatives alone"):
+            derived(forward(weight, 1))(h)
+
+
 def test_gradients_of_a_complex_matrix():
     rng = np.random.default_rng(3)
     a, b, w = (rng.normal(size=(6, 6)) + 1j * rng.normal(size=(6, 6)) for _ in range(3))
@@ -260,6 +288,28 @@ class TestRefusals:
             return
         with pytest.raises(ValueError, match=r"^\[lanczos\] (H must hold|has no derivative by H)"):
             calls[transform]()
+
+    def test_a_second_derivative_of_a_degenerate_level(self):
+        def energies(j):
+            return lanczos(IsingOperator(N, 0.0, coupling=j, periodic=True), k=2).energies.sum()
+
+        message = "energies of a degenerate level have first derivatives alone"
+        with pytest.raises(ValueError, match=message):
+            mx.grad(mx.grad(energies))(mx.array(1.0))
+
+    @pytest.mark.parametrize("result", ["energies", "states"])
+    @pytest.mark.parametrize("name", ["vmap", "compile"])
+    @pytest.mark.not_emulated("needs mx.compile")
+    def test_transforms_of_tangents_and_cotangents(self, name, result):
+        def f(h):
+            return getattr(lanczos(IsingOperator(N, h)), result).sum()
+
+        h, of = mx.array(0.7), mx.ones(2) if name == "vmap" else mx.array(1.0)
+        transform = getattr(mx, name)
+        with pytest.raises(ValueError, match=r"^\[lanczos\] the tangent of H must hold numbers"):
+            transform(lambda d: mx.jvp(f, [h], [d])[1][0])(of)
+        with pytest.raises(ValueError, match=r"^\[lanczos\] the gradient by its result must hold"):
+            transform(lambda c: mx.vjp(f, [h], [c])[1][0])(of)
 
     @pytest.mark.not_emulated("needs mx.compile")
     def test_transforms_of_the_start_vector(self):
