@@ -220,11 +220,6 @@ def check_memory(owner: str, what: str, n_bytes: int) -> None:
         )
 
 
-def check_basis_memory(owner: str, size: int, dim: int, dtype: mx.Dtype) -> None:
-    """Raise if ``size`` vectors of ``dim``, and 8 more to compute with, do not fit the memory."""
-    check_memory(owner, f"a basis of {size} vectors of {dim}", (size + 8) * dim * dtype.size)
-
-
 def check_hamiltonian(owner: str, H: Any) -> int:
     """Return the dimension of a square Hamiltonian, or raise."""
     made_by = {base.__module__.split(".")[0] for base in type(H).__mro__}

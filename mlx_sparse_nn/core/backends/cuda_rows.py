@@ -1,10 +1,11 @@
 """The products of 16-bit blocks with some rows of x on Hopper, by thread blocks that share rows.
 
-A grid of one thread block a block-row leaves much of the GPU idle there. The sums of several are
-added up by a second kernel: clusters of thread blocks would do it at once, but MLX (0.32.4) keeps
-CUDA graphs by their nodes alone, and CUDA replays one wrongly where a kernel takes the place of one
-of another cluster size. Chosen from shapes and
+A grid of one thread block a block-row leaves much of the GPU idle there. Chosen from shapes and
 from the sizes of the layout, on the host.
+
+A second kernel adds up the sums of several thread blocks. A cluster of them would do it at once,
+but MLX (0.32.4) keeps CUDA graphs by their nodes alone, and CUDA replays one wrongly where a kernel
+takes the place of one of another cluster size.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ def shares(
     """Return the kernel in which thread blocks share the blocks of a block-row.
 
     There are as many as it takes to fill the GPU, as long as they have not too many sums, and 2
-    where block-rows are long and fill it once by themselves. A thread block has as
-    many stages as leave room for a second one on its multiprocessor, or as fit where thread blocks
-    do not fill the GPU.
+    where block-rows are long and fill it once by themselves. A thread block has as many stages as
+    leave room for a second one on its multiprocessor, or as fit where thread blocks do not fill the
+    GPU.
     """
     rows = 64 if n_x <= 64 else 128
     threads = 256 if rows == 64 else 384

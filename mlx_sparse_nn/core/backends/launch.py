@@ -147,13 +147,15 @@ def prepare(
     """
     _check_grid(backend, inputs, kernel.grid)
     function = _function(backend, kernel.name, inputs, kernel.threads, kernel.shared_memory)
+    if kernel.splits > 1:
+        dtype = mx.float32
     if kernel.splits:
-        dtype = dtype if kernel.splits == 1 else mx.float32
-        types = {"T": types["T"], "OUT": dtype} | types
+        types = {"T": types.pop("T"), "OUT": dtype} | types
     template = list((types | kernel.template).items())
     group, name = (kernel.threads, 1, 1), f"{backend}/{kernel.name}"
-    launched = KernelLaunch(function, template, [dtype], kernel.grid, group, name)
-    launched = launched._replace(splits=max(1, kernel.splits))
+    launched = KernelLaunch(
+        function, template, [dtype], kernel.grid, group, name, splits=max(1, kernel.splits)
+    )
     if not kernel.scratch:
         return launched
     return launched._replace(dtypes=[dtype, mx.int32], scratch=((kernel.scratch,),))
