@@ -20,7 +20,7 @@ from mlx_sparse_nn.core import blocks, edges, quantized
 from mlx_sparse_nn.core.backends import cpu, cuda
 from mlx_sparse_nn.core.backends.choose import choose
 from mlx_sparse_nn.core.layout import Layout
-from mlx_sparse_nn.core.transforms import needs_rules, tracing
+from mlx_sparse_nn.core.transforms import needs_rules, of_mapped, tracing
 
 # What MLX passes to a rule and gets back: one array or axis, or a list of them.
 Arrays = Any
@@ -329,7 +329,7 @@ def with_rules(
     function: Any = mx.custom_function(guarded)
     function.vjp(vjp)
     function.jvp(jvp)
-    function.vmap(vmap)
+    function.vmap(of_mapped(vmap))
     return function
 
 

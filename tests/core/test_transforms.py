@@ -11,7 +11,14 @@ import mlx.core as mx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import assert_equal, dense_weight, integers, patterns, random_pattern
+from support import (
+    assert_equal,
+    computing_by_kernels,
+    dense_weight,
+    integers,
+    patterns,
+    random_pattern,
+)
 
 from mlx_sparse_nn import CSRArray, CSRPattern, csr_array, sddmm, spmm, spmm_t
 
@@ -320,6 +327,32 @@ def test_checkpointed_functions():
         strict=True,
     ):
         assert_equal(actual, expected)
+
+
+def without_rule(f):
+    """A function of the user's own for MLX, with a rule for derivatives and none for mx.vmap."""
+    function = mx.custom_function(f)
+    function.vjp(lambda primals, cotangent, _: mx.vjp(f, primals, [cotangent])[1])
+    return function
+
+
+@pytest.mark.parametrize("wrapped", [lambda f: f, mx.checkpoint, without_rule])
+@pytest.mark.parametrize("name", ["spmm", "spmm_t", "sddmm"])
+def test_kernels_compute_what_is_mapped(name, wrapped):
+    """MLX maps no kernel, and traces what has no rule for it a second time."""
+    pattern = PATTERNS["blocks"]
+    a, b = operands(pattern, name, batch=(2, 3))
+    with computing_by_kernels() as computed:
+        sparse, dense = pair(pattern, name)
+        wrapped_sparse = wrapped(sparse)
+        functions = lambda a, b: wrapped_sparse(a, b), dense
+        squares = lambda f: lambda a, b: (f(a, b) ** 2).sum()
+        check(mx.vmap, *functions, a[0], b[0])
+        assert name in computed
+        check(lambda f: mx.vmap(mx.vmap(f)), *functions, a, b)
+        check(lambda f: mx.grad(squares(mx.vmap(f)), (0, 1)), *functions, a[0], b[0])
+        if wrapped is not mx.checkpoint:  # whose gradient MLX maps of no function
+            check(lambda f: mx.vmap(mx.grad(squares(f), (0, 1))), *functions, a[0], b[0])
 
 
 @pytest.mark.not_emulated("needs mx.compile")
