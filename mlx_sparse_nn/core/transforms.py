@@ -146,6 +146,11 @@ def of_mapped(rule: Callable) -> Callable:
     return noted
 
 
+def of_numbers(function: Callable) -> Callable:
+    """Return a function that reads its arrays, which ``mx.vmap`` does not map then."""
+    return _noted(function, refuses_kernels=False)
+
+
 def ask_directly(is_tracer: Callable[[mx.array], bool]) -> None:
     """Let :func:`transforming` ask by a function that says whether MLX takes an array for a tracer.
 

@@ -295,7 +295,7 @@ def _multiply_add(
     added = _take(added, step.rows, n_matrices)
     if a.dtype not in _NARROW:
         return a @ xs + added
-    if not mx.cuda.is_available():
+    if mx.default_device().type is not mx.gpu or not mx.cuda.is_available():
         return mx.addmm(added, a, xs)
     # MLX (0.32.4) rounds a batched addmm twice on CUDA. float32 holds 16-bit products exactly, and
     # so does TF32.
