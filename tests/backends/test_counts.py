@@ -171,7 +171,9 @@ def test_no_workload_takes_other_operations(name):
 )
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_no_workload_takes_more_memory(name):
-    peak, before = (entry["peak_kB"] for entry in (counted(name), json.loads(RECORD.read_text())[name]))
+    peak, before = (
+        entry["peak_kB"] for entry in (counted(name), json.loads(RECORD.read_text())[name])
+    )
     assert peak <= max(LEAST, SLACK * before), f"{name} takes {peak} kB of memory, {before} before"
 
 
