@@ -268,7 +268,7 @@ def _promote(
         operands = f"{names[0]} {a.dtype} and {names[1]} {b.dtype}"
         raise TypeError(f"[{op}] {operands} give {dtype}; cast one to a floating type with astype")
     check_block_dtype(op, dtype, layout.block_size)
-    return a.astype(dtype), b.astype(dtype)
+    return derivatives.promoted(a, dtype), derivatives.promoted(b, dtype)
 
 
 def _promote_quantized(

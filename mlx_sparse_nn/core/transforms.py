@@ -3,9 +3,10 @@
 Importing the package changes nothing. Some functions are replaced later, when each is first needed,
 since MLX (0.32.4) has no other way:
 
-- ``mx.vmap`` notes when it traces, from the first pattern on (:func:`note_transforms`). MLX maps
+- ``mx.vmap`` notes when it maps, from the first pattern on (:func:`note_transforms`). MLX maps
   every operation that a mapped function traces, those inside a ``custom_function`` included, and
-  raises at a kernel, although it then uses the function's own rule alone.
+  raises at a kernel, although it then uses the function's own rule alone. Where there is no such
+  rule, as of ``mx.checkpoint``, it traces the function once more.
 - ``mx.export_function`` and ``mx.exporter`` note when they trace, from then on too: a file can hold
   neither a ``custom_function`` nor an operation that is not MLX's own, and MLX keeps to itself
   whether it is exporting. They and ``mx.FunctionExporter`` explain where they find one.
@@ -40,9 +41,10 @@ class Tracing(threading.local):
         graph: What the graph has to be: ``"exported"``, then MLX derives and maps what is inside of
             the products, and a file holds that; or ``"shapeless"``, for every shape of the
             operands, in a file or not; or None.
-        refuses_kernels: Whether it can hold no kernel of a GPU: while ``mx.vmap`` is tracing, after
-            which the products' own rule computes the mapped ones, by kernels; or where an exported
-            function takes derivatives.
+        refuses_kernels: Whether it can hold no kernel of a GPU: while ``mx.vmap`` is mapping, but
+            for rules of our own, which compute the mapped products by kernels (:func:`of_mapped`);
+            or where an exported function takes derivatives.
+        refused_kernels: The same before the innermost ``mx.vmap`` that is mapping.
     """
 
     # Whether MLX takes an array for a tracer, if there is somebody to ask; of all threads.
@@ -50,7 +52,7 @@ class Tracing(threading.local):
 
     def __init__(self):
         self.graph: Literal["exported", "shapeless"] | None = None
-        self.refuses_kernels = False
+        self.refuses_kernels = self.refused_kernels = False
         self.is_replay = False
         # A probe of each thread's own: what MLX has compiled in a thread has to go before the
         # thread ends, since MLX would wait for Python where the interpreter may be shutting down.
@@ -134,6 +136,21 @@ def replayed(fun: Callable) -> Callable:
     return _noted(fun, is_replay=True)
 
 
+def of_mapped(rule: Callable) -> Callable:
+    """Return a rule for ``mx.vmap``: its operands are none that this ``mx.vmap`` maps any more."""
+
+    @wraps(rule, updated=())
+    def noted(*args):
+        return _noted(rule, refuses_kernels=tracing.refused_kernels)(*args)
+
+    return noted
+
+
+def of_numbers(function: Callable) -> Callable:
+    """Return a function that reads its arrays, which ``mx.vmap`` does not map then."""
+    return _noted(function, refuses_kernels=False)
+
+
 def ask_directly(is_tracer: Callable[[mx.array], bool]) -> None:
     """Let :func:`transforming` ask by a function that says whether MLX takes an array for a tracer.
 
@@ -149,7 +166,14 @@ def note_transforms() -> None:
 
     @wraps(vmap)
     def noting_vmap(fun: Callable, in_axes: Any = 0, out_axes: Any = 0) -> Callable:
-        return vmap(_noted(fun, refuses_kernels=True), in_axes, out_axes)
+        mapped = vmap(fun, in_axes, out_axes)
+
+        @wraps(fun, updated=())
+        def noting(*args, **kwargs):
+            refused = tracing.refuses_kernels
+            return _noted(mapped, refuses_kernels=True, refused_kernels=refused)(*args, **kwargs)
+
+        return noting
 
     @wraps(compile_)
     def noting_compile(

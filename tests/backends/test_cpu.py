@@ -122,6 +122,7 @@ def test_results_are_contiguous_past_which_blocks_reach():
     assert np.array(columns.T, copy=False).flags.c_contiguous
 
 
+@not_with_cuda
 def test_no_weight_is_copied_where_blocks_reach_past_the_matrix():
     pattern = trimmed(random_pattern(32, 32, 32, density=1), 9, 9)
     data, x, y = operands(pattern, 8)

@@ -14,6 +14,7 @@ import pytest
 from mlx.utils import tree_unflatten
 from support import (
     ROOT,
+    assert_close,
     assert_equal,
     backend,
     computing,
@@ -23,6 +24,7 @@ from support import (
     integers,
     random_pattern,
     spoiled,
+    to_numpy,
     trimmed,
     untyped,
 )
@@ -165,7 +167,7 @@ class TestAFile:
         first.unfreeze(keys=["lora_a", "lora_b"])
         expected = gradients(model, x)
         for a, b in zip(read(file, partial(gradients, model), x)(x), expected, strict=True):
-            assert mx.allclose(a, b, rtol=1e-4, atol=1e-4).item()
+            assert_close(a, to_numpy(b), 3 * 96 + 8, float(mx.abs(b).max()))  # three products, rows
 
     def test_of_a_transformer(self, file):
         block = nn.TransformerEncoderLayer(64, 4, 128)
