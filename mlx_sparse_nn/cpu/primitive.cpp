@@ -581,6 +581,14 @@ MLX_SPARSE_EXPORT void probe(void* object, int64_t* out) {
   out[2] = array.itemsize();
 }
 
+// Writes into an array object of Python's n int32 that nobody has written yet.
+MLX_SPARSE_EXPORT void make_indices(void* out, int n) {
+  mx::array indices({n}, mx::int32, nullptr, {});
+  indices.set_data(mx::allocator::malloc(indices.nbytes()));
+  indices.set_status(mx::array::Status::available);
+  unwrap(out) = indices;
+}
+
 // Whether MLX takes an array for a tracer: one kept from a trace, while a transform is running.
 MLX_SPARSE_EXPORT bool is_tracer(void* object) { return unwrap(object).is_tracer(); }
 

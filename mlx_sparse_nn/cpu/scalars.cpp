@@ -42,7 +42,7 @@ constexpr int ROWS = 16;  // of A whose sums are written together
 constexpr int64_t LONG = 8192;
 constexpr int64_t MAX_PARTS = 16;
 // Terms from what is computed to what is fetched: of their own arrays, and of wide rows of x.
-constexpr int64_t AHEAD = 256;
+constexpr int64_t AHEAD = 512;
 constexpr int64_t LINE = 16;  // indices of a cache line
 constexpr int64_t ROWS_AHEAD = 4;
 constexpr int64_t IN_CACHE = 1 << 21;        // terms up to which their arrays are not fetched ahead
@@ -290,17 +290,14 @@ __attribute__((noinline)) int64_t sum_groups(const Terms& t, const int32_t* begi
   int64_t r = 0;
   for (; r + G <= n; r += G) {
     if (ends[r + G - 1] > last || ends[r + G - 1] - begins[r] > LONG) break;
-    if (FETCHES) {
-      for (int64_t j = begins[r]; j < ends[r + G - 1]; j += LINE) {
-        __builtin_prefetch(indices + j + AHEAD);
-        __builtin_prefetch(PERM ? static_cast<const void*>(perm + j + AHEAD) : data + j + AHEAD);
-      }
-    }
     vec<Lane, G> acc[G];
 #pragma GCC unroll 4
     for (int i = 0; i < G; ++i) {
-      const int64_t j = begins[r + i];
-      acc[i] = sum_products<PERM>(data, indices, perm, x, j, ends[r + i]);
+      if (const int64_t j = begins[r] + i * LINE; FETCHES && j < ends[r + G - 1]) {
+        __builtin_prefetch(indices + j + AHEAD);
+        __builtin_prefetch(PERM ? static_cast<const void*>(perm + j + AHEAD) : data + j + AHEAD);
+      }
+      acc[i] = sum_products<PERM>(data, indices, perm, x, begins[r + i], ends[r + i]);
     }
     store<G>(sums + r, totals_of(acc));
   }
