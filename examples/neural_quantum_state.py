@@ -212,7 +212,7 @@ def main() -> None:
 
     name = "ring" if args.periodic else "open chain"
     print(f"chain     {name} of {n} sites, field {args.field:g}, {2**n} basis states")
-    print(f"network   {weights.size} weights, hidden layer {model.second.density:.1%} dense")
+    print(f"network   {weights.size} weights, hidden layer at density {model.second.density:.3g}")
     print(f"energy    {chain.energy(psi):.6f} after {args.steps} steps in {seconds:.1f} s")
     print(f"exact     {exact:.6f}")
     print(f"error     {errors[-1]:.2e} relative")

@@ -132,7 +132,7 @@ def describe(args: argparse.Namespace) -> None:
 
     print(f"chain            {chain_name(args)}, field {field:g}, on {device_name()}")
     print(f"size             {H.shape[0]} x {H.shape[1]}, built in {seconds:.3g} s")
-    print(f"nnz              {H.nnz} stored values, density {H.density:.3%}")
+    print(f"nnz              {H.nnz} stored values, density {H.density:.3g}")
 
     states = {
         "uniform state": mx.ones(H.shape[1]),

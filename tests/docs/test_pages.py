@@ -99,3 +99,17 @@ def test_pictures_are_described(page):
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_no_number_is_left_to_be_filled_in(page):
     assert not re.search(r"TODO|TBD|\?\?\?|COMPAT", page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "benchmarks/README.md"], ids=lambda page: page.name
+)
+def test_densities_are_fractions_as_the_functions_take_them(page):
+    """``density=10`` is refused: what a reader copies out of a table is 0.1."""
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"density,? [\d.]+ ?%|\d% density|B = \d+,( density)? [\d.]+%", text)
+    for head, rows in re.findall(r"^(\|.*\|)\n\|[ :|-]+\|\n((?:\|.*\n)+)", text, re.MULTILINE):
+        names = [name.strip() for name in head.split("|")]
+        if "density" in names:
+            cells = [row.split("|")[names.index("density")] for row in rows.splitlines()]
+            assert "%" not in "".join(cells), head
