@@ -139,6 +139,14 @@ def _operand() -> mx.array:
     return operand
 
 
+def traces_every_shape() -> bool:
+    """Return whether MLX traces for every shape now, noted or not: what was compiled before the
+    first pattern or operator notes nothing."""
+    if tracing.graph is not None:
+        return tracing.graph == "shapeless"
+    return transforming() and _shapes_are_open()
+
+
 def replayed(fun: Callable) -> Callable:
     """Return a function during which no product needs rules: its graph is for calls without."""
     return _noted(fun, is_replay=True)
