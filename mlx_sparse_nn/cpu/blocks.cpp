@@ -140,10 +140,18 @@ class Chunk {
       // A row of x that is missing is some other; what it gives is not written.
       const E* const row = x + (rows - plan.few + std::min(n, plan.few - 1)) * p.x.n_step;
       const int64_t whole = a.n_cols / B;  // block-columns
-      gather(row, B * p.x.c_step, p.x.c_step, whole, B, to, step, B);
+      int64_t c = 0;
+      if (RUN < V && p.x.c_step == 1) {
+        for (; c < whole; ++c) {
+          const vec<A, RUN> values = load<RUN>(row + c * B);
+          for (int k = 0; k < V; k += RUN) store<RUN>(to + c * step + k, values);
+        }
+      }
+      gather(row + c * B * p.x.c_step, B * p.x.c_step, p.x.c_step, whole - c, B, to + c * step,
+             step, B);
       gather(row + whole * B * p.x.c_step, 0, p.x.c_step, a.C - whole, last_cols, to + whole * step,
              step, B);
-      for (int64_t c = 0; c < a.C; ++c) {
+      for (; c < a.C; ++c) {
         for (int64_t k = B; k < x_step(B); ++k) to[c * step + k] = to[c * step + k - B];
       }
     }
