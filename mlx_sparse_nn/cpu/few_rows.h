@@ -52,6 +52,7 @@ INLINE int64_t few_width(int64_t few) { return few < 2 ? few : round_up(few, 2);
 template <int N>
 void multiply_few(const Group& g, const A* x, A* sums) {
   constexpr int ROWS = at_most(SUMS, IN_REGISTERS / N);
+  constexpr bool STREAMS = N == 1 && BLOCK > 0 && !WIDENED;
   const int64_t B = g.side(), vectors = row_vectors(B), n_sums = row_sums(B);
   // One or two rows take wide blocks one by one, since memory likes to be read in order.
   const int at_once = vectors > 1 && N <= 2 ? 1 : g.n + 1;
@@ -62,7 +63,7 @@ void multiply_few(const Group& g, const A* x, A* sums) {
       if (!g.first || e0) load_all<V>(sums + i * N * V, acc);
       for (int e = e0; e < e1; ++e) {
         const E* w = g.stored(e) + i * vectors * V;
-        const E* ahead = N == 1 ? w + FAR : g.ahead(e) + i * vectors * V;
+        const E* ahead = STREAMS ? w + FAR : g.ahead(e) + i * vectors * V;
         const A* xs = x + g.column[e] * (N * x_step(B));
         for (int64_t k = 0; k < vectors; ++k) {
           vec<A, V> xv[N];
@@ -72,7 +73,7 @@ void multiply_few(const Group& g, const A* x, A* sums) {
           for (int m = 0; m < ROWS; ++m) {
             const vec<A, V> values = load<V>(w + (m * vectors + k) * V);
             __builtin_prefetch(ahead + (m * vectors + k) * V, 0, 2);
-            if (N == 1) __builtin_prefetch(w + NEAR + (m * vectors + k) * V, 0, 3);
+            if (STREAMS) __builtin_prefetch(w + NEAR + (m * vectors + k) * V, 0, 3);
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) acc[m * N + n] += values * xv[n];
           }
