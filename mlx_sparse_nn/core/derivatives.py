@@ -49,14 +49,16 @@ def spmm(layout: Layout, data: mx.array, x: mx.array) -> mx.array:
 def spmm_of_row(
     layout: Layout, data: mx.array, x: mx.array, bias: mx.array | None
 ) -> mx.array | None:
-    """Return the product with a single row, x ``(1, ..., 1, n_cols)`` as it is: two views less.
+    """Return the product with a single row, x ``(n_cols,)`` or ``(1, ..., 1, n_cols)`` as it is:
+    two views less, each of which takes MLX as long as a small product.
 
     None where a transform may need rules, or the backend an x of two axes.
     """
     if layout.has_edges or needs_rules():
         return None
     backend = choose("spmm", layout, 1, x.dtype)
-    return backend.spmm(data, layout, x, bias) if backend.TAKES_AXES else None
+    takes = backend is cpu if x.ndim == 1 else backend.TAKES_AXES
+    return backend.spmm(data, layout, x, bias) if takes else None
 
 
 def spmm_bias(layout: Layout, data: mx.array, x: mx.array, bias: mx.array) -> mx.array:

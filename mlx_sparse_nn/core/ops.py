@@ -66,7 +66,7 @@ def multiply(
     if bias is not None:
         _check_shape(owner, "bias", bias, (n_rows,))
     data, x = _promote(owner, layout, ("data", "x"), data, x)
-    if x.ndim > 2 and x.size == n_cols and (bias is None or bias.dtype == x.dtype):
+    if x.ndim != 2 and x.size == n_cols and (bias is None or bias.dtype == x.dtype):
         y = derivatives.spmm_of_row(layout, data, x, bias)
         if y is not None:
             return y

@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_sparse_nn.core import algebra
 from mlx_sparse_nn.core.pattern import CSRPattern
-from mlx_sparse_nn.core.transforms import of_mapped, transforming
+from mlx_sparse_nn.core.transforms import of_mapped, tracing, transforming
 
 Axis: TypeAlias = "int | tuple[int, ...] | None"
 
@@ -109,6 +109,13 @@ def extreme(owner: str, rows: Rows, largest: bool) -> mx.array:
 
     if not transforming():
         return _values(rows, largest)
+    if tracing.graph == "exported":  # a file holds no function with rules: a zero brings the slope
+        still = mx.stop_gradient(rows.data)
+        found = _values(rows._replace(data=still), largest)
+        if not mx.issubdtype(still.dtype, mx.floating):
+            return found
+        zero = mx.where(mx.isinf(still), mx.zeros((), still.dtype), rows.data - still)
+        return found + algebra.sum_rows(pattern)(mx.stop_gradient(shares(still)) * zero)
     function: Any = mx.custom_function(
         lambda data: _values(rows._replace(data=mx.stop_gradient(data)), largest)
     )

@@ -104,12 +104,20 @@ def needs_rules() -> bool:
         return False
     if tracing.refuses_kernels or tracing.graph is not None:
         return True
-    return _draw_attention() == _attention_in_derivatives(str(mx.default_device().type))
+    return _may_be_derived()
+
+
+def _may_be_derived() -> bool:
+    """Return whether derivatives may be taken of what is traced now.
+
+    On a GPU, MLX's drawing of an attention is another one while they are, which MLX (0.32.4) tells
+    nobody otherwise. On a CPU it is not; and to draw it takes as long as a small product.
+    """
+    device = mx.default_device().type
+    return device is mx.cpu or _draw_attention() == _attention_in_derivatives(str(device))
 
 
 def _draw_attention() -> str:
-    """Return MLX's drawing of an attention. On a GPU it is another one while derivatives are taken,
-    which MLX (0.32.4) tells nobody otherwise; where it is not, all that is traced needs rules."""
     drawn, operand = StringIO(), _operand()
     attention = mx.fast.scaled_dot_product_attention(operand, operand, operand, scale=1.0)
     mx.export_to_dot(drawn, attention)
@@ -129,6 +137,14 @@ def _operand() -> mx.array:
     operand = mx.zeros((1, 1, 128, 64), mx.float16)
     mx.eval(operand)
     return operand
+
+
+def traces_every_shape() -> bool:
+    """Return whether MLX traces for every shape now, noted or not: what was compiled before the
+    first pattern or operator notes nothing."""
+    if tracing.graph is not None:
+        return tracing.graph == "shapeless"
+    return transforming() and _shapes_are_open()
 
 
 def replayed(fun: Callable) -> Callable:

@@ -16,7 +16,7 @@ from mlx_sparse_nn.core.checks import INT32_MAX, ArrayLike, check_data, check_si
 from mlx_sparse_nn.core.derivatives import promoted
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.pauli import PauliTerms, parts, pauli_diagonal, pauli_product
-from mlx_sparse_nn.core.transforms import defer_to, tracing, transforming
+from mlx_sparse_nn.core.transforms import defer_to, traces_every_shape, transforming
 from mlx_sparse_nn.core.value_maps import Gather
 from mlx_sparse_nn.physics.checks import (
     check_dtype,
@@ -137,7 +137,7 @@ class PauliSum:
         """Return the diagonal, ``(2**n_qubits,)`` of ``dtype``."""
         if self._diagonal is None:
             return mx.zeros(self.shape[0], self._dtype)
-        if tracing.graph == "shapeless":  # MLX would trace how it was made
+        if traces_every_shape():  # MLX would trace how it was made
             check_one_shape("PauliSum.diagonal", "coefficients", self._diagonal)
             mx.eval(self._diagonal)
         return self._diagonal.astype(self._dtype)
@@ -324,7 +324,9 @@ class PauliSum:
             raise TypeError(f"[{operation}] x is an operator; apply one after the other to a state")
         if is_sparse(x):
             raise TypeError(f"[{operation}] x is a sparse array; use H.tocsr() in place of H")
-        return check_data(operation, x, name="x")
+        x = check_data(operation, x, name="x")
+        check_one_shape(operation, "x", x)
+        return x
 
     def _plus(self, operation: str, other: Any, sign: float) -> PauliSum:
         """Return the sum with ``sign`` times another operator, or with the number 0."""
