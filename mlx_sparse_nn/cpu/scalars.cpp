@@ -221,7 +221,7 @@ void sum_rows(const Terms& t, const int32_t* begins, const int32_t* ends, int64_
         if constexpr (COMPLEX && L > 1) sum += times_i<L>(acc[0][PARTS - 1][q]);
         if (bias) {
           const Parts add = parts_of(bias[r]);
-          vec<Lane, L> lanes;
+          vec<Lane, L> lanes{};
           for (int l = 0; l < L; ++l) lanes[l] = add.of[l % PARTS];
           sum += lanes;
         }

@@ -98,6 +98,13 @@ def command(tools: Tools, program: tuple[str, ...]) -> list[str]:
     return [path, *program[1:]]
 
 
+def compile_(words: list[str]) -> None:
+    """Run a compiler, and fail with what it says."""
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        pytest.fail(f"{' '.join(words)}\n{done.stderr[-4000:]}")
+
+
 def drive(kernel: Kernel, tools: Tools, folder: Path, sources: Path = build.SOURCES):
     """Compile a kernel and its driver, run it, and return what became of it."""
     driver = DRIVER_OF.get(kernel.source, "products.cpp")
@@ -108,11 +115,11 @@ def drive(kernel: Kernel, tools: Tools, folder: Path, sources: Path = build.SOUR
     for source in (DRIVERS / driver, sources / f"{kernel.source}.cpp"):
         objects.append(str(folder / f"{source.stem}.o"))
         words = [*compiler, "-std=c++17", *tools.flags, *defines, "-c", str(source)]
-        subprocess.run([*words, "-o", objects[-1]], check=True)
+        compile_([*words, "-o", objects[-1]])
     # Zig would build a C++ library to link with, which nothing here needs.
     linker = command(NATIVE, GCC) if tools is CLANG else [*compiler, *tools.flags]
     program = str(folder / "driver")
-    subprocess.run([*linker, *objects, "-pthread", "-o", program], check=True)
+    compile_([*linker, *objects, "-pthread", "-o", program])
     runner = command(tools, tools.run) if tools.run else []
     cases = str(EMULATED_CASES if runner else CASES)
     return subprocess.run(
@@ -166,7 +173,7 @@ def test_the_pool(tmp_path, tools):
     program = str(tmp_path / "driver")
     words = [*command(tools, tools.compiler), "-std=c++17", *tools.flags, f"-I{build.SOURCES}"]
     source = str(DRIVERS / "pool_users.cpp")
-    subprocess.run([*words, source, "-pthread", "-o", program], check=True)
+    compile_([*words, source, "-pthread", "-o", program])
     done = subprocess.run([program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
 

@@ -336,14 +336,15 @@ def _column_blocks(x: mx.array, block_size: int) -> mx.array:
     if x.size > tuned.MAX_CACHED_VALUES and block_size > 1:
         # Strides of whole rows of x would miss the cache: first by blocks, then within each.
         return _contiguous(_row_blocks(x, block_size).swapaxes(1, 2))
-    return in_rows(_contiguous(x.swapaxes(-1, -2)), block_size, n_x)
+    n_blocks = x.size // (block_size * n_x)
+    return _contiguous(x.swapaxes(-1, -2)).reshape(n_blocks, block_size, n_x)
 
 
 def _bias_blocks(
     bias: mx.array, rows: mx.array | None, shape: tuple[int, int], n_matrices: int
 ) -> mx.array:
     """Return the bias of the block-rows, group by group, ``(V * n_block_rows, *shape)``."""
-    blocks = in_rows(bias, *shape)
+    blocks = bias.reshape(bias.size // (shape[0] * shape[1]), *shape)
     return mx.concatenate([blocks if rows is None else _take(blocks, rows, 1)] * n_matrices)
 
 
@@ -353,7 +354,7 @@ def _with_zeros(side: Side, n_matrices: int, *arrays: mx.array) -> list[mx.array
         return list(arrays)
     parts = [a.reshape(n_matrices, a.shape[0] // n_matrices, *a.shape[1:]) for a in arrays]
     parts = [mx.concatenate([a, mx.zeros_like(a[:, :1])], axis=1) for a in parts]
-    return [in_rows(a, *a.shape[2:]) for a in parts]
+    return [a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]) for a in parts]
 
 
 def _take_blocks(data: Stored, index: Index, n_matrices: int, dtype: mx.Dtype) -> mx.array:

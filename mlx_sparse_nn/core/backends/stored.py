@@ -28,7 +28,8 @@ class Stored(NamedTuple):
         """Return the blocks of arrays ``(n_blocks, ...)`` or ``(V, n_blocks, ...)``."""
         found, nbytes = [], 0
         for a in arrays:
-            found.append(in_rows(a, block_size, a.shape[-1] if block_size > 1 else 1))
+            width = a.shape[-1] if block_size > 1 else 1
+            found.append(a.reshape(a.size // (block_size * width), block_size, width))
             nbytes += a.nbytes
         return cls(found, block_size, found[0].shape[0], nbytes)
 

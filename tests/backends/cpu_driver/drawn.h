@@ -249,12 +249,12 @@ struct Threads {
   static void run(int64_t n, void (*f)(const void*, int64_t, int), const void* context) {
     Threads shared{n, f, context};
     pthread_t others[size];
-    const int used = n < size ? static_cast<int>(n) : size;  // as many as there are pieces
-    for (int i = 1; i < used; ++i) {
+    const int n_others = (n < size ? static_cast<int>(n) : size) - 1;  // one takes each piece
+    for (int i = 0; i < n_others; ++i) {
       if (pthread_create(&others[i], nullptr, work, &shared)) abort();
     }
     work(&shared);
-    for (int i = 1; i < used; ++i) pthread_join(others[i], nullptr);
+    for (int i = 0; i < n_others; ++i) pthread_join(others[i], nullptr);
   }
   static void* work(void* argument) {
     Threads& shared = *static_cast<Threads*>(argument);
