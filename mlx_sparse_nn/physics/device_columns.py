@@ -89,7 +89,7 @@ class DeviceColumns:
             product = (H @ self._flat(x)).astype(self.dtype)
             alpha, norm, rest = _rest(self._cut(product) - known, x)
             known, x = norm * x, rest / norm
-            _begin(x, alpha)  # while the host goes on
+            begin(x, alpha)  # while the host goes on
             if self.large and rests:
                 mx.eval(rests[-1])  # little is under way at once
             alphas.append(alpha)
@@ -111,6 +111,15 @@ class DeviceColumns:
         if j:
             self._put(j, rest)
         return float(norm)
+
+    def finish(self, j: int) -> float:
+        """Make column j and the one before it orthogonal to all before them.
+
+        Returns:
+            The norm of column j.
+        """
+        self.orthogonalise(j - 1)
+        return self.orthogonalise(j)
 
     def overlaps(self, count: int, first: int, last: int) -> np.ndarray:
         """Return the products of the first columns, conjugated, with columns ``first`` to ``last``.
@@ -147,7 +156,7 @@ class DeviceColumns:
             combined = self._combined(panels, first, coefficients)
             mx.eval(combined)
             self.vectors[panels, first : first + p] = combined  # in place, as in _put
-            (mx.eval if self.large else _begin)(self.vectors)
+            (mx.eval if self.large else begin)(self.vectors)
         if p < m and first + m < self.vectors.shape[1]:
             self._put(first + p, mx.contiguous(self.vectors[:, first + m : first + m + 1]))
 
@@ -165,7 +174,7 @@ class DeviceColumns:
         """Write columns from j on, ``(panels, count, width)``."""
         mx.eval(x)
         self.vectors[:, j : j + x.shape[1]] = x  # in place, where nothing under way reads them
-        (mx.eval if self.large else _begin)(self.vectors)
+        (mx.eval if self.large else begin)(self.vectors)
 
     def _cut(self, x: mx.array) -> mx.array:
         """Return ``(dim,)`` as ``(panels, 1, width)``."""
@@ -196,7 +205,7 @@ class DeviceColumns:
         return mx.conjugate(_sum(products.swapaxes(0, 2)))
 
 
-def _begin(*arrays: mx.array) -> None:
+def begin(*arrays: mx.array) -> None:
     """Let the device begin to compute; where MLX traces, it has to end as well."""
     (mx.eval if transforming() else mx.async_eval)(*arrays)
 
