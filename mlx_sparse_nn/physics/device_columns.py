@@ -1,4 +1,4 @@
-"""Columns of a Krylov basis in MLX, on a GPU: several products before the host looks at one."""
+"""Columns of a Krylov basis in plain MLX, of complex64 on a GPU: several products at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from mlx_sparse_nn.core.transforms import transforming
 
 _WIDTH = 1024  # elements of a panel
-_LARGE = 1 << 18  # elements of a column beyond which memory counts more than launches
+_LARGE = 1 << 18  # elements of a column; see is_large
 _PIECES = 8  # in which large columns are combined
 
 
@@ -32,7 +32,7 @@ class DeviceColumns:
 
     def __init__(self, dim: int, size: int, dtype: mx.Dtype):
         self.dim, self.dtype = dim, dtype
-        self.large = dim > _LARGE
+        self.large = is_large(dim)
         self.at_once = 4 if self.large else 8
         self.width = min(_WIDTH, -(-dim // 32) * 32)
         self.panels = -(-dim // self.width)
@@ -131,8 +131,11 @@ class DeviceColumns:
         for j in range(first, last):
             terms = mx.conjugate(self.vectors[:, :count]) * self.vectors[:, j : j + 1]
             sums = terms.reshape(self.panels, count, -1, 32).sum(axis=3).sum(axis=2)
-            products.append(np.array(sums).astype(wide).sum(axis=0))
-        return np.stack(products, axis=1)
+            if self.large:
+                mx.eval(sums)  # little is under way at once
+            products.append(sums)
+        found = np.array(mx.stack(products, axis=2)).astype(wide)  # (panels, count, last - first)
+        return found.sum(axis=0)
 
     def distances(self, count: int, factors: np.ndarray) -> np.ndarray:
         """Return the norms of columns ``count`` to ``2 * count`` less ``factors`` times the first.
@@ -143,8 +146,10 @@ class DeviceColumns:
         for j in range(count):
             x, y = (self.vectors[:, i : i + 1] for i in (j, count + j))
             rest = y - float(factors[j]) * x
-            norms.append(float(mx.sqrt(_dot(rest, rest))))
-        return np.array(norms)
+            norms.append(mx.sqrt(_dot(rest, rest)))
+            if self.large:
+                mx.eval(norms[-1])
+        return np.array(mx.stack(norms)).astype(np.float64)
 
     def combine(self, first: int, coefficients: np.ndarray) -> None:
         """Replace m columns from ``first`` on by p combinations of them, coefficients ``(m, p)``.
@@ -203,6 +208,11 @@ class DeviceColumns:
         """
         products = self.vectors[:, :count] @ mx.conjugate(x).swapaxes(1, 2)
         return mx.conjugate(_sum(products.swapaxes(0, 2)))
+
+
+def is_large(dim: int) -> bool:
+    """Return whether memory counts more than launches."""
+    return dim > _LARGE
 
 
 def begin(*arrays: mx.array) -> None:

@@ -46,6 +46,7 @@ class KernelColumns(DeviceColumns):
         self._one = mx.array([1.0, 0.0, 0.0])  # squares of what is normalised
         self._is_read = False  # whether something under way may read the basis
         self._finished: tuple[int, float] | None = None  # a column, and what `finish` returns
+        self._known: mx.array | None = None  # of the product of the column after combinations
 
     def column(self, j: int) -> mx.array:
         return self._flat(self._normal(j))
@@ -118,18 +119,33 @@ class KernelColumns(DeviceColumns):
         self._is_read = True
         return super().distances(count, factors)
 
-    def combine(self, first: int, coefficients: np.ndarray) -> None:
+    def combine(
+        self, first: int, coefficients: np.ndarray, border: np.ndarray | None = None
+    ) -> None:
+        """Replace m columns from ``first`` on, as ``DeviceColumns`` does.
+
+        Args:
+            first: The first of them.
+            coefficients: ``(m, p)``.
+            border: ``(p,)``, of the new columns in the product of the one after them, if that is
+                to be multiplied next: a factor less to bring to the device, for which it waits.
+        """
         m, p = coefficients.shape
         after = None
         if p < m and first + m < self.vectors.shape[1]:
             after = self._take(first + m)
         self._settle(first + m)
+        self._known = None
         if p:
+            rows = [coefficients.T] if border is None else [coefficients.T, [coefficients @ border]]
+            factors = mx.array(np.concatenate(rows).astype(np.float32))
             self._is_read = True
-            factors = mx.array(np.ascontiguousarray(coefficients.T), dtype=mx.float32)
             combined = columns.combine(self.backend, self.vectors, first, factors)
-            self._wait(combined, *(last.vector for last in self._last.values()))
-            self.vectors[:, first : first + p] = combined  # in place
+            known = None if border is None else mx.contiguous(combined[:, p:])
+            arrays = [combined] if known is None else [combined[:, :p], known]
+            self._wait(*arrays, *(last.vector for last in self._last.values()))
+            self.vectors[:, first : first + p] = arrays[0]  # in place
+            self._known = known
         self._last = {} if after is None else {first + p: after}
 
     def _take(self, j: int) -> Last:
@@ -159,6 +175,8 @@ class KernelColumns(DeviceColumns):
             known, known_factor = self._normal(j - 1), float(before[j - 1]) * factor
             if abs(known_factor - 1) > 1e-6:
                 known = known * known_factor
+        elif self._known is not None:
+            known, self._known = self._known * factor, None
         else:
             self._settle(j)
             self._is_read = True
@@ -197,9 +215,16 @@ class KernelColumns(DeviceColumns):
             self.vectors[:, j : j + 1] = x  # in place
 
     def _wait(self, *arrays: mx.array) -> None:
-        """Wait until they are computed, and nothing under way reads the basis."""
-        begin(self.vectors, *arrays)
-        mx.synchronize()
+        """Wait until they are computed, and nothing under way reads the basis.
+
+        MLX on CUDA may let go of what it has read a little later; then it copies a basis instead of
+        writing in place, which costs a small one nothing.
+        """
+        if self.large:
+            begin(self.vectors, *arrays)
+            mx.synchronize()
+        else:
+            mx.eval(self.vectors, *arrays)
         self._is_read = False
 
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.core.backends.choose import choose_columns
-from mlx_sparse_nn.physics.device_columns import DeviceColumns
+from mlx_sparse_nn.physics.device_columns import DeviceColumns, is_large
 from mlx_sparse_nn.physics.host_columns import HostColumns
 from mlx_sparse_nn.physics.kernel_columns import KernelColumns
 from mlx_sparse_nn.physics.precision import epsilon
@@ -184,7 +184,10 @@ class Krylov:
             left_out: Norms of what the projected matrix leaves out of H times the vectors.
         """
         p, last = vectors.shape[1], first + vectors.shape[0]
-        self.columns.combine(first, vectors)
+        if isinstance(self.columns, KernelColumns):
+            self.columns.combine(first, vectors, border)
+        else:
+            self.columns.combine(first, vectors)
         self.filled = first + p
         change = np.zeros((last, first + p), vectors.dtype)
         change[:first, :first] = np.eye(first)
@@ -252,6 +255,24 @@ class Krylov:
         powers = np.where(self._left_out[:n] > 0, _LOSS_TO_KEPT, _LOSS)
         is_whole = self.size == self.dim  # all eigenvectors, of a small H: each has to be right
         return is_whole or bool((np.abs(losses) > self.epsilon**powers).any())
+
+
+def columns_of_basis(dim: int, k: int, dtype: mx.Dtype) -> int:
+    """Return how many columns a basis for k levels has before it restarts.
+
+    On a GPU a restart takes as long as ten products, since the host has to bring numbers to the
+    device; small columns leave room for fewer.
+    """
+    fewest = 20 if _on_host(dtype) or is_large(dim) else 40
+    return min(dim, fewest + 2 * k)
+
+
+def vectors_of_search(k: int, dtype: mx.Dtype) -> int:
+    """Return how many vectors a search for k levels holds at its peak, if they are large.
+
+    As tests measure; on a GPU, some are under way.
+    """
+    return (35 if _on_host(dtype) else 40) + 5 * k
 
 
 def _columns(dim: int, size: int, dtype: mx.Dtype) -> HostColumns | DeviceColumns:
