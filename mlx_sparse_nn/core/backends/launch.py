@@ -56,6 +56,11 @@ _OWNERS = {
     "sample": "sddmm",
     "pauli": "pauli_product",
     "pauli_moments": "pauli_product",
+    "recur_dot": "lanczos",
+    "recur_rest": "lanczos",
+    "basis_overlaps": "lanczos",
+    "basis_subtract": "lanczos",
+    "basis_combine": "lanczos",
 }
 SCRATCH = {"spmm_boxes": ["scratch"]}  # integers that a kernel writes for itself, by its name
 # What a kernel gives besides its first output, all of one dtype.
