@@ -3,7 +3,7 @@
     python -m benchmarks physics --quick              a minute
     python -m benchmarks physics --pages              all, and the tables of docs/physics.md
     python -m benchmarks physics --parts lanczos      others stay as they were measured before
-    python -m benchmarks physics --device gpu         mlx_sparse_nn alone, without SciPy
+    python -m benchmarks physics --device gpu         beside CuPy, where it is installed
 
 Solvers are processes that take turns on one core; their times are of the processor, on a GPU of the
 clock. Every result is compared with free fermions or NumPy's float64 before any time is taken.
@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,9 @@ def pythons(device: str) -> tuple[dict[str, Path], dict[str, str]]:
     """Return the Python of each solver, and why one is missing."""
     ours = {"operator": Path(sys.executable), "stored": Path(sys.executable)}
     if device == "gpu":
-        return ours, {}
+        if find_spec("cupy"):
+            return {**ours, "cupy": Path(sys.executable)}, {}
+        return ours, {"cupy": "this Python has no cupy"}
     found = {**ours, "scipy": python_of("scipy")}
     try:
         return {**found, "qutip": environment("qutip", QUTIP)}, {}
@@ -150,7 +153,7 @@ def main(
     """Measure, save as JSON, and print the tables.
 
     Args:
-        device: "cpu", or "gpu" for mlx_sparse_nn alone.
+        device: "cpu", or "gpu", where CuPy is the peer if it is installed.
         quick: Whether to take small cases, in a minute.
         parts: Which of ``PARTS``; all by default. Others in ``output`` stay.
         output: The file; by default under ``.bench/``, or ``results/`` with ``pages``.

@@ -2,7 +2,8 @@
 
     python -m benchmarks.physics_peers NAME DEVICE
 
-NAME is ``operator`` or ``stored``, the two forms of H in mlx_sparse_nn, ``scipy`` or ``qutip``.
+NAME is ``operator`` or ``stored``, the two forms of H in mlx_sparse_nn, ``scipy``, ``qutip``, or
+``cupy`` on a GPU.
 """
 
 from __future__ import annotations
@@ -212,6 +213,46 @@ class SciPy(Solver):
         return lambda: H @ x, lambda y: y
 
 
+class CuPy(Solver):
+    """eigsh and csr_matrix on a GPU."""
+
+    packages = ("cupy", "cupy-cuda12x", "cupy-cuda13x", "numpy")
+
+    def gpu(self) -> str | None:
+        import cupy  # pyright: ignore[reportMissingImports]
+
+        return cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+
+    def stored(self, case: Case) -> Any:
+        import cupyx.scipy.sparse  # pyright: ignore[reportMissingImports]
+
+        return cupyx.scipy.sparse.csr_matrix(ring(case))
+
+    def lanczos(self, case: Case) -> Result:
+        import cupy  # pyright: ignore[reportMissingImports]
+        from cupyx.scipy.sparse.linalg import (  # pyright: ignore[reportMissingImports]
+            LinearOperator,
+            eigsh,
+        )
+
+        H, tol = self.stored(case), TOLERANCES[case.dtype]
+
+        def count(x: Any) -> Any:
+            self.products = (self.products or 0) + 1
+            return H @ x
+
+        eigsh(LinearOperator(H.shape, count, dtype=H.dtype), k=case.k, which="SA", tol=tol)
+        counted = self.products
+
+        def run():
+            energies = eigsh(H, k=case.k, which="SA", tol=tol)[0]
+            cupy.cuda.Device().synchronize()
+            self.products = counted
+            return energies
+
+        return run, lambda energies: np.sort(cupy.asnumpy(energies).astype(np.float64))
+
+
 class QuTiP(Solver):
     """sesolve."""
 
@@ -263,9 +304,8 @@ def mean_spin(case: Case) -> np.ndarray:
 
 def solver(name: str, device: str) -> Solver:
     """Return a solver by its name."""
-    if name == "scipy":
-        return SciPy()
-    return QuTiP() if name == "qutip" else Ours(name, device)
+    peers: dict[str, type[Solver]] = {"scipy": SciPy, "qutip": QuTiP, "cupy": CuPy}
+    return peers[name]() if name in peers else Ours(name, device)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ LABELS = {
 }
 COLOURS = {"operator": "#0072B2", "stored": "#E69F00", "scipy": "#000000"}  # Okabe and Ito's
 MARKERS = {"operator": "o", "stored": "s", "scipy": "^"}
+GPU_SOLVERS = ("operator", "stored", "cupy")
 Results = dict[str, Any]
 Result = dict[str, Any]
 
@@ -187,7 +188,8 @@ def machine(results: Results) -> str:
     parts = [f"{label} {versions[name]}" for name, label in names.items() if name in versions]
     commits = dict.fromkeys(result["commit"] for result in results["results"])
     where = m["gpu"] or f"{m['processor']}, {m['used_cores']} of {m['cores']} cores"
-    missing = "".join(f" {LABELS[name]} is missing: {why}." for name, why in m["missing"].items())
+    labels = {**LABELS, "cupy": "CuPy"}
+    missing = "".join(f" {labels[name]} is missing: {why}." for name, why in m["missing"].items())
     return (
         f"{where}, Python {m['python']}, {', '.join(parts)}, "
         f"commit {', '.join(commits)}, {m['date']}.{missing}"
@@ -202,7 +204,7 @@ def gpu(_: Results) -> str:
     results = json.loads(path.read_text())
     rows = []
     for r in of_part(results, "product", "lanczos", "evolve", "quench"):
-        times = [shown(seconds(r, s, "wall"), 1e3, digits) for s in ("operator", "stored")]
+        times = [shown(seconds(r, s, "wall"), 1e3, digits) for s in GPU_SOLVERS]
         case = r["case"]
         detail = {
             "product": "H psi",
@@ -210,10 +212,10 @@ def gpu(_: Results) -> str:
             "evolve": f"evolve, t = {case['time']:g}",
             "quench": f"quench, {case['points']} points",
         }
-        products = says(r, "products", "operator")
-        errors = says(r, "error", "operator", "stored")
+        products = says(r, "products", *(s for s in ("operator", "cupy") if s in r["solvers"]))
+        errors = says(r, "error", *(s for s in GPU_SOLVERS if s in r["solvers"]))
         rows.append([detail[case["part"]], str(case["qubits"]), *times, products, errors])
-    head = ["what", "n", "operator, ms", "stored, ms", "products", "errors"]
+    head = ["what", "n", "operator, ms", "stored, ms", "CuPy, ms", "products", "errors"]
     return f"{markdown(head, rows)}\n\n{machine(results)}"
 
 

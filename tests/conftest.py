@@ -63,6 +63,7 @@ elif platform.system() != "Linux":
     collect_ignore_glob = ["emulators/*", "backends/test_metal*.py"]
     emulated = ("cuda", "cuda_dense", "cuda_graphs", "cuda_many", "cuda_quantized", "cuda_small")
     emulated += ("cuda_rows", "cuda_tf32", "cuda_float", "cuda_odd", "counts")
+    emulated += ("column_kernels",)
     collect_ignore += [f"backends/test_{name}.py" for name in emulated]
 
 launched = Counter()  # launches of each kernel of a GPU, in this process

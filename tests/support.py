@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 from mlx_sparse_nn import CSRPattern, sddmm, spmm, spmm_t
 from mlx_sparse_nn.core.backends import (
     choose,
+    columns,
     cuda,
     cuda_dense,
     cuda_gradients,
@@ -150,6 +151,7 @@ def fresh_launches() -> Iterator[None]:
         cuda_quantized._of_blocks,
         cuda_quantized._of_packed,
         cuda_small._launch,
+        columns._prepared,
         few_rows._launches,
         pauli_launch._prepared,
         scalars._launches,
@@ -164,6 +166,11 @@ def fresh_launches() -> Iterator[None]:
 def computing_strings(*backends: ModuleType) -> AbstractContextManager[None]:
     """Let these backends compute with Pauli strings, as :func:`computing` does."""
     return computing(*backends, devices=("PAULI_CPU", "PAULI_GPU"))
+
+
+def computing_columns(backend: ModuleType) -> AbstractContextManager[None]:
+    """Let the kernels of one backend compute with the columns of a basis, likewise."""
+    return computing(backend, devices=("COLUMNS_CPU", "COLUMNS_GPU"))
 
 
 def assert_close(

@@ -271,6 +271,7 @@ def check_hermitian(owner: str, H: Any, normals: Callable[[], mx.array]) -> Scal
     Hu = H @ u
     difference = mx.abs(pairwise_sum(mx.conjugate(u) * Hv) - pairwise_sum(mx.conjugate(Hu) * v))
     norms = [mx.sqrt(pairwise_sum(mx.abs(a).square())) for a in (u, Hv)]
+    mx.eval(difference, norms)  # at once
     difference, *norms = (float(a) for a in (difference, *norms))
     if not np.isfinite([difference, *norms]).all():
         raise ValueError(f"[{owner}] H @ x is not finite")

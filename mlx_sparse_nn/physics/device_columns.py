@@ -1,4 +1,4 @@
-"""Columns of a Krylov basis in MLX, on a GPU: several products before the host looks at one."""
+"""Columns of a Krylov basis in plain MLX, of complex64 on a GPU: several products at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from mlx_sparse_nn.core.transforms import transforming
 
 _WIDTH = 1024  # elements of a panel
-_LARGE = 1 << 18  # elements of a column beyond which memory counts more than launches
+_LARGE = 1 << 18  # elements of a column; see is_large
 _PIECES = 8  # in which large columns are combined
 
 
@@ -32,7 +32,7 @@ class DeviceColumns:
 
     def __init__(self, dim: int, size: int, dtype: mx.Dtype):
         self.dim, self.dtype = dim, dtype
-        self.large = dim > _LARGE
+        self.large = is_large(dim)
         self.at_once = 4 if self.large else 8
         self.width = min(_WIDTH, -(-dim // 32) * 32)
         self.panels = -(-dim // self.width)
@@ -89,7 +89,7 @@ class DeviceColumns:
             product = (H @ self._flat(x)).astype(self.dtype)
             alpha, norm, rest = _rest(self._cut(product) - known, x)
             known, x = norm * x, rest / norm
-            _begin(x, alpha)  # while the host goes on
+            begin(x, alpha)  # while the host goes on
             if self.large and rests:
                 mx.eval(rests[-1])  # little is under way at once
             alphas.append(alpha)
@@ -112,6 +112,15 @@ class DeviceColumns:
             self._put(j, rest)
         return float(norm)
 
+    def finish(self, j: int) -> float:
+        """Make column j and the one before it orthogonal to all before them.
+
+        Returns:
+            The norm of column j.
+        """
+        self.orthogonalise(j - 1)
+        return self.orthogonalise(j)
+
     def overlaps(self, count: int, first: int, last: int) -> np.ndarray:
         """Return the products of the first columns, conjugated, with columns ``first`` to ``last``.
 
@@ -122,8 +131,11 @@ class DeviceColumns:
         for j in range(first, last):
             terms = mx.conjugate(self.vectors[:, :count]) * self.vectors[:, j : j + 1]
             sums = terms.reshape(self.panels, count, -1, 32).sum(axis=3).sum(axis=2)
-            products.append(np.array(sums).astype(wide).sum(axis=0))
-        return np.stack(products, axis=1)
+            if self.large:
+                mx.eval(sums)  # little is under way at once
+            products.append(sums)
+        found = np.array(mx.stack(products, axis=2)).astype(wide)  # (panels, count, last - first)
+        return found.sum(axis=0)
 
     def distances(self, count: int, factors: np.ndarray) -> np.ndarray:
         """Return the norms of columns ``count`` to ``2 * count`` less ``factors`` times the first.
@@ -134,8 +146,10 @@ class DeviceColumns:
         for j in range(count):
             x, y = (self.vectors[:, i : i + 1] for i in (j, count + j))
             rest = y - float(factors[j]) * x
-            norms.append(float(mx.sqrt(_dot(rest, rest))))
-        return np.array(norms)
+            norms.append(mx.sqrt(_dot(rest, rest)))
+            if self.large:
+                mx.eval(norms[-1])
+        return np.array(mx.stack(norms)).astype(np.float64)
 
     def combine(self, first: int, coefficients: np.ndarray) -> None:
         """Replace m columns from ``first`` on by p combinations of them, coefficients ``(m, p)``.
@@ -147,7 +161,7 @@ class DeviceColumns:
             combined = self._combined(panels, first, coefficients)
             mx.eval(combined)
             self.vectors[panels, first : first + p] = combined  # in place, as in _put
-            (mx.eval if self.large else _begin)(self.vectors)
+            (mx.eval if self.large else begin)(self.vectors)
         if p < m and first + m < self.vectors.shape[1]:
             self._put(first + p, mx.contiguous(self.vectors[:, first + m : first + m + 1]))
 
@@ -165,7 +179,7 @@ class DeviceColumns:
         """Write columns from j on, ``(panels, count, width)``."""
         mx.eval(x)
         self.vectors[:, j : j + x.shape[1]] = x  # in place, where nothing under way reads them
-        (mx.eval if self.large else _begin)(self.vectors)
+        (mx.eval if self.large else begin)(self.vectors)
 
     def _cut(self, x: mx.array) -> mx.array:
         """Return ``(dim,)`` as ``(panels, 1, width)``."""
@@ -196,7 +210,12 @@ class DeviceColumns:
         return mx.conjugate(_sum(products.swapaxes(0, 2)))
 
 
-def _begin(*arrays: mx.array) -> None:
+def is_large(dim: int) -> bool:
+    """Return whether memory counts more than launches."""
+    return dim > _LARGE
+
+
+def begin(*arrays: mx.array) -> None:
     """Let the device begin to compute; where MLX traces, it has to end as well."""
     (mx.eval if transforming() else mx.async_eval)(*arrays)
 

@@ -54,9 +54,9 @@ def lanczos(
 ) -> LanczosResult:
     r"""Return the ``k`` lowest eigenvalues and eigenvectors of a Hermitian matrix, or the highest.
 
-    Lanczos' method with thick restarts: when the basis of ``20 + 2 k`` vectors is full, the lower
-    half of its Ritz vectors is kept. The vectors are orthogonalised against one another only where
-    rounding would make the result wrong.
+    Lanczos' method with thick restarts: when the basis of ``20 + 2 k`` vectors is full, or of
+    ``40 + 2 k`` small ones on a GPU, the lower half of its Ritz vectors is kept. The vectors are
+    orthogonalised against one another only where rounding would make the result wrong.
 
     With ``k > 1``, an eigenvalue is found as often as it occurs. The space of one vector has each
     once; so, when ``k`` have converged, another one grows from a random vector that is orthogonal
@@ -66,8 +66,8 @@ def lanczos(
     than 1/100 of what it has on average of that level, in below 1% of cases.
 
     Energies may be in any unit: H is scaled by a power of two before anything is squared. Memory is
-    that of ``35 + 5 k`` vectors, however many products it takes, with that of the product; on a GPU
-    it is more where a vector has at most 2^18 elements and several products are under way.
+    that of ``35 + 5 k`` vectors, or ``40 + 5 k`` on a GPU, with that of the product, however many
+    products it takes. On a GPU it is more where a vector has at most 2^18 elements.
 
     Under mx.grad and mx.jvp, energies and states have the derivatives of perturbation theory, by
     what H depends on: ``H.data``, a dense ``H``, J, h and g, or the coefficients of a sum. Those of

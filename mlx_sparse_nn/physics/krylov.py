@@ -8,8 +8,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.physics.device_columns import DeviceColumns
+from mlx_sparse_nn.core.backends.choose import choose_columns
+from mlx_sparse_nn.physics.device_columns import DeviceColumns, is_large
 from mlx_sparse_nn.physics.host_columns import HostColumns
+from mlx_sparse_nn.physics.kernel_columns import KernelColumns
 from mlx_sparse_nn.physics.precision import epsilon, largest_part
 
 # Powers of the rounding to which the products of columns may grow: in general, and with vectors
@@ -45,8 +47,7 @@ class Krylov:
     def __init__(self, dim: int, size: int, dtype: mx.Dtype, room: int = 0):
         self.dim, self.size, self.dtype = dim, size, dtype
         of_rest = 1 if size == dim else 0
-        columns = HostColumns if _on_host(dtype) else DeviceColumns
-        self.columns = columns(dim, max(size + of_rest, room), dtype)
+        self.columns = _columns(dim, max(size + of_rest, room), dtype)
         self.filled = 0
         self.projected = np.zeros((size, size))
         self._losses = np.eye(size + 1)  # estimated products of columns with one another
@@ -128,9 +129,9 @@ class Krylov:
             self.append(norm)
         self.at_once = max(2, step + 1) if lost else min(self.at_once + 1, columns.at_once)
         # The recurrence goes on from the last two columns: both are made orthogonal.
-        columns.orthogonalise(self.filled - 1)
+        factor = columns.finish(self.filled)
         self._forget_losses(self.filled - 1)
-        factor = self._orthogonalise(1.0)
+        factor = self._orthogonalise(1.0, factor)
         if not norm * factor > self._rounding():
             return 0.0
         columns.scale(self.filled, 1 / factor)
@@ -183,7 +184,10 @@ class Krylov:
             left_out: Norms of what the projected matrix leaves out of H times the vectors.
         """
         p, last = vectors.shape[1], first + vectors.shape[0]
-        self.columns.combine(first, vectors)
+        if isinstance(self.columns, KernelColumns):
+            self.columns.combine(first, vectors, border)
+        else:
+            self.columns.combine(first, vectors)
         self.filled = first + p
         change = np.zeros((last, first + p), vectors.dtype)
         change[:first, :first] = np.eye(first)
@@ -202,7 +206,7 @@ class Krylov:
         self._left_out[first : first + p] = left_out
         self._left_out[first + p :] = 0
 
-    def _orthogonalise(self, norm: float) -> float:
+    def _orthogonalise(self, norm: float, found: float | None = None) -> float:
         """Subtract from what will be the next column, of this norm, its part in the basis.
 
         Again, as long as that takes half of it away, since once leaves what rounding adds; or as
@@ -215,7 +219,8 @@ class Krylov:
         among = np.abs(self._losses[:j, :j] - np.eye(j)).max(initial=0.0)
         own = min(1.0, np.abs(self._losses[j, :j]).max(initial=0.0)) if norm < math.inf else 1.0
         for _ in range(5):
-            before, norm = norm, self.columns.orthogonalise(j)
+            before, norm = norm, self.columns.orthogonalise(j) if found is None else found
+            found = None
             own = own * among + self.epsilon
             if norm >= before / 2 and own <= 10 * self.epsilon:
                 break
@@ -250,6 +255,31 @@ class Krylov:
         powers = np.where(self._left_out[:n] > 0, _LOSS_TO_KEPT, _LOSS)
         is_whole = self.size == self.dim  # all eigenvectors, of a small H: each has to be right
         return is_whole or bool((np.abs(losses) > self.epsilon**powers).any())
+
+
+def columns_of_basis(dim: int, k: int, dtype: mx.Dtype) -> int:
+    """Return how many columns a basis for k levels has before it restarts.
+
+    On a GPU a restart takes as long as ten products, since the host has to bring numbers to the
+    device; small columns leave room for fewer.
+    """
+    fewest = 20 if _on_host(dtype) or is_large(dim) else 40
+    return min(dim, fewest + 2 * k)
+
+
+def vectors_of_search(k: int, dtype: mx.Dtype) -> int:
+    """Return how many vectors a search for k levels holds at its peak, if they are large.
+
+    As tests measure; on a GPU, some are under way.
+    """
+    return (35 if _on_host(dtype) else 40) + 5 * k
+
+
+def _columns(dim: int, size: int, dtype: mx.Dtype) -> HostColumns | DeviceColumns:
+    if _on_host(dtype):
+        return HostColumns(dim, size, dtype)
+    backend = choose_columns(size, dtype)
+    return KernelColumns(dim, size, backend) if backend else DeviceColumns(dim, size, dtype)
 
 
 def _on_host(dtype: mx.Dtype) -> bool:

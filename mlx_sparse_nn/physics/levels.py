@@ -10,7 +10,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.physics.checks import check_hermitian, check_memory
-from mlx_sparse_nn.physics.krylov import Krylov, Normals, scaled
+from mlx_sparse_nn.physics.krylov import (
+    Krylov,
+    Normals,
+    columns_of_basis,
+    scaled,
+    vectors_of_search,
+)
 from mlx_sparse_nn.physics.precision import work_dtype
 from mlx_sparse_nn.physics.units import Scaled
 
@@ -61,12 +67,12 @@ class Search:
             precise: Whether states are to be as right as their dtype allows.
         """
         dim, dtype = H.shape[0], work_dtype(H, v0)
-        vectors = 35 + 5 * self.k  # as tests measure
+        vectors = vectors_of_search(self.k, dtype)
         check_memory(self.owner, f"{vectors} vectors of {dim}", vectors * dim * dtype.size)
         with device_of(dtype):
             normals = Normals(dim, dtype, self.seed)
             H = check_hermitian(self.owner, H, normals)
-            size = min(dim, 20 + 2 * self.k)
+            size = columns_of_basis(dim, self.k, dtype)
             basis = Krylov(dim, size, dtype, room=2 * self.k)
             basis.extend(normals() if v0 is None else scaled(v0).astype(dtype))
             tol = min(self.tol, basis.epsilon**0.8) if precise else self.tol

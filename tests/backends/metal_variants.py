@@ -9,7 +9,7 @@ import numpy as np
 from metal_compiler import Variant
 
 from mlx_sparse_nn import CSRPattern, qspmm, qspmm_t, sddmm, spmm, spmm_t
-from mlx_sparse_nn.core.backends import pauli_metal
+from mlx_sparse_nn.core.backends import columns, pauli_metal
 from mlx_sparse_nn.core.pauli import PauliTerms, pauli_product
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
@@ -88,6 +88,17 @@ def launch_quantized_products() -> None:
                     qspmm_t(*matrix, pattern, y)
 
 
+def launch_columns() -> None:
+    """Launch the kernels of Krylov columns, of vectors of less than a panel and of many."""
+    for panels, width in ((1, 32), (2, 96), (300, 1024)):
+        x, basis, square = mx.ones((panels, 1, width)), mx.ones((panels, 100, width)), mx.ones(1)
+        dots = columns.recur_dot("metal", x, x, x, square)
+        columns.recur_rest("metal", x, x, x, square, dots)
+        for count in (1, 100):
+            columns.without("metal", basis, count, x, x)
+        columns.combine("metal", basis, 0, mx.ones((9, 20)))
+
+
 def launch_pauli_products() -> None:
     """Launch sums of Pauli strings, and moments: of small and large states, real and complex."""
     for n, dtype, sign in itertools.product((1, 4, 14), (mx.float32, mx.complex64), (0, 1)):
@@ -104,6 +115,7 @@ def variants() -> list[Variant]:
         launch_products()
         launch_quantized_products()
         launch_pauli_products()
+        launch_columns()
     found = {
         launch.source: Variant(
             launch.kernel.removeprefix("mlx_sparse_nn_"), launch.source, tuple(launch.template)

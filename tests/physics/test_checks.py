@@ -22,6 +22,7 @@ from mlx_sparse_nn.physics import (
     expectation,
     fidelity,
     from_kron_order,
+    krylov,
     ladder,
     lanczos,
     magnetization,
@@ -768,12 +769,6 @@ def test_operands_of_an_operator_are_dense_numbers(x, message):
             "n_qubits 25 needs 0.50 GiB, this machine has 0.25 GiB",
         ),
         (
-            lanczos,
-            {"H": IsingOperator(20, 0.7)},
-            2**26,
-            "40 vectors of 1048576 needs 0.16 GiB, this machine has 0.06 GiB",
-        ),
-        (
             evolve,
             {"H": IsingOperator(20, 0.7), "psi": mx.ones(2**20)},
             2**26,
@@ -787,3 +782,13 @@ def test_says_how_much_memory_is_needed(monkeypatch, function, arguments, memory
     monkeypatch.setattr(checks.os, "sysconf", sizes.__getitem__)
     with pytest.raises(ValueError, match=re.escape(f"[{function.__name__}] {message}")):
         function(**{**GOOD[function], **arguments})
+
+
+@pytest.mark.parametrize(("on_host", "needs"), [(True, "40 vectors"), (False, "45 vectors")])
+def test_says_how_much_memory_lanczos_needs(monkeypatch, on_host, needs):
+    """On a GPU some are under way."""
+    monkeypatch.setattr(krylov, "_on_host", lambda dtype: on_host)
+    sizes = {"SC_PAGE_SIZE": 2**12, "SC_PHYS_PAGES": 2**14}
+    monkeypatch.setattr(checks.os, "sysconf", sizes.__getitem__)
+    with pytest.raises(ValueError, match=rf"\[lanczos\] {needs} of 1048576 needs 0.1\d GiB, this"):
+        lanczos(IsingOperator(20, 0.7))

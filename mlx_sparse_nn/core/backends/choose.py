@@ -7,6 +7,7 @@ from types import ModuleType
 import mlx.core as mx
 
 from mlx_sparse_nn.core.backends import (
+    columns,
     cpu,
     cuda,
     cuda_dense,
@@ -28,6 +29,9 @@ CPU = (cpu, plain)
 # The same of sums of Pauli strings.
 PAULI_GPU = (pauli_metal, pauli_cuda, pauli_plain)
 PAULI_CPU = (pauli_cpu, pauli_plain)
+# The same of vectors in panels and bases of them: there are kernels of GPUs alone.
+COLUMNS_GPU = (metal, cuda)
+COLUMNS_CPU = ()
 
 
 def choose(
@@ -84,6 +88,20 @@ def choose_pauli(op: str, terms: PauliTerms, n_states: int, dtype: mx.Dtype) -> 
         if backend.is_available() and backend.takes(op, terms, n_states, dtype):
             return backend
     raise AssertionError("plain MLX takes every product")
+
+
+def choose_columns(size: int, dtype: mx.Dtype) -> str | None:
+    """Return whose kernels compute with a basis of so many columns on MLX's default device, or None
+    where it takes plain MLX.
+
+    Args:
+        size: Most columns.
+        dtype: Of them.
+    """
+    if dtype != mx.float32 or size > columns.MOST_COLUMNS or tracing.refuses_kernels:
+        return None
+    backends = COLUMNS_GPU if mx.default_device().type is mx.gpu else COLUMNS_CPU
+    return next((backend.NAME for backend in backends if backend.is_available()), None)
 
 
 def takes_spgemm(dtype: mx.Dtype) -> bool:

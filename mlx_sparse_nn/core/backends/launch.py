@@ -41,6 +41,11 @@ INPUTS = {
     "sample": ("matrix", "indptr", "indices", "sizes"),
     "pauli": ("coefficients", "diagonal", "x", "terms"),
     "pauli_moments": ("u", "x", "terms"),
+    "recur_dot": ("y", "w", "before", "squares"),
+    "recur_rest": ("y", "w", "before", "squares", "dots"),
+    "basis_overlaps": ("basis", "x", "z", "counts"),
+    "basis_subtract": ("basis", "x", "z", "overlaps"),
+    "basis_combine": ("basis", "factors", "counts"),
 }
 # Whose argument a launch is of, where its inputs' name does not say it.
 _OWNERS = {
@@ -51,8 +56,18 @@ _OWNERS = {
     "sample": "sddmm",
     "pauli": "pauli_product",
     "pauli_moments": "pauli_product",
+    "recur_dot": "lanczos",
+    "recur_rest": "lanczos",
+    "basis_overlaps": "lanczos",
+    "basis_subtract": "lanczos",
+    "basis_combine": "lanczos",
 }
 SCRATCH = {"spmm_boxes": ["scratch"]}  # integers that a kernel writes for itself, by its name
+# What a kernel gives besides its first output, all of one dtype.
+MORE_OUTPUTS = {
+    "recur_rest": ["x", "parts", "numbers"],
+    "basis_subtract": ["last", "parts", "of_last"],
+}
 MAX_THREADS = 2**31 - tuned.GROUP_THREADS  # of a grid's side, which is an int, in whole groups
 MAX_GROUPS = 2**16 - 1  # of CUDA, along a grid's second and third side
 
@@ -110,16 +125,19 @@ class KernelLaunch(NamedTuple):
     splits: int = 1  # of partial sums, where there are several
 
     def __call__(self, arrays: list[mx.array], shape: tuple[int, ...]) -> mx.array:
+        return self.outputs(arrays, [shape])[0]
+
+    def outputs(self, arrays: list[mx.array], shapes: list[tuple[int, ...]]) -> list[mx.array]:
+        """Launch a kernel that has as many outputs as there are shapes, besides ``scratch``."""
         function, template, dtypes, grid, group, _, scratch, _ = self
-        out, *_ = function(
+        return function(
             inputs=arrays,
             template=template,
-            output_shapes=[shape, *scratch],
+            output_shapes=[*shapes, *scratch],
             output_dtypes=dtypes,
             grid=grid,
             threadgroup=group,
         )
-        return out
 
 
 class Launches(NamedTuple):
@@ -156,6 +174,9 @@ def prepare(
     launched = KernelLaunch(
         function, template, [dtype], kernel.grid, group, name, splits=max(1, kernel.splits)
     )
+    more = len(MORE_OUTPUTS.get(kernel.name, ()))
+    if more:
+        return launched._replace(dtypes=[dtype] * (1 + more))
     if not kernel.scratch:
         return launched
     return launched._replace(dtypes=[dtype, mx.int32], scratch=((kernel.scratch,),))
@@ -164,17 +185,19 @@ def prepare(
 @contextmanager
 def observed(see: Callable[[KernelLaunch], None]) -> Iterator[None]:
     """Show ``see`` each kernel that is launched. Nobody else pays for it."""
-    run = KernelLaunch.__call__
+    run = KernelLaunch.outputs
 
-    def shown(self: KernelLaunch, arrays: list[mx.array], shape: tuple[int, ...]) -> mx.array:
+    def shown(
+        self: KernelLaunch, arrays: list[mx.array], shapes: list[tuple[int, ...]]
+    ) -> list[mx.array]:
         see(self)
-        return run(self, arrays, shape)
+        return run(self, arrays, shapes)
 
-    KernelLaunch.__call__ = shown
+    KernelLaunch.outputs = shown
     try:
         yield
     finally:
-        KernelLaunch.__call__ = run
+        KernelLaunch.outputs = run
 
 
 def _check_grid(backend: str, inputs: str, grid: tuple[int, int, int]) -> None:
@@ -253,7 +276,7 @@ def launch_sddmm(
     launch = prepare(backend, "sddmm", kernel, out_dtype, T=dtype, OUT=out_dtype)
     if by_columns:
         y, x = y.swapaxes(-1, -2), x.swapaxes(-1, -2)
-    arrays = [y, x, side.indptr, side.indices, _step(rows_per_split)]
+    arrays = [y, x, side.indptr, side.indices, small(rows_per_split)]
     out = launch(arrays, (n_splits, *shape))
     if n_splits == 1:
         return out.reshape(shape)
@@ -275,11 +298,11 @@ def _prepared_sum(backend: str, size: int, dtype: mx.Dtype) -> KernelLaunch:
 
 
 @lru_cache(4096)
-def _step(rows: int) -> mx.array:
+def small(value: int) -> mx.array:
     """Return a size for a kernel, kept. On CUDA, MLX (0.32.4) leaves arrays of up to 8 bytes on the
     host, from where a kernel reads them for 10 microseconds; a new one of more bytes has to move
     first, which takes 150."""
-    return mx.array([rows, 0, 0], dtype=mx.int32)
+    return mx.array([value, 0, 0], dtype=mx.int32)
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -293,7 +316,10 @@ def _function(backend: str, name: str, inputs: str, threads: int, shared_memory:
     options: dict[str, Any] = {
         "name": f"mlx_sparse_nn_{name}",
         "input_names": list(INPUTS[inputs]),
-        "output_names": ["y" if "spmm" in inputs else "out", *SCRATCH.get(name, [])],
+        "output_names": [
+            "y" if "spmm" in inputs else "out",
+            *SCRATCH.get(name, MORE_OUTPUTS.get(name, [])),
+        ],
     }
     if backend == "metal":
         header, source = _texts(_PACKAGE / "metal" / f"{name}.metal")

@@ -61,6 +61,7 @@ struct __nv_bfloat162 {
 #define __popc __builtin_popcount
 #define __ffs __builtin_ffs
 #define fmaf __builtin_fmaf
+#define sqrtf __builtin_sqrtf
 template <typename T>
 T min(T a, T b) {
   return a < b ? a : b;
