@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence, Set
+from numbers import Real
 from typing import Any, TypeAlias
 
 import mlx.core as mx
@@ -152,7 +153,7 @@ def _real_numbers(
 ) -> np.ndarray:
     """Return finite real numbers of shape ``()`` or ``shape`` as float64, or raise."""
     given: Any = values.tolist() if isinstance(values, mx.array) else values
-    array = _of_long_integers(owner, name, check_rectangular(owner, name, given))
+    array = _of_any_number(owner, name, check_rectangular(owner, name, given))
     if array.dtype.kind not in "iuf":
         raise TypeError(f"[{owner}] {name} must be real numbers, got {shown(values)}")
     if array.shape not in ((), shape):
@@ -163,15 +164,16 @@ def _real_numbers(
     return array
 
 
-def _of_long_integers(owner: str, name: str, array: np.ndarray) -> np.ndarray:
-    """Return numbers as float64 where some are integers of more than 64 bits, or raise."""
+def _of_any_number(owner: str, name: str, array: np.ndarray) -> np.ndarray:
+    """Return numbers as float64 where NumPy has no type of some, or raise: such are fractions, and
+    integers of more than 64 bits."""
     numbers = array.reshape(-1).tolist() if array.dtype.kind == "O" else []
-    if not numbers or any(type(number) not in (int, float) for number in numbers):
+    if not numbers or not all(isinstance(n, Real) and not isinstance(n, bool) for n in numbers):
         return array
     try:
         return array.astype(np.float64)
     except OverflowError:
-        n_bits = max(number.bit_length() for number in numbers if isinstance(number, int))
+        n_bits = max(math.trunc(n).bit_length() for n in numbers if not isinstance(n, float))
         raise ValueError(
             f"[{owner}] {name} must be small enough for float64, got an integer of {n_bits} bits"
         ) from None
@@ -395,7 +397,7 @@ def check_times(owner: str, t: Values) -> tuple[np.ndarray, bool]:
         host = np.array(t.astype(mx.float32) if t.dtype == mx.bfloat16 else t)
     else:
         given: Any = t
-        host = _of_long_integers(owner, "t", check_rectangular(owner, "t", given))
+        host = _of_any_number(owner, "t", check_rectangular(owner, "t", given))
         elements = t if isinstance(t, list | tuple) else []
         if any(isinstance(a, mx.array) for a in elements):
             raise TypeError(

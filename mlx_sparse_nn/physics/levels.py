@@ -139,7 +139,8 @@ class Search:
                 continue
             pace.update(products, worst, goal)
             if basis.filled == basis.size < basis.dim:
-                count = (values.size + max(1, k - first)) // 2
+                wanted = max(1, k - first)
+                count = wanted + (values.size - wanted) // 4
                 basis.restart(
                     sign * values[:count], vectors[:, :count], first=first, border=border[:count]
                 )

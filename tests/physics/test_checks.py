@@ -3,12 +3,14 @@
 import inspect
 import re
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import scipy.sparse
+from support import assert_equal
 
 from mlx_sparse_nn import csr_array, physics, vstack
 from mlx_sparse_nn.physics import (
@@ -567,6 +569,18 @@ def test_the_table_has_every_function():
         "LanczosResult",
         "PauliSum",
     }
+
+
+def test_fractions_are_numbers():
+    seventh: Any = Fraction(1, 7)
+    large: Any = Fraction(10**400, 3)
+    H = IsingOperator(2, [seventh, 1], coupling=[seventh], longitudinal=mx.array(2))
+    same = IsingOperator(2, [1 / 7, 1.0], coupling=1 / 7, longitudinal=2.0)
+    assert_equal(H.coefficients, same.coefficients)
+    assert_equal((seventh * same).coefficients, (same * (1 / 7)).coefficients)
+    assert_equal(evolve(H, mx.ones(4), seventh), evolve(H, mx.ones(4), 1 / 7))
+    with pytest.raises(ValueError, match=r"^\[IsingOperator\] field must be small enough"):
+        IsingOperator(2, large)
 
 
 @pytest.mark.parametrize(
