@@ -92,7 +92,7 @@ def main() -> None:
     for r in results:
         ratio = r["dense"] / r["sparse"]
         print(
-            f"{r['block_size']:<4} {r['density']:7.0%} {r['rows']:5} {r['sparse']:10.1f} "
+            f"{r['block_size']:<4} {r['density']:7g} {r['rows']:5} {r['sparse']:10.1f} "
             f"{r['dense']:10.1f} {ratio:8.2f}"
         )
     sys.exit(failed)

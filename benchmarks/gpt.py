@@ -51,11 +51,11 @@ class Configuration(NamedTuple):
 
 CONFIGURATIONS = (
     Configuration("dense"),
-    Configuration("FFN, B = 64, 10%", 64, 0.1, FFN),
-    Configuration("FFN, B = 32, 10%", 32, 0.1, FFN),
-    Configuration("FFN, B = 128, 25%", 128, 0.25, FFN),
-    Configuration("FFN, B = 128, 50%", 128, 0.5, FFN),
-    Configuration("all, B = 64, 25%", 64, 0.25, (*FFN, "qkv", "out")),
+    Configuration("FFN, B = 64, density 0.1", 64, 0.1, FFN),
+    Configuration("FFN, B = 32, density 0.1", 32, 0.1, FFN),
+    Configuration("FFN, B = 128, density 0.25", 128, 0.25, FFN),
+    Configuration("FFN, B = 128, density 0.5", 128, 0.5, FFN),
+    Configuration("all, B = 64, density 0.25", 64, 0.25, (*FFN, "qkv", "out")),
 )
 
 

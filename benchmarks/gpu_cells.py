@@ -45,7 +45,7 @@ def rows_tasks() -> list[Task]:
 
 
 def blocks_tasks() -> list[Task]:
-    """Return those of every block size, dtype and product at 10%, beside the dense product."""
+    """Return those of every block size, dtype and product at density 0.1, beside the dense one."""
     square = (SIZE, SIZE)
     every = [
         Task("blocks", dtype, square, block_size, 0.1, ALL_ROWS)

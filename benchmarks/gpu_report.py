@@ -64,7 +64,7 @@ def rows(results: dict) -> str:
             if (c["block_size"], c["density"]) == (block_size, density)
         }
         row = " | ".join(mine[n] for n in ROWS)
-        lines.append(f"| {block_size} | {density:.0%} | {row} |")
+        lines.append(f"| {block_size} | {density:g} | {row} |")
     return "\n".join(lines)
 
 
@@ -120,7 +120,7 @@ def quantized(results: dict) -> str:
             if (c["block_size"], c["density"], c["bits"]) == (block_size, density, bits)
         }
         row = " | ".join(mine[n] for n in counts)
-        lines.append(f"| {block_size} | {density:.0%} | {bits} | {row} |")
+        lines.append(f"| {block_size} | {density:g} | {bits} | {row} |")
     return "\n".join(lines)
 
 
@@ -158,7 +158,7 @@ def table(results: dict) -> str:
     dense = cells[0]["mlx dense"]
     for c in cells[1:]:
         lines.append(
-            f"| {c['block_size']} | {c['density']:.0%} | {c['ours']['kernel']:.3f} "
+            f"| {c['block_size']} | {c['density']:g} | {c['ours']['kernel']:.3f} "
             f"| {dense['kernel']:.3f} | {c['torch bsr']['kernel']:.3f} | {c['ours']['call']:.3f} "
             f"| {dense['call']:.3f} |"
         )
@@ -199,17 +199,17 @@ def aims(results: dict) -> str:
         ),
         *(
             (
-                f"4096 rows, kernel: faster than MLX dense at B = {b}, {d:.0%}",
+                f"4096 rows, kernel: faster than MLX dense at B = {b}, density {d:g}",
                 f"{forward[b, d]:.3f} ms, dense {own:.3f}",
             )
             for b, d in ((16, 0.1), (32, 0.2), (64, 0.35), (128, 0.5))
         ),
         (
-            "4096 rows, kernel: 3.5 times faster than MLX dense at B = 64, 10%",
+            "4096 rows, kernel: 3.5 times faster than MLX dense at B = 64, density 0.1",
             f"{own / forward[64, 0.1]:.2f}",
         ),
         (
-            "1 and 16 rows, B >= 32, 10 and 20%, kernel: 3 times PyTorch's BSR",
+            "1 and 16 rows, B >= 32, densities 0.1 and 0.2, kernel: 3 times PyTorch's BSR",
             f"{min(few_ratios):.1f} to {max(few_ratios):.1f}",
         ),
         *(
@@ -225,7 +225,7 @@ def aims(results: dict) -> str:
         ),
         *(
             (
-                f"training, B = {c['block_size']}, {c['density']:.0%}, kernels: "
+                f"training, B = {c['block_size']}, density {c['density']:g}, kernels: "
                 "within 3.2 forwards, below dense",
                 f"{c['training']['kernel'] / c['forward']['kernel']:.2f} forwards, "
                 f"{c['training']['kernel']:.3f} ms, dense {trained['training']['kernel']:.3f} "

@@ -80,7 +80,7 @@ def table(results: list[dict]) -> str:
     for r in results:
         once = r["once"]
         lines.append(
-            f"| {r['block_size']} | {r['density']:.0%} | {r['rows']} | {r['tile']} "
+            f"| {r['block_size']} | {r['density']:g} | {r['rows']} | {r['tile']} "
             f"| {r['read'] / once:.2f} | {r['expected'] / once:.2f} "
             f"| {r['read'] / r['expected']:.3f} | {r['macs'] / r['macs_needed']:.2f} |"
         )

@@ -32,7 +32,7 @@ BLAS = ("own", "openblas")
 SECONDS = 2.0  # of repeated calls
 SMALL = {  # what child() times, and its name in tables
     "linear": "`nn.Linear`, 1024 x 1024, 256 rows, ms",
-    "sparse_linear": "`BlockSparseLinear` in its place, B = 32, 10%, ms",
+    "sparse_linear": "`BlockSparseLinear` in its place, B = 32, density 0.1, ms",
     "dense_step": "README's small model, dense: a compiled step, ms",
     "plain_step": "the same, sparse in plain MLX, ms",
     "sparse_step": "the same, sparse, ms",

@@ -74,7 +74,7 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.way} {self.density:.0%}"
+        return f"{self.model} {self.way} {self.density:g}"
 
 
 def cells(size: Size) -> list[Cell]:

@@ -90,7 +90,7 @@ def _aims(results: Results) -> Iterator[list[str]]:
     }
     for aim in AIMS:
         limit = "at most" if aim.is_loss else "at least"
-        name = f"{NAMES[aim.model]}, {AIMED[aim.way]}, {aim.density:.0%}"
+        name = f"{NAMES[aim.model]}, {AIMED[aim.way]}, density {aim.density:g}"
         text = f"{name}: {MEASURES[aim.measure]} {limit} {aim.bound:g}"
         measured = by_cell.get((aim.model, aim.way, aim.density))
         if measured is None:
@@ -120,7 +120,7 @@ def table(results: Results, model: str) -> str:
         error = r.get("mean_error")
         rows.append(
             [
-                f"{r['density']:.1%}",
+                f"{r['density']:.3g}",
                 WAYS[way],
                 *quality_cells(model, r["quality"]),
                 "-" if error is None else f"{error:.3f}",

@@ -171,7 +171,7 @@ def table(cells: list[dict]) -> str:
         shown = " | ".join(f"{ms:.2f}" for ms in milliseconds)
         ratio = milliseconds[0] / milliseconds[-1]
         size = cell["block_size"] or "dense"
-        lines.append(f"| {size} | {cell['density']:.0%} | {shown} | {ratio:.2f} |")
+        lines.append(f"| {size} | {cell['density']:g} | {shown} | {ratio:.2f} |")
     return "\n".join(lines)
 
 

@@ -135,7 +135,7 @@ def summary(results: Result) -> str:
             for density in (0.1, 0.5):
                 key = {"block_size": block_size, "density": density, "step": step}
                 for r in select(results, "layer", **base(), **key):
-                    name = f"{step}, B = {block_size}, {density:.0%}"
+                    name = f"{step}, B = {block_size}, density {density:g}"
                     rows.append([name, *(cell(r, peer, spread=False) for peer in peers)])
     for r in select(results, "ising", qubits=(8, 12, 16, 20, 22)):
         name = f"Ising, n = {r['workload']['qubits']}"
@@ -204,7 +204,7 @@ def _aims(results: Result) -> Iterator[list[str]]:
         yield line(f"{step}, one row: as fast as the fastest native peer", best, 1)
     for density, least in ((0.1, 6.0), (0.5, 1.6)):
         some = cells(BLOCKS[1:], density=(density,), rows=(256,))
-        aim = f"B >= 16, {density:.0%}, 256 rows: {least:g} times nn.Linear with OpenBLAS"
+        aim = f"B >= 16, density {density:g}, 256 rows: {least:g} times nn.Linear with OpenBLAS"
         yield line(aim, times(some, "linear_openblas"), least)
     general = [r for r in layers if r["workload"]["block_size"] in (12, 24)]
     yield line("blocks of 12 and 24: 3 times plain MLX", times(general, "plain"), 3)
@@ -314,7 +314,7 @@ def tables(results: Result) -> str:
             {
                 "features": lambda w: str(w["features"]),
                 "B": lambda w: str(w["block_size"]),
-                "density": lambda w: f"{w['density']:.0%}",
+                "density": lambda w: f"{w['density']:g}",
                 "rows": lambda w: str(w["rows"]),
                 "dtype": lambda w: w["dtype"],
             },
@@ -409,7 +409,7 @@ def _reads(result: Result, roofline: dict[str, Any]) -> str:
 def growth(results: Result) -> list[tuple[str, str, list[tuple[float, Result]]]]:
     """Return title, unit and points ``(amount of work, result)`` of each line of growth."""
     key = {**base(), "block_size": 32, "step": "training"}
-    density = [(r["workload"]["density"] * 100, r) for r in select(results, "layer", **key)]
+    density = [(r["workload"]["density"], r) for r in select(results, "layer", **key)]
     key = {**key, "density": 0.1}
     del key["rows"]
     rows = [(r["workload"]["rows"], r) for r in select(results, "layer", **key)]
@@ -419,8 +419,8 @@ def growth(results: Result) -> list[tuple[str, str, list[tuple[float, Result]]]]
     ]
     return [
         ("Ising product, n = 8 to 22", "stored values", ising),
-        ("training, 1024, B = 32, 256 rows", "density, %", density),
-        ("training, 1024, B = 32, 10%", "rows of x", rows),
+        ("training, 1024, B = 32, 256 rows", "density", density),
+        ("training, 1024, B = 32, density 0.1", "rows of x", rows),
     ]
 
 
@@ -435,7 +435,7 @@ def slopes(results: Result) -> str:
         work = np.log([work for work, _ in points])
         seconds = [statistics.median(r["peers"]["ours"]["turns"]) for _, r in points]
         peaks = [r["peers"]["ours"]["peak"] for _, r in points]
-        span = f"{points[0][0]:,.0f} to {points[-1][0]:,.0f} {unit}"
+        span = " to ".join(f"{points[i][0]:,.12g}" for i in (0, -1)) + f" {unit}"
         line = [name, span]
         line += [f"{np.polyfit(work, np.log(values), 1)[0]:.2f}" for values in (seconds, peaks)]
         lines.append(line)
@@ -494,7 +494,7 @@ def plot_layers(results: Result, path: Path) -> None:
 TITLES = {
     "Ising product, n = 8 to 22": "Ising chain times a state, 8 to 22 sites",
     "training, 1024, B = 32, 256 rows": "layer of 1024 x 1024, training, 256 rows",
-    "training, 1024, B = 32, 10%": "layer of 1024 x 1024, training, density 0.1",
+    "training, 1024, B = 32, density 0.1": "layer of 1024 x 1024, training, density 0.1",
 }
 STEPS = {"forward": "forward", "training": "forward, and gradients of weight and input"}
 
@@ -510,8 +510,7 @@ def plot_growth(results: Result, path: Path) -> None:
     lines = growth(results)
     figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained", sharex="col")
     for column, (name, unit, points) in enumerate(lines):
-        part = 100 if unit == "density, %" else 1
-        points = [(work / part, r) for work, r in points if "ours" in r["peers"]]
+        points = [(work, r) for work, r in points if "ours" in r["peers"]]
         largest = statistics.median(points[-1][1]["peers"]["ours"]["turns"]) * 1e3
         time, memory = axes[:, column]
         for peer, line in zip(("ours", "mlx_sparse"), LINES, strict=False):
@@ -530,7 +529,7 @@ def plot_growth(results: Result, path: Path) -> None:
                 axis.xaxis.set_major_formatter("{x:g}")
             axis.grid(alpha=0.3)
         time.set_title(TITLES[name], fontsize="medium")
-        memory.set_xlabel(unit.removesuffix(", %"))
+        memory.set_xlabel(unit)
     axes[0, 0].set_ylabel("milliseconds a call")
     axes[1, 0].set_ylabel("peak of memory, MB")
     axes[0, 0].legend()

@@ -77,7 +77,7 @@ def dense_text(results: dict[str, Any]) -> str:
 
 def _words(result: dict[str, Any]) -> list[str]:
     cell, by = result["cell"], result["sparse"].get("backends", {})
-    words = {**cell, "density": f"{cell['density']:.0%}", "by": ", ".join(sorted({*by.values()}))}
+    words = {**cell, "density": f"{cell['density']:g}", "by": ", ".join(sorted({*by.values()}))}
     return [str(word) for word in words.values()]
 
 
@@ -98,7 +98,7 @@ def _totals(results: dict[str, Any]) -> Iterator[list[str]]:
         if values:
             worst, mean = number(max(values)), number(statistics.geometric_mean(values))
         missing = str(len(group) - len(values))
-        yield [dtype, step, f"{density:.0%}", str(len(group)), slower, worst, mean, missing]
+        yield [dtype, step, f"{density:g}", str(len(group)), slower, worst, mean, missing]
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -132,7 +132,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             image = axis.imshow(values, cmap=colors, vmin=-end, vmax=end, aspect="auto")
             axis.set_xticks(range(len(found["rows"])), found["rows"], rotation=90, fontsize=6)
             axis.set_yticks(range(len(found["block_size"])), found["block_size"], fontsize=6)
-            axis.set_title(f"{dtype}, {step}\n{outputs} x {inputs}, {density:.0%}", fontsize=8)
+            axis.set_title(f"{dtype}, {step}\n{outputs} x {inputs}, {density:g}", fontsize=8)
     for axis in axes[:, 0]:
         axis.set_ylabel("block size", fontsize=8)
     for axis in axes[-1]:

@@ -40,7 +40,7 @@ class Layer:
     @property
     def name(self) -> str:
         return (
-            f"{self.step} {self.features}, B = {self.block_size}, {self.density:.0%}, "
+            f"{self.step} {self.features}, B = {self.block_size}, density {self.density:g}, "
             f"{self.rows} rows, {self.dtype}"
         )
 
@@ -287,8 +287,8 @@ class Call:
     """``CALLS`` calls that are built and not evaluated: what the host does for one product.
 
     Args:
-        what: "layer": a layer of 1024 features with bias, blocks of 32, 10%; "array": ``A @ x``
-            with 4096 rows of 16 values.
+        what: "layer": a layer of 1024 features with bias, blocks of 32, density 0.1; "array":
+            ``A @ x`` with 4096 rows of 16 values.
         rows: Rows of the layer's x, or columns of the array's.
     """
 

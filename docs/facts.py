@@ -10,7 +10,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 MARK = "<!-- facts -->\n", "<!-- end -->"
-SPARSE_GPT = "FFN, B = 64, 10%"
+SPARSE_GPT = "FFN, B = 64, density 0.1"
 MIB = 1 << 20
 
 

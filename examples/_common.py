@@ -13,7 +13,11 @@ from mlx_sparse_nn import use_device
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports a bad argument in one line, without the usage."""
+    """An ArgumentParser for a docstring, that reports a bad argument in one line, without usage."""
+
+    def __init__(self, description: str | None):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=raw)
 
     def error(self, message: str) -> NoReturn:
         """Print ``<script>: error: <message>`` on stderr and exit with status 2."""

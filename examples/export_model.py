@@ -49,7 +49,7 @@ print(json.dumps({"seconds": seconds, "packages": sorted(p for p in sys.modules 
 
 
 def make_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--dims", type=int, default=256, help="inputs (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=1024, help="hidden features (%(default)s)")
     parser.add_argument("--density", type=float, default=0.1, help="of the layers (%(default)s)")

@@ -9,6 +9,10 @@ Alone, it prints the energies of two simple states and the exact one below them,
 --sweep it does so over a range of fields, across the transition at field 1; with --quench the field
 changes at once, and the ground state of the first evolves under the second. Each of these takes
 seconds at 12 sites.
+
+  python examples/quantum_hamiltonian.py --qubits 12 --ground-state
+  python examples/quantum_hamiltonian.py --qubits 12 --sweep 0.1:2:20 --plot phase.png
+  python examples/quantum_hamiltonian.py --qubits 12 --quench 0.3:1.5 --plot quench.png
 """
 
 from __future__ import annotations
@@ -61,7 +65,7 @@ class Quenched(NamedTuple):
 
 
 def make_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--qubits",
         type=int,
@@ -132,7 +136,7 @@ def describe(args: argparse.Namespace) -> None:
 
     print(f"chain            {chain_name(args)}, field {field:g}, on {device_name()}")
     print(f"size             {H.shape[0]} x {H.shape[1]}, built in {seconds:.3g} s")
-    print(f"nnz              {H.nnz} stored values, density {H.density:.3%}")
+    print(f"nnz              {H.nnz} stored values, density {H.density:.3g}")
 
     states = {
         "uniform state": mx.ones(H.shape[1]),

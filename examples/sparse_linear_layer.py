@@ -4,6 +4,8 @@ It teaches the sparse array and the layer on one pattern, and takes a second or 
 
 The weight is block-diagonal and each block is bidiagonal: 1 on the diagonal and 0.25 above it. The
 product and its gradients to the input and to the stored values are checked against dense ones.
+
+  python examples/sparse_linear_layer.py
 """
 
 import mlx.core as mx
@@ -14,7 +16,7 @@ from mlx_sparse_nn import BlockSparseLinear, csr_array, patterns
 
 
 def main() -> None:
-    parser = Parser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=__doc__)
     parser.add_argument("--features", type=int, default=64, help="rows and columns of the weight")
     parser.add_argument("--blocks", type=int, default=8, help="bidiagonal blocks; divides features")
     parser.add_argument("--batch", type=int, default=4, help="vectors to multiply")

@@ -181,7 +181,7 @@ def is_hidden(path: str, module: nn.Module) -> bool:
 
 
 def make_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
 
     def add(name: str, text: str, **options: Any) -> None:
         default = "" if options.get("default") is None else " (default: %(default)s)"

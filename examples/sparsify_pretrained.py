@@ -283,7 +283,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
 
     def add(name: str, text: str, **options: Any) -> None:
         default = "" if options.get("default") is None else " (default: %(default)s)"

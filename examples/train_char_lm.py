@@ -152,15 +152,15 @@ def evaluator(model: CharLM, ids: np.ndarray, context: int) -> Callable[[], floa
     return evaluate
 
 
-def sample(model: CharLM, prompt: list[int], n: int, temperature: float) -> list[int]:
-    """Return ``n`` more ids, each drawn given the ``len(prompt)`` ids before it."""
+def sample(model: CharLM, prompt: list[int], n: int, temperature: float) -> Iterator[int]:
+    """Yield ``n`` more ids, each drawn given the ``len(prompt)`` ids before it."""
     forward = mx.compile(model, inputs=model.state)
     ids = list(prompt)
     for _ in range(n):
         last = forward(mx.array([ids[-len(prompt) :]]))[0, -1]
         drawn = mx.random.categorical(last / temperature) if temperature else last.argmax()
         ids.append(int(drawn))
-    return ids[len(prompt) :]
+        yield ids[-1]
 
 
 def save_checkpoint(path: Path, model: CharLM, optimizer: optim.Optimizer, progress: dict) -> None:
@@ -270,8 +270,8 @@ def said(loss: float, bar: tqdm, args: argparse.Namespace) -> str:
     return f"loss {loss:.3f}, {speed:,.0f} characters/s"
 
 
-def report(model: CharLM, seconds: float, validation_loss: float) -> None:
-    """Print the summary of a run."""
+def report(model: CharLM, seconds: float, validation_loss: float, path: Path) -> None:
+    """Print the summary of a run whose checkpoint is at ``path``."""
     layers = [layer for layer in model.modules() if isinstance(layer, BlockSparseLinear)]
     stored = sum(layer.weight.size for layer in layers)
     places = sum(layer.input_dims * layer.output_dims for layer in layers)
@@ -281,11 +281,11 @@ def report(model: CharLM, seconds: float, validation_loss: float) -> None:
     print(f"density          {sparse}")
     print(f"seconds          {seconds:.1f}")
     print(f"validation loss  {validation_loss:.4f} nats per character")
+    print(f"checkpoint       {path}")
 
 
 def parse_arguments() -> tuple[Parser, argparse.Namespace]:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw)
+    parser = Parser(description=__doc__)
     natural, count, number = at_least(int, 0), at_least(int, 1), at_least(float, 0)
 
     def add(name: str, text: str, **options: Any) -> None:
@@ -387,11 +387,13 @@ def main() -> None:
         step = saved_step(path) if progress["step"] else 0
         kept = f"the checkpoint is that of step {step}" if step else "there is no checkpoint yet"
         sys.exit(f"{error}: {kept}; a lower --learning-rate may help")
-    report(model, progress["seconds"], validation_loss)
+    report(model, progress["seconds"], validation_loss, path)
     if args.sample:
         drawn = sample(model, validation[: args.context].tolist(), args.sample, args.temperature)
         print("\nAfter the first characters of the validation text, the model writes:\n")
-        print("".join(vocabulary[i] for i in drawn))
+        for i in drawn:
+            print(vocabulary[i], end="", flush=True)
+        print()
 
 
 if __name__ == "__main__":

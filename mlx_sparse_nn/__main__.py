@@ -26,11 +26,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m mlx_sparse_nn")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="say which backend computes on each device, and why")
+    about = "say which backend computes on each device, and why"
+    commands.add_parser("info", help=about, description=about)
     checking = commands.add_parser("check", help="are the kernels right here, and fast?")
     check.add_options(checking)
-    building = commands.add_parser("build", help="compile the CPU's kernels now, not at first use")
-    building.add_argument("--dtypes", nargs="+", choices=_DTYPES, default=list(_DTYPES))
+    about = "compile the CPU's kernels now, not at first use"
+    building = commands.add_parser("build", help=about, description=about)
+    building.add_argument(
+        "--dtypes", nargs="+", choices=_DTYPES, default=list(_DTYPES), help="(default: all)"
+    )
     calibrating = commands.add_parser("calibrate", help="make a model of mlx-lm sparse, by text")
     calibration.add_options(calibrating)
     options = parser.parse_args(arguments)

@@ -4,12 +4,19 @@ actionlint, which one of them runs first, knows their language.
 """
 
 import re
+import runpy
+import sys
 
 import pytest
 import yaml
 from support import ROOT
 
 from mlx_sparse_nn import __version__
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # which pytest brings
 
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 JOBS = {
@@ -60,6 +67,59 @@ def test_a_release_is_tried_before_it_is_published():
     assert "make dist" in commands(JOBS["release/build"])
     systems = workflow["jobs"]["wheel"]["strategy"]["matrix"]["os"]
     assert {name.partition("-")[0] for name in systems} == {"ubuntu", "macos"}
+
+
+URL, TAG = "https://github.com/someone/mlx_sparse_nn", f"v{__version__}"
+add_addresses = runpy.run_path(str(ROOT / ".github/add_addresses.py"))["with_addresses"]
+
+
+def test_a_release_says_where_it_comes_from():
+    """What an index shows is all that a stranger has: pictures, links and commands work there."""
+    build = commands(JOBS["release/build"])
+    assert 0 < build.index(".github/add_addresses.py") < build.index("make dist")
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    after = tomllib.loads(add_addresses(text, URL, TAG))
+    urls = after["project"].pop("urls")
+    assert urls["Homepage"] == URL
+    assert all(address.startswith(URL) for address in urls.values())
+    hook = after["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)]*)\)", readme)
+    for substitution in hook["substitutions"]:
+        readme = re.sub(substitution["pattern"], substitution["replacement"], readme)
+    expected = [
+        link
+        if "://" in link
+        else f"{URL}/{'raw' if link.endswith('.png') else 'blob'}/{TAG}/{link}"
+        for link in links
+    ]
+    assert re.findall(r"\]\(([^)]*)\)", readme) == expected
+    installs = re.findall(r"^pip install (\S+)", readme, re.MULTILINE)
+    assert installs == ["mlx-sparse-nn", '"mlx-sparse-nn[cpu]"', '"mlx-sparse-nn[cuda13]"']
+    assert "no package index" not in readme
+    hook["substitutions"] = hook["substitutions"][-2:]
+    assert after == tomllib.loads(text)  # and nothing else is changed
+
+
+@pytest.mark.parametrize(
+    ("url", "tag"),
+    [
+        ("https:///", TAG),
+        ("http://github.com/a/b", TAG),
+        (URL + '"', TAG),
+        (URL, "main"),
+        (URL, ""),
+    ],
+)
+def test_a_release_without_an_address_is_none(url, tag):
+    with pytest.raises(ValueError, match=r"^(url|tag) must be "):
+        add_addresses((ROOT / "pyproject.toml").read_text(encoding="utf-8"), url, tag)
+
+
+def test_addresses_are_written_once():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match=r"no \[project.urls\]"):
+        add_addresses(add_addresses(text, URL, TAG), URL, TAG)
 
 
 def test_an_issue_asks_for_what_is_needed():

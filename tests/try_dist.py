@@ -1,8 +1,9 @@
 """Try what would be published: ``make dist`` runs this on ``dist/``.
 
 The wheel goes into an environment of its own, with the backend of this machine. There the package
-says who computes, and README's code runs in an empty folder. The sdist is unpacked, and what its
-README names is there; its quick tests run with the wheel.
+says who computes, and README's code runs in an empty folder. What an index shows of the README has
+no link within the repository. The sdist is unpacked, and what its README names is there; its quick
+tests run with the wheel.
 """
 
 import os
@@ -12,6 +13,8 @@ import sys
 import tarfile
 import tempfile
 import venv
+import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 QUICK = ("tests/test_import.py", "tests/core/test_pattern.py", "tests/core/test_products.py")
@@ -24,6 +27,13 @@ def run(*command: object, folder: Path) -> None:
     subprocess.run([*map(str, command)], cwd=folder, env=clean, check=True)
 
 
+def shown(wheel: Path) -> str:
+    """Return what an index shows of a wheel: the README as the build rewrote it."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return str(message_from_bytes(archive.read(name)).get_payload())
+
+
 def missing(root: Path) -> list[str]:
     """Return what the README links to and the folder lacks."""
     text = (root / "README.md").read_text(encoding="utf-8")
@@ -33,6 +43,8 @@ def missing(root: Path) -> list[str]:
 
 def main() -> None:
     (wheel,), (sdist,) = (sorted(Path("dist").resolve().glob(kind)) for kind in ("*.whl", "*.gz"))
+    if lost := [t for t in re.findall(r"\]\(([^)]*)\)", shown(wheel)) if "://" not in t]:
+        sys.exit(f"an index would show links that lead nowhere: {', '.join(lost)}")
     extra = "" if sys.platform == "darwin" else "[cpu]"
     with tempfile.TemporaryDirectory() as folder:
         home, empty = Path(folder) / "env", Path(folder) / "empty"

@@ -41,6 +41,6 @@ def use_device(device: str | mx.Device | mx.DeviceType) -> None:
     if device.type == mx.gpu and not (mx.metal.is_available() or mx.cuda.is_available()):
         raise RuntimeError(
             "[use_device] no GPU is available to MLX. On Linux with an NVIDIA GPU install "
-            "'mlx-sparse-nn[cuda13]' (or [cuda12]) in place of [cpu]; a Mac needs Apple silicon"
+            "'mlx[cuda13]' (or mlx[cuda12]) in place of mlx[cpu]; a Mac needs Apple silicon"
         )
     mx.set_default_device(device)

@@ -105,6 +105,7 @@ def falls_back(result, *reasons):
     status, out, errors = result
     assert (status, out) == (0, f"plain {RIGHT}")
     assert errors.count("RuntimeWarning") == 1
+    assert "<string>:9: RuntimeWarning" in errors  # a line of the caller, not one of ours
     assert "products on the CPU run in plain MLX" in errors
     for reason in reasons:
         assert reason in errors

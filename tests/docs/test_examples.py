@@ -227,7 +227,10 @@ def test_a_plot_of_no_known_kind_is_refused_before_any_work(script: str, tmp_pat
 def test_each_says_what_it_is(script: Path):
     page = (ROOT / "docs/examples.md").read_text(encoding="utf-8")
     assert f"| `{script.name}` |" in page
-    assert ast.get_docstring(ast.parse(script.read_text(encoding="utf-8")))
+    said = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+    assert "teaches" in said
+    assert re.search(r"second|minute", said)  # how long it takes
+    assert f"\n  python examples/{script.name}" in said  # and what to type
 
 
 # train_char_lm.py

@@ -32,7 +32,7 @@ def test_prints_the_size_and_the_energies(arguments, ground):
     result = run("--qubits", "8", "--field", "0.7", "--device", "cpu", *arguments)
     assert (result.returncode, result.stderr) == (0, "")
     assert "256 x 256" in result.stdout
-    assert "2304 stored values, density 3.516%" in result.stdout
+    assert "2304 stored values, density 0.0352" in result.stdout
     uniform, random, exact = energies(result.stdout)
     assert uniform == (-5.6, -0.7)
     assert exact == ground

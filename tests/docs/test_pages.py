@@ -1,9 +1,11 @@
 """README and docs: their code runs as a reader meets it, their links lead somewhere."""
 
+import ast
 import os
 import re
 import subprocess
 import sys
+from itertools import takewhile
 
 import pytest
 from support import ROOT
@@ -29,12 +31,31 @@ def code_of(page):
     return "\n".join(lines)
 
 
-def run(page, names):
-    exec(compile(code_of(page), str(page), "exec"), names)
+def run(page, names, printed=lambda: ""):
+    """Run the code of a page, and compare what it prints with the lines of comments below it."""
+    code = code_of(page)
+    lines = code.splitlines()
+    for statement in ast.parse(code).body:
+        exec(compile(ast.Module([statement], []), str(page), "exec"), names)
+        said = takewhile(lambda line: line.startswith("# "), lines[statement.end_lineno :])
+        if (out := printed()) and (expected := [line[2:] for line in said]):
+            assert_alike(out.splitlines(), expected)
+
+
+def assert_alike(lines, expected):
+    """Check that lines are those of a page; a decimal may differ by one in its last place."""
+    assert len(lines) == len(expected)
+    for words, others in zip(map(str.split, lines), map(str.split, expected), strict=True):
+        assert len(words) == len(others)
+        for word, other in zip(words, others, strict=True):
+            if re.fullmatch(r"\d+\.\d{3}", word):
+                assert float(word) == pytest.approx(float(other), abs=1.1e-3)
+            else:
+                assert word == other
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+def test_the_code_of_a_page_runs_and_prints_what_it_says(page, tmp_path, monkeypatch, capsys):
     if not code_of(page).strip():
         assert "```python" not in page.read_text(encoding="utf-8")
         return
@@ -51,7 +72,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch)
 
         (tmp_path / "path/to/model").mkdir(parents=True)
         save_dense("qwen3", tmp_path / "path/to/model")
-    run(page, {"__name__": "page"})
+    run(page, {"__name__": "page"}, lambda: capsys.readouterr().out)
 
 
 def test_the_readme_prints_what_it_says(capsys):
@@ -99,3 +120,17 @@ def test_pictures_are_described(page):
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_no_number_is_left_to_be_filled_in(page):
     assert not re.search(r"TODO|TBD|\?\?\?|COMPAT", page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "benchmarks/README.md"], ids=lambda page: page.name
+)
+def test_densities_are_fractions_as_the_functions_take_them(page):
+    """``density=10`` is refused: what a reader copies out of a table is 0.1."""
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"density,? [\d.]+ ?%|\d% density|B = \d+,( density)? [\d.]+%", text)
+    for head, rows in re.findall(r"^(\|.*\|)\n\|[ :|-]+\|\n((?:\|.*\n)+)", text, re.MULTILINE):
+        names = [name.strip() for name in head.split("|")]
+        if "density" in names:
+            cells = [row.split("|")[names.index("density")] for row in rows.splitlines()]
+            assert "%" not in "".join(cells), head

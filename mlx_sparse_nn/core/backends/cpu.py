@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,6 +26,7 @@ from mlx_sparse_nn.core.quantized import bits_of
 from mlx_sparse_nn.core.transforms import ask_directly
 
 NAME = "cpu"
+PACKAGE = __name__.partition(".")[0]
 TAKES_EDGES = True  # sizes are those of the matrix, past which the last blocks may reach
 TAKES_AXES = False  # of size 1 before a single row of x
 ELEMENTS = {
@@ -210,6 +212,7 @@ def binding() -> Binding:
     """
     binding = Binding(build.primitive(), n_cores())
     ask_directly(binding.is_tracer)
+    index.allocate_by(binding.indices)
     # Patterns use theirs from here on. NumPy does without it.
     with suppress(*_FAILURES):
         build.index()
@@ -238,6 +241,14 @@ def _warn(error: Exception) -> None:
         warnings.warn(
             f"[mlx_sparse_nn] products on the CPU run in plain MLX, several times slower: {error}",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=_level_of_the_caller(),
         )
         _has_warned = True
+
+
+def _level_of_the_caller() -> int:
+    """Return the stack level, for a warning of the caller, of a line outside of MLX and ours."""
+    level, frame = 1, sys._getframe(1)
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] in ("mlx", PACKAGE):
+        level, frame = level + 1, frame.f_back
+    return level
