@@ -342,8 +342,9 @@ def unsigned_on_device(indices: np.ndarray) -> mx.array:
 def _owner(indices: np.ndarray) -> mx.array | None:
     """Return the MLX array of int32 in whose memory indices lie, if there is one."""
     owner = indices.base.obj if isinstance(indices.base, memoryview) else None
-    is_whole = isinstance(owner, mx.array) and owner.shape == indices.shape
-    return owner if is_whole and owner.dtype == mx.int32 else None
+    if not isinstance(owner, mx.array) or owner.dtype != mx.int32:
+        return None
+    return owner if owner.shape == indices.shape else None
 
 
 def _sort_rows(rows: np.ndarray, cols: np.ndarray, n_rows: int) -> Sorted:
