@@ -309,47 +309,60 @@ __attribute__((noinline)) int64_t sum_groups(const Terms& t, const int32_t* indp
   return r;
 }
 
-// The same as sum_rows for a single row of x, of numbers of one lane. A sum has the same bits by
-// either loop.
+// The same as sum_rows for a single row of x, of numbers of one lane: row by row.
 template <bool PERM, class E>
-void sum_rows_of_one(const Terms& t, const int32_t* begins, const int32_t* ends, int64_t n,
-                     const E* bias, Lane* sums, int64_t step) {
+__attribute__((noinline)) void sum_row_by_row(const Terms& t, const int32_t* begins,
+                                              const int32_t* ends, int64_t n, const E* bias,
+                                              Lane* sums, int64_t step) {
   const E* data = t.data;
   const int32_t *indices = t.indices, *perm = t.perm;
   const Lane* x = t.x.values;
   const int64_t n_blocks = t.n_blocks;
-  // Out of the cache memory decides, which is read with more at once by the plain loop; but rows of
-  // a few terms cost more to begin than to read.
-  const bool in_cache = n_blocks <= (PERM ? PERM_IN_CACHE : IN_CACHE);
+  for (int64_t r = 0; r < n; ++r) {
+    int64_t j = begins[r];
+    const int64_t end = ends[r];
+    if (end - j > LONG) continue;
+    __builtin_prefetch(indices + j + AHEAD);
+    if (PERM) {
+      __builtin_prefetch(perm + j + AHEAD);
+    } else {
+      __builtin_prefetch(data + j + AHEAD);
+    }
+    vec<Lane, G> acc = {};
+    Lane sum = 0;
+    for (; j + G < end; j += G) acc += products_at<PERM>(data, indices, perm, x, j);
+    if (end + G <= n_blocks) {
+      acc +=
+          keep<G>(products_at<PERM>(data, indices, perm, x, j), lane_numbers<G>() < Bits(end - j));
+    } else {
+      for (; j < end; ++j) sum += widen(data[PERM ? perm[j] : j]) * x[indices[j]];
+    }
+    sum += total<Lane, G>(acc);
+    sums[r * step] = bias ? sum + widen(bias[r]) : sum;
+  }
+}
+
+// The same by either loop. A sum has the same bits by both.
+template <bool PERM, class E>
+void sum_rows_of_one(const Terms& t, const int32_t* begins, const int32_t* ends, int64_t n,
+                     const E* bias, Lane* sums, int64_t step) {
+  // Out of the cache memory decides, of which the plain loop reads more at once; but rows of a few
+  // terms cost more to begin than to read.
+  const bool in_cache = t.n_blocks <= (PERM ? PERM_IN_CACHE : IN_CACHE);
   const bool is_short = ends[n - 1] - begins[0] < SHORT * n;
-  const bool grouped = step == 1 && ends == begins + 1 && (in_cache || is_short);
+  if (step != 1 || ends != begins + 1 || !(in_cache || is_short)) {
+    return sum_row_by_row<PERM>(t, begins, ends, n, bias, sums, step);
+  }
   const auto groups = in_cache ? sum_groups<PERM, false, E> : sum_groups<PERM, true, E>;
   for (int64_t r = 0; r < n;) {
-    if (grouped) {
-      const int64_t n_rows = groups(t, begins + r, n - r, sums + r);
-      if (bias) {
-        for (int64_t i = r; i < r + n_rows; ++i) sums[i] += widen(bias[i]);
-      }
-      r += n_rows;
+    const int64_t summed = groups(t, begins + r, n - r, sums + r);
+    if (bias) {
+      for (int64_t i = r; i < r + summed; ++i) sums[i] += widen(bias[i]);
     }
-    for (const int64_t last = grouped ? std::min(r + G, n) : n; r < last; ++r) {
-      int64_t j = begins[r];
-      const int64_t end = ends[r];
-      if (end - j > LONG) continue;
-      __builtin_prefetch(indices + j + AHEAD);
-      __builtin_prefetch(PERM ? static_cast<const void*>(perm + j + AHEAD) : data + j + AHEAD);
-      vec<Lane, G> acc = {};
-      Lane sum = 0;
-      for (; j + G < end; j += G) acc += products_at<PERM>(data, indices, perm, x, j);
-      if (end + G <= n_blocks) {
-        acc += keep<G>(products_at<PERM>(data, indices, perm, x, j),
-                       lane_numbers<G>() < Bits(end - j));
-      } else {
-        for (; j < end; ++j) sum += widen(data[PERM ? perm[j] : j]) * x[indices[j]];
-      }
-      sum += total<Lane, G>(acc);
-      sums[r * step] = bias ? sum + widen(bias[r]) : sum;
-    }
+    r += summed;
+    const int64_t rest = std::min<int64_t>(G, n - r);
+    sum_row_by_row<PERM>(t, begins + r, ends + r, rest, bias ? bias + r : bias, sums + r, 1);
+    r += rest;
   }
 }
 
