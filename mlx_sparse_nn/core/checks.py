@@ -141,7 +141,8 @@ def check_indices(
 
 
 def check_columns(owner: str, name: str, values: ArrayLike, limit: int) -> np.ndarray:
-    """Return :func:`check_indices` of indices in ``[0, limit)``; in one pass, if it can."""
+    """Return indices in ``[0, limit)`` as :func:`check_indices` does, or raise; in one pass where
+    C++ can."""
     array = check_rectangular(owner, name, values)
     if array.ndim == 1 and array.size and array.dtype in (np.int32, np.int64):
         copied = index.copy_in_range(array, limit)

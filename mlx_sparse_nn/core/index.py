@@ -6,10 +6,9 @@ The results are the same bit for bit. Nothing here compiles: making a pattern wa
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -21,7 +20,15 @@ Sorted: TypeAlias = "tuple[np.ndarray, np.ndarray, np.ndarray]"
 # indptr and indices.
 Csr: TypeAlias = "tuple[np.ndarray, np.ndarray]"
 
-_allocate: Callable[[int], mx.array] | None = None  # of C++, where it is loaded
+
+class Memory(Protocol):
+    """What makes MLX arrays without copies: the binding of C++."""
+
+    def indices(self, n: int) -> mx.array: ...
+    def unsigned(self, indices: mx.array) -> mx.array: ...
+
+
+_memory: Memory | None = None  # where C++ is loaded
 
 
 class Places(NamedTuple):
@@ -293,17 +300,17 @@ def _pairs_by_row(a: Csr, b: Csr) -> tuple[np.ndarray, np.ndarray]:
     return of_a, of_b.astype(np.int32)
 
 
-def allocate_by(allocate: Callable[[int], mx.array]) -> None:
-    """Let :func:`empty` take its memory from a function that makes MLX arrays of int32."""
-    global _allocate
-    _allocate = allocate
+def share_by(memory: Memory) -> None:
+    """Let arrays that are made here lie in the memory of MLX arrays."""
+    global _memory
+    _memory = memory
 
 
 def empty(n: int) -> np.ndarray:
     """Return ``(n,)`` int32 that nobody has written yet; as of :func:`share`, where C++ can."""
-    if _allocate is None or mx.cuda.is_available():
+    if _memory is None or mx.cuda.is_available():
         return np.empty(n, np.int32)
-    return np.asarray(_allocate(n))
+    return np.asarray(_memory.indices(n))
 
 
 def share(indices: np.ndarray) -> np.ndarray:
@@ -319,11 +326,25 @@ def share(indices: np.ndarray) -> np.ndarray:
 
 def on_device(indices: np.ndarray) -> mx.array:
     """Return int32 indices as an MLX array: without a copy, if they came from :func:`share`."""
+    owner = _owner(indices)
+    # A handle of its own: what is written by it, as by `a[0] = 1`, gets memory of its own.
+    return mx.array(indices) if owner is None else owner[:]
+
+
+def unsigned_on_device(indices: np.ndarray) -> mx.array:
+    """Return the same of integers that are not negative as uint32, by which MLX gathers faster."""
+    owner = _owner(indices)
+    if owner is None or _memory is None:
+        return mx.array(indices.astype(np.uint32))
+    return _memory.unsigned(owner)
+
+
+def _owner(indices: np.ndarray) -> mx.array | None:
+    """Return the MLX array of int32 in whose memory indices lie, if there is one."""
     owner = indices.base.obj if isinstance(indices.base, memoryview) else None
-    if isinstance(owner, mx.array) and owner.shape == indices.shape:
-        # A handle of its own: what is written by it, as by `a[0] = 1`, gets memory of its own.
-        return owner[:]
-    return mx.array(indices)
+    if not isinstance(owner, mx.array) or owner.dtype != mx.int32:
+        return None
+    return owner if owner.shape == indices.shape else None
 
 
 def _sort_rows(rows: np.ndarray, cols: np.ndarray, n_rows: int) -> Sorted:

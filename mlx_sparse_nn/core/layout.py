@@ -48,7 +48,10 @@ class HostIndex:
     def transpose(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """``indptr`` and ``indices`` of the transpose, and where its entries lie here."""
         if self._transposed is None:
-            return index.transpose(self.indptr, self.indices, self.n_cols)
+            made = index.transpose(self.indptr, self.indices, self.n_cols)
+            for array in made:
+                array.flags.writeable = False  # what products read may lie in its memory
+            return made
         perm = self._transposed.transpose[2]
         inverse = np.empty_like(perm)
         inverse[perm] = np.arange(perm.size, dtype=np.int32)

@@ -14,7 +14,7 @@ from functools import cached_property
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core import derivatives, ops
+from mlx_sparse_nn.core import derivatives, index, ops
 from mlx_sparse_nn.core.pattern import CSRPattern
 
 
@@ -38,7 +38,7 @@ class Gather:
 
     @cached_property
     def index(self) -> mx.array:
-        return mx.array(self.places.astype(np.uint32))
+        return index.unsigned_on_device(self.places)
 
     @cached_property
     def selector(self) -> CSRPattern:

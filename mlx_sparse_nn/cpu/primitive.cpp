@@ -589,6 +589,15 @@ MLX_SPARSE_EXPORT void make_indices(void* out, int n) {
   unwrap(out) = indices;
 }
 
+// Writes into an array object of Python's the same memory as that of such an array, as uint32.
+MLX_SPARSE_EXPORT void make_unsigned(void* out, void* indices) {
+  const auto& from = unwrap(indices);
+  mx::array unsigned_indices(from.shape(), mx::uint32, nullptr, {});
+  unsigned_indices.copy_shared_buffer(from);
+  unsigned_indices.set_status(mx::array::Status::available);
+  unwrap(out) = unsigned_indices;
+}
+
 // Whether MLX takes an array for a tracer: one kept from a trace, while a transform is running.
 MLX_SPARSE_EXPORT bool is_tracer(void* object) { return unwrap(object).is_tracer(); }
 

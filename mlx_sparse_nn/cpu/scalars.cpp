@@ -42,10 +42,12 @@ constexpr int ROWS = 16;  // of A whose sums are written together
 constexpr int64_t LONG = 8192;
 constexpr int64_t MAX_PARTS = 16;
 // Terms from what is computed to what is fetched: of their own arrays, and of wide rows of x.
-constexpr int64_t AHEAD = 512;
-constexpr int64_t LINE = 16;  // indices of a cache line
+constexpr int64_t AHEAD = 256;
 constexpr int64_t ROWS_AHEAD = 4;
-constexpr int64_t IN_CACHE = 1 << 21;        // terms up to which their arrays are not fetched ahead
+// Terms whose arrays are in the cache, of the matrix and of its transpose; and of a short row.
+constexpr int64_t IN_CACHE = 1 << 21;
+constexpr int64_t PERM_IN_CACHE = 1 << 18;
+constexpr int64_t SHORT = 8;
 constexpr int64_t MAX_ROWS = 4 * W / PARTS;  // of x that are packed
 
 // ---- lanes
@@ -277,67 +279,90 @@ INLINE vec<Lane, G> sum_products(const E* data, const int32_t* indices, const in
          keep<G>(products_at<PERM>(data, indices, perm, x, j), lane_numbers<G>() < Bits(end - j));
 }
 
-// Sums of the first rows of [0, n), as below and without bias: of G rows at a time, which are
-// totalled together, while there are as many, short ones, whose last steps may be read. Returns how
-// many rows that were.
+// Sums of the first rows of [0, n), as below and without bias, where each begins at the end of the
+// one before: of G rows at a time, which are totalled together, while there are as many, short
+// ones, whose last steps may be read. Returns how many rows that were.
 template <bool PERM, bool FETCHES, class E>
-__attribute__((noinline)) int64_t sum_groups(const Terms& t, const int32_t* begins,
-                                             const int32_t* ends, int64_t n, Lane* sums) {
+__attribute__((noinline)) int64_t sum_groups(const Terms& t, const int32_t* indptr, int64_t n,
+                                             Lane* sums) {
   const E* data = t.data;
   const int32_t *indices = t.indices, *perm = t.perm;
   const Lane* x = t.x.values;
   const int64_t last = t.n_blocks - G;
   int64_t r = 0;
   for (; r + G <= n; r += G) {
-    if (ends[r + G - 1] > last || ends[r + G - 1] - begins[r] > LONG) break;
+    int64_t j = indptr[r];
+    if (indptr[r + G] > last || indptr[r + G] - j > LONG) break;
     vec<Lane, G> acc[G];
 #pragma GCC unroll 4
     for (int i = 0; i < G; ++i) {
-      if (const int64_t j = begins[r] + i * LINE; FETCHES && j < ends[r + G - 1]) {
+      const int64_t end = indptr[r + i + 1];
+      if (FETCHES) {
         __builtin_prefetch(indices + j + AHEAD);
         __builtin_prefetch(PERM ? static_cast<const void*>(perm + j + AHEAD) : data + j + AHEAD);
       }
-      acc[i] = sum_products<PERM>(data, indices, perm, x, begins[r + i], ends[r + i]);
+      acc[i] = sum_products<PERM>(data, indices, perm, x, j, end);
+      j = end;
     }
     store<G>(sums + r, totals_of(acc));
   }
   return r;
 }
 
-// The same as sum_rows for a single row of x, of numbers of one lane.
+// The same as sum_rows for a single row of x, of numbers of one lane: row by row.
 template <bool PERM, class E>
-void sum_rows_of_one(const Terms& t, const int32_t* begins, const int32_t* ends, int64_t n,
-                     const E* bias, Lane* sums, int64_t step) {
+__attribute__((noinline)) void sum_row_by_row(const Terms& t, const int32_t* begins,
+                                              const int32_t* ends, int64_t n, const E* bias,
+                                              Lane* sums, int64_t step) {
   const E* data = t.data;
   const int32_t *indices = t.indices, *perm = t.perm;
   const Lane* x = t.x.values;
-  const auto groups =
-      t.n_blocks > IN_CACHE ? sum_groups<PERM, true, E> : sum_groups<PERM, false, E>;
+  const int64_t n_blocks = t.n_blocks;
+  for (int64_t r = 0; r < n; ++r) {
+    int64_t j = begins[r];
+    const int64_t end = ends[r];
+    if (end - j > LONG) continue;
+    __builtin_prefetch(indices + j + AHEAD);
+    if (PERM) {
+      __builtin_prefetch(perm + j + AHEAD);
+    } else {
+      __builtin_prefetch(data + j + AHEAD);
+    }
+    vec<Lane, G> acc = {};
+    Lane sum = 0;
+    for (; j + G < end; j += G) acc += products_at<PERM>(data, indices, perm, x, j);
+    if (end + G <= n_blocks) {
+      acc +=
+          keep<G>(products_at<PERM>(data, indices, perm, x, j), lane_numbers<G>() < Bits(end - j));
+    } else {
+      for (; j < end; ++j) sum += widen(data[PERM ? perm[j] : j]) * x[indices[j]];
+    }
+    sum += total<Lane, G>(acc);
+    sums[r * step] = bias ? sum + widen(bias[r]) : sum;
+  }
+}
+
+// The same by either loop. A sum has the same bits by both.
+template <bool PERM, class E>
+void sum_rows_of_one(const Terms& t, const int32_t* begins, const int32_t* ends, int64_t n,
+                     const E* bias, Lane* sums, int64_t step) {
+  // Out of the cache memory decides, of which the plain loop reads more at once; but rows of a few
+  // terms cost more to begin than to read.
+  const bool in_cache = t.n_blocks <= (PERM ? PERM_IN_CACHE : IN_CACHE);
+  const bool is_short = ends[n - 1] - begins[0] < SHORT * n;
+  if (step != 1 || ends != begins + 1 || !(in_cache || is_short)) {
+    return sum_row_by_row<PERM>(t, begins, ends, n, bias, sums, step);
+  }
+  const auto groups = in_cache ? sum_groups<PERM, false, E> : sum_groups<PERM, true, E>;
   for (int64_t r = 0; r < n;) {
-    if (step == 1) {
-      const int64_t n_rows = groups(t, begins + r, ends + r, n - r, sums + r);
-      if (bias) {
-        for (int64_t i = r; i < r + n_rows; ++i) sums[i] += widen(bias[i]);
-      }
-      r += n_rows;
+    const int64_t summed = groups(t, begins + r, n - r, sums + r);
+    if (bias) {
+      for (int64_t i = r; i < r + summed; ++i) sums[i] += widen(bias[i]);
     }
-    for (const int64_t last = std::min(r + G, n); r < last; ++r) {
-      int64_t j = begins[r];
-      const int64_t end = ends[r];
-      if (end - j > LONG) continue;
-      Lane sum = 0;
-      if (end + G <= t.n_blocks) {
-        sum = total<Lane, G>(sum_products<PERM>(data, indices, perm, x, j, end));
-      } else {
-        vec<Lane, G> acc = {};
-        for (; j + G < end; j += G) {
-          acc += products_at<PERM>(data, indices, perm, x, j);
-        }
-        for (; j < end; ++j) sum += widen(data[PERM ? perm[j] : j]) * x[indices[j]];
-        sum += total<Lane, G>(acc);
-      }
-      sums[r * step] = bias ? sum + widen(bias[r]) : sum;
-    }
+    r += summed;
+    const int64_t rest = std::min<int64_t>(G, n - r);
+    sum_row_by_row<PERM>(t, begins + r, ends + r, rest, bias ? bias + r : bias, sums + r, 1);
+    r += rest;
   }
 }
 

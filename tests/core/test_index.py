@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import ROOT, pattern_of, patterns, random_pattern
+from support import ROOT, patterns, random_pattern
 
 from mlx_sparse_nn import CSRPattern, coo_array, from_dense
-from mlx_sparse_nn.core import index
-from mlx_sparse_nn.core.backends import build
+from mlx_sparse_nn.core import algebra, index
+from mlx_sparse_nn.core.backends import build, cpu
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="C++ is compiled on Linux")
 
@@ -202,10 +202,37 @@ def test_a_pattern_has_arrays_of_its_own():
         pattern.indices[0] = 5
 
 
-def test_host_and_device_share_memory():
-    pattern = pattern_of([[0, 2], [1]], 3, 1)
-    shared = np.asarray(pattern.layout.rows.indices)
-    assert np.shares_memory(shared, pattern.indices) == (not mx.cuda.is_available())
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_host_and_device_share_memory(dtype):
+    """An array of indices is copied once, whatever it is of, and so is what is sorted."""
+    cpu.binding()  # whose arrays C++ writes into
+    indptr, indices = np.array([0, 2, 3], dtype), np.array([0, 2, 1], dtype)
+    pattern = CSRPattern(indptr, indices, (2, 3))
+    layout, places = pattern.layout, algebra.transposition(pattern).index
+    for on_device, on_host in (
+        (layout.rows.indices, pattern.indices),
+        (layout.cols.indices, pattern.T.indices),
+        (layout.cols.perm, pattern.transpose_perm),
+        (places, pattern.transpose_perm),
+    ):
+        shared = np.asarray(on_device)
+        np.testing.assert_array_equal(shared, on_host)
+        assert np.shares_memory(shared, on_host) == (not mx.cuda.is_available())
+        assert not on_host.flags.writeable
+    assert places.dtype == mx.uint32
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@pytest.mark.parametrize("n", [1, 3, 15, 16, 17, 1000])
+def test_copies_are_checked(library, n, dtype):
+    """Vectors of several numbers, and what is left of them."""
+    indices = (np.arange(n) * 7 % n).astype(dtype)
+    np.testing.assert_array_equal(library.copy_in_range(indices, n), indices)
+    assert library.copy_in_range(indices, n - 1) is None
+    for place in range(n):
+        wrong = indices.copy()
+        wrong[place] = -1
+        assert library.copy_in_range(wrong, n) is None
 
 
 PATTERNS = """

@@ -66,6 +66,8 @@ class Binding:
         self.is_tracer.argtypes, self.is_tracer.restype = [_OBJECT], ctypes.c_bool
         self._make_indices = library.make_indices
         self._make_indices.argtypes, self._make_indices.restype = [_OBJECT, ctypes.c_int], None
+        self._make_unsigned = library.make_unsigned
+        self._make_unsigned.argtypes, self._make_unsigned.restype = [_OBJECT, _OBJECT], None
         self._spmm = _function(library, "make_spmm", 6)
         self._spmm_t = _function(library, "make_spmm_t", 4)
         self._qspmm = _function(library, "make_qspmm", 8)
@@ -78,6 +80,12 @@ class Binding:
         """Return ``(n,)`` int32 that nobody has written yet."""
         out = mx.array(0)  # C++ writes the array into it
         self._make_indices(out, n)
+        return out
+
+    def unsigned(self, indices: mx.array) -> mx.array:
+        """Return an array of :meth:`indices` as uint32, in the same memory."""
+        out = mx.array(0)
+        self._make_unsigned(out, indices)
         return out
 
     def spmm(
