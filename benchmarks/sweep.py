@@ -36,7 +36,7 @@ QUICK = {
     "rows": (1, 16, 129),
 }
 SECONDS, QUICK_SECONDS = 0.05, 0.03  # of a cell, sparse and dense
-LIMIT, QUICK_LIMIT = 45.0, 2.0  # seconds of a dense call, beyond which it is not measured
+LIMIT, QUICK_LIMIT = 10.0, 2.0  # seconds of a dense call, beyond which it is not measured
 SAVE_EVERY = 5.0  # seconds
 OVERHEAD, RATE = 0.3, 1e10  # seconds of a cell, and its multiply-adds a second: for the time left
 

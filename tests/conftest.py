@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import shutil
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,6 +67,7 @@ elif platform.system() != "Linux":
 
 launched = Counter()  # launches of each kernel of a GPU, in this process
 EMULATED = pytest.StashKey[bool]()
+WITHOUT = "left out, without "  # a package or program that is not there
 
 
 def pytest_addoption(parser):
@@ -80,6 +82,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "not_emulated(reason): does not run on the emulated device")
+    config.addinivalue_line("markers", "needs(*names): packages and programs that a test runs")
     device = config.getoption("--device")
     config.stash[EMULATED] = device == "metal-emulator"
     if platform.system() == "Linux" and device != "gpu":
@@ -99,6 +102,12 @@ def pytest_collection_modifyitems(config, items):
         mark = item.get_closest_marker("not_emulated")
         if mark and config.stash[EMULATED]:
             item.add_marker(pytest.mark.skip(reason=f"not emulated: {mark.args[0]}"))
+        mark = item.get_closest_marker("needs")
+        if mark and config.getoption("--device") == "gpu":  # elsewhere it fails
+            missing = [name for name in mark.args if not (find_spec(name) or shutil.which(name))]
+            if missing:
+                reason = f"{WITHOUT}{', '.join(missing)}"
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -125,7 +134,15 @@ def pytest_sessionfinish(session, exitstatus):
 
 def pytest_terminal_summary(terminalreporter, config):
     for package, files in LEFT_OUT.items():
-        terminalreporter.write_line(f"left out, without {package}: {', '.join(files)}")
+        terminalreporter.write_line(f"{WITHOUT}{package}: {', '.join(files)}")
+    skipped = Counter(
+        (report.longrepr[2].removeprefix("Skipped: "), report.nodeid.split("[")[0])
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple)
+    )
+    for (reason, test), count in sorted(skipped.items()):
+        if reason.startswith(WITHOUT):
+            terminalreporter.write_line(f"{reason}: {count} of {test}")
     device = config.getoption("--device")
     if device != "default":
         each = "".join(f"\n  {name} {n}" for name, n in sorted(launched.items()))

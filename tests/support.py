@@ -6,6 +6,7 @@ import getpass
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,8 +31,10 @@ from mlx_sparse_nn.core.backends import (
     launch,
     naive,
     pauli_launch,
+    plain,
     scalars,
 )
+from mlx_sparse_nn.core.transforms import tracing
 from mlx_sparse_nn.diagnostics.rounding import to_numpy, tolerance
 
 ROOT = Path(__file__).parents[1]  # of the repository
@@ -90,6 +93,33 @@ def computing(*backends: ModuleType, devices: tuple[str, str] = ("CPU", "GPU")) 
         for backend in backends:
             stack.enter_context(mock.patch.object(backend, "is_available", return_value=True))
         yield
+
+
+@contextmanager
+def computing_by_kernels() -> Iterator[list[str]]:
+    """Let plain MLX compute as kernels of a GPU do: MLX raises where it has to map one.
+
+    Gives the names of the products that they compute.
+    """
+    kernels: Any = ModuleType("kernels")
+    kernels.TAKES_EDGES = kernels.TAKES_AXES = False
+    kernels.is_available = lambda: True
+    kernels.takes = lambda *_: not tracing.refuses_kernels
+    computed = []
+
+    def refuse(*_: Any) -> Any:
+        raise ValueError("[Primitive::vmap] Not implemented for CustomKernel.")
+
+    def product(name: str, *operands: Any) -> mx.array:
+        computed.append(name)
+        launched: Any = mx.custom_function(lambda out: out)
+        launched.vmap(refuse)
+        return launched(getattr(plain, name)(*operands))
+
+    for name in ("spmm", "spmm_t", "sddmm"):
+        setattr(kernels, name, partial(product, name))
+    with computing(kernels, plain):
+        yield computed
 
 
 @contextmanager

@@ -19,8 +19,8 @@ def prepare(w: Workload, arrays: Arrays) -> Task | None:
         return None
     mask = mx.array(arrays["mask"].T.copy())
 
-    def apply(weight, x):
-        return mx.block_masked_mm(x, weight.T, w.block_size, mask_rhs=mask)
+    def hold(weight):
+        return lambda x: mx.block_masked_mm(x, weight.T, w.block_size, mask_rhs=mask)
 
     stored = lambda gradient: gradient[arrays["weight"] != 0]  # noqa: E731
-    return on_mlx.layer(w, arrays, apply, arrays["weight"], stored)
+    return on_mlx.layer(w, arrays, hold, arrays["weight"], stored)

@@ -27,10 +27,10 @@ def prepare(w: Workload, arrays: Arrays) -> Task | None:
         return None
     module = nn.Linear(w.features, w.features, bias=False)
 
-    def apply(weight, x):
+    def hold(weight):
         module.weight = weight
-        return module(x)
+        return module
 
     # Its gradient has all places.
     stored = lambda gradient: gradient[arrays["weight"] != 0]  # noqa: E731
-    return on_mlx.layer(w, arrays, apply, arrays["weight"], stored)
+    return on_mlx.layer(w, arrays, hold, arrays["weight"], stored)

@@ -27,8 +27,8 @@ def prepare(w: Workload, arrays: Arrays) -> Task | None:
     if isinstance(w, Layer):
         return layer(w, arrays) if w.dtype in DTYPES else None
     if isinstance(w, Array | Ising):
-        multiply = product(arrays["indptr"], arrays["indices"], arrays["indptr"].size - 1)
-        return on_mlx.csr_product(arrays, w.step, multiply)
+        of = matrix(arrays["indptr"], arrays["indices"], arrays["indptr"].size - 1)
+        return on_mlx.csr_product(arrays, w.step, lambda data, x: of(data) @ x)
     return build(w, arrays)
 
 
@@ -39,19 +39,23 @@ def call(arrays: Arrays) -> Task:
     return on_mlx.calls(lambda x: A @ x, arrays)
 
 
-def product(indptr: np.ndarray, indices: np.ndarray, size: int):
-    """Return ``A @ x`` as a function of stored values and x."""
+def matrix(indptr: np.ndarray, indices: np.ndarray, size: int):
+    """Return A as a function of stored values."""
     parts = mx.array(indices), mx.array(indptr)
     mx.eval(parts)
-    return lambda data, x: ms.csr_array((data, *parts), (size, size), canonical=True) @ x
+    return lambda data: ms.csr_array((data, *parts), (size, size), canonical=True)
 
 
 def layer(w: Layer, arrays: Arrays) -> Task:
     indptr, indices, values = stored_values(arrays)
     first = {name: features_first(arrays[name]) for name in ("x", "target")}
-    task = on_mlx.layer(
-        w, first, product(indptr, indices, w.features), values, lambda gradient: gradient
-    )
+    of = matrix(indptr, indices, w.features)
+
+    def hold(data):
+        A = of(data)
+        return lambda x: A @ x
+
+    task = on_mlx.layer(w, first, hold, values, lambda gradient: gradient)
 
     def convert(out):
         y, *gradients = task.convert(out)

@@ -74,21 +74,25 @@ def peak_memory() -> int:
 def layer(
     w: Layer,
     arrays: Arrays,
-    apply: Callable[[mx.array, mx.array], mx.array],
+    hold: Callable[[mx.array], Callable[[mx.array], mx.array]],
     weight: np.ndarray,
     stored: Callable[[np.ndarray], np.ndarray],
 ) -> Task:
-    """Return the task of ``apply(weight, x)``; ``stored`` picks a gradient's stored values."""
+    """Return the task of ``hold(weight)(x)``; ``stored`` picks a gradient's stored values.
+
+    A forward call finds the weight held, as with peers outside of MLX.
+    """
     dtype = getattr(mx, w.dtype)
     values, x = (mx.array(a).astype(dtype) for a in (weight, arrays["x"]))
     mx.eval(values, x)
     if w.step == "forward":
-        return Task(lambda _: [apply(values, x)], lambda out: [numpy(out[0])])
+        multiply = hold(values)
+        return Task(lambda _: [multiply(x)], lambda out: [numpy(out[0])])
     target = mx.array(arrays["target"]).astype(dtype)
     mx.eval(target)
 
     def run(_):
-        y, gradients = mx.vjp(apply, [values, x], [target])
+        y, gradients = mx.vjp(lambda weight, x: hold(weight)(x), [values, x], [target])
         return [*y, *gradients]
 
     def convert(out):

@@ -56,9 +56,9 @@ def layer(w: Layer, arrays: Arrays) -> Task:
     pattern = CSRPattern(indptr, indices, size, w.block_size)
     module = BlockSparseLinear(*size, pattern, bias=False)
 
-    def apply(weight, x):
+    def hold(weight):
         module.weight = weight
-        return module(x)
+        return module
 
     def stored(gradient):
         dense = np.zeros(size, np.float32)
@@ -67,7 +67,7 @@ def layer(w: Layer, arrays: Arrays) -> Task:
         view[np.nonzero(arrays["mask"])] = gradient.reshape(-1, block, block)
         return dense[arrays["weight"] != 0]
 
-    return on_mlx.layer(w, arrays, apply, blocks.reshape(pattern.data_shape), stored)
+    return on_mlx.layer(w, arrays, hold, blocks.reshape(pattern.data_shape), stored)
 
 
 def build(w: Build, arrays: Arrays) -> Task:

@@ -150,10 +150,11 @@ def add(
 ) -> tuple[mx.array, CSRPattern]:
     """Return the sum of two matrices of one shape, on the union of their patterns."""
     dtype = mx.result_type(a, b)
+    a, b = (derivatives.promoted(v, dtype) for v in (a, b))
     if a_pattern == b_pattern:
         return a + b, a_pattern
     union = _union(a_pattern, b_pattern)
-    return union.sums(mx.concatenate([a.astype(dtype), b.astype(dtype)])), union.pattern
+    return union.sums(mx.concatenate([a, b])), union.pattern
 
 
 class Union(NamedTuple):
@@ -265,8 +266,8 @@ def matmul(
     """
     pattern, dtype = _product(a_pattern, b_pattern), mx.result_type(a, b)
     wide = mx.float32 if dtype in (mx.float16, mx.bfloat16) else dtype
-    a = edges.clear(a_pattern.layout, a).astype(wide)
-    b = edges.clear(b_pattern.layout, b).astype(wide)
+    a = derivatives.promoted(edges.clear(a_pattern.layout, a), wide)
+    b = derivatives.promoted(edges.clear(b_pattern.layout, b), wide)
     if pattern.n_blocks and choose.takes_spgemm(wide):
         layouts = a_pattern.layout, b_pattern.layout, pattern.layout
         out = derivatives.spgemm(2, layouts, a[None], b[None]).squeeze(0)

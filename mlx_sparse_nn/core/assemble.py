@@ -21,6 +21,7 @@ from mlx_sparse_nn.core.checks import (
     check_size,
 )
 from mlx_sparse_nn.core.construct import from_dense
+from mlx_sparse_nn.core.derivatives import promoted
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.sparse import SparseArray, check_dtype, conversion
 from mlx_sparse_nn.core.vector import SparseVector
@@ -267,7 +268,7 @@ def _stack(owner: str, arrays: Sequence[Any], axis: int | None) -> CSRArray:
         rows.append(a.pattern.row_indices + (end[0] - size[0]) // block_size)
         cols.append(a.pattern.indices + (end[1] - size[1]) // block_size)
     dtype = mx.result_type(*(a.data for a in csr))
-    data = mx.concatenate([a.data.astype(dtype) for a in csr])
+    data = mx.concatenate([promoted(a.data, dtype) for a in csr])
     return _of_entries(data, np.concatenate(rows), np.concatenate(cols), shape, block_size)
 
 

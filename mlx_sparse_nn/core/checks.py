@@ -127,7 +127,7 @@ def check_indices(
     if array.dtype == dtype:
         return copy(array)
     if dtype is np.int32 and array.dtype == np.int64:
-        narrowed = index.narrow(array)
+        narrowed = index.copy_in_range(array)
         if narrowed is not None:
             return narrowed
     if not np.can_cast(array.dtype, dtype):
@@ -138,6 +138,18 @@ def check_indices(
                 f"[{owner}] {name} holds {worst}, which does not fit {limits.bits} bits"
             )
     return array.astype(dtype)
+
+
+def check_columns(owner: str, name: str, values: ArrayLike, limit: int) -> np.ndarray:
+    """Return :func:`check_indices` of indices in ``[0, limit)``; in one pass, if it can."""
+    array = check_rectangular(owner, name, values)
+    if array.ndim == 1 and array.size and array.dtype in (np.int32, np.int64):
+        copied = index.copy_in_range(array, limit)
+        if copied is not None:
+            return copied
+    indices = check_indices(owner, name, array, copy=index.share)
+    check_range(owner, name, indices, limit)
+    return indices
 
 
 def check_indptr(owner: str, indptr: np.ndarray, n_blocks: int) -> None:

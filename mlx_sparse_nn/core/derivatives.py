@@ -20,7 +20,7 @@ from mlx_sparse_nn.core import blocks, edges, quantized
 from mlx_sparse_nn.core.backends import cpu, cuda
 from mlx_sparse_nn.core.backends.choose import choose
 from mlx_sparse_nn.core.layout import Layout
-from mlx_sparse_nn.core.transforms import needs_rules, tracing
+from mlx_sparse_nn.core.transforms import needs_rules, of_mapped, tracing
 
 # What MLX passes to a rule and gets back: one array or axis, or a list of them.
 Arrays = Any
@@ -49,14 +49,16 @@ def spmm(layout: Layout, data: mx.array, x: mx.array) -> mx.array:
 def spmm_of_row(
     layout: Layout, data: mx.array, x: mx.array, bias: mx.array | None
 ) -> mx.array | None:
-    """Return the product with a single row, x ``(1, ..., 1, n_cols)`` as it is: two views less.
+    """Return the product with a single row, x ``(n_cols,)`` or ``(1, ..., 1, n_cols)`` as it is:
+    two views less, each of which takes MLX as long as a small product.
 
     None where a transform may need rules, or the backend an x of two axes.
     """
     if layout.has_edges or needs_rules():
         return None
     backend = choose("spmm", layout, 1, x.dtype)
-    return backend.spmm(data, layout, x, bias) if backend.TAKES_AXES else None
+    takes = backend is cpu if x.ndim == 1 else backend.TAKES_AXES
+    return backend.spmm(data, layout, x, bias) if takes else None
 
 
 def spmm_bias(layout: Layout, data: mx.array, x: mx.array, bias: mx.array) -> mx.array:
@@ -239,6 +241,25 @@ def linear(itself: Callable, transpose: Callable, by: Any, operand: mx.array) ->
     return with_rules(itself, by, vjp, jvp, vmap)(operand)
 
 
+def promoted(a: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Return ``a.astype(dtype)``, of a dtype that ``a`` is promoted to.
+
+    The gradient to a real array is the real part of that to a complex one. MLX's own rule casts it,
+    which its compiler for CUDA (0.32.4) cannot once the cast is fused with what is around it.
+    """
+    if dtype != mx.complex64 or a.dtype == dtype or not mx.issubdtype(a.dtype, mx.inexact):
+        return a.astype(dtype)
+    return linear(_as_complex, _real_part, a.dtype, a[None]).squeeze(0)
+
+
+def _as_complex(dtype: mx.Dtype, a: mx.array) -> mx.array:
+    return a.astype(mx.complex64)
+
+
+def _real_part(dtype: mx.Dtype, a: mx.array) -> mx.array:
+    return mx.real(a).astype(dtype)
+
+
 # The values, by the backend that computes them.
 
 
@@ -329,7 +350,7 @@ def with_rules(
     function: Any = mx.custom_function(guarded)
     function.vjp(vjp)
     function.jvp(jvp)
-    function.vmap(vmap)
+    function.vmap(of_mapped(vmap))
     return function
 
 

@@ -6,6 +6,7 @@ The results are the same bit for bit. Nothing here compiles: making a pattern wa
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -19,6 +20,8 @@ from mlx_sparse_nn.core.backends.build import built_index
 Sorted: TypeAlias = "tuple[np.ndarray, np.ndarray, np.ndarray]"
 # indptr and indices.
 Csr: TypeAlias = "tuple[np.ndarray, np.ndarray]"
+
+_allocate: Callable[[int], mx.array] | None = None  # of C++, where it is loaded
 
 
 class Places(NamedTuple):
@@ -55,7 +58,8 @@ class Native:
         flag, array, size = ctypes.c_bool, ctypes.c_void_p, ctypes.c_int64
         out, entries = [array] * 4, [array, array, size, size, size]
         self._in_range = function("in_range", flag, array, size, size)
-        self._narrow = function("narrow", flag, array, size, array)
+        self._copy_in_range = function("copy_in_range", flag, array, size, size, array)
+        self._narrow = function("narrow", flag, array, size, size, array)
         self._rises = function("rises", flag, array, size, size)
         self._ascends = function("ascends", flag, array, array, size)
         self._rows_of = function("rows_of", None, array, size, array)
@@ -73,9 +77,10 @@ class Native:
     def in_range(self, indices: np.ndarray, limit: int) -> bool:
         return self._in_range(_address(indices), indices.size, limit)
 
-    def narrow(self, indices: np.ndarray) -> np.ndarray | None:
-        out = np.empty(indices.shape, np.int32)
-        return out if self._narrow(_address(indices), indices.size, _address(out)) else None
+    def copy_in_range(self, indices: np.ndarray, limit: int) -> np.ndarray | None:
+        out = empty(indices.size)
+        copy = self._copy_in_range if indices.dtype == np.int32 else self._narrow
+        return out if copy(_address(indices), indices.size, limit, _address(out)) else None
 
     def rises(self, indptr: np.ndarray, n: int) -> bool:
         return self._rises(_address(indptr), indptr.size - 1, n)
@@ -140,7 +145,7 @@ class Native:
 
     def _empty(self, n: int, n_rows: int) -> tuple[Sorted, np.ndarray]:
         """Return the arrays of n sorted entries, and what sorting them takes besides."""
-        out = np.empty(n_rows + 1, np.int32), np.empty(n, np.int32), np.empty(n, np.int32)
+        out = empty(n_rows + 1), empty(n), empty(n)
         return out, np.empty(self._room_for(n), np.int64)
 
 
@@ -161,12 +166,15 @@ def in_range(indices: np.ndarray, limit: int) -> bool:
     return not indices.size or bool(indices.min() >= 0 and indices.max() < limit)
 
 
-def narrow(indices: np.ndarray) -> np.ndarray | None:
-    """Return a copy of int64 indices as int32, or None if one is negative or does not fit."""
+def copy_in_range(indices: np.ndarray, limit: int = 2**31) -> np.ndarray | None:
+    """Return a copy of int32 or int64 indices as int32, in memory that :func:`on_device` shares;
+    or None if one of them is not in ``[0, limit)``."""
     if (library := native()) and indices.flags.c_contiguous:
-        return library.narrow(indices)
-    fits = not indices.size or (indices.min() >= 0 and indices.max() < 2**31)
-    return indices.astype(np.int32) if fits else None
+        return library.copy_in_range(indices, min(limit, 2**31))
+    copied = share(indices) if indices.dtype == np.int32 else indices.copy()
+    if not in_range(copied, min(limit, 2**31)):
+        return None
+    return copied if copied.dtype == np.int32 else copied.astype(np.int32)
 
 
 def rises(indptr: np.ndarray, n: int) -> bool:
@@ -283,6 +291,19 @@ def _pairs_by_row(a: Csr, b: Csr) -> tuple[np.ndarray, np.ndarray]:
     of_a = np.repeat(np.arange(a[1].size, dtype=np.int32), lengths)
     of_b = np.arange(of_a.size) + np.repeat(b[0][a[1]] - (ends - lengths), lengths)
     return of_a, of_b.astype(np.int32)
+
+
+def allocate_by(allocate: Callable[[int], mx.array]) -> None:
+    """Let :func:`empty` take its memory from a function that makes MLX arrays of int32."""
+    global _allocate
+    _allocate = allocate
+
+
+def empty(n: int) -> np.ndarray:
+    """Return ``(n,)`` int32 that nobody has written yet; as of :func:`share`, where C++ can."""
+    if _allocate is None or mx.cuda.is_available():
+        return np.empty(n, np.int32)
+    return np.asarray(_allocate(n))
 
 
 def share(indices: np.ndarray) -> np.ndarray:

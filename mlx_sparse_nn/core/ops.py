@@ -66,7 +66,7 @@ def multiply(
     if bias is not None:
         _check_shape(owner, "bias", bias, (n_rows,))
     data, x = _promote(owner, layout, ("data", "x"), data, x)
-    if x.ndim > 2 and x.size == n_cols and (bias is None or bias.dtype == x.dtype):
+    if x.ndim != 2 and x.size == n_cols and (bias is None or bias.dtype == x.dtype):
         y = derivatives.spmm_of_row(layout, data, x, bias)
         if y is not None:
             return y
@@ -268,7 +268,7 @@ def _promote(
         operands = f"{names[0]} {a.dtype} and {names[1]} {b.dtype}"
         raise TypeError(f"[{op}] {operands} give {dtype}; cast one to a floating type with astype")
     check_block_dtype(op, dtype, layout.block_size)
-    return a.astype(dtype), b.astype(dtype)
+    return derivatives.promoted(a, dtype), derivatives.promoted(b, dtype)
 
 
 def _promote_quantized(

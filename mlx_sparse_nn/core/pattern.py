@@ -15,6 +15,7 @@ from mlx_sparse_nn.core import draw, index
 from mlx_sparse_nn.core.checks import (
     INT32_MAX,
     ArrayLike,
+    check_columns,
     check_indices,
     check_indptr,
     check_range,
@@ -86,9 +87,8 @@ class CSRPattern:
                 f"one more than the {n_block_rows} rows of blocks"
             )
         indptr = check_indices("CSRPattern", "indptr", self.indptr, copy=index.share)
-        indices = check_indices("CSRPattern", "indices", self.indices, copy=index.share)
+        indices = check_columns("CSRPattern", "indices", self.indices, n_block_cols)
         check_indptr("CSRPattern", indptr, indices.size)
-        check_range("CSRPattern", "indices", indices, n_block_cols)
         self._hold(indptr, indices, shape, block_size)
 
     def _hold(

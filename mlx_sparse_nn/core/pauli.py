@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.core.backends.choose import choose_pauli
-from mlx_sparse_nn.core.derivatives import with_rules
+from mlx_sparse_nn.core.derivatives import promoted, with_rules
 from mlx_sparse_nn.core.strings import PauliTerms
 from mlx_sparse_nn.core.transforms import needs_rules
 
@@ -48,7 +48,8 @@ def pauli_product(
     dtype = mx.result_type(*operands, mx.float32)
     real = mx.float32 if dtype == mx.complex64 else dtype
     by_complex = coefficients.dtype == mx.complex64
-    coefficients, x = coefficients.astype(dtype if by_complex else real), x.astype(dtype)
+    coefficients = coefficients.astype(dtype if by_complex else real)
+    x = promoted(x, dtype)
     if diagonal is not None and diagonal.dtype == mx.complex64:
         return diagonal * x + pauli_product(terms, coefficients, None, x)
     operands = [coefficients] + ([] if diagonal is None else [diagonal.astype(real)])
@@ -72,7 +73,7 @@ def pauli_diagonal(
         coefficients: ``(n_strings,)``, real; or complex, if ``dtype`` is.
         dtype: Of the diagonal.
     """
-    strings = dict(zip(signs, parts(coefficients.astype(dtype)), strict=True))
+    strings = dict(zip(signs, parts(promoted(coefficients, dtype)), strict=True))
     return _repeated(_energies(strings, n_qubits, dtype), 1 << n_qubits)
 
 

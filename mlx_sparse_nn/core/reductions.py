@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_sparse_nn.core import algebra
 from mlx_sparse_nn.core.pattern import CSRPattern
-from mlx_sparse_nn.core.transforms import transforming
+from mlx_sparse_nn.core.transforms import of_mapped, tracing, transforming
 
 Axis: TypeAlias = "int | tuple[int, ...] | None"
 
@@ -35,7 +35,7 @@ class Rows(NamedTuple):
     """Rows whose extremes are asked for.
 
     Attributes:
-        data: ``(nnz,)`` stored values, of scalars.
+        data: ``(nnz, ...)`` stored values, of scalars; further axes are of what ``mx.vmap`` maps.
         pattern: Which of them make up each row: canonical.
         n_empty: ``(n_rows,)``, how many places of each row store nothing.
         places: ``(nnz,)``, where each value lies in its row.
@@ -79,7 +79,7 @@ def _describe(pattern: CSRPattern, places: np.ndarray, size: int) -> tuple:
 
 
 def extreme(owner: str, rows: Rows, largest: bool) -> mx.array:
-    """Return the largest or smallest value of each row, ``(n_rows,)``.
+    """Return the largest or smallest value of each row, ``(n_rows, ...)``.
 
     The gradient goes to all places that have it, in equal shares, as MLX's does.
 
@@ -94,10 +94,10 @@ def extreme(owner: str, rows: Rows, largest: bool) -> mx.array:
     """
     _check_order(owner, rows)
     if not rows.n_empty.size:
-        return mx.zeros(0, rows.data.dtype)
+        return mx.zeros((0, *rows.data.shape[1:]), rows.data.dtype)
     pattern = rows.pattern
     of_rows, _ = algebra.gathers(pattern)
-    n_empty = mx.array(rows.n_empty.astype(np.float32))
+    n_empty = _of_each(rows, rows.n_empty.astype(np.float32))
 
     def shares(data: mx.array) -> mx.array:
         """Return the part that each value has in the extreme of its row."""
@@ -109,6 +109,13 @@ def extreme(owner: str, rows: Rows, largest: bool) -> mx.array:
 
     if not transforming():
         return _values(rows, largest)
+    if tracing.graph == "exported":  # a file holds no function with rules: a zero brings the slope
+        still = mx.stop_gradient(rows.data)
+        found = _values(rows._replace(data=still), largest)
+        if not mx.issubdtype(still.dtype, mx.floating):
+            return found
+        zero = mx.where(mx.isinf(still), mx.zeros((), still.dtype), rows.data - still)
+        return found + algebra.sum_rows(pattern)(mx.stop_gradient(shares(still)) * zero)
     function: Any = mx.custom_function(
         lambda data: _values(rows._replace(data=mx.stop_gradient(data)), largest)
     )
@@ -123,6 +130,13 @@ def extreme(owner: str, rows: Rows, largest: bool) -> mx.array:
         return algebra.sum_rows(pattern)(
             mx.stop_gradient(shares(mx.stop_gradient(primal))) * tangent
         )
+
+    # Not MLX's own rule, which maps what the function computes and forgets its derivatives.
+    @function.vmap
+    @of_mapped
+    def vmap(data: mx.array, axis: int) -> tuple[mx.array, int]:
+        mapped = rows._replace(data=mx.moveaxis(data, axis, -1))
+        return extreme(owner, mapped, largest), data.ndim - 1
 
     return function(rows.data)
 
@@ -146,11 +160,12 @@ def place_of_extreme(owner: str, rows: Rows, largest: bool) -> mx.array:
     to_rows, _ = algebra.gathers(rows.pattern)
     found = _values(rows, largest)
     equal = (to_rows(found) == rows.data) | mx.isnan(rows.data)
-    end = mx.array(rows.size, dtype)
-    first = mx.full(found.shape, end, dtype)
-    if rows.data.size:
-        candidates = mx.where(equal, mx.array(rows.places).astype(dtype), end)
+    nnz = rows.data.size
+    first = mx.full(found.shape, nnz, mx.uint32)  # the stored value, or none: in order of places
+    if nnz:
+        candidates = mx.where(equal, mx.arange(nnz, dtype=mx.uint32), nnz)
         first = first.at[to_rows.index].minimum(candidates)
+    first = mx.array(np.append(rows.places, rows.size)).astype(dtype)[first]
     empty = mx.array(rows.first_empty).astype(dtype)
     return mx.where((found == 0) & _has_empty(rows), mx.minimum(first, empty), first)
 
@@ -170,7 +185,12 @@ def _values(rows: Rows, largest: bool) -> mx.array:
 
 
 def _has_empty(rows: Rows) -> mx.array:
-    return mx.array((rows.n_empty > 0).astype(np.uint8)) > 0
+    return _of_each(rows, (rows.n_empty > 0).astype(np.uint8)) > 0
+
+
+def _of_each(rows: Rows, numbers: np.ndarray) -> mx.array:
+    """Return numbers ``(n_rows,)`` of the rows, to stand beside their extremes."""
+    return mx.array(numbers.reshape(-1, *(1 for _ in rows.data.shape[1:])))
 
 
 def largest_stored(data: mx.array, pattern: CSRPattern) -> mx.array:
@@ -179,7 +199,7 @@ def largest_stored(data: mx.array, pattern: CSRPattern) -> mx.array:
 
 
 def _extreme_stored(data: mx.array, pattern: CSRPattern, largest: bool) -> mx.array:
-    out = mx.full(pattern.shape[0], _least(data.dtype, largest), data.dtype)
+    out = mx.full((pattern.shape[0], *data.shape[1:]), _least(data.dtype, largest), data.dtype)
     if not data.size:
         return out
     place = out.at[algebra.gathers(pattern)[0].index]

@@ -3,9 +3,10 @@
 Importing the package changes nothing. Some functions are replaced later, when each is first needed,
 since MLX (0.32.4) has no other way:
 
-- ``mx.vmap`` notes when it traces, from the first pattern on (:func:`note_transforms`). MLX maps
+- ``mx.vmap`` notes when it maps, from the first pattern on (:func:`note_transforms`). MLX maps
   every operation that a mapped function traces, those inside a ``custom_function`` included, and
-  raises at a kernel, although it then uses the function's own rule alone.
+  raises at a kernel, although it then uses the function's own rule alone. Where there is no such
+  rule, as of ``mx.checkpoint``, it traces the function once more.
 - ``mx.export_function`` and ``mx.exporter`` note when they trace, from then on too: a file can hold
   neither a ``custom_function`` nor an operation that is not MLX's own, and MLX keeps to itself
   whether it is exporting. They and ``mx.FunctionExporter`` explain where they find one.
@@ -40,9 +41,10 @@ class Tracing(threading.local):
         graph: What the graph has to be: ``"exported"``, then MLX derives and maps what is inside of
             the products, and a file holds that; or ``"shapeless"``, for every shape of the
             operands, in a file or not; or None.
-        refuses_kernels: Whether it can hold no kernel of a GPU: while ``mx.vmap`` is tracing, after
-            which the products' own rule computes the mapped ones, by kernels; or where an exported
-            function takes derivatives.
+        refuses_kernels: Whether it can hold no kernel of a GPU: while ``mx.vmap`` is mapping, but
+            for rules of our own, which compute the mapped products by kernels (:func:`of_mapped`);
+            or where an exported function takes derivatives.
+        refused_kernels: The same before the innermost ``mx.vmap`` that is mapping.
     """
 
     # Whether MLX takes an array for a tracer, if there is somebody to ask; of all threads.
@@ -50,7 +52,7 @@ class Tracing(threading.local):
 
     def __init__(self):
         self.graph: Literal["exported", "shapeless"] | None = None
-        self.refuses_kernels = False
+        self.refuses_kernels = self.refused_kernels = False
         self.is_replay = False
         # A probe of each thread's own: what MLX has compiled in a thread has to go before the
         # thread ends, since MLX would wait for Python where the interpreter may be shutting down.
@@ -102,12 +104,20 @@ def needs_rules() -> bool:
         return False
     if tracing.refuses_kernels or tracing.graph is not None:
         return True
-    return _draw_attention() == _attention_in_derivatives(str(mx.default_device().type))
+    return _may_be_derived()
+
+
+def _may_be_derived() -> bool:
+    """Return whether derivatives may be taken of what is traced now.
+
+    On a GPU, MLX's drawing of an attention is another one while they are, which MLX (0.32.4) tells
+    nobody otherwise. On a CPU it is not; and to draw it takes as long as a small product.
+    """
+    device = mx.default_device().type
+    return device is mx.cpu or _draw_attention() == _attention_in_derivatives(str(device))
 
 
 def _draw_attention() -> str:
-    """Return MLX's drawing of an attention. On a GPU it is another one while derivatives are taken,
-    which MLX (0.32.4) tells nobody otherwise; where it is not, all that is traced needs rules."""
     drawn, operand = StringIO(), _operand()
     attention = mx.fast.scaled_dot_product_attention(operand, operand, operand, scale=1.0)
     mx.export_to_dot(drawn, attention)
@@ -129,9 +139,32 @@ def _operand() -> mx.array:
     return operand
 
 
+def traces_every_shape() -> bool:
+    """Return whether MLX traces for every shape now, noted or not: what was compiled before the
+    first pattern or operator notes nothing."""
+    if tracing.graph is not None:
+        return tracing.graph == "shapeless"
+    return transforming() and _shapes_are_open()
+
+
 def replayed(fun: Callable) -> Callable:
     """Return a function during which no product needs rules: its graph is for calls without."""
     return _noted(fun, is_replay=True)
+
+
+def of_mapped(rule: Callable) -> Callable:
+    """Return a rule for ``mx.vmap``: its operands are none that this ``mx.vmap`` maps any more."""
+
+    @wraps(rule, updated=())
+    def noted(*args):
+        return _noted(rule, refuses_kernels=tracing.refused_kernels)(*args)
+
+    return noted
+
+
+def of_numbers(function: Callable) -> Callable:
+    """Return a function that reads its arrays, which ``mx.vmap`` does not map then."""
+    return _noted(function, refuses_kernels=False)
 
 
 def ask_directly(is_tracer: Callable[[mx.array], bool]) -> None:
@@ -149,7 +182,14 @@ def note_transforms() -> None:
 
     @wraps(vmap)
     def noting_vmap(fun: Callable, in_axes: Any = 0, out_axes: Any = 0) -> Callable:
-        return vmap(_noted(fun, refuses_kernels=True), in_axes, out_axes)
+        mapped = vmap(fun, in_axes, out_axes)
+
+        @wraps(fun, updated=())
+        def noting(*args, **kwargs):
+            refused = tracing.refuses_kernels
+            return _noted(mapped, refuses_kernels=True, refused_kernels=refused)(*args, **kwargs)
+
+        return noting
 
     @wraps(compile_)
     def noting_compile(

@@ -130,52 +130,73 @@ MAX_SHARED = 227 * 1024  # bytes that a thread block of Hopper may have
 HOPPER = "sm_90"
 WGMMA_STAGES = {64: {256: 5, 128: 8}, 128: {256: 4, 128: 6}}  # by block size and rows of a tile
 # Some rows of x on Hopper, by thread blocks that share rows (cuda_rows.py), beside spmm_tiles and
-# spmm_wgmma. The most rows of x for which they share a block-row, by block size. 64 rows at 10 and
-# 50% take an H100 6.6 and 15 microseconds at B = 32 against 8.7 and 34, 8.1 and 13 at B = 64
-# against 9.6 and 35, and 8.4 and 11 at B = 128 against 13 and 45. 128 rows at 10% take it 6.4 in
-# place of 10 at B = 64, and 7.5 in place of 10.5 at B = 128, by those.
-SHARED_ROWS = {16: 64, 32: 128, 64: 64, 128: 64}
-MAX_SPLITS = 8  # thread blocks of a block-row
-# Inputs of the mean block-row above which two thread blocks on a multiprocessor share it: B = 32,
-# 64 rows, 50% takes 12 microseconds in place of 15, 10% 6.2 in place of 5.5.
-LONG_ROW = 1536
-# Sums of all of them: B = 128 and 128 rows take 7.2 and 13 microseconds with 2, and 11 and 18 with
-# 4.
-SPLIT_SUMS = 2**15
+# spmm_wgmma. The most rows of x for which they share a block-row, by block size; of blocks of 64
+# and more than 128 rows, only where a tile of 256 would have at most so many. Microseconds at 10,
+# 20 and 50% on an H100: B = 32, 256 rows 8.8, 13.4, 28 against 9.4, 15, 33, and 384 rows 16, 22, 45
+# against 16, 28, 64; B = 64, 128 rows 5.7, 8.1, 15 against 6.3, 8.4, 16, and 384 rows 8.4, 13, 27
+# against 9.6, 15, 33; B = 128, 256 rows 6.8, 9.8, 18.7 against 7.4, 10.4, 19.6.
+SHARED_ROWS = {16: 128, 32: 384, 64: 384, 128: 256}
+SHARED_OF_256 = 192
+SHARES = (1, 2, 4)  # thread blocks of a block-row
+
+
+class SharesCost(NamedTuple):
+    """Microseconds of ``spmm_shares``, for its tile and number: not to be added to others' times.
+
+    Set so that of 179 products on an H100 (4096 x 4096, 11008 x 4096, 2048 x 2048, 10 to 50%, both
+    directions) the choice by it takes 0.3% longer than the best, in the mean, and 7% at most.
+    """
+
+    round: float = 3.1  # of thread blocks, two a multiprocessor
+    stage: float = 0.51  # of the longest block-row
+    byte: float = 4.3e-6  # that a multiprocessor copies
+    second: float = 3.3  # kernel, which adds up the sums
+    sum: float = 3.9e-6  # of each thread block
+
+
+SHARES_COST = SharesCost()
 # Bytes of stages: 128 thread blocks take 4.5 microseconds for no work with 97 KB each, and 7.8 with
 # 193 KB.
 SHARED_OF_TWO = 108 * 1024
 SHARED_OF_ONE = 216 * 1024
 MAX_SHARED_STAGES = 8
 # Blocks of 16 of which so much is stored, up to so many rows: thread blocks share a panel's
-# columns.
-# 64 and 128 rows at 50% take an H100 21 and 28 microseconds against 32 and 41; at 10% 12 and 18
-# against 9 and 13.
+# columns. Microseconds at 10, 20 and 50% on an H100: 64 rows 11, 11.9, 15.4 against 8.9, 13, 26;
+# 256 rows 23, 26, 32 against 17.7, 30, 58.
 SLICED_BLOCK = 16
 SLICED_ROWS = 512
-SLICED = 0.2
-# spmm_boxes: stages by block size, and the multiply-adds from which it is faster than spmm_wgmma.
-# 4,096 rows, 5, 10, 20 and 50%, in microseconds: B = 64 30.7, 40.7 or 54.5, 61.2, 130.5 against
-# 29.2, 43.7, 71.3, 160.2; B = 128 28.2, 36.8, 50.5, 96.7 against 25.9, 38.2, 55.7, 114.2.
+SLICED = 0.15
+# spmm_boxes: stages by block size, and the multiply-adds, the share of stored values, and the part
+# of the GPU's rounds that is filled from which it is faster than spmm_wgmma. Microseconds at 10, 20
+# and 50% on an H100: B = 64, 4,096 rows 44, 71, 140 against 44, 75, 167, transposed 41, 64 against
+# 45, 73; 1,024 rows 15, 21, 38 against 13, 20, 43, and 1,280, which fill 0.6, 24, 38, 77 against
+# 18, 29, 63. B = 128, 4,096 rows 39, 55, 108 against 37, 54, 118; 768 rows 12, 16, 28 against 12,
+# 18, 37.
 BOX_STAGES = {64: 3, 128: 4}
-BOX_PRODUCTS = 1e10
-PANEL_DENSITY = {16: 0.025, 32: 0.15}  # from which spmm_panels is faster than spmm_tiles
+BOX_PRODUCTS = 6.4e9
+BOXES_FROM = {64: (0.0, 0.9), 128: (0.3, 0.55)}
+PANEL_DENSITY = {16: 0.025}  # from which spmm_panels is faster than spmm_tiles
+# Thread blocks from which it is for B = 16, though it takes as long for fewer rows: 512 rows and
+# 10% take an H100 27 microseconds as 1,024 do, by tiles 32.
+PANEL_GROUPS = 40
 FLOAT_PANEL_DENSITY = {16: 0.08}  # the same of float32: 230 us at 10%, spmm_tiles 293
 MAX_PANEL_COLUMNS = 2**20
 # By bytes of an element and block size: rows of x from which spmm_fragments takes a product. On an
 # H200, 4,096 rows, 10%: float32 of 32, 64, 128 takes 112, 87, 68 us (spmm_tiles 191, 165, 180,
 # MLX's dense 334); 3072 x 3072, 24 in float32 117 (dense 199), 48 and 96 in bfloat16 39 and 26
 # (dense 99). 256 rows of 64 and 128 in float32 take 8.5 and 7.5 us, 64 rows 7.4 (spmm_tiles 16, 24
-# and 17).
+# and 17). Of 32 in bfloat16, what thread blocks do not share: 512, 1,024 and 4,096 rows, 10%, take
+# an H100 13.5, 22 and 78 us (spmm_tiles 16.6, 30, 94), 20% 19, 34 and 130 (28, 52, 166, spmm_panels
+# 38, 41, 160).
 FRAGMENT_ROWS = {(4, block_size): 17 for block_size in range(16, 129, 8)}
 FRAGMENT_ROWS |= {
-    (2, block_size): 17 for block_size in range(24, 129, 8) if block_size not in (32, 64, 128)
+    (2, block_size): 17 for block_size in range(24, 129, 8) if block_size not in (64, 128)
 }
 # The same of sddmm_fragments: 3072 x 3072, 96 in bfloat16 takes 44 us (dense 99).
 GRADIENT_FRAGMENT_ROWS = {
     (itemsize, block_size): 256
     for itemsize, block_size in FRAGMENT_ROWS
-    if (itemsize, block_size) != (4, 16)
+    if (itemsize, block_size) not in ((4, 16), (2, 32))
 }
 GRADIENT_PANELS = (16, 32)  # block sizes of sddmm_panels
 GRADIENT_PANEL_SHARED = 204_800  # bytes
@@ -367,8 +388,8 @@ DENSE_FROM: dict[str, dict[str, dict[int | str, DenseFrom]]] = {
         "spmm": {
             "scalars": DenseFrom(0.005, 1.4),
             8: DenseFrom(0.02, 9.0),
-            16: DenseFrom(0.3, 27.0),
-            32: DenseFrom(0.35, 27.0),
+            16: DenseFrom(0.3, 60.0),
+            32: DenseFrom(0.35, 48.0),
             64: DenseFrom(0.6, 4.0),
             128: DenseFrom(0.7, 4.0),
             24: DenseFrom(0.09, 6.0),

@@ -108,12 +108,15 @@ def _multiply_by_ones(selector: CSRPattern, values: mx.array) -> mx.array:
 
 
 def _sum_integers(selector: CSRPattern, values: mx.array) -> mx.array:
-    """Return ``values (..., n)`` times the transpose of the pattern: integers have no products."""
+    """Return ``values (..., n)`` times the transpose of the pattern: integers have no products.
+
+    Sums of runs are differences of running sums, which wrap around as the sums themselves do.
+    """
     dtype = mx.int32 if values.dtype == mx.bool_ else values.dtype
     out = mx.zeros((*values.shape[:-1], selector.shape[0]), dtype)
     if selector.n_blocks and values.size:
-        rows, columns = mx.array(selector.row_indices), mx.array(selector.indices)
-        bits = mx.int64 if dtype == mx.uint64 else dtype  # of the same sums: a GPU adds no uint64
-        added = values[..., columns].astype(dtype).view(bits)
-        out = out.view(bits).at[..., rows].add(added).view(dtype)
+        indptr = mx.array(selector.indptr)
+        running = mx.cumsum(values[..., mx.array(selector.indices)].astype(dtype), axis=-1)
+        running = mx.concatenate([mx.zeros((*values.shape[:-1], 1), dtype), running], axis=-1)
+        out = running[..., indptr[1:]] - running[..., indptr[:-1]]
     return out > 0 if values.dtype == mx.bool_ else out

@@ -29,11 +29,12 @@ namespace mlx_sparse_nn {
 namespace {
 
 constexpr int64_t DEPTH = 128;  // columns of a group, whose x of a panel stays in the first cache
-constexpr int64_t STRIP = 16;   // outputs that are written together, at least
+constexpr int64_t STRIP = 128;  // outputs that are written together, about
 constexpr int64_t SLICE = 64;   // columns of a panel that are packed together
 
 // Scratch, in accumulators: x in panels and of the few rows, then what each thread has.
 struct Layout {
+  int64_t height;  // of a strip
   int64_t panels;
   int64_t few;
   int64_t start;   // bias of a block-row
@@ -48,7 +49,7 @@ struct Layout {
     const Plan whole(std::min(p.N, CHUNK), most), last(p.N % CHUNK, most);  // chunks
     const int64_t lanes = std::max(whole.width(), last.width());
     const int64_t n = few_width(std::max(whole.few, last.few));
-    const int64_t height = round_up(std::max(B, STRIP), B);
+    height = std::max(B, std::min(STRIP / B, p.a.R) * B);
     panels = round_up(lanes * p.a.C * B, 64);
     few = round_up(n * p.a.C * x_step(B), 64);
     start = round_up(B, 64);
@@ -85,19 +86,14 @@ class Chunk {
     pack_panels();
     if (plan.few) pack_few();
     const double work = work_of(a, rows);
-    const int64_t height = B < STRIP ? STRIP / B : 1;  // of a strip, in block-rows
-    auto multiply = [&](int64_t begin, int64_t end, int worker) {
+    const int64_t height = layout.height / B;  // of a strip, in block-rows
+    share_rows(p.crew, a.indptr, a.R, work, [&](int64_t begin, int64_t end, int worker) {
       const Own own(layout, few + layout.few + worker * layout.mine());
       clear_outside(own.edge);
-      for (int64_t s = begin; s < end; ++s) {
-        multiply_strip(s * height, std::min(a.R, (s + 1) * height), own);
+      for (int64_t r = begin; r < end; r += height) {
+        multiply_strip(r, std::min(end, r + height), own);
       }
-    };
-    if (height == 1) {
-      share_rows(p.crew, a.indptr, a.R, work, multiply);
-    } else {
-      share(p.crew, (a.R + height - 1) / height, work, multiply);
-    }
+    });
   }
 
  private:
@@ -121,10 +117,13 @@ class Chunk {
 
   void pack_panels() const {
     const int64_t n_cols = a.n_cols, whole = a.C * B, few0 = rows - plan.few;
-    const int64_t slices = (n_cols + SLICE - 1) / SLICE;
+    // Slices begin where cache lines do.
+    const int64_t shift = reinterpret_cast<uintptr_t>(x) / sizeof(E) % W;
+    const int64_t slices = (n_cols + shift + SLICE - 1) / SLICE;
     share(p.crew, plan.n * slices, double(few0) * n_cols, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t q = i / slices, c = i % slices * SLICE, c_end = std::min(c + SLICE, n_cols);
+        const int64_t q = i / slices, s = i % slices * SLICE - shift;
+        const int64_t c = std::max<int64_t>(0, s), c_end = std::min(s + SLICE, n_cols);
         const int64_t first = plan.first[q], lanes = plan.lanes[q];
         A* const to = panels + first * whole;
         gather(x + first * p.x.n_step + c * p.x.c_step, p.x.c_step, p.x.n_step, c_end - c,
@@ -141,10 +140,18 @@ class Chunk {
       // A row of x that is missing is some other; what it gives is not written.
       const E* const row = x + (rows - plan.few + std::min(n, plan.few - 1)) * p.x.n_step;
       const int64_t whole = a.n_cols / B;  // block-columns
-      gather(row, B * p.x.c_step, p.x.c_step, whole, B, to, step, B);
+      int64_t c = 0;
+      if (RUN < V && p.x.c_step == 1) {
+        for (; c < whole; ++c) {
+          const vec<A, RUN> values = load<RUN>(row + c * B);
+          for (int k = 0; k < V; k += RUN) store<RUN>(to + c * step + k, values);
+        }
+      }
+      gather(row + c * B * p.x.c_step, B * p.x.c_step, p.x.c_step, whole - c, B, to + c * step,
+             step, B);
       gather(row + whole * B * p.x.c_step, 0, p.x.c_step, a.C - whole, last_cols, to + whole * step,
              step, B);
-      for (int64_t c = 0; c < a.C; ++c) {
+      for (; c < a.C; ++c) {
         for (int64_t k = B; k < x_step(B); ++k) to[c * step + k] = to[c * step + k - B];
       }
     }

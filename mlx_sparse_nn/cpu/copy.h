@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <stdint.h>
+
 #include <algorithm>
 
 #include "vectors.h"
@@ -16,8 +18,17 @@ INLINE void copy_run(const From* from, To* to, int64_t n) {
   if constexpr (N > 1) copy_run<(N > 4 ? N / 2 : 1)>(from + i, to + i, n - i);
 }
 
+// Tiles of T along n >= T elements at p. The second begins where a vector of T does not lie across
+// cache lines, the last one ends at n: they write again what others wrote.
+template <int T, class E>
+INLINE int64_t next_tile(int64_t i, int64_t n, const E* p) {
+  if (i + T >= n) return n;
+  const int64_t to_boundary = T - reinterpret_cast<uintptr_t>(p) / sizeof(E) % T;
+  return std::min(i ? i + T : to_boundary, n - T);
+}
+
 // to[i, k] = from[k, i] for i < rows and k < cols, of which `valid` exist and the others are zero.
-// T x T at a time, then 4 x 4, then one by one.
+// T x T at a time if there are as many, or 4 x 4, or one by one.
 template <int T, class From, class To>
 void copy_transposed(const From* from, int64_t from_step, int64_t rows, int64_t cols, int64_t valid,
                      To* to, int64_t to_step) {
@@ -27,10 +38,11 @@ void copy_transposed(const From* from, int64_t from_step, int64_t rows, int64_t 
         put(to + i * to_step + k, k < valid ? widen(from[k * from_step + i]) : 0);
       }
     }
+  } else if (rows < T || cols < T) {
+    copy_transposed<(T > 4 ? 4 : 1)>(from, from_step, rows, cols, valid, to, to_step);
   } else {
-    const int64_t whole_rows = rows / T * T, whole_cols = cols / T * T;
-    for (int64_t k0 = 0; k0 < whole_cols; k0 += T) {
-      for (int64_t i = 0; i < whole_rows; i += T) {
+    for (int64_t k0 = 0; k0 < cols; k0 = next_tile<T>(k0, cols, to)) {
+      for (int64_t i = 0; i < rows; i = next_tile<T>(i, rows, from)) {
         using Lanes = decltype(load<T>(from));
         Lanes tile[T];
 #pragma GCC unroll 16
@@ -41,15 +53,6 @@ void copy_transposed(const From* from, int64_t from_step, int64_t rows, int64_t 
 #pragma GCC unroll 16
         for (int k = 0; k < T; ++k) store<T>(to + (i + k) * to_step + k0, tile[k]);
       }
-    }
-    constexpr int NEXT = T > 4 ? 4 : 1;
-    if (whole_rows < rows) {
-      copy_transposed<NEXT>(from + whole_rows, from_step, rows - whole_rows, cols, valid,
-                            to + whole_rows * to_step, to_step);
-    }
-    if (whole_cols < cols) {
-      copy_transposed<NEXT>(from + whole_cols * from_step, from_step, whole_rows, cols - whole_cols,
-                            valid - whole_cols, to + whole_cols, to_step);
     }
   }
 }

@@ -18,6 +18,11 @@ constexpr int V = BLOCK ? SMALL : std::min(4, W);    // lanes
 constexpr int RUN = BLOCK && BLOCK < V ? BLOCK : V;  // lanes that lie in one row of a block
 constexpr int IN_REGISTERS = REGISTERS / 2;          // vectors of sums
 
+// One row of x takes values as they lie, and as fast as they come: they are fetched this far ahead,
+// from memory to the second cache and from there to the first.
+constexpr int64_t FAR = (1 << 15) / sizeof(E);
+constexpr int64_t NEAR = (1 << 12) / sizeof(E);
+
 // Vectors of a row of a block; the sums of a block-row, one for each row, or rows; x of a block.
 INLINE constexpr int64_t row_vectors(int64_t B) { return B > V ? B / V : 1; }
 INLINE constexpr int64_t row_sums(int64_t B) { return B * B / (V * row_vectors(B)); }
@@ -47,6 +52,7 @@ INLINE int64_t few_width(int64_t few) { return few < 2 ? few : round_up(few, 2);
 template <int N>
 void multiply_few(const Group& g, const A* x, A* sums) {
   constexpr int ROWS = at_most(SUMS, IN_REGISTERS / N);
+  constexpr bool STREAMS = N == 1 && BLOCK > 0 && !WIDENED;
   const int64_t B = g.side(), vectors = row_vectors(B), n_sums = row_sums(B);
   // One or two rows take wide blocks one by one, since memory likes to be read in order.
   const int at_once = vectors > 1 && N <= 2 ? 1 : g.n + 1;
@@ -57,7 +63,7 @@ void multiply_few(const Group& g, const A* x, A* sums) {
       if (!g.first || e0) load_all<V>(sums + i * N * V, acc);
       for (int e = e0; e < e1; ++e) {
         const E* w = g.stored(e) + i * vectors * V;
-        const E* ahead = g.ahead(e) + i * vectors * V;
+        const E* ahead = STREAMS ? w + FAR : g.ahead(e) + i * vectors * V;
         const A* xs = x + g.column[e] * (N * x_step(B));
         for (int64_t k = 0; k < vectors; ++k) {
           vec<A, V> xv[N];
@@ -67,6 +73,7 @@ void multiply_few(const Group& g, const A* x, A* sums) {
           for (int m = 0; m < ROWS; ++m) {
             const vec<A, V> values = load<V>(w + (m * vectors + k) * V);
             __builtin_prefetch(ahead + (m * vectors + k) * V, 0, 2);
+            if (STREAMS) __builtin_prefetch(w + NEAR + (m * vectors + k) * V, 0, 3);
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) acc[m * N + n] += values * xv[n];
           }

@@ -3,6 +3,7 @@
 
 #include <string.h>
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels.h"
 #include "vectors.h"
@@ -33,6 +34,31 @@ bool none(int64_t n, const F& wrong) {
     if (wrong(i)) return false;
   }
   return true;
+}
+
+// Copies int32 or int64, whole vectors at a time, and checks what it has read: nobody can change it
+// in between. Whether all are in [0, limit), which is at most 2^31.
+template <class From>
+bool copy_and_check(const From* from, int64_t n, int64_t limit, int32_t* to) {
+  using Unsigned = std::make_unsigned_t<From>;
+  constexpr int L = REGISTER_BYTES / sizeof(From);
+  const Unsigned bound = limit;
+  vec<From, L> wrong = {};
+  int64_t i = 0;
+  for (; i + L <= n; i += L) {
+    const auto values = *reinterpret_cast<const loose_vec<From, L>*>(from + i);
+    wrong |= bit_cast<vec<Unsigned, L>>(values) >= bound;
+    *reinterpret_cast<loose_vec<int32_t, L>*>(to + i) =
+        __builtin_convertvector(values, vec<int32_t, L>);
+  }
+  From any = 0;
+  for (int l = 0; l < L; ++l) any |= wrong[l];
+  for (; i < n; ++i) {
+    const From value = from[i];
+    any |= static_cast<Unsigned>(value) >= bound;
+    to[i] = static_cast<int32_t>(value);
+  }
+  return any == 0;
 }
 
 // Entries of a CSR by their column; each carries its row.
@@ -209,12 +235,13 @@ MLX_SPARSE_EXPORT bool in_range(const int32_t* indices, int64_t n, int64_t limit
   return none(n, [=](int64_t i) { return static_cast<uint32_t>(indices[i]) >= bound; });
 }
 
-// Copies int64; whether all are in [0, 2^31).
-MLX_SPARSE_EXPORT bool narrow(const int64_t* indices, int64_t n, int32_t* out) {
-  return none(n, [=](int64_t i) {
-    out[i] = indices[i];
-    return static_cast<uint64_t>(indices[i]) > INT32_MAX;
-  });
+// Copies indices as int32; whether all are in [0, limit).
+MLX_SPARSE_EXPORT bool copy_in_range(const int32_t* indices, int64_t n, int64_t limit,
+                                     int32_t* out) {
+  return copy_and_check(indices, n, limit, out);
+}
+MLX_SPARSE_EXPORT bool narrow(const int64_t* indices, int64_t n, int64_t limit, int32_t* out) {
+  return copy_and_check(indices, n, limit, out);
 }
 
 // Whether indptr (R + 1) begins with 0, never decreases, and ends with n.

@@ -85,12 +85,14 @@ const void* contiguous(const mx::array& array, mx::cpu::CommandEncoder& encoder)
   return to;
 }
 
+// A vector is a single row.
 Rows rows_of(const mx::array& x) {
   const auto& strides = x.strides();
   const int n = x.ndim();
-  return {const_cast<char*>(x.data<char>()), n > 2 ? strides[0] : 0, strides[n - 2],
+  return {const_cast<char*>(x.data<char>()), n > 2 ? strides[0] : 0, n > 1 ? strides[n - 2] : 0,
           strides[n - 1]};
 }
+int n_rows(const mx::array& x) { return x.ndim() > 1 ? x.shape(-2) : 1; }
 
 // The CSR of a matrix of these sizes, past which its last blocks may reach.
 Csr csr_of(const mx::array& indptr, const mx::array& indices, int64_t B, int64_t n_rows,
@@ -111,7 +113,7 @@ int n_matrices(const mx::array& x) { return x.ndim() > 2 ? x.shape(0) : 1; }
 
 // Allocates y in the order of x: by columns if x is, so that the rows of A are written as they lie.
 Rows allocate_like(const mx::array& x, mx::array& y) {
-  const int64_t n_x = y.shape(-2), width = y.shape(-1);
+  const int64_t n_x = n_rows(y), width = y.shape(-1);
   if (n_x == 1 || width == 1 || x.strides(-1) == 1 || x.strides(-2) != 1) {
     y.set_data(mx::allocator::malloc(y.nbytes()));
   } else {
@@ -188,6 +190,7 @@ class SparseProduct : public CPUPrimitive {
 
   // Mapped over x alone, it is one product of more rows; over stored values, of more matrices.
   Mapped vmap(const std::vector<mx::array>& inputs, const std::vector<int>& axes) override {
+    if (static_cast<int>(inputs[3].ndim()) - (axes[3] >= 0) == 1) return vmap_vector(inputs, axes);
     const bool quantized = kind_ == Kind::QUANTIZED;
     const int last = inputs.size() - 1, perm = quantized ? 6 : 4;
     check_unmapped(axes, {0, 1, transposed_ ? perm : 0});
@@ -250,7 +253,7 @@ class SparseProduct : public CPUPrimitive {
     p.x = rows_of(x);
     p.y = allocate_like(x, outputs[0]);
     p.V = n_matrices(x);
-    p.N = x.shape(-2);
+    p.N = n_rows(x);
     p.crew = crew();
     if (kind_ == Kind::QUANTIZED) {
       const auto& kernel = *static_cast<const Kernel<QuantizedProduct>*>(kernel_);
@@ -264,6 +267,19 @@ class SparseProduct : public CPUPrimitive {
   }
 
  private:
+  // The same of a vector x: as of a single row.
+  Mapped vmap_vector(const std::vector<mx::array>& inputs, const std::vector<int>& axes) {
+    auto in = inputs;
+    auto in_axes = axes;
+    if (axes[3] >= 0) {
+      in[3] = mx::moveaxis(in[3], axes[3], 0, stream());
+      in_axes[3] = 0;
+    }
+    in[3] = mx::expand_dims(in[3], -2, stream());
+    auto [out, out_axes] = vmap(in, in_axes);
+    return {{mx::squeeze(out[0], -2, stream())}, out_axes};
+  }
+
   const void* kernel_;
   Kind kind_;
   int width_;
@@ -563,6 +579,14 @@ MLX_SPARSE_EXPORT void probe(void* object, int64_t* out) {
   out[0] = array.ndim();
   out[1] = array.size();
   out[2] = array.itemsize();
+}
+
+// Writes into an array object of Python's n int32 that nobody has written yet.
+MLX_SPARSE_EXPORT void make_indices(void* out, int n) {
+  mx::array indices({n}, mx::int32, nullptr, {});
+  indices.set_data(mx::allocator::malloc(indices.nbytes()));
+  indices.set_status(mx::array::Status::available);
+  unwrap(out) = indices;
 }
 
 // Whether MLX takes an array for a tracer: one kept from a trace, while a transform is running.

@@ -42,8 +42,10 @@ constexpr int ROWS = 16;  // of A whose sums are written together
 constexpr int64_t LONG = 8192;
 constexpr int64_t MAX_PARTS = 16;
 // Terms from what is computed to what is fetched: of their own arrays, and of wide rows of x.
-constexpr int64_t AHEAD = 256;
+constexpr int64_t AHEAD = 512;
+constexpr int64_t LINE = 16;  // indices of a cache line
 constexpr int64_t ROWS_AHEAD = 4;
+constexpr int64_t IN_CACHE = 1 << 21;        // terms up to which their arrays are not fetched ahead
 constexpr int64_t MAX_ROWS = 4 * W / PARTS;  // of x that are packed
 
 // ---- lanes
@@ -76,6 +78,13 @@ template <int L>
 INLINE vec<Lane, L> conjugates(vec<Lane, L> x) {
   const vec<Bits, L> sign = (lane_numbers<L>() & 1) << 31;
   return bit_cast<vec<Lane, L>>(bit_cast<vec<Bits, L>>(x) ^ sign);
+}
+
+// Adds lanes l and l + S of each 2 S lanes of a, and of b: of a to the lower S, of b to the upper.
+template <int S, int L>
+INLINE vec<Lane, L> fold(vec<Lane, L> a, vec<Lane, L> b) {
+  swap_lanes<Lane, L, S>(a, b, std::make_integer_sequence<int, L>{});
+  return a + b;
 }
 
 // ---- panels
@@ -237,44 +246,98 @@ INLINE vec<Lane, G> values_at(const E* from, const int32_t* places) {
   return values;
 }
 
-// The same for a single row of x, of numbers of one lane. The end of a row is not a loop of its
-// own, which would be mispredicted: a whole step is computed, and what is past the end dropped.
+// The totals of G vectors, each as by total().
+INLINE vec<Lane, G> totals_of(const vec<Lane, G> (&sums)[G]) {
+  if constexpr (G == 4) {
+    return fold<1, G>(fold<2, G>(sums[0], sums[2]), fold<2, G>(sums[1], sums[3]));
+  } else {
+    return fold<1, G>(sums[0], sums[1]);
+  }
+}
+
+// G products of stored values, from j on, with a single row of x.
+template <bool PERM, class E>
+INLINE vec<Lane, G> products_at(const E* data, const int32_t* indices, const int32_t* perm,
+                                const Lane* x, int64_t j) {
+  if constexpr (PERM) {
+    return values_at(data, perm + j) * values_at(x, indices + j);
+  } else {
+    return load<G>(data + j) * values_at(x, indices + j);
+  }
+}
+
+// Their sums over [j, end), lane by lane. The end is not a loop of its own, which would be
+// mispredicted: a whole step is computed, and what is past the end dropped.
+template <bool PERM, class E>
+INLINE vec<Lane, G> sum_products(const E* data, const int32_t* indices, const int32_t* perm,
+                                 const Lane* x, int64_t j, int64_t end) {
+  vec<Lane, G> acc = {};
+  for (; j + G < end; j += G) acc += products_at<PERM>(data, indices, perm, x, j);
+  return acc +
+         keep<G>(products_at<PERM>(data, indices, perm, x, j), lane_numbers<G>() < Bits(end - j));
+}
+
+// Sums of the first rows of [0, n), as below and without bias: of G rows at a time, which are
+// totalled together, while there are as many, short ones, whose last steps may be read. Returns how
+// many rows that were.
+template <bool PERM, bool FETCHES, class E>
+__attribute__((noinline)) int64_t sum_groups(const Terms& t, const int32_t* begins,
+                                             const int32_t* ends, int64_t n, Lane* sums) {
+  const E* data = t.data;
+  const int32_t *indices = t.indices, *perm = t.perm;
+  const Lane* x = t.x.values;
+  const int64_t last = t.n_blocks - G;
+  int64_t r = 0;
+  for (; r + G <= n; r += G) {
+    if (ends[r + G - 1] > last || ends[r + G - 1] - begins[r] > LONG) break;
+    vec<Lane, G> acc[G];
+#pragma GCC unroll 4
+    for (int i = 0; i < G; ++i) {
+      if (const int64_t j = begins[r] + i * LINE; FETCHES && j < ends[r + G - 1]) {
+        __builtin_prefetch(indices + j + AHEAD);
+        __builtin_prefetch(PERM ? static_cast<const void*>(perm + j + AHEAD) : data + j + AHEAD);
+      }
+      acc[i] = sum_products<PERM>(data, indices, perm, x, begins[r + i], ends[r + i]);
+    }
+    store<G>(sums + r, totals_of(acc));
+  }
+  return r;
+}
+
+// The same as sum_rows for a single row of x, of numbers of one lane.
 template <bool PERM, class E>
 void sum_rows_of_one(const Terms& t, const int32_t* begins, const int32_t* ends, int64_t n,
                      const E* bias, Lane* sums, int64_t step) {
   const E* data = t.data;
   const int32_t *indices = t.indices, *perm = t.perm;
   const Lane* x = t.x.values;
-  const int64_t n_blocks = t.n_blocks;
-  auto products = [=](int64_t j) __attribute__((always_inline)) {
-    vec<Lane, G> w;
-    if constexpr (PERM) {
-      w = values_at(data, perm + j);
-    } else {
-      w = load<G>(data + j);
+  const auto groups =
+      t.n_blocks > IN_CACHE ? sum_groups<PERM, true, E> : sum_groups<PERM, false, E>;
+  for (int64_t r = 0; r < n;) {
+    if (step == 1) {
+      const int64_t n_rows = groups(t, begins + r, ends + r, n - r, sums + r);
+      if (bias) {
+        for (int64_t i = r; i < r + n_rows; ++i) sums[i] += widen(bias[i]);
+      }
+      r += n_rows;
     }
-    return w * values_at(x, indices + j);
-  };
-  for (int64_t r = 0; r < n; ++r) {
-    int64_t j = begins[r];
-    const int64_t end = ends[r];
-    if (end - j > LONG) continue;
-    __builtin_prefetch(indices + j + AHEAD);
-    if (PERM) {
-      __builtin_prefetch(perm + j + AHEAD);
-    } else {
-      __builtin_prefetch(data + j + AHEAD);
+    for (const int64_t last = std::min(r + G, n); r < last; ++r) {
+      int64_t j = begins[r];
+      const int64_t end = ends[r];
+      if (end - j > LONG) continue;
+      Lane sum = 0;
+      if (end + G <= t.n_blocks) {
+        sum = total<Lane, G>(sum_products<PERM>(data, indices, perm, x, j, end));
+      } else {
+        vec<Lane, G> acc = {};
+        for (; j + G < end; j += G) {
+          acc += products_at<PERM>(data, indices, perm, x, j);
+        }
+        for (; j < end; ++j) sum += widen(data[PERM ? perm[j] : j]) * x[indices[j]];
+        sum += total<Lane, G>(acc);
+      }
+      sums[r * step] = bias ? sum + widen(bias[r]) : sum;
     }
-    vec<Lane, G> acc = {};
-    Lane sum = 0;
-    for (; j + G < end; j += G) acc += products(j);
-    if (j + G <= n_blocks) {
-      acc += keep<G>(products(j), lane_numbers<G>() < Bits(end - j));
-    } else {
-      for (; j < end; ++j) sum += widen(data[PERM ? perm[j] : j]) * x[indices[j]];
-    }
-    sum += total<Lane, G>(acc);
-    sums[r * step] = bias ? sum + widen(bias[r]) : sum;
   }
 }
 
@@ -447,12 +510,6 @@ void multiply_row(const int32_t* indices, int64_t begin, int64_t end, int64_t la
   for (; j < end; ++j) put(out + j, y * x[indices[j]]);
 }
 
-// Adds lanes l and l + S of each 2 S lanes of a, and of b: of a to the lower S, of b to the upper.
-template <int S, int L>
-INLINE vec<Lane, L> fold(vec<Lane, L> a, vec<Lane, L> b) {
-  swap_lanes<Lane, L, S>(a, b, std::make_integer_sequence<int, L>{});
-  return a + b;
-}
 template <int S, int L>
 INLINE vec<Lane, L> fold_rest(vec<Lane, L> a) {
   if constexpr (S == 0) {

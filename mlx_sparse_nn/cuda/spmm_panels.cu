@@ -10,7 +10,7 @@
 //   lies in its 16 outputs. Shared memory: STAGES 32768 + 65536 + 1024 bytes; of floats transposed,
 //   98304 for 65536.
 // Template
-//   T half, bfloat16 or float, which is rounded to TF32; B 16 or 32; INSIDE columns of the last
+//   T half, bfloat16 or float, which is rounded to TF32; B 16; INSIDE columns of the last
 //   block-column, 1 to B; STAGES; TRANSPOSED and BIAS 0 or 1.
 // Sums in float32: the bias, then blocks in stored order, k ascending by 32 bytes.
 

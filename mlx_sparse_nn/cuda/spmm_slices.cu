@@ -10,7 +10,7 @@
 //   part of every block that lies in its 16 outputs. Shared memory: STAGES ROWS 256 + 32 RING
 //   bytes.
 // Template
-//   T half or bfloat16; OUT float; B 16 or 32; INSIDE columns of the last block-column, 1 to B;
+//   T half or bfloat16; OUT float; B 16; INSIDE columns of the last block-column, 1 to B;
 //   ROWS a multiple of 16, at most 128; STAGES; RING elements of a warp's blocks
 //   under way; TRANSPOSED and BIAS 0 or 1.
 // Sums in float32: the bias, then blocks in stored order, k ascending by 16.

@@ -147,7 +147,7 @@ def backwards(
         steps: Takes states, and their adjoints, back.
         slope: Gets the gradient by H.
     """
-    adjoints = Steps(steps.product, steps.factor, steps.rate, steps.size)
+    adjoints = Steps(steps.product, steps.factor, steps.tol, steps.length, steps.size)
     adjoint: Weighted = None
     for i in reversed(range(len(times))):
         adjoint = added(adjoint, cotangents[i])
@@ -178,7 +178,7 @@ def replayed(
         start: The state at 0, of norm 1. The other arguments are those of :func:`backwards`, but
             ``steps`` takes states forwards.
     """
-    adjoints = Steps(steps.product, steps.factor, steps.rate, steps.size)
+    adjoints = Steps(steps.product, steps.factor, steps.tol, steps.length, steps.size)
     adjoint: Weighted = None
     for i in reversed(range(len(times))):
         adjoint = added(adjoint, cotangents[i])

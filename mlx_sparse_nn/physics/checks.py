@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.core.checks import check_rectangular, check_size, shown
-from mlx_sparse_nn.core.transforms import is_traced, tracing, transforming
+from mlx_sparse_nn.core.transforms import is_traced, traces_every_shape, transforming
 from mlx_sparse_nn.physics.parameters import read
 from mlx_sparse_nn.physics.precision import epsilon, largest_part, pairwise_sum
 from mlx_sparse_nn.physics.units import Scaled, in_own_unit
@@ -340,7 +340,7 @@ def _check_array(owner: str, name: str, psi: mx.array) -> None:
 
 def check_one_shape(owner: str, name: str, array: mx.array) -> None:
     """Raise if MLX traces an array for every shape: it cannot tell those of what is made of it."""
-    if tracing.graph == "shapeless" and is_traced(array):
+    if traces_every_shape() and is_traced(array):
         raise ValueError(
             f"[{owner}] {name} must be traced for one shape, got shapeless=True; leave that out, "
             "and trace it again for another shape"

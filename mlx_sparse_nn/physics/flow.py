@@ -27,6 +27,7 @@ _FOR_LESS = "; give H in float64, on the CPU, for more digits"
 _FEWEST, _MOST = 30, 96  # vectors of a Krylov space; between them, as many as fit into
 _SMALL = 512  # dimension: float64 then takes hardly longer on a CPU, and keeps all phases
 _BASIS = 2**28  # bytes
+_NOTHING = 0.8  # error of a state of which rounding leaves nothing
 
 
 class Flow:
@@ -87,9 +88,10 @@ class Flow:
             rows: list[Row] = [unit] * self.times.size
             for factor, order, distances in self.sides(product):
                 steps = self.steps(product, factor, distances)
-                for i, row in zip(order, steps.through(unit, distances), strict=False):
+                some = steps.through(unit, distances, self.tol if self._is_asked else _NOTHING)
+                for i, row in zip(order, some, strict=False):
                     rows[i] = row
-                self._check_rounding(steps, distances[-1])
+                self._check_rounding(steps.rounding())
             return mx.stack([self.array(product, row, norm) for row in rows])
 
     def unit(self, product: Product, psi: mx.array) -> tuple[Row, float]:
@@ -121,20 +123,22 @@ class Flow:
 
     def steps(self, product: Product, factor: complex, distances: Sequence[float]) -> Steps:
         """Return what takes steps as far as ``distances`` go."""
-        return Steps(product, factor, self.tol / distances[-1], self._size)
+        return Steps(product, factor, self.tol, distances[-1], self._size)
 
-    def _check_rounding(self, steps: Steps, distance: float) -> None:
+    def _check_rounding(self, least: float) -> None:
         """Raise if a smaller error was asked for than rounding leaves, or if that is everything."""
-        least = steps.rounding(distance)
         wide = self._real == mx.float64
         dtype, more = (mx.float64, "") if wide else (self.dtype, _FOR_LESS)
-        if least >= 1:
+        if least > _NOTHING:
             longest = float(np.abs(self.times).max())
             raise ValueError(
                 f"[{self.owner}] t must be shorter, got {longest:.3g}: over this time, {dtype} "
                 f"rounds off the whole state{more}"
             )
         if self._is_asked and self.tol < least:
+            least = max(1e-14, 1.25 * least)  # more than steps with another tol will see
+            digit = 10.0 ** (math.floor(math.log10(least)) - 1)
+            least = math.ceil(least / digit) * digit
             raise ValueError(
                 f"[{self.owner}] tol must be at least {least:.2g}, which {dtype} rounds off "
                 f"over this time, got {self.tol}{more}"

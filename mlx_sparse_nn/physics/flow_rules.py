@@ -21,6 +21,7 @@ from mlx_sparse_nn.physics.adjoint import (
 )
 from mlx_sparse_nn.physics.flow import Flow
 from mlx_sparse_nn.physics.parameters import Rebuild, detached, listed, read, ruled
+from mlx_sparse_nn.physics.precision import largest_part
 from mlx_sparse_nn.physics.recurrence import Product, Row
 from mlx_sparse_nn.physics.tangent import tangents
 from mlx_sparse_nn.physics.units import Scaled
@@ -83,7 +84,7 @@ class FlowRules:
             unit, norm = flow.unit(product, psi)
             rows = [flow.unit(product, y)[0] for y in output]
             # Relative to the largest, so that sums are of ordinary size.
-            largest = float(mx.abs(cotangent).max()) or 1.0
+            largest = float(largest_part(cotangent)) or 1.0
             cotangents = [weighted(product.from_array(c / largest)) for c in cotangent]
             slope = Slope(arrays, self.rebuild)
             total: Weighted = None
@@ -167,7 +168,7 @@ class FlowRules:
         return row * dot(row, rate) - rate
 
     def _check_finite(self, name: str, *arrays: mx.array) -> None:
-        if not all(math.isfinite(float(mx.abs(a).max())) for a in arrays if a.size):
+        if not all(math.isfinite(float(largest_part(a))) for a in arrays if a.size):
             raise ValueError(f"[{self.flow.owner}] {name} must be finite")
 
     def _product(self, arrays: Sequence[mx.array]) -> Product:

@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_sparse_nn.physics.device_columns import DeviceColumns
 from mlx_sparse_nn.physics.host_columns import HostColumns
-from mlx_sparse_nn.physics.precision import epsilon
+from mlx_sparse_nn.physics.precision import epsilon, largest_part
 
 # Powers of the rounding to which the products of columns may grow: in general, and with vectors
 # from former spaces, which only have to stay out of this one.
@@ -271,5 +271,5 @@ class Normals:
 
 
 def scaled(v: mx.array) -> mx.array:
-    """Return a vector over its largest magnitude, whose square then cannot overflow."""
-    return v / float(mx.abs(v).max())
+    """Return a vector over its largest part, whose square then cannot overflow."""
+    return v / float(largest_part(v))

@@ -421,7 +421,8 @@ def _entropy_gradient(rho: mx.array) -> mx.array:
 
     @gradient.vmap
     def vmap(rho, axis):
-        return (_entropy_gradient(mx.moveaxis(rho, axis, 0)),), (0,)
+        with mx.stream(mx.cpu):
+            return (_entropy_gradient(mx.moveaxis(rho, axis, 0)),), (0,)
 
     return gradient(rho)  # pyright: ignore[reportReturnType]
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.core.arrays import COOArray, CSRArray
-from mlx_sparse_nn.core.transforms import transforming
+from mlx_sparse_nn.core.transforms import of_numbers, transforming
 
 Rebuild = Callable[[Sequence[mx.array]], Any]
 
@@ -95,6 +95,7 @@ def ruled(
 ) -> Callable:
     """Return a function of arrays with these rules, a ValueError in place of others and of vmap.
 
+    It reads its arrays, and is computed as outside of a transform, by kernels: to the same bits.
     A rule that reads numbers has to wrap what it computes of them so, without rules: its own
     derivative would be zero otherwise, without a word.
     """
@@ -102,7 +103,7 @@ def ruled(
     def refuse(*_: Any) -> Any:
         raise ValueError(refusal)
 
-    out: Any = mx.custom_function(function)
+    out: Any = mx.custom_function(of_numbers(function))
     out.vjp(vjp or refuse)
     out.jvp(jvp or refuse)
     out.vmap(refuse)

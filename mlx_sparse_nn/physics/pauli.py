@@ -13,9 +13,10 @@ import numpy as np
 
 from mlx_sparse_nn.core.arrays import CSRArray, is_sparse
 from mlx_sparse_nn.core.checks import INT32_MAX, ArrayLike, check_data, check_size
+from mlx_sparse_nn.core.derivatives import promoted
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.pauli import PauliTerms, parts, pauli_diagonal, pauli_product
-from mlx_sparse_nn.core.transforms import defer_to, tracing, transforming
+from mlx_sparse_nn.core.transforms import defer_to, traces_every_shape, transforming
 from mlx_sparse_nn.core.value_maps import Gather
 from mlx_sparse_nn.physics.checks import (
     check_dtype,
@@ -25,6 +26,7 @@ from mlx_sparse_nn.physics.checks import (
     check_scalar,
     check_total,
 )
+from mlx_sparse_nn.physics.precision import identity
 from mlx_sparse_nn.physics.strings import String, count_y, letters_of, merged, sites_of
 
 _MAX_QUBITS = 30  # the length of an axis of MLX is an int32
@@ -84,8 +86,9 @@ class PauliSum:
         # Y = i X Z, so that m of them have a factor of i^m.
         factors = [(1, 1j, -1, -1j)[count_y(string) % 4] for string in self._masks[n_still:]]
         if set(factors) - {1}:
-            is_complex = not set(factors) <= {1, -1}
-            moving = moving * mx.array(factors, mx.complex64 if is_complex else moving.dtype)
+            if not set(factors) <= {1, -1}:
+                moving = promoted(moving, mx.complex64)
+            moving = moving * mx.array(factors, moving.dtype)
         self._moving_coefficients = moving
         self._diagonal = None
         if n_still:
@@ -134,7 +137,7 @@ class PauliSum:
         """Return the diagonal, ``(2**n_qubits,)`` of ``dtype``."""
         if self._diagonal is None:
             return mx.zeros(self.shape[0], self._dtype)
-        if tracing.graph == "shapeless":  # MLX would trace how it was made
+        if traces_every_shape():  # MLX would trace how it was made
             check_one_shape("PauliSum.diagonal", "coefficients", self._diagonal)
             mx.eval(self._diagonal)
         return self._diagonal.astype(self._dtype)
@@ -147,7 +150,7 @@ class PauliSum:
         """
         n_bytes = 3 * self.shape[0] ** 2 * max(4, self._dtype.size)
         check_memory("PauliSum.todense", f"n_qubits {self.n_qubits}", n_bytes)
-        return self.T._apply(mx.eye(self.shape[0], dtype=self._dtype))
+        return self.T._apply(identity(self.shape[0], self._dtype))
 
     def tocsr(self) -> CSRArray:
         """Return the matrix as a sparse array, differentiable in the coefficients.
@@ -181,7 +184,7 @@ class PauliSum:
         pattern = CSRPattern._of(indptr, columns.reshape(-1), self.shape)
         if not values:
             return CSRArray(mx.zeros(0, self._dtype), pattern)
-        every = mx.concatenate([v.astype(self._dtype) for v in values])
+        every = mx.concatenate([promoted(v, self._dtype) for v in values])
         return CSRArray(Gather(places.reshape(-1), nnz)(every), pattern)
 
     def __matmul__(self, x: ArrayLike) -> mx.array:
@@ -311,7 +314,7 @@ class PauliSum:
     def _apply(self, x: mx.array) -> mx.array:
         """Return the product with ``(..., 2**n)``."""
         dtype = mx.result_type(mx.zeros(0, self._dtype), x)
-        x = x.astype(mx.result_type(mx.zeros(0, dtype), mx.float32))
+        x = promoted(x, mx.result_type(mx.zeros(0, dtype), mx.float32))
         return pauli_product(self._moving, self._moving_coefficients, self._diagonal, x).astype(
             dtype
         )
@@ -321,7 +324,9 @@ class PauliSum:
             raise TypeError(f"[{operation}] x is an operator; apply one after the other to a state")
         if is_sparse(x):
             raise TypeError(f"[{operation}] x is a sparse array; use H.tocsr() in place of H")
-        return check_data(operation, x, name="x")
+        x = check_data(operation, x, name="x")
+        check_one_shape(operation, "x", x)
+        return x
 
     def _plus(self, operation: str, other: Any, sign: float) -> PauliSum:
         """Return the sum with ``sign`` times another operator, or with the number 0."""

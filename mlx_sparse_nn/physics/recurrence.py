@@ -20,7 +20,7 @@ import numpy as np
 from mlx_sparse_nn.core.arrays import COOArray, CSRArray
 from mlx_sparse_nn.core.transforms import transforming
 from mlx_sparse_nn.physics.parameters import detached, parameters
-from mlx_sparse_nn.physics.precision import pairwise_sum
+from mlx_sparse_nn.physics.precision import identity, pairwise_sum
 from mlx_sparse_nn.physics.units import Scaled
 
 _SMALL = 256  # dimension: the spectrum of H then takes as long as some hundred products
@@ -240,7 +240,7 @@ class Spectrum(Recurrence):
 
     def __init__(self, product: Product):
         super().__init__(product, product.dim)
-        columns = product.H @ mx.eye(product.dim, dtype=product.H.dtype)
+        columns = product.H @ identity(product.dim, product.H.dtype)
         is_complex = columns.dtype == mx.complex64
         matrix = np.array(columns.astype(mx.complex64 if is_complex else product.dtype))
         self.values, self.columns = np.linalg.eigh(

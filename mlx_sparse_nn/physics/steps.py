@@ -17,6 +17,7 @@ from mlx_sparse_nn.physics.recurrence import (
 )
 
 _FEW = 8  # products before the bound is looked at for the first time
+ROUNDED = 2.0**-50  # amplitudes of a step that may be rounding alone, however short it is
 
 
 class Steps:
@@ -25,12 +26,15 @@ class Steps:
     Args:
         product: Multiplies rows by H.
         factor: c: imaginary in real time, real in imaginary time.
-        rate: Error allowed per unit of s.
+        tol: Error allowed over all steps.
+        length: Their length in all.
         size: Most products in one step.
     """
 
-    def __init__(self, product: Product, factor: complex, rate: float, size: int):
-        self.product, self.factor, self.rate, self.size = product, factor, rate, size
+    def __init__(self, product: Product, factor: complex, tol: float, length: float, size: int):
+        self.product, self.factor, self.size = product, factor, size
+        self.tol, self.length = tol, length
+        self.rate = tol / length  # error allowed per unit of s
         self.space = recurrence(product, size)
         self.spread = 0.0  # of energies, as far as steps have seen
         self.drift = 0.0  # error of phases per unit of s, as far as steps have seen
@@ -53,29 +57,33 @@ class Steps:
         if length < remaining:
             self.full = length
         is_long = length < remaining and space.done == self.size
-        drifts = step.drift() > self.rate
+        drift, spread = step.drift(), float(step.energies[-1] - step.energies[0])
+        drifts = drift > 0 and self._rounding(spread, drift) > self.tol
         if (is_long or drifts) and self.product.may_be_stored and not isinstance(space, Spectrum):
             self.space, self.full = Spectrum(self.product), math.inf
             return self.step(state, remaining)
         step.length = length
-        self.drift = max(self.drift, step.drift())
-        self.spread = max(self.spread, float(step.energies[-1] - step.energies[0]))
+        self.drift, self.spread = max(self.drift, drift), max(self.spread, spread)
         return step
 
-    def rounding(self, length: float) -> float:
-        """Return about what error rounding leaves after ``length``, as measured."""
-        product = self.product
-        if self.factor.real:  # what is lost on the way decays
-            return 4 * product.epsilon
-        spread = 1.5 * product.epsilon * math.sqrt(1 + self.spread * length / 2)
-        of_time = 2.0**-52 * self.spread  # times are float64
-        return spread + (self.drift + of_time) * length
+    def rounding(self) -> float:
+        """Return about what error rounding leaves in the end, as far as steps have seen."""
+        return self._rounding(self.spread, self.drift)
 
-    def through(self, state: Row, times: Sequence[float]) -> Iterator[Row]:
+    def _rounding(self, spread: float, drift: float) -> float:
+        """Return that error, as measured, of a spread of energies and a drift of phases."""
+        epsilon = self.product.epsilon
+        if self.factor.real:  # what is lost on the way decays
+            return 4 * epsilon
+        of_time = 2.0**-52 * spread  # times are float64
+        of_steps = 1.5 * epsilon * math.sqrt(1 + spread * self.length / 2)
+        return of_steps + (drift + of_time) * self.length
+
+    def through(self, state: Row, times: Sequence[float], most: float) -> Iterator[Row]:
         """Yield the states at ascending times >= 0, of norm 1.
 
         All times within one step are read from its Krylov space. There are no more states once
-        rounding would leave nothing of the last one.
+        rounding leaves an error of more than ``most`` in the end.
         """
         now, done = 0.0, 0
         while done < len(times):
@@ -84,7 +92,7 @@ class Steps:
                 done += 1
                 continue
             step = self.step(state, times[-1] - now)
-            if self.rounding(times[-1]) >= 1:
+            if self.rounding() > most:
                 return
             is_last = step.length >= times[-1] - now
             ahead = [t for t in times[done:] if is_last or t < now + step.length]
@@ -172,6 +180,7 @@ class Step:
             first = np.exp(self.exponents[:, None] * times) * self.overlaps[:, None]
             lost = np.abs(self.vectors[-1] @ first)  # |exp(c T s)_{m1}|
             norms = np.linalg.norm(first, axis=0) if self.factor.real else 1.0
+            lost = np.where(lost > ROUNDED * norms, lost, 0)
             integral = np.concatenate([[0], np.cumsum((lost[1:] + lost[:-1]) / 2)])
             bound, allowed = self.left_out * integral * times[1], rate * times * norms
             longest = np.flatnonzero(bound <= allowed)[-1]  # index of a time

@@ -20,6 +20,7 @@ import numpy as np
 
 from mlx_sparse_nn.physics.adjoint import dot
 from mlx_sparse_nn.physics.recurrence import Product, Row
+from mlx_sparse_nn.physics.steps import ROUNDED
 
 _SIZE = 48  # most products in one step
 _GRID = 64  # intervals on which the error of a step is integrated
@@ -183,10 +184,11 @@ def _longest(
         amplitudes = [first]
         for _ in range(_GRID):
             amplitudes.append(once @ amplitudes[-1])
+        norms = np.linalg.norm(amplitudes, axis=1)
         lost = np.abs([a[-1] for a in amplitudes])
+        lost = np.where(lost > ROUNDED * norms, lost, 0)
         integral = np.concatenate([[0], np.cumsum((lost[1:] + lost[:-1]) / 2)]) * (span / _GRID)
         times = np.linspace(0, span, _GRID + 1)
-        norms = np.linalg.norm(amplitudes, axis=1)
         longest = int(np.flatnonzero(left_out * integral <= rate * times * norms)[-1])
         if longest == _GRID or (longest and may_shorten):
             return float(times[longest]), amplitudes[longest]

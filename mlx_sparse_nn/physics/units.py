@@ -7,6 +7,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_sparse_nn.physics.precision import largest_part
+
 _ORDINARY = 16  # a norm of 2**-16 to 2**16 needs no other unit: its fourth power fits float32
 
 
@@ -85,7 +87,7 @@ def _product(owner: str, H: Any, x: mx.array) -> tuple[mx.array, float]:
         raise TypeError(f"[{owner}] H @ x must be an mx.array, got {type(product).__name__}")
     if product.shape != x.shape:
         raise ValueError(f"[{owner}] H @ x has shape {product.shape}, x has {x.shape}")
-    return product, float(mx.abs(product).max())
+    return product, float(largest_part(product))
 
 
 def times_power(x: mx.array, power: int) -> mx.array:

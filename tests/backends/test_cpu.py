@@ -4,6 +4,7 @@ What every backend must do (derivatives, vmap, compile) is in ``tests/core``, wh
 kernels where they are.
 """
 
+import io
 import os
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from support import (
     trimmed,
 )
 
-from mlx_sparse_nn import CSRPattern, qspmm, qspmm_t, sddmm, spmm, spmm_t
+from mlx_sparse_nn import CSRArray, CSRPattern, qspmm, qspmm_t, sddmm, spmm, spmm_t
 from mlx_sparse_nn.core.backends import choose, cpu, naive, plain
 from mlx_sparse_nn.core.quantized import BITS
 
@@ -122,6 +123,7 @@ def test_results_are_contiguous_past_which_blocks_reach():
     assert np.array(columns.T, copy=False).flags.c_contiguous
 
 
+@not_with_cuda
 def test_no_weight_is_copied_where_blocks_reach_past_the_matrix():
     pattern = trimmed(random_pattern(32, 32, 32, density=1), 9, 9)
     data, x, y = operands(pattern, 8)
@@ -554,6 +556,42 @@ def test_primitives_are_mapped(axes, v, block_size):
         samples = mx.vmap(lambda x: cpu.sddmm(layout, g, x), axes[1])(x)
         for i in range(m):
             assert_equal(samples[i], naive.sddmm(pattern, g, one(x, axes[1], i)))
+
+
+@pytest.mark.parametrize("block_size", [1, 8])
+@pytest.mark.parametrize(
+    "axes", [(0, None, None), (None, 0, None), (None, 1, 0), (1, 0, None), (0, 1, 1), (None, 0, 1)]
+)
+def test_the_primitive_of_a_vector_is_mapped(axes, block_size):
+    """A vector is a row without the axis of rows: to MLX, and in what is mapped."""
+    pattern, m = random_pattern(3, 4, block_size, density=0.7), 3
+    shapes = [pattern.data_shape, pattern.shape[1:], pattern.shape[:1]]
+    operands = [
+        integers(shape if axis is None else (*shape[:axis], m, *shape[axis:]), seed)
+        for seed, (shape, axis) in enumerate(zip(shapes, axes, strict=True))
+    ]
+    y = mx.vmap(lambda data, x, bias: cpu.spmm(data, pattern.layout, x, bias), axes)(*operands)
+    assert y.shape == (m, pattern.shape[0])
+    for i in range(m):
+        data, x, bias = (
+            a if axis is None else mx.take(a, i, axis=axis)
+            for a, axis in zip(operands, axes, strict=True)
+        )
+        assert_equal(y[i], naive.spmm(data, pattern, x[None], bias).squeeze(0))
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, mx.float64, mx.complex64], ids=str)
+def test_a_vector_is_one_operation(dtype):
+    """MLX takes microseconds for each: two views of it took as long as a small product."""
+    pattern = random_pattern(40, 70, 1, density=0.1)
+    data, x = integers(pattern.data_shape, 0, dtype), integers((70,), 1, dtype)
+    mx.eval(data, x)
+    y, drawn = CSRArray(data, pattern) @ x, io.StringIO()
+    mx.export_to_dot(drawn, y)
+    assert drawn.getvalue().count("shape=rectangle") == 1
+    assert_equal(y, naive.spmm(data, pattern, x[None]).squeeze(0))
+    strided = mx.stack([x, -x, x], axis=1)[:, 2]
+    assert_equal(CSRArray(data, pattern) @ strided, y)
 
 
 def test_a_checkpoint_is_mapped():

@@ -138,6 +138,7 @@ class TestOnThisProcessor:
     def test_threads(self, kernel, tmp_path):
         check(kernel, THREAD, tmp_path)
 
+    @pytest.mark.needs("ziglang")
     @pytest.mark.parametrize("kernel", [FLOATS, BLOCKS, FIVE_BITS, STRINGS], ids=str)
     def test_another_compiler(self, kernel, tmp_path):
         check(kernel, CLANG, tmp_path)
@@ -153,6 +154,7 @@ class TestOnOtherProcessors:
     def test_avx2(self, kernel, tmp_path):
         check(kernel, AVX2, tmp_path)
 
+    @pytest.mark.needs("aarch64-linux-gnu-g++", "qemu-aarch64")
     @pytest.mark.parametrize("kernel", KERNELS, ids=str)
     def test_arm(self, kernel, tmp_path):
         check(kernel, ARM, tmp_path)

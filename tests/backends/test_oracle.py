@@ -138,6 +138,7 @@ class TestFaultsAreNoticed:
         assert metal.launches
 
     @pytest.mark.skipif(sys.platform != "linux", reason="the emulator runs on Linux")
+    @pytest.mark.needs("ziglang")
     def test_on_cuda(self, monkeypatch, fault, block_size, n):
         from cuda_emulator import emulated
 

@@ -1,6 +1,7 @@
 """Parts, reductions, functions, assembly and files of sparse arrays, against NumPy and SciPy."""
 
 import operator
+from contextlib import nullcontext
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import (
     assert_equal,
+    computing,
+    computing_by_kernels,
     dense_of,
     device_of,
     integers,
@@ -24,6 +27,7 @@ from support import (
 
 import mlx_sparse_nn as sparse
 from mlx_sparse_nn import COOArray, CSRArray, SparseParameter, csr_array, from_dense, from_scipy
+from mlx_sparse_nn.core.backends import plain
 
 FUNCTIONS = (
     *("sqrt", "sign", "sin", "tan", "arcsin", "arctan", "sinh", "tanh", "arcsinh", "arctanh"),
@@ -156,7 +160,7 @@ def test_derivatives_of_extremes(name, axis):
     assert mx.allclose(mx.compile(mx.grad(of_sparse))(data), mx.grad(of_dense)(data))
     (found,) = mx.jvp(of_sparse, [data], [tangent])[1]
     assert mx.allclose(found, (mx.grad(of_dense)(data) * tangent).sum(), atol=1e-5)
-    # Forward over reverse, where no two values are equal: dense MLX counts ties otherwise there.
+    # Where no two values are equal: dense MLX counts ties otherwise in these.
     n = pattern.n_blocks
     data = mx.array(np.random.default_rng(0).permutation(n) - n / 2 + 0.25)
     found, expected = (
@@ -164,6 +168,16 @@ def test_derivatives_of_extremes(name, axis):
         for f in (of_sparse, of_dense)
     )
     assert mx.allclose(found, expected, atol=1e-4)
+    batch = mx.stack([data, -data])
+    with computing_by_kernels():
+        for change in (
+            lambda f: mx.vmap(mx.grad(f))(batch),
+            lambda f: mx.grad(lambda batch: (mx.vmap(f)(batch) ** 2).sum())(batch),
+            lambda f: mx.grad(lambda batch: (mx.vmap(f, 1)(batch.T) ** 2).sum())(batch),
+            lambda f: mx.jvp(mx.vmap(f), [batch], [batch + 1])[1][0],
+            lambda f: mx.vmap(mx.vmap(f))(mx.stack([batch, batch + 1])),
+        ):
+            assert mx.allclose(change(of_sparse), change(of_dense), atol=1e-4)
 
 
 @given(arrays(), st.sampled_from(FUNCTIONS))
@@ -820,20 +834,22 @@ IN_BATCHES = (
 )
 
 
+@pytest.mark.parametrize("backend", [None, plain], ids=["here", "plain"])
 @pytest.mark.parametrize("kind", ["csr", "blocks"])
-def test_batches_of_none(kind):
+def test_batches_of_none(kind, backend):
     a, names = KINDS[kind], {"mx": mx, "A": A, "D": mx.array(D.tolist()), "sparse": sparse}
     functions = [f"X.{expression}" for expression in IN_BATCHES]
     functions += [f"sparse.{name}([X, A]).data" for name in ("vstack", "hstack", "block_diag")]
     functions += ["sparse.kron(X, A).data", "sparse.softmax(X).data"]
-    for expression in functions:
-        of_array = eval(f"lambda X: {expression}", names)
-        found = mx.vmap(lambda v, of=of_array: of(CSRArray(v, a.pattern)))(
-            mx.zeros((0, *a.data.shape))
-        )
-        one = of_array(a)
-        assert (found.shape, found.dtype) == ((0, *one.shape), one.dtype), expression
-        mx.eval(found)
+    with computing(backend) if backend else nullcontext():
+        for expression in functions:
+            of_array = eval(f"lambda X: {expression}", names)
+            found = mx.vmap(lambda v, of=of_array: of(CSRArray(v, a.pattern)))(
+                mx.zeros((0, *a.data.shape))
+            )
+            one = of_array(a)
+            assert (found.shape, found.dtype) == ((0, *one.shape), one.dtype), expression
+            mx.eval(found)
 
 
 def test_nothing_to_reduce_or_multiply():

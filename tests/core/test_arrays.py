@@ -93,7 +93,7 @@ def test_views_and_sums(A: CSRArray):
     assert np.array_equal(np.concatenate([np.zeros((0, A.shape[1])), *rows]), dense)
 
 
-@pytest.mark.parametrize("dtype", [mx.bool_, mx.int8, mx.uint8, mx.int32, mx.uint64])
+@pytest.mark.parametrize("dtype", [mx.bool_, mx.int8, mx.uint8, mx.int32, mx.int64, mx.uint64])
 @pytest.mark.parametrize("block_size", [1, 2])
 def test_sums_of_integers(dtype, block_size):
     dense = (mx.abs(integers((5, 3))) * 50).astype(dtype)

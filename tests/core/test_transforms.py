@@ -6,14 +6,24 @@ the comparison is for equality.
 
 import subprocess
 import sys
+from functools import partial
+from io import StringIO
 
 import mlx.core as mx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import assert_equal, dense_weight, integers, patterns, random_pattern
+from support import (
+    assert_equal,
+    computing_by_kernels,
+    dense_weight,
+    integers,
+    patterns,
+    random_pattern,
+)
 
-from mlx_sparse_nn import CSRArray, CSRPattern, csr_array, sddmm, spmm, spmm_t
+from mlx_sparse_nn import CSRArray, CSRPattern, csr_array, hstack, sddmm, spmm, spmm_t
+from mlx_sparse_nn.core.pauli import PauliTerms, pauli_product
 
 
 def sparse_products(pattern):
@@ -320,6 +330,66 @@ def test_checkpointed_functions():
         strict=True,
     ):
         assert_equal(actual, expected)
+
+
+def without_rule(f):
+    """A function of the user's own for MLX, with a rule for derivatives and none for mx.vmap."""
+    function = mx.custom_function(f)
+    function.vjp(lambda primals, cotangent, _: mx.vjp(f, primals, [cotangent])[1])
+    return function
+
+
+@pytest.mark.parametrize("wrapped", [lambda f: f, mx.checkpoint, without_rule])
+@pytest.mark.parametrize("name", ["spmm", "spmm_t", "sddmm"])
+def test_kernels_compute_what_is_mapped(name, wrapped):
+    """MLX maps no kernel, and traces what has no rule for it a second time."""
+    pattern = PATTERNS["blocks"]
+    a, b = operands(pattern, name, batch=(2, 3))
+    with computing_by_kernels() as computed:
+        sparse, dense = pair(pattern, name)
+        wrapped_sparse = wrapped(sparse)
+        functions = lambda a, b: wrapped_sparse(a, b), dense
+        squares = lambda f: lambda a, b: (f(a, b) ** 2).sum()
+        check(mx.vmap, *functions, a[0], b[0])
+        assert name in computed
+        check(lambda f: mx.vmap(mx.vmap(f)), *functions, a, b)
+        check(lambda f: mx.grad(squares(mx.vmap(f)), (0, 1)), *functions, a[0], b[0])
+        if wrapped is not mx.checkpoint:  # whose gradient MLX maps of no function
+            check(lambda f: mx.vmap(mx.grad(squares(f), (0, 1))), *functions, a[0], b[0])
+
+
+SCALARS = PATTERNS["scalars"]
+OF_REAL = {
+    "data": lambda a, b: spmm(a, SCALARS, b),
+    "x": lambda a, b: spmm_t(b, SCALARS, a),
+    "sum": lambda a, b: (CSRArray(a, SCALARS) + CSRArray(b, SCALARS)).data,
+    "union": lambda a, b: (CSRArray(a, SCALARS) + CSRArray(b, SCALARS).tocoo().T.T).data,
+    "product": lambda a, b: (CSRArray(a, SCALARS) @ CSRArray(b, SCALARS).T).data,
+    "assembly": lambda a, b: hstack([CSRArray(a, SCALARS), CSRArray(b, SCALARS)]).data,
+    "strings": lambda a, b: pauli_product(PauliTerms(2, (1, 2), (0, 3)), a, None, b),
+    "state": lambda a, b: pauli_product(PauliTerms(2, (1, 2), (0, 3)), b, None, a),
+}
+
+
+@pytest.mark.parametrize("name", OF_REAL)
+def test_the_gradient_to_a_real_operand_casts_nothing(name):
+    """MLX's compiler for CUDA cannot cast complex numbers to real ones where it fuses that."""
+    nnz, (n_rows, n_cols) = SCALARS.n_blocks, SCALARS.shape
+    n, other = {
+        "data": (nnz, n_cols),
+        "x": (n_rows, nnz),
+        "strings": (2, 4),
+        "state": (4, 2),
+    }.get(name, (nnz, nnz))
+    f = partial(OF_REAL[name], b=integers((other,), 2, mx.complex64))
+    a, out = integers((n,), 1), f(integers((n,), 1))
+    assert out.dtype == mx.complex64
+    cotangent, drawn = integers(out.shape, 3, mx.complex64), StringIO()
+    (slope,) = mx.vjp(f, [a], [cotangent])[1]
+    mx.export_to_dot(drawn, slope)
+    assert "AsType" not in drawn.getvalue()
+    (expected,) = mx.vjp(f, [a.astype(mx.complex64)], [cotangent])[1]
+    assert_equal(slope, mx.real(expected))
 
 
 @pytest.mark.not_emulated("needs mx.compile")

@@ -8,13 +8,19 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-from support import backend, dense_of
+from support import dense_of
 
 from mlx_sparse_nn import CSRPattern
 from mlx_sparse_nn.__main__ import main
 from mlx_sparse_nn.core.backends import choose, cpu
 from mlx_sparse_nn.diagnostics import check, check_speed, check_strings
-from mlx_sparse_nn.diagnostics.check_cases import all_cases, expected, operands_of, quick_cases
+from mlx_sparse_nn.diagnostics.check_cases import (
+    DTYPES,
+    all_cases,
+    expected,
+    operands_of,
+    quick_cases,
+)
 from mlx_sparse_nn.diagnostics.check_strings import strings_cases
 from mlx_sparse_nn.diagnostics.rounding import to_numpy
 
@@ -72,7 +78,8 @@ def case_of(name):
 
 def spoil(monkeypatch, op, name, change):
     case = case_of(name)
-    module = backend(op, case.block_size, case.rows, case.bits)
+    layout, dtype = operands_of(case).pattern.layout, DTYPES[case.dtype]
+    module = choose.choose(op, layout, case.rows, dtype, bits=case.bits)
     right = getattr(module, op)
     monkeypatch.setattr(module, op, lambda *args: change(right(*args)))
 

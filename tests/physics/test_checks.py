@@ -656,6 +656,20 @@ def test_parameters_traced_for_every_shape_are_refused():
 
 
 @pytest.mark.parametrize(
+    "of_psi",
+    [magnetization, lambda psi: IsingOperator(4, 0.7) @ psi, IsingOperator(4, 0.7).__rmatmul__],
+    ids=["magnetization", "H @ x", "x @ H"],
+)
+@pytest.mark.not_emulated("needs mx.compile")
+def test_every_shape_is_refused_where_compiled_before_the_first_operator(of_psi):
+    """As ``@partial(mx.compile, shapeless=True)`` is at the top of a script."""
+    IsingOperator(1, 0.0)  # from which on the package notes what is traced
+    unnoted = mx.compile.__wrapped__
+    with pytest.raises(ValueError, match=r"^\[.*must be traced for one shape, got shapeless=True"):
+        unnoted(of_psi, shapeless=True)(mx.ones(16))
+
+
+@pytest.mark.parametrize(
     ("function", "name"), [(lanczos, "H"), (evolve, "psi"), (exact_ground_energy, "field")]
 )
 @pytest.mark.parametrize("transform", [mx.compile, mx.vmap], ids=["compile", "vmap"])

@@ -2,6 +2,7 @@
 
 import math
 from functools import cache
+from itertools import product
 
 import mlx.core as mx
 import numpy as np
@@ -12,12 +13,14 @@ from support import device_of, to_numpy
 
 from mlx_sparse_nn.physics import (
     IsingOperator,
+    chain,
     evolve,
     exact_ground_energy,
     expectation,
     fidelity,
     flow,
     lanczos,
+    pauli_sum,
     transverse_field_ising,
 )
 
@@ -34,6 +37,17 @@ def place(monkeypatch, request):
         return
     on_host = request.node.callspec.params["on_host"]
     monkeypatch.setattr(flow, "_is_on_host", lambda dtype: on_host or dtype == mx.float64)
+
+
+class Counting:
+    """A Hamiltonian that counts its products."""
+
+    def __init__(self, H):
+        self.H, self.shape, self.products = H, H.shape, 0
+
+    def __matmul__(self, x):
+        self.products += 1
+        return self.H @ x
 
 
 def norm(psi):
@@ -162,6 +176,42 @@ class TestTolerance:
         with pytest.raises(ValueError, match=r"^\[evolve\] tol must be at least"):
             evolve(H, psi, 100.0, tol=2e-5)
         assert error(evolve(H, psi, 100.0, tol=2e-3), expected) < 2e-3
+
+    @pytest.mark.parametrize("n", [3, 8, 9])
+    @pytest.mark.parametrize("t", [-0.3, 20.0])
+    @pytest.mark.parametrize(
+        ("start", "on_host"),
+        [
+            *product(["random", "uniform"], [True, False]),
+            ("ground", True),
+        ],
+    )
+    def test_the_least_that_is_named_is_accepted(self, n, t, start, on_host):
+        """Complex, so that small ones are not computed in float64."""
+        moriya = {"XY": (0.3, chain(n)), "YX": (-0.3, chain(n)), "Z": (0.7, range(n))}
+        H = pauli_sum(moriya, n) + IsingOperator(n, 0.9)
+        psi = {"random": random_state(n), "uniform": mx.ones(2**n)}.get(start)
+        psi = lanczos(H).states[:, 0] if psi is None else psi
+        with pytest.raises(ValueError, match=r"tol must be at least [0-9.e-]+, which") as refusal:
+            evolve(H, psi, t, tol=2e-14)
+        least = float(str(refusal.value).split("at least ")[1].split(",")[0])
+        assert error(evolve(H, psi, t, tol=least), evolve(H, psi, t)) < 10 * least
+
+    @PLACES
+    def test_far_below_rounding_is_refused_at_once(self, on_host):
+        """No amplitude of a step is ever smaller than rounding, however short the step."""
+        H = Counting(IsingOperator(10, 0.7, longitudinal=0.3))
+        with pytest.raises(ValueError, match=r"^\[evolve\] tol must be at least"):
+            evolve(H, random_state(10), 1e4, tol=1e-14)
+        assert H.products < 120
+
+    def test_imaginary_time_of_any_length_ends(self):
+        H = IsingOperator(9, 0.7, longitudinal=0.3, dtype=mx.float64)
+        dense = to_numpy(H.todense())
+        with mx.stream(mx.cpu):
+            psi = random_state(9, mx.float64)
+            ground = evolve(H, psi, 1e6, imaginary=True, tol=1e-14)
+        assert abs(abs(to_numpy(ground) @ np.linalg.eigh(dense)[1][:, 0]) - 1) < 1e-14
 
     @pytest.mark.parametrize("n", [1, 4, 9, 10])
     @pytest.mark.parametrize("tol", [None, 1e-3])

@@ -2,6 +2,8 @@
 
 import math
 import tracemalloc
+from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -11,6 +13,8 @@ from spins import dense_ising
 from support import to_numpy, untyped
 
 from mlx_sparse_nn import CSRArray, from_dense
+from mlx_sparse_nn.core.backends import choose, pauli_plain
+from mlx_sparse_nn.core.transforms import tracing
 from mlx_sparse_nn.physics import (
     IsingOperator,
     adjoint,
@@ -499,3 +503,14 @@ class TestRefused:
 
         for transform in (mx.vmap, mx.compile):
             assert mx.array_equal(transform(f)(mx.ones(1))[..., :DIM].reshape(-1)[:DIM], psi)
+
+    def test_kernels_compute_a_constant_too(self, monkeypatch):
+        """Plain MLX, which is what ``mx.vmap`` can map, gives other digits."""
+        kernels: Any = ModuleType("kernels")
+        kernels.is_available, kernels.takes = lambda: True, lambda *_: not tracing.refuses_kernels
+        kernels.product = lambda *operands: pauli_plain.product(*operands) * (1 + 2.0**-20)
+        for device in ("PAULI_CPU", "PAULI_GPU"):
+            monkeypatch.setattr(choose, device, (kernels, pauli_plain))
+        H, psi = IsingOperator(N, 0.7), as_mlx(PSI)
+        mapped = mx.vmap(lambda a: a * evolve(H, psi, 1.0))(mx.ones(1))
+        assert mx.array_equal(mapped[0], evolve(H, psi, 1.0))

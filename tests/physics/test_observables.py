@@ -13,6 +13,7 @@ from support import assert_equal, device_of, to_numpy
 from mlx_sparse_nn import CSRArray, csr_array, from_scipy, physics
 from mlx_sparse_nn.physics import (
     IsingOperator,
+    chain,
     correlation,
     entanglement_entropy,
     evolve,
@@ -588,6 +589,38 @@ class TestDerivatives:
             ahead, behind = (gradient(psi + s * direction) for s in (1e-5, -1e-5))
             expected = (to_numpy(ahead) - to_numpy(behind)) / 2e-5
             np.testing.assert_allclose(to_numpy(actual), expected, rtol=1e-5, atol=1e-8)
+
+    @pytest.mark.parametrize("name", ["expectation", "variance", "fidelity", *PAULI, "pairs y"])
+    def test_second_derivative_at_a_complex_state(self, name):
+        """MLX's own second derivative of the magnitude of a complex number is wrong."""
+        moriya = {"XY": (0.5, chain(4)), "YX": (-0.5, chain(4)), "Z": (0.3, range(4))}
+        H, other = pauli_sum(moriya, 4), random_state(4, mx.complex64, seed=9)
+        dense, pauli = to_numpy(H.todense()), PAULI.get(name, PAULI["y"])
+        sites = [on_site(pauli, site, 4) for site in range(4)]
+        projector = np.outer(to_numpy(other), to_numpy(other).conj()) / np.linalg.norm(other) ** 2
+        of_psi, exact = {
+            "expectation": (lambda psi: expectation(H, psi), lambda x: mean(dense, x)),
+            "variance": (
+                lambda psi: variance(H, psi),
+                lambda x: mean(dense @ dense, x) - mean(dense, x) ** 2,
+            ),
+            "fidelity": (lambda psi: fidelity(other, psi), lambda x: mean(projector, x)),
+            "pairs y": (
+                lambda psi: correlation(psi, "y").sum(),
+                lambda x: mean(np.sum(sites, axis=0) @ np.sum(sites, axis=0), x),
+            ),
+        }.get(name, (lambda psi: magnetization(psi, name)[2], lambda x: mean(sites[2], x)))
+        states = [random_state(4, mx.complex64, seed=seed) for seed in range(3)]
+        psi, dx, dy = map(to_numpy, states)
+        curve = lambda a, b: of_psi(states[0] + a * states[1] + b * states[2])
+        mixed = mx.grad(lambda b: mx.grad(curve)(mx.zeros(()), b))(mx.zeros(()))
+        twice = mx.grad(mx.grad(lambda a: curve(a, 0.0)))(mx.zeros(()))
+        step = 1e-3
+        at = lambda a, b: exact(psi + step * (a * dx + b * dy))
+        expected = (at(1, 1) - at(1, -1) - at(-1, 1) + at(-1, -1)) / (4 * step**2)
+        assert mixed.item() == pytest.approx(expected, rel=1e-3, abs=1e-3)
+        expected = (at(1, 0) - 2 * at(0, 0) + at(-1, 0)) / step**2
+        assert twice.item() == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
     @pytest.mark.parametrize("name", FUNCTIONS)
     def test_vmap_and_compile(self, name):

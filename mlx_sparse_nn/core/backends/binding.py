@@ -64,6 +64,8 @@ class Binding:
         _check_probe(library)
         self.is_tracer = library.is_tracer
         self.is_tracer.argtypes, self.is_tracer.restype = [_OBJECT], ctypes.c_bool
+        self._make_indices = library.make_indices
+        self._make_indices.argtypes, self._make_indices.restype = [_OBJECT, ctypes.c_int], None
         self._spmm = _function(library, "make_spmm", 6)
         self._spmm_t = _function(library, "make_spmm_t", 4)
         self._qspmm = _function(library, "make_qspmm", 8)
@@ -71,6 +73,12 @@ class Binding:
         self._pauli_product = _function(library, "make_pauli_product", 4, n_sizes=0)
         self._pauli_moments = _function(library, "make_pauli_moments", 3, n_sizes=0)
         self._spgemm = _function(library, "make_spgemm", 8, n_sizes=2)
+
+    def indices(self, n: int) -> mx.array:
+        """Return ``(n,)`` int32 that nobody has written yet."""
+        out = mx.array(0)  # C++ writes the array into it
+        self._make_indices(out, n)
+        return out
 
     def spmm(
         self,

@@ -212,6 +212,7 @@ def binding() -> Binding:
     """
     binding = Binding(build.primitive(), n_cores())
     ask_directly(binding.is_tracer)
+    index.allocate_by(binding.indices)
     # Patterns use theirs from here on. NumPy does without it.
     with suppress(*_FAILURES):
         build.index()

@@ -220,8 +220,8 @@ def _product(
         return cuda_small.product(data, side, x, n_out, inside, bias)
     if cuda_rows.takes_slices(side, block_size, n_x, n_out, shape[-1], dtype):
         choice = cuda_rows.slices, *some
-    elif cuda_rows.takes_shares(block_size, n_x, dtype, transposed):
-        choice = cuda_rows.shares, *some, cuda_rows.has_long_rows(side, block_size)
+    elif cuda_rows.takes_shares(block_size, n_x, dtype, transposed, side.n_block_rows):
+        choice = cuda_rows.shares, *some, side.n_blocks, side.longest_row
     elif cuda_boxes.takes(side, n_x, n_matrices, block_size, inside, dtype):
         even = cuda_tiles.is_even(side)
         choice = cuda_boxes.boxes, n_x, n_matrices, block_size, n_out, transposed, even

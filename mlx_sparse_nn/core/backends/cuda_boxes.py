@@ -20,14 +20,21 @@ def takes(
 ) -> bool:
     """Return whether there is so much to multiply that boxes are worth their maps.
 
-    A box is a part of whole blocks: none may reach past the matrix.
+    A box is a part of whole blocks: none may reach past the matrix. Tiles must fill so much of
+    the rounds of thread blocks.
     """
     if block_size not in tuned.BOX_STAGES or dtype == mx.float32 or inside < block_size:
         return False
-    if side.n_blocks * block_size**2 * n_x * n_matrices < tuned.BOX_PRODUCTS:
+    stored = side.n_blocks * block_size**2
+    if stored * n_x * n_matrices < tuned.BOX_PRODUCTS:
         return False
-    groups = side.n_block_rows * -(-n_x // _rows(block_size)) * n_matrices
-    return groups >= tuned.BLOCKS_TO_FILL_GPU and cuda_tiles.architecture() == tuned.HOPPER
+    from_density, filled = tuned.BOXES_FROM[block_size]
+    if stored < from_density * side.n_block_rows * side.n_block_cols * block_size**2:
+        return False
+    rows, width = _rows(block_size), side.n_block_rows * n_matrices
+    rounds = -(-width * -(-n_x // rows) // tuned.MULTIPROCESSORS)
+    fills = width * n_x >= filled * rounds * tuned.MULTIPROCESSORS * rows
+    return fills and cuda_tiles.architecture() == tuned.HOPPER
 
 
 def boxes(

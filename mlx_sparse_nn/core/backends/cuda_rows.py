@@ -18,14 +18,23 @@ from mlx_sparse_nn.core.backends.launch import Kernel
 from mlx_sparse_nn.core.layout import Side
 
 
-def takes_shares(block_size: int, n_x: int, dtype: mx.Dtype, transposed: bool) -> bool:
+def takes_shares(
+    block_size: int, n_x: int, dtype: mx.Dtype, transposed: bool, n_block_rows: int
+) -> bool:
     """Return whether thread blocks share the blocks of a block-row.
 
     Of few rows of x it does for a transpose, by which their own kernel does not multiply.
     """
     if n_x > tuned.SHARED_ROWS.get(block_size, 0) or dtype == mx.float32:
         return False
-    return (transposed or n_x > tuned.CUDA_FEW_ROWS) and cuda_tiles.architecture() == tuned.HOPPER
+    if cuda_tiles.architecture() != tuned.HOPPER:
+        return False
+    if n_x <= tuned.CUDA_FEW_ROWS:
+        return transposed
+    if block_size <= 32 and n_x <= 64:
+        return n_block_rows <= 2 * tuned.MULTIPROCESSORS  # of more, other kernels have smaller ones
+    # Of tiles of 256 rows, which others have, enough must be empty.
+    return block_size != 64 or n_x <= 128 or 0 < n_x % 256 <= tuned.SHARED_OF_256
 
 
 def takes_slices(
@@ -42,11 +51,6 @@ def takes_slices(
     return side.is_in_order and cuda_tiles.architecture() == tuned.HOPPER
 
 
-def has_long_rows(side: Side, block_size: int) -> bool:
-    """Return whether the mean block-row is so long that half of it keeps a thread block busy."""
-    return side.n_blocks * block_size >= tuned.LONG_ROW * side.n_block_rows
-
-
 def shares(
     n_x: int,
     n_matrices: int,
@@ -54,32 +58,39 @@ def shares(
     inside: int,
     n_out: int,
     transposed: bool,
-    long_rows: bool,
+    n_blocks: int,
+    longest_row: int,
 ) -> Kernel:
     """Return the kernel in which thread blocks share the blocks of a block-row.
 
-    There are as many as it takes to fill the GPU, as long as they have not too many sums, and 2
-    where block-rows are long and fill it once by themselves. A thread block has as many stages as
-    leave room for a second one on its multiprocessor, or as fit where thread blocks do not fill the
-    GPU.
+    Their tile and number are those of the least time by :class:`tuned.SharesCost`. A thread block
+    has as many stages as leave room for a second one on its multiprocessor, or as fit where thread
+    blocks do not fill the GPU.
     """
-    rows = 64 if n_x <= 64 else 128
-    threads = 256 if rows == 64 else 384
-    groups = n_out // block_size * -(-n_x // rows) * n_matrices
-    filling = tuned.BLOCKS_TO_FILL_GPU
-    most = min(tuned.MAX_SPLITS, max(1, tuned.SPLIT_SUMS // (rows * block_size)))
-    splits = 1
-    while 2 * splits <= most and 2 * groups * splits <= filling:
-        splits *= 2
-    if splits == 1 and long_rows and groups <= filling:
-        splits = 2
-    idle = groups * splits < filling
-    stage = (rows + block_size) * 128
+    n_block_rows, cost, processors = n_out // block_size, tuned.SHARES_COST, tuned.MULTIPROCESSORS
+    mean, longest = (k * block_size / 64 for k in (n_blocks / n_block_rows, longest_row))
+
+    def groups_of(rows: int, splits: int) -> int:
+        return n_block_rows * -(-n_x // rows) * n_matrices * splits
+
+    def microseconds(tile: tuple[int, int]) -> float:
+        rows, splits = tile
+        groups, stage = groups_of(rows, splits), (rows + block_size) * 128
+        took = -(-groups // (2 * processors)) * (cost.round + cost.stage * longest / splits)
+        took += -(-groups // processors) * cost.byte * stage * mean / splits
+        if splits == 1:
+            return took
+        return took + cost.second + cost.sum * splits * n_x * n_out * n_matrices
+
+    tiles = [(rows, splits) for rows in (64, 128)[: 1 + (n_x > 64)] for splits in tuned.SHARES]
+    rows, splits = min(tiles, key=microseconds)
+    threads, stage = 256 if rows == 64 else 384, (rows + block_size) * 128
+    idle = groups_of(rows, splits) < tuned.BLOCKS_TO_FILL_GPU
     stages = (tuned.SHARED_OF_ONE if idle else tuned.SHARED_OF_TWO) // stage
     stages = min(tuned.MAX_SHARED_STAGES, stages)
     template = {"B": block_size, "INSIDE": inside, "ROWS": rows}
     template |= {"STAGES": stages, "TRANSPOSED": int(transposed)}
-    grid = (n_out // block_size * splits * threads, -(-n_x // rows), n_matrices)
+    grid = (n_block_rows * splits * threads, -(-n_x // rows), n_matrices)
     return Kernel("spmm_shares", template, grid, threads, stages * stage + 1024, splits=splits)
 
 
@@ -88,12 +99,14 @@ def slices(
 ) -> Kernel:
     """Return the kernel in which thread blocks share the columns of a panel of 256 outputs.
 
-    There are 4 of them where that fills no more than half of the GPU, and else 2.
+    There are as many of them as fill the GPU once, 2 at least and 8 at most.
     """
     rows, ring = (64, 4096) if n_x <= 64 else (128, 2048)
     stages, threads = 4 if rows == 64 else 3, 640
     panels, tiles = -(-n_out // 256), -(-n_x // rows)
-    splits = 4 if 8 * panels * tiles * n_matrices <= tuned.BLOCKS_TO_FILL_GPU else 2
+    groups, splits = panels * tiles * n_matrices, 2
+    while splits < 8 and 2 * groups * splits <= tuned.BLOCKS_TO_FILL_GPU:
+        splits *= 2
     template = {"B": block_size, "INSIDE": inside, "ROWS": rows}
     template |= {"STAGES": stages, "RING": ring, "TRANSPOSED": int(transposed)}
     shared_memory = stages * rows * 256 + 16 * ring * 2

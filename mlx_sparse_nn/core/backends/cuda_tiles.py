@@ -37,9 +37,11 @@ def takes_panels(
     """Return whether so much of the matrix is stored that x is read by panels of outputs.
 
     They walk the columns in order, and so must the blocks. ``n_rows`` rows of x, of all matrices,
-    must be enough for them to fill a GPU.
+    must be enough for them to fill much of a GPU.
     """
-    if -(-n_out // 256) * -(-n_rows // 128) < tuned.BLOCKS_TO_FILL_GPU:
+    small = itemsize == 2 and block_size == 16
+    filling = tuned.PANEL_GROUPS if small else tuned.BLOCKS_TO_FILL_GPU
+    if n_rows <= 128 or -(-n_out // 256) * -(-n_rows // 128) < filling:
         return False
     densities = tuned.PANEL_DENSITY if itemsize == 2 else tuned.FLOAT_PANEL_DENSITY
     least = densities.get(block_size)

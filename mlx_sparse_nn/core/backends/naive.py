@@ -17,13 +17,13 @@ def spmm(
     data: mx.array, pattern: CSRPattern, x: mx.array, bias: mx.array | None = None
 ) -> mx.array:
     """Return y[..., r] = sum_c A[r, c] x[..., c] + bias[r]; data and x may have an axis V."""
-    y = _wide(x) @ dense(_wide(data), pattern).swapaxes(-1, -2)
+    y = _matmul(_wide(x), dense(_wide(data), pattern).swapaxes(-1, -2))
     return (y if bias is None else y + _wide(bias)).astype(x.dtype)
 
 
 def spmm_t(data: mx.array, pattern: CSRPattern, y: mx.array) -> mx.array:
     """Return x[..., c] = sum_r A[r, c] y[..., r]; data and y may have an axis V."""
-    return (_wide(y) @ dense(_wide(data), pattern)).astype(y.dtype)
+    return _matmul(_wide(y), dense(_wide(data), pattern)).astype(y.dtype)
 
 
 def sddmm(pattern: CSRPattern, y: mx.array, x: mx.array) -> mx.array:
@@ -69,6 +69,16 @@ def dense(data: mx.array, pattern: CSRPattern) -> mx.array:
         grid = grid.at[_places(pattern)].add(data.reshape(*(lead or (1,)), -1, B, B))
     n_rows, n_cols = pattern.shape  # the last blocks may reach past it
     return grid.swapaxes(2, 3).reshape(*lead, R * B, C * B)[..., :n_rows, :n_cols]
+
+
+def _matmul(a: mx.array, b: mx.array) -> mx.array:
+    """Return ``a @ b``.
+
+    On CUDA, MLX (0.32.4) gives an empty product no buffer, and ends the process where NumPy reads
+    it.
+    """
+    shape = (*a.shape[:-1], b.shape[-1])
+    return mx.zeros(shape, a.dtype) if 0 in shape else a @ b
 
 
 def _grid(pattern: CSRPattern) -> tuple[int, int, int, int]:

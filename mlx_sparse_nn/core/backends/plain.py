@@ -16,7 +16,7 @@ from mlx_sparse_nn.core import edges, tuned
 from mlx_sparse_nn.core.backends import schedule
 from mlx_sparse_nn.core.backends.buckets import Buckets, buckets_of
 from mlx_sparse_nn.core.backends.schedule import Index, Result, Step, depend_on
-from mlx_sparse_nn.core.backends.stored import Stored
+from mlx_sparse_nn.core.backends.stored import Stored, in_rows
 from mlx_sparse_nn.core.layout import Layout, Side
 from mlx_sparse_nn.core.quantized import dequantize
 from mlx_sparse_nn.core.transforms import tracing
@@ -112,7 +112,7 @@ def sddmm(layout: Layout, y: mx.array, x: mx.array) -> mx.array:
                 _take(ys, rows[blocks], n_matrices),
                 _take(xs, data.wait(columns[blocks]), n_matrices),
             )
-            part = part.reshape(-1, *layout.data_shape[1:]).astype(x.dtype)
+            part = in_rows(part, *layout.data_shape[1:]).astype(x.dtype)
         data.write(cut.start, part)
     return data.rows.reshape(shape)
 
@@ -188,7 +188,7 @@ def _many_rows(
             part = _multiply_add(a, xs, added, step, n_matrices).astype(x.dtype)  # (V * m, B, N)
         y.write(step.rows.start, part)
     y = _in_matrix_order(y, buckets, n_matrices)
-    return y.reshape(*x.shape[:-2], -1, n_x).swapaxes(-1, -2)
+    return y.reshape(*x.shape[:-2], side.n_block_rows * block_size, n_x).swapaxes(-1, -2)
 
 
 def _in_pieces(
@@ -261,7 +261,7 @@ def _terms(
             part = _take(xs, terms.wait(columns[start:stop]), terms.n_matrices)  # (V * m, N, B)
             if n_x == 1 and block_size < tuned.MIN_MATMUL_BLOCK:
                 part = part.swapaxes(1, 2) if transposed else part
-                part = (part * a).sum(axis=1 if transposed else 2).reshape(-1, 1, block_size)
+                part = in_rows((part * a).sum(axis=1 if transposed else 2), 1, block_size)
             else:
                 part = part @ (a if transposed else a.swapaxes(1, 2))
         terms.write(start, part)
@@ -295,7 +295,7 @@ def _multiply_add(
     added = _take(added, step.rows, n_matrices)
     if a.dtype not in _NARROW:
         return a @ xs + added
-    if not mx.cuda.is_available():
+    if mx.default_device().type is not mx.gpu or not mx.cuda.is_available():
         return mx.addmm(added, a, xs)
     # MLX (0.32.4) rounds a batched addmm twice on CUDA. float32 holds 16-bit products exactly, and
     # so does TF32.
@@ -326,8 +326,8 @@ def _row_blocks(x: mx.array, block_size: int) -> mx.array:
     """Return ``(V, N, C * B)`` as ``(V * C, N, B)``."""
     n_x, width = x.shape[-2:]
     if n_x > 1:
-        x = _contiguous(x.reshape(-1, n_x, width // block_size, block_size).swapaxes(1, 2))
-    return x.reshape(-1, n_x, block_size)
+        x = _contiguous(in_rows(x, n_x, width // block_size, block_size).swapaxes(1, 2))
+    return in_rows(x, n_x, block_size)
 
 
 def _column_blocks(x: mx.array, block_size: int) -> mx.array:
@@ -336,14 +336,14 @@ def _column_blocks(x: mx.array, block_size: int) -> mx.array:
     if x.size > tuned.MAX_CACHED_VALUES and block_size > 1:
         # Strides of whole rows of x would miss the cache: first by blocks, then within each.
         return _contiguous(_row_blocks(x, block_size).swapaxes(1, 2))
-    return _contiguous(x.swapaxes(-1, -2)).reshape(-1, block_size, n_x)
+    return in_rows(_contiguous(x.swapaxes(-1, -2)), block_size, n_x)
 
 
 def _bias_blocks(
     bias: mx.array, rows: mx.array | None, shape: tuple[int, int], n_matrices: int
 ) -> mx.array:
     """Return the bias of the block-rows, group by group, ``(V * n_block_rows, *shape)``."""
-    blocks = bias.reshape(-1, *shape)
+    blocks = in_rows(bias, *shape)
     return mx.concatenate([blocks if rows is None else _take(blocks, rows, 1)] * n_matrices)
 
 
@@ -351,9 +351,9 @@ def _with_zeros(side: Side, n_matrices: int, *arrays: mx.array) -> list[mx.array
     """Return each ``(V * n, ...)`` with a zero after each of V parts, for slots that are empty."""
     if not side.is_padded:
         return list(arrays)
-    parts = [a.reshape(n_matrices, -1, *a.shape[1:]) for a in arrays]
+    parts = [a.reshape(n_matrices, a.shape[0] // n_matrices, *a.shape[1:]) for a in arrays]
     parts = [mx.concatenate([a, mx.zeros_like(a[:, :1])], axis=1) for a in parts]
-    return [a.reshape(-1, *a.shape[2:]) for a in parts]
+    return [in_rows(a, *a.shape[2:]) for a in parts]
 
 
 def _take_blocks(data: Stored, index: Index, n_matrices: int, dtype: mx.Dtype) -> mx.array:
@@ -379,5 +379,5 @@ def _take(values: mx.array, index: Index, n_matrices: int) -> mx.array:
     if values.size > values.shape[0]:
         return mx.take(values, index, axis=0)
     # Single elements: take_along_axis is some forty times faster on the CPU than take.
-    elements = mx.take_along_axis(values.reshape(-1), index, axis=0)
-    return elements.reshape(-1, *values.shape[1:])
+    elements = mx.take_along_axis(in_rows(values), index, axis=0)
+    return in_rows(elements, *values.shape[1:])

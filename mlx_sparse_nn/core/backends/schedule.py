@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends.buckets import Buckets
-from mlx_sparse_nn.core.backends.stored import Stored
+from mlx_sparse_nn.core.backends.stored import Stored, in_rows
 from mlx_sparse_nn.core.cores import n_cores
 from mlx_sparse_nn.core.layout import Side
 from mlx_sparse_nn.core.transforms import tracing
@@ -88,12 +88,12 @@ class Result:
             return
         rows = self.rows.reshape(n_matrices, self.n, *shape)
         rows[:, start : start + m] = part.reshape(n_matrices, m, *shape)
-        self.rows = rows.reshape(-1, *shape)
+        self.rows = in_rows(rows, *shape)
 
 
 def depend_on(a: mx.array, other: mx.array) -> mx.array:
     """Return ``a``, to be there once ``other`` is; ``mx.depends`` cannot be mapped."""
-    other = other.reshape(-1)[:1]
+    other = in_rows(other)[:1]
     if tracing.graph is not None:  # MLX derives this, and fails at conditions and indices
         other = mx.stop_gradient(other)
     return mx.where(other, a, a)

@@ -179,7 +179,8 @@ def _index_arrays(library: index.Native | None) -> list[Any]:
             rows, cols = numbers * 7919 % n_rows, numbers * 31 % n_cols
             made += index.sort_coordinates(rows.astype(np.int32), cols.astype(np.int32), shape)
             indptr, indices, _ = made[-3:]
-            made += [*index.transpose(indptr, indices, n_cols), index.narrow(cols)]
+            made += [*index.transpose(indptr, indices, n_cols), index.copy_in_range(cols)]
+            made += [index.copy_in_range(cols.astype(np.int32), n_cols), index.copy_in_range(-cols)]
             made += [index.ascends(indptr, indices), index.in_range(indices, n_cols - 1)]
             made += [index.rises(indptr, 20_000), index.rises(indptr[::-1].copy(), 0)]
             other = index.transpose(indptr, indices, n_cols)[:2]

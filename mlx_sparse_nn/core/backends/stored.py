@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -27,7 +28,7 @@ class Stored(NamedTuple):
         """Return the blocks of arrays ``(n_blocks, ...)`` or ``(V, n_blocks, ...)``."""
         found, nbytes = [], 0
         for a in arrays:
-            found.append(a.reshape(-1, block_size, a.shape[-1] if block_size > 1 else 1))
+            found.append(in_rows(a, block_size, a.shape[-1] if block_size > 1 else 1))
             nbytes += a.nbytes
         return cls(found, block_size, found[0].shape[0], nbytes)
 
@@ -36,3 +37,9 @@ class Stored(NamedTuple):
         if len(self.arrays) == 1:
             return 0
         return self.block_size**2 * (4 if dtype == mx.float32 else 4 + dtype.size)
+
+
+def in_rows(a: mx.array, *shape: int) -> mx.array:
+    """Return ``a`` as ``(m, *shape)``: not by -1, which MLX (0.32.4) cannot map to a batch of
+    none."""
+    return a.reshape(a.size // prod(shape), *shape)
