@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from support import own_folder
 
-from mlx_sparse_nn.core.backends import launch
+from mlx_sparse_nn.core.backends import build, launch
 
 settings.register_profile(
     "ci",
@@ -86,6 +86,11 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "needs(*names): packages and programs that a test runs")
     device = config.getoption("--device")
     config.stash[EMULATED] = device == "metal-emulator"
+    if platform.system() == "Linux" and device != "gpu":
+        try:
+            build.compiler()
+        except build.BuildError as error:  # hundreds of tests would say so, after minutes
+            raise pytest.UsageError(f"the tests compare the C++ kernels: {error}") from None
     if device == "gpu":
         mx.set_default_device(mx.Device(mx.gpu))
     seen = launch.observed(lambda kernel: launched.update([kernel.name]))

@@ -118,6 +118,15 @@ def test_without_a_compiler(run, tmp_path):
     falls_back(run("-c", PRODUCT, CXX="", PATH=str(empty)), "g++, clang++, c++", "apt-get install")
 
 
+def test_tests_without_a_compiler_say_so_at_once():
+    command = [sys.executable, "-m", "pytest", "--collect-only", "tests/test_house.py"]
+    environment = {**os.environ, "CXX": "no-such-compiler"}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == pytest.ExitCode.USAGE_ERROR
+    assert len(ran.stderr.splitlines()) <= 2
+    assert "C++ kernels: no C++ compiler was found (looked for CXX=no-such-compiler)" in ran.stderr
+
+
 def test_a_compiler_that_fails(run, compiler):
     script = "for i in $(seq 40); do echo line $i >&2; done; exit 1"
     errors = run("-c", PRODUCT, CXX=compiler(script))

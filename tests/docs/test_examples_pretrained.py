@@ -154,6 +154,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
 
 
 def test_a_language_model_of_mlx_lm(tmp_path: Path, monkeypatch):
+    pytest.importorskip("mlx_lm", reason="it wants Python 3.11")
     monkeypatch.syspath_prepend(str(ROOT / "tests/layers"))
     tiny_models = importlib.import_module("tiny_models")
     tiny_models.save_dense("llama", tmp_path / "model")
