@@ -3,10 +3,8 @@
 ``counts.json`` holds, for each workload: the operations in the graph of plain MLX on the CPU, the
 peak of memory there in kilobytes, and the kernels launched on a GPU. After a change that is meant,
 ``PYTHONPATH=tests MLX_ENABLE_TF32=0 python tests/backends/test_counts.py`` writes it again, and its
-diff shows what the change does.
-A peak is
-written when it has changed by a quarter: it is a median, since it depends on when MLX's threads
-come to free memory.
+diff shows what the change does. A peak is written when it has changed by a quarter: it is a median,
+since it depends on when MLX's threads come to free memory.
 """
 
 import io
