@@ -2,10 +2,9 @@
 
 ``counts.json`` holds, for each workload: the operations in the graph of plain MLX on the CPU, the
 peak of memory there in kilobytes, and the kernels launched on a GPU. After a change that is meant,
-``python tests/backends/test_counts.py`` writes it again, and its diff shows what the change does.
-A peak is
-written when it has changed by a quarter: it is a median, since it depends on when MLX's threads
-come to free memory.
+``PYTHONPATH=tests MLX_ENABLE_TF32=0 python tests/backends/test_counts.py`` writes it again, and its
+diff shows what the change does. A peak is written when it has changed by a quarter: it is a median,
+since it depends on when MLX's threads come to free memory.
 """
 
 import io
@@ -163,7 +162,7 @@ def counted(name):
 def test_no_workload_takes_other_operations(name):
     entries = counted(name), json.loads(RECORD.read_text())[name]
     actual, expected = ({**entry, "peak_kB": None} for entry in entries)
-    assert actual == expected, "run `python tests/backends/test_counts.py` if this change is meant"
+    assert actual == expected, "if this change is meant, this file says how to note it"
 
 
 @pytest.mark.skipif(
