@@ -173,6 +173,7 @@ def sweep(args: argparse.Namespace) -> None:
     """Find and measure the ground state at each field, print a table and draw it."""
     n = args.qubits
     chain = chain_name(args)
+    IsingOperator(n, float(args.sweep[-1]))  # raises before the work begins, if one does
     found, exact = [], []
     for field in tqdm(args.sweep, desc=chain, unit="field"):
         result = lanczos(IsingOperator(n, float(field), periodic=args.periodic), 2)

@@ -26,9 +26,10 @@ def evolve(
     .. math:: b_{m+1} \int_0^\tau |(e^{-iTs})_{m1}|\, ds \le \mathrm{tol}\, \tau / t
 
     with the projected matrix T and the norm :math:`b_{m+1}` of what T leaves out. All times within
-    a step are read from its space: a curve costs about as much as its last time. If H has at most
-    256 rows and the time takes several steps, its whole spectrum takes their place. Evolution in
-    real time keeps the norm.
+    a step are read from its space: a curve costs about as much as its last time. On a CPU, if H has
+    at most 256 rows and the time takes several steps, or at most 1024 rows and a sixteenth as many
+    steps, its whole spectrum takes their place, for any time. Evolution in real time keeps the
+    norm.
 
     It is differentiable once, in reverse and forward: by ``psi``; by the values of a sparse or
     dense H, or the couplings and fields of an operator of this package; and by ``t``, if it is an

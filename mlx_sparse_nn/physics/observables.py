@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_sparse_nn.core.transforms import transforming
+from mlx_sparse_nn.core.transforms import is_traced, tracing, transforming
 from mlx_sparse_nn.physics.checks import (
     check_axis,
     check_hamiltonian,
@@ -194,11 +194,16 @@ def entanglement_entropy(psi: mx.array, cut: int) -> mx.array:
 
     Raises:
         TypeError: ``psi`` is not an array, or ``cut`` is not an integer.
-        ValueError: ``psi`` does not have shape ``(2**n,)``, is zero or not finite, or ``cut`` is
-            out of range.
+        ValueError: ``psi`` does not have shape ``(2**n,)``, is zero or not finite, ``cut`` is out
+            of range, or ``psi`` is traced by ``mx.export_function``.
     """
     psi, largest, n = check_state_of_sites("entanglement_entropy", psi)
     cut = check_index("entanglement_entropy", "cut", cut, n)
+    if tracing.graph == "exported" and is_traced(psi):
+        raise ValueError(
+            "[entanglement_entropy] psi must not be traced for a file, which cannot hold the "
+            "derivative of eigenvalues; export the state, and take its entropy outside"
+        )
     dtype = mx.float64 if psi.dtype == mx.float64 else mx.float32
     with mx.stream(mx.cpu):  # MLX has eigh and float64 there only
         parts = _scaled_parts(psi, largest)

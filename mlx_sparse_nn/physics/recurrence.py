@@ -23,7 +23,7 @@ from mlx_sparse_nn.physics.parameters import detached, parameters
 from mlx_sparse_nn.physics.precision import identity, pairwise_sum
 from mlx_sparse_nn.physics.units import Scaled
 
-_SMALL = 256  # dimension: the spectrum of H then takes as long as some hundred products
+_MOST = 1024  # dimension of an H whose spectrum may take the place of steps: half a second
 Row = Any  # (length,): a NumPy array on a CPU, an MLX array on a GPU
 
 
@@ -43,7 +43,7 @@ class Product:
         self.epsilon = 2.0**-52 if dtype == mx.float64 else 2.0**-23
         self.length = 2 * self.dim if is_complex else self.dim
         known = bool(parameters(H.H)[0])  # this package knows that it multiplies matrices too
-        self.may_be_stored = on_host and known and self.dim <= _SMALL
+        self.may_be_stored = on_host and known and self.dim <= _MOST
         # A real matrix multiplies both parts in one product of half the work, and in float64,
         # which MLX has no complex numbers of.
         stores = isinstance(H.H, CSRArray | COOArray | mx.array)

@@ -16,6 +16,7 @@ from mlx_sparse_nn.physics.recurrence import (
     recurrence,
 )
 
+_SMALL = 256  # dimension: the spectrum of H then takes as long as some hundred products
 _FEW = 8  # products before the bound is looked at for the first time
 ROUNDED = 2.0**-50  # amplitudes of a step that may be rounding alone, however short it is
 
@@ -56,7 +57,9 @@ class Steps:
             count = min(self.size, space.done + missing)
         if length < remaining:
             self.full = length
-        is_long = length < remaining and space.done == self.size
+        # A larger spectrum takes as long as tens of steps.
+        few = 1 if self.product.dim <= _SMALL else self.product.dim / 16
+        is_long = few * length < remaining and space.done == self.size
         drift, spread = step.drift(), float(step.energies[-1] - step.energies[0])
         drifts = drift > 0 and self._rounding(spread, drift) > self.tol
         if (is_long or drifts) and self.product.may_be_stored and not isinstance(space, Spectrum):

@@ -261,7 +261,7 @@ def short_steps(monkeypatch):
     """Let steps have few products, as those of long times and large systems do."""
     monkeypatch.setattr(flow, "_FEWEST", 12)
     monkeypatch.setattr(flow, "_MOST", 12)
-    monkeypatch.setattr(recurrence, "_SMALL", 1)
+    monkeypatch.setattr(recurrence, "_MOST", 1)
 
 
 @pytest.mark.usefixtures("short_steps")

@@ -1,6 +1,7 @@
 """Observables against dense matrices, and their derivatives against differences in float64."""
 
 import doctest
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -621,6 +622,21 @@ class TestDerivatives:
         assert mixed.item() == pytest.approx(expected, rel=1e-3, abs=1e-3)
         expected = (at(1, 0) - 2 * at(0, 0) + at(-1, 0)) / step**2
         assert twice.item() == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+    @pytest.mark.not_emulated("needs mx.compile")
+    def test_of_a_file(self, tmp_path):
+        file, psi = str(tmp_path / "observables"), random_state(4, mx.complex64)
+
+        def observables(psi):
+            return [magnetization(psi, "y"), correlation(psi, "x"), variance(H, psi)]
+
+        H = IsingOperator(4, 0.7)
+        mx.export_function(file, observables, psi)
+        imported: Any = mx.import_function(file)
+        for actual, expected in zip(imported(psi), observables(psi), strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+        with pytest.raises(ValueError, match=r"^\[entanglement_entropy\] psi must not be traced"):
+            mx.export_function(file, lambda psi: entanglement_entropy(psi, 2), psi)
 
     @pytest.mark.parametrize("name", FUNCTIONS)
     def test_vmap_and_compile(self, name):
