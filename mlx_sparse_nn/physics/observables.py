@@ -204,24 +204,7 @@ def entanglement_entropy(psi: mx.array, cut: int) -> mx.array:
             "[entanglement_entropy] psi must not be traced for a file, which cannot hold the "
             "derivative of eigenvalues; export the state, and take its entropy outside"
         )
-    dtype = mx.float64 if psi.dtype == mx.float64 else mx.float32
-    with mx.stream(mx.cpu):  # MLX has eigh and float64 there only
-        parts = _scaled_parts(psi, largest)
-        parts = [part.reshape(-1, 1 << cut).astype(mx.float64) for part in parts]
-        parts = [part if part.shape[0] <= part.shape[1] else part.T for part in parts]
-        if len(parts) == 2:
-            # The real matrix [[Re, -Im], [Im, Re]] has each eigenvalue of Re + i Im twice.
-            a, b = parts
-            re, im = a @ a.T + b @ b.T, b @ a.T - a @ b.T
-            rho = mx.concatenate(
-                [mx.concatenate([re, -im], axis=1), mx.concatenate([im, re], axis=1)]
-            )
-            copies = 2
-        else:
-            rho = parts[0] @ parts[0].T
-            copies = 1
-        trace = mx.diag(rho).sum() / copies
-        return (_entropy(rho / trace) / copies).astype(dtype)
+    return _entropy_of_state(cut, _scaled_parts(psi, largest))
 
 
 def fidelity(a: mx.array, b: mx.array) -> mx.array:
@@ -372,6 +355,64 @@ def _all_pairs(weights: mx.array, n: int) -> mx.array:
     upper = mx.stack([mx.pad(row, (n - row.size, 0)) for row in rows])
     upper = mx.pad(upper, [(0, 1), (0, 0)])
     return upper + upper.T + diagonal
+
+
+def _entropy_of_state(cut: int, parts: list[mx.array]) -> mx.array:
+    """Return the entropy of states by their real and imaginary parts, ``(..., 2**n)``.
+
+    A forward derivative is the slope's product with the tangent: on a GPU, MLX (0.32.4) computes
+    some of its own rules of float64 there, which has none.
+    """
+
+    def compute(*parts: mx.array) -> mx.array:
+        with mx.stream(mx.cpu):  # MLX has eigh and float64 there only
+            return _from_parts(cut, list(parts))
+
+    entropy: Any = mx.custom_function(compute)
+
+    @entropy.vjp
+    def vjp(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
+        slopes = mx.vjp(compute, list(_listed(primals)), [cotangent])[1]
+        return slopes if isinstance(primals, (list, tuple)) else slopes[0]
+
+    @entropy.jvp
+    def jvp(primals: Any, tangents: Any) -> mx.array:
+        primals, tangents = _listed(primals), _listed(tangents)
+        ones = mx.ones(primals[0].shape[:-1], primals[0].dtype)
+        slopes = mx.vjp(compute, list(primals), [ones])[1]
+        return _total([(s * t).sum(axis=-1) for s, t in zip(slopes, tangents, strict=True)])
+
+    @entropy.vmap
+    def vmap(primals: Any, axes: Any) -> tuple[mx.array, int]:
+        pairs = zip(_listed(primals), _listed(axes), strict=True)
+        return _entropy_of_state(cut, [mx.moveaxis(part, axis, 0) for part, axis in pairs]), 0
+
+    return entropy(*parts)
+
+
+def _listed(arrays: Any) -> Any:
+    """Return what MLX passes to a rule: one, or a list of them."""
+    return arrays if isinstance(arrays, (list, tuple)) else [arrays]
+
+
+def _from_parts(cut: int, parts: list[mx.array]) -> mx.array:
+    """Return the entropy, computed in float64."""
+    dtype = parts[0].dtype
+    parts = [part.reshape(*part.shape[:-1], -1, 1 << cut).astype(mx.float64) for part in parts]
+    if parts[0].shape[-2] > parts[0].shape[-1]:
+        parts = [part.swapaxes(-1, -2) for part in parts]
+    turned = [part.swapaxes(-1, -2) for part in parts]
+    copies = len(parts)
+    if copies == 2:
+        # The real matrix [[Re, -Im], [Im, Re]] has each eigenvalue of Re + i Im twice.
+        re = parts[0] @ turned[0] + parts[1] @ turned[1]
+        im = parts[1] @ turned[0] - parts[0] @ turned[1]
+        rows = [mx.concatenate(row, axis=-1) for row in ([re, -im], [im, re])]
+        rho = mx.concatenate(rows, axis=-2)
+    else:
+        rho = parts[0] @ turned[0]
+    trace = mx.diagonal(rho, axis1=-2, axis2=-1).sum(axis=-1) / copies
+    return (_entropy(rho / trace[..., None, None]) / copies).astype(dtype)
 
 
 def _entropy(rho: mx.array) -> mx.array:
