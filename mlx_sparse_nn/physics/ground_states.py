@@ -54,10 +54,9 @@ def lanczos(
 ) -> LanczosResult:
     r"""Return the ``k`` lowest eigenvalues and eigenvectors of a Hermitian matrix, or the highest.
 
-    Lanczos' method with thick restarts: when the basis of ``20 + 2 k`` vectors is full, or of
-    ``40 + 2 k`` small ones on a GPU, the lowest ``k`` of its Ritz vectors and a quarter of the
-    others are kept. The vectors are orthogonalised against one another only where rounding would
-    make the result wrong.
+    Lanczos' method with thick restarts: when the basis of ``20 + 2 k`` vectors is full, the lowest
+    ``k`` of its Ritz vectors and a quarter of the others are kept. The vectors are orthogonalised
+    against one another only where rounding would make the result wrong.
 
     With ``k > 1``, an eigenvalue is found as often as it occurs. The space of one vector has each
     once; so, when ``k`` have converged, another one grows from a random vector that is orthogonal

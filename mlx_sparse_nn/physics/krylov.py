@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_sparse_nn.core.backends.choose import choose_columns
-from mlx_sparse_nn.physics.device_columns import DeviceColumns, is_large
+from mlx_sparse_nn.physics.device_columns import DeviceColumns
 from mlx_sparse_nn.physics.host_columns import HostColumns
 from mlx_sparse_nn.physics.kernel_columns import KernelColumns
 from mlx_sparse_nn.physics.precision import epsilon, largest_part
@@ -257,14 +257,13 @@ class Krylov:
         return is_whole or bool((np.abs(losses) > self.epsilon**powers).any())
 
 
-def columns_of_basis(dim: int, k: int, dtype: mx.Dtype) -> int:
+def columns_of_basis(dim: int, k: int) -> int:
     """Return how many columns a basis for k levels has before it restarts.
 
-    On a GPU a restart takes as long as ten products, since the host has to bring numbers to the
-    device; small columns leave room for fewer.
+    With 40 and more, a GPU had a third of the restarts, but NumPy's LAPACK takes threads for such
+    a projected matrix, which then wait for the next one on all cores of the host.
     """
-    fewest = 20 if _on_host(dtype) or is_large(dim) else 40
-    return min(dim, fewest + 2 * k)
+    return min(dim, 20 + 2 * k)
 
 
 def vectors_of_search(k: int, dtype: mx.Dtype) -> int:

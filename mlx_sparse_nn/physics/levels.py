@@ -72,7 +72,7 @@ class Search:
         with device_of(dtype):
             normals = Normals(dim, dtype, self.seed)
             H = check_hermitian(self.owner, H, normals)
-            size = columns_of_basis(dim, self.k, dtype)
+            size = columns_of_basis(dim, self.k)
             basis = Krylov(dim, size, dtype, room=2 * self.k)
             basis.extend(normals() if v0 is None else scaled(v0).astype(dtype))
             tol = min(self.tol, basis.epsilon**0.8) if precise else self.tol
