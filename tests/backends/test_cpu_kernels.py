@@ -184,8 +184,8 @@ def test_the_pool(tmp_path, tools):
         ("scalars.cpp", "() < Bits(end - j)", "() <=Bits(end - j)", FLOATS, NATIVE, "is"),
         (
             "scalars.cpp",
-            "j + G <= n_blocks",
-            "j + 0 <= n_blocks",
+            "end + G <= n_blocks",
+            "end + 0 <= n_blocks",
             FLOATS,
             ADDRESS,
             "AddressSanitizer",

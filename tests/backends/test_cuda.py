@@ -86,7 +86,7 @@ def test_what_lies_outside_is_masked_by_scalars(block_size):
 
 @pytest.mark.parametrize(("cut", "offset"), [(1, 0), (37, 0), (-5, 1)])
 @pytest.mark.parametrize("block_size", [64, 128])
-def test_what_lies_outside_is_masked_by_warpgroups(block_size, cut, offset):
+def test_what_lies_outside_is_masked_by_warpgroups(filled, block_size, cut, offset):
     pattern = trimmed(random_pattern(2, 3, block_size, density=0.9), cut, -cut)
     check(pattern, 140, mx.bfloat16, ["spmm_wgmma"], offset=offset)
 

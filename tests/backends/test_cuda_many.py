@@ -16,6 +16,8 @@ def small(monkeypatch):
     """Let a little work count as enough."""
     monkeypatch.setattr(tuned, "BLOCKS_TO_FILL_GPU", 1)
     monkeypatch.setattr(tuned, "BOX_PRODUCTS", 1)
+    monkeypatch.setattr(tuned, "BOXES_FROM", dict.fromkeys((64, 128), (0.0, 0.0)))
+    monkeypatch.setattr(tuned, "SHARED_ROWS", {})
 
 
 def drawn(block_size, kind):
@@ -65,9 +67,12 @@ def test_boxes_of_several_matrices(small, block_size):
     ("change", "takes"),
     [
         ({}, True),
-        ({"n_x": 1024}, False),
-        ({"n_x": 2048}, False),
+        ({"n_x": 512}, False),
+        ({"n_x": 1280}, True),
+        ({"density": 0.2}, False),
         ({"block_size": 64}, True),
+        ({"block_size": 64, "density": 0.2}, True),
+        ({"block_size": 64, "n_x": 1280}, False),  # tiles fill 0.6 of the GPU's rounds
         ({"block_size": 32}, False),
         ({"inside": 5}, False),
         ({"dtype": mx.float32}, False),
@@ -79,7 +84,7 @@ def test_boxes_are_for_much_work_on_whole_blocks(monkeypatch, change, takes):
     call = {"n_x": 4096, "n_matrices": 1, "block_size": 128, "dtype": mx.bfloat16} | change
     architecture = call.pop("architecture", "sm_90")
     monkeypatch.setattr(cuda_tiles, "architecture", lambda: architecture)
-    pattern = patterns.random(4096, 4096, 0.2, call["block_size"])
+    pattern = patterns.random(4096, 4096, call.pop("density", 0.4), call["block_size"])
     call.setdefault("inside", call["block_size"])
     assert cuda_boxes.takes(pattern.layout.rows, **call) is takes
 

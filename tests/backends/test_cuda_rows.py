@@ -157,7 +157,7 @@ def test_the_tile_of_the_least_time(monkeypatch, sizes, tile):
     monkeypatch.undo()
     block_size, n, density = sizes
     n_block_rows = 4096 // block_size
-    n_blocks, longest = int(density * n_block_rows**2), int(1.5 * density * n_block_rows) + 2
+    n_blocks, longest = int(density * n_block_rows**2), int(1.3 * density * n_block_rows) + 1
     some = block_size, block_size, 4096, False, n_blocks, longest
     kernel = cuda_rows.shares(n, 1, *some)
     assert (kernel.template["ROWS"], kernel.splits) == tile
