@@ -148,10 +148,10 @@ class SharesCost(NamedTuple):
     """
 
     round: float = 3.1  # of thread blocks, two a multiprocessor
-    stage: float = 0.51  # of the longest block-row
-    byte: float = 4.3e-6  # that a multiprocessor copies
-    second: float = 3.3  # kernel, which adds up the sums
-    sum: float = 3.9e-6  # of each thread block
+    stage: float = 0.27  # of the longest block-row
+    byte: float = 3.9e-6  # that a multiprocessor copies
+    second: float = 1.5  # kernel, which adds up the sums
+    sum: float = 2.0e-6  # of each thread block
 
 
 SHARES_COST = SharesCost()

@@ -6,7 +6,7 @@ import pytest
 from cuda_emulator import CudaFault, emulated
 from support import assert_equal, integers, pattern_of, random_pattern, spoiled, trimmed
 
-from mlx_sparse_nn import spmm, spmm_t
+from mlx_sparse_nn import patterns, spmm, spmm_t
 from mlx_sparse_nn.core import tuned
 from mlx_sparse_nn.core.backends import cuda_rows, naive
 
@@ -156,9 +156,8 @@ def test_the_tile_of_the_least_time(monkeypatch, sizes, tile):
     """64 rows at 10%, B = 64, took 7.5 microseconds where one thread block takes 5.9."""
     monkeypatch.undo()
     block_size, n, density = sizes
-    n_block_rows = 4096 // block_size
-    n_blocks, longest = int(density * n_block_rows**2), int(1.3 * density * n_block_rows) + 1
-    some = block_size, block_size, 4096, False, n_blocks, longest
+    side = patterns.random(4096, 4096, density, block_size, seed=1).layout.rows
+    some = block_size, block_size, 4096, False, side.n_blocks, side.longest_row
     kernel = cuda_rows.shares(n, 1, *some)
     assert (kernel.template["ROWS"], kernel.splits) == tile
     groups = kernel.grid[0] // kernel.threads * kernel.grid[1]
