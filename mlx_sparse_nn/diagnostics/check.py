@@ -19,7 +19,7 @@ import numpy as np
 from mlx_sparse_nn.core.backends import cpu, cuda, launch, metal, plain
 from mlx_sparse_nn.core.backends.choose import choose, choose_pauli
 from mlx_sparse_nn.core.device import use_device
-from mlx_sparse_nn.diagnostics import check_strings
+from mlx_sparse_nn.diagnostics import check_columns, check_strings
 from mlx_sparse_nn.diagnostics.check_cases import (
     DTYPES,
     Case,
@@ -30,7 +30,14 @@ from mlx_sparse_nn.diagnostics.check_cases import (
     operands_of,
     quick_cases,
 )
-from mlx_sparse_nn.diagnostics.check_report import Outcome, complaint, markdown, markdown_times
+from mlx_sparse_nn.diagnostics.check_columns import ColumnsCase, columns_cases
+from mlx_sparse_nn.diagnostics.check_report import (
+    AnyCase,
+    Outcome,
+    complaint,
+    markdown,
+    markdown_times,
+)
 from mlx_sparse_nn.diagnostics.check_speed import (
     ON_CPU,
     ON_GPU,
@@ -79,7 +86,7 @@ def run(options: argparse.Namespace, version: str) -> int:
     before = mx.default_device()
     kind = options.device or ("gpu" if metal.is_available() or cuda.is_available() else "cpu")
     try:
-        cases = _chosen(options)
+        cases = _chosen(options, kind)
         if before.type != getattr(mx, kind):
             use_device(kind)
         if options.tensor_units:
@@ -100,7 +107,7 @@ def run(options: argparse.Namespace, version: str) -> int:
             mx.set_default_device(before)
 
 
-def _chosen(options: argparse.Namespace) -> list[Case | StringsCase]:
+def _chosen(options: argparse.Namespace, kind: str) -> list[AnyCase]:
     """Return the products that the options ask for.
 
     Raises:
@@ -108,9 +115,10 @@ def _chosen(options: argparse.Namespace) -> list[Case | StringsCase]:
     """
     if options.tensor_units and options.device == "cpu":
         raise ValueError("[check] --tensor-units must be checked on a GPU, got --device cpu")
-    cases = [*(quick_cases() if options.quick else all_cases()), *strings_cases()]
+    others = [*strings_cases(), *(columns_cases() if kind == "gpu" else [])]
+    cases = [*(quick_cases() if options.quick else all_cases()), *others]
     if options.only:
-        by_name = {case.name: case for case in [*all_cases(), *strings_cases()]}
+        by_name = {case.name: case for case in [*all_cases(), *others]}
         for name in options.only:
             if name not in by_name:
                 like = cases[0].name
@@ -123,7 +131,7 @@ def _chosen(options: argparse.Namespace) -> list[Case | StringsCase]:
     return cases
 
 
-def _check(cases: Sequence[Case | StringsCase], timed: bool, version: str) -> int:
+def _check(cases: Sequence[AnyCase], timed: bool, version: str) -> int:
     """Compute the products, print what is wrong and the tables, and return the exit status."""
     began = time.perf_counter()
     outcomes = _outcomes(cases)
@@ -138,7 +146,7 @@ def _check(cases: Sequence[Case | StringsCase], timed: bool, version: str) -> in
     return 0
 
 
-def _check_tensor_units(cases: Sequence[Case | StringsCase], timed: bool, version: str) -> int:
+def _check_tensor_units(cases: Sequence[AnyCase], timed: bool, version: str) -> int:
     """Do the same by the tensor units of an M5, and by the kernels that compute without them."""
     began = time.perf_counter()
     with metal.tensor_units():
@@ -157,8 +165,8 @@ def _check_tensor_units(cases: Sequence[Case | StringsCase], timed: bool, versio
     return 0
 
 
-def _is_for_tensor_units(case: Case | StringsCase) -> bool:
-    if isinstance(case, StringsCase):
+def _is_for_tensor_units(case: AnyCase) -> bool:
+    if not isinstance(case, Case):
         return False
     is_dense_enough = case.rows > 16 and case.block_size % 16 == 0
     return case.product in ("spmm", "spmm_t") and case.dtype != "float32" and is_dense_enough
@@ -171,7 +179,7 @@ def _by_tensor_units(outcome: Outcome) -> Outcome:
     return replace(outcome, wrong="right, but not computed by the tensor units")
 
 
-def _outcomes(cases: Sequence[Case | StringsCase]) -> list[Outcome]:
+def _outcomes(cases: Sequence[AnyCase]) -> list[Outcome]:
     from tqdm import tqdm
 
     tf32, outcomes = matmul_uses_tf32(), []
@@ -190,13 +198,20 @@ def _times(sizes: Sizes) -> list[LayerTiming]:
         return time_layers(sizes, bar.update)
 
 
-def check_case(case: Case | StringsCase, tf32: bool = False) -> Outcome:
+def check_case(case: AnyCase, tf32: bool = False) -> Outcome:
     """Compute a product twice on MLX's default device, and compare it with the oracle.
 
     Args:
         case: The product.
         tf32: Whether MLX's own products round float32 factors to TF32.
     """
+    if isinstance(case, ColumnsCase):
+        given, backend = check_columns.operands_of(case), metal if metal.is_available() else cuda
+        return _outcome(
+            *(case, backend.NAME, mx.float32),
+            lambda: check_columns.compute(case, given, backend.NAME),
+            lambda: check_columns.expected(case, given),
+        )
     if isinstance(case, StringsCase):
         strings, dtype = check_strings.operands_of(case), check_strings.DTYPES[case.dtype]
         op = case.product.removeprefix("pauli_")
@@ -217,7 +232,7 @@ def check_case(case: Case | StringsCase, tf32: bool = False) -> Outcome:
 
 
 def _outcome(
-    case: Case | StringsCase,
+    case: AnyCase,
     backend: str,
     dtype: mx.Dtype,
     compute: Callable[[], mx.array],

@@ -5,17 +5,20 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import mlx.core as mx
 
 from mlx_sparse_nn.core.backends import build, cpu, plain
-from mlx_sparse_nn.diagnostics import check_cases, check_strings
+from mlx_sparse_nn.diagnostics import check_cases, check_columns, check_strings
 from mlx_sparse_nn.diagnostics.check_cases import Case
+from mlx_sparse_nn.diagnostics.check_columns import ColumnsCase
 from mlx_sparse_nn.diagnostics.check_speed import LayerTiming
 from mlx_sparse_nn.diagnostics.check_strings import StringsCase
 
+AnyCase: TypeAlias = Case | StringsCase | ColumnsCase
 _MOST_NAMED = 10
-_PRODUCTS = (*check_cases.PRODUCTS, *check_strings.PRODUCTS)
+_PRODUCTS = (*check_cases.PRODUCTS, *check_strings.PRODUCTS, *check_columns.PRODUCTS)
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Outcome:
         wrong: What is wrong, in words; empty if nothing is.
     """
 
-    case: Case | StringsCase
+    case: AnyCase
     backend: str
     kernels: tuple[str, ...]
     part: float

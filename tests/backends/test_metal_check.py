@@ -12,13 +12,14 @@ from mlx_sparse_nn import qspmm, qspmm_t, sddmm, spmm, spmm_t
 from mlx_sparse_nn.__main__ import main
 from mlx_sparse_nn.core.backends import launch, naive
 from mlx_sparse_nn.core.backends import metal as kernels
-from mlx_sparse_nn.diagnostics import check, check_speed, check_strings
+from mlx_sparse_nn.diagnostics import check, check_columns, check_speed, check_strings
 from mlx_sparse_nn.diagnostics.check_cases import DTYPES, PACKINGS, all_cases, compute, operands_of
 
 FEW = "spmm-16-float16-7-edges-bias"
 TILES = "spmm_t-32-bfloat16-30-edges"
 SAMPLED = "sddmm-8-float32-5-edges"
 SCALARS = "spmm-3-float32-3-edges-bias"
+COLUMNS = tuple(case.name for case in check_columns.columns_cases() if case.n_panels < 100)
 STRINGS = "pauli_product-complex64-8-diagonal", "pauli_moments-float32-12-signs"
 
 
@@ -58,6 +59,14 @@ def test_sums_of_strings_are_by_kernels(emulated, monkeypatch, capsys):
     plant(monkeypatch, "metal/pauli", PARTS=2)
     assert main(["check", "--only", *STRINGS]) == 1
     assert f"check --only {STRINGS[0]}\n" in capsys.readouterr().err
+
+
+def test_columns_of_a_basis_are_by_kernels(emulated, monkeypatch, capsys):
+    assert main(["check", "--only", *COLUMNS]) == 0
+    assert re.search(r"\*\*metal\*\* 9 by \d+ variants of 5 kernels", capsys.readouterr().out)
+    plant(monkeypatch, "metal/basis_combine")
+    assert main(["check", "--only", *COLUMNS]) == 1
+    assert "check --only combine-float32-1-32\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [FEW, TILES, SAMPLED, SCALARS])
@@ -145,11 +154,11 @@ def reached(monkeypatch):
     """What would be launched; nothing is computed."""
     launched = []
 
-    def call(self, arrays, shape):
+    def outputs(self, arrays, shapes):
         launched.append(self)
-        return mx.zeros(shape, self.dtypes[0])
+        return [mx.zeros(*pair) for pair in zip([*shapes, *self.scratch], self.dtypes, strict=True)]
 
-    monkeypatch.setattr(launch.KernelLaunch, "__call__", call)
+    monkeypatch.setattr(launch.KernelLaunch, "outputs", outputs)
     with metal_emulator.metal_available():
         yield launched
 
@@ -160,6 +169,8 @@ def test_the_cases_reach_every_kernel(reached):
         compute(case, operands_of(case))
     for case in check_strings.strings_cases():
         check_strings.compute(case, check_strings.operands_of(case))
+    for case in check_columns.columns_cases():
+        check_columns.compute(case, check_columns.operands_of(case), "metal")
     checked = constants_of(reached)
     reached.clear()
     folder = ROOT / "mlx_sparse_nn/metal"
