@@ -33,7 +33,7 @@ from test_quantized_products import whole_blocks
 
 import mlx_sparse_nn
 from mlx_sparse_nn import CSRPattern
-from mlx_sparse_nn.core.backends import launch, naive, pauli_metal, pauli_naive
+from mlx_sparse_nn.core.backends import columns, launch, naive, pauli_metal, pauli_naive
 from mlx_sparse_nn.core.strings import PauliTerms
 
 FOLDER = Path(mlx_sparse_nn.__file__).parent / "metal"
@@ -55,8 +55,11 @@ FAULTS = {
     "the next block of the transpose": Fault(r"\bperm\[", "perm[1 + "),
     "a block too few": Fault(r"\bend = indptr\[([^;]*)\];", r"end = indptr[\1] - 1;"),
     "one element on": Fault(r"(?<=\w) = (x|y|data) \+ ", r" = \1 + 1 + "),
-    "the next matrix": Fault(r"\(size_t\)v\b", "(size_t)(v + 1)"),
-    "stored one off": Fault(r"\b(\w+)\[([^\]=;]*)\](\s*=\s)", r"\1[1 + \2]\3"),
+    "the next matrix or panel": Fault(r"\(size_t\)([vp])\b", r"(size_t)(\1 + 1)"),
+    "the next panel of a basis": Fault(r"\bp \* stride\b", "(p + 1) * stride"),
+    "panels left out": Fault(r"\bp \+= G\b", "p += G + 1"),
+    "the next column": Fault(r"\bj \* WIDTH\b", "(j + 1) * WIDTH"),
+    "stored one off": Fault(r"\b(\w+)\[([^\]=;]*)\](\s*=\s)(?!\{)", r"\1[1 + \2]\3"),
     "another stride in threadgroup memory": Fault(
         r"(simdgroup_load\([^;]*|store_stage<[^>]*), (LD\w*)\b", r"\1, \2 + 4"
     ),
@@ -65,9 +68,13 @@ FAULTS = {
     "the first bound alone": Fault(BOUNDED, r"(\1)"),
     "the second bound alone": Fault(BOUNDED, r"(\2)"),
     "no bound": Fault(
-        r"\bif \([\w +*/]+ <=? (?:N|n_valid|n_rows|valid|last|M|R|end\w*)\)", "if (true)"
+        r"\bif \([\w +*/]+ <=? (?:N|n_valid|n_rows|valid|last|M|R|WIDTH|end\w*)\)", "if (true)"
     ),
     "a sum of the wrong lanes": Fault(r"sum_lanes<1, ", "sum_lanes<2, "),
+    "a simdgroup too few": Fault(r"< THREADS / 32\b", "< THREADS / 32 - 1"),
+    "the first part of a sum alone": Fault(r"\b([lg]) < n_(?:parts|squares|dots)\b", r"\1 < 1"),
+    "added, not taken away": Fault(r"\b(fma|float4)\(-(?=\w)", r"\1("),
+    "not over the norm": Fault(r" \* inverse\b", ""),
     "the flips of the next string": Fault(r"\bterms\[4 \* t \+ 4\]", "terms[4 * t + 8]"),
     "the sign of set bits": Fault(r"~j & z", "j & z"),
 }
@@ -217,12 +224,103 @@ PAULI_CASES = {
 }
 
 
-def is_wrong(case: Case | PauliCase) -> bool:
+class ColumnCase(NamedTuple):
+    """A step of Lanczos' recurrence, or sums of a basis, of small whole numbers and a norm of 2.
+
+    Attributes:
+        op: "recurrence", "without" or "combine".
+        panels: Of a vector.
+        width: Of a panel.
+        count: Columns of the basis that are read. There are two more, which are no numbers: after
+            them, or one of them before the first, of "combine".
+        rows: Combinations.
+    """
+
+    op: str
+    panels: int
+    width: int
+    count: int = 0
+    rows: int = 0
+
+    def few(self, columns: int, seed: int) -> mx.array:
+        """Return columns, most of whose elements are zero: their sums of products stay exact."""
+        shape = (self.panels, columns, self.width)
+        return mx.where(integers(shape, seed) == 3, mx.sign(integers(shape, seed + 9)), 0)
+
+    def read(self) -> mx.array:
+        """Return the columns of the basis that are read."""
+        return self.few(self.count, 3)
+
+    def vectors(self) -> list[mx.array]:
+        return [self.few(1, seed) for seed in range(3)]
+
+    def basis(self, before: int) -> mx.array:
+        unread = mx.full((self.panels, 2, self.width), mx.nan)
+        return mx.concatenate([unread[:, :before], self.read(), unread[:, before:]], axis=1)
+
+    def actual(self) -> np.ndarray:
+        x, z, before = self.vectors()
+        if self.op == "combine":
+            factors = integers((self.rows, self.count), 5)
+            return np.array(columns.combine("metal", self.basis(1), 1, factors))
+        if self.op == "without":
+            x, z, *parts = columns.without("metal", self.basis(0), self.count, x, z)
+            return _joined(x, z, *map(_sum, parts))
+        squares, dots = mx.array([1.0, 1.0, 2.0]), mx.array([1.0, 2.0])
+        of_x = columns.recur_dot("metal", z, x, before, squares)
+        rest, x, parts, numbers = columns.recur_rest("metal", z, x, before, squares, dots)
+        return _joined(_sum(of_x), rest, x, _sum(parts), numbers)
+
+    def expected(self) -> np.ndarray:
+        x, z, before = (np.array(a, np.float64) for a in self.vectors())
+        basis = np.array(self.read(), np.float64)
+        if self.op == "combine":
+            return np.einsum("rj,pjw->prw", np.array(integers((self.rows, self.count), 5)), basis)
+        if self.op == "without":
+            a, b = (np.einsum("pjw,pow->j", basis, v) for v in (x, z))
+            along = (x * z).sum() - a @ b
+            x, z = (v - np.einsum("j,pjw->pw", f, basis)[:, None] for v, f in ((x, a), (z, b)))
+            z -= along * x
+            return _joined(x, z, np.square(x).sum(), np.square(z).sum())
+        x, known = x / 2, z / 2 - 2 * before
+        rest = known - 3 * x
+        return _joined((x * known).sum(), rest, x, np.square(rest).sum(), [3, 2])
+
+
+def _sum(parts: mx.array) -> float:
+    return np.array(parts).sum(dtype=np.float64)
+
+
+def _joined(*results: Any) -> np.ndarray:
+    return np.concatenate([np.ravel(np.array(result)) for result in results])
+
+
+# Panels and their width: less than a simdgroup takes, all that a group takes, and more than groups.
+PANELS = ((3, 96), (2, 1024), (261, 32))
+RECURRENCE = [ColumnCase("recurrence", *panels) for panels in PANELS]
+WITHOUT = [
+    ColumnCase("without", *panels, count)
+    for panels, count in (*zip(PANELS, (11, 1, 1), strict=True), ((1, 32), 0), ((1, 32), 65))
+]
+COLUMN_CASES = {
+    "recur_dot": RECURRENCE,
+    "recur_rest": RECURRENCE,
+    "basis_overlaps": WITHOUT,
+    "basis_subtract": WITHOUT,
+    "basis_combine": [
+        ColumnCase("combine", *panels, count, rows)
+        for panels, count, rows in zip(PANELS, (4, 9, 1), (9, 3, 1), strict=True)
+    ],
+}
+AnyCase = Case | PauliCase | ColumnCase
+
+
+def is_wrong(case: AnyCase) -> bool:
     """Return whether the product faults on the emulator or is not what it should be."""
     mx.disable_compile()
     try:
         with metal_emulator.Emulator():
-            return not mx.array_equal(case.actual(), case.expected()).item()
+            return not np.array_equal(case.actual(), case.expected())
     except (metal_emulator.MetalFault, metal_emulator.EmulatorError):
         return True
     finally:
@@ -253,14 +351,14 @@ def _all_cases() -> Iterator[Case]:
 
 
 @cache
-def cases() -> dict[str, list[Case] | list[PauliCase]]:
+def cases() -> dict[str, Sequence[AnyCase]]:
     """Return for each kernel the cheapest products that reach all its template arguments."""
     found: dict[str, list[tuple[int, Case, set]]] = {}
     for case in _all_cases():
         cost = case.pattern.nnz * case.rows * case.n_matrices
         for name, reached in _launched(case):
             found.setdefault(name, []).append((cost, case, reached))
-    chosen: dict[str, Any] = dict(PAULI_CASES)
+    chosen: dict[str, Any] = PAULI_CASES | COLUMN_CASES
     for name, candidates in found.items():
         seen: set = set()
         for _, case, reached in sorted(candidates, key=lambda c: c[0]):
@@ -306,7 +404,7 @@ def kernels_with(fault: Planted, folder: Path) -> Iterator[None]:
         yield
 
 
-def cases_of(file: str) -> list[Case | PauliCase]:
+def cases_of(file: str) -> list[AnyCase]:
     """Return the cases of the kernels that a file is part of, in turns."""
     includes = f'#include "{file}"'
     kernels = [k for k in cases() if file == f"{k}.metal" or includes in _text(f"{k}.metal")]
@@ -330,6 +428,12 @@ def test_a_planted_fault_is_caught(fault, tmp_path):
     with kernels_with(fault, tmp_path):
         caught = any(is_wrong(case) for case in tried)
     assert caught, f"`{fault.instead}` in place of `{fault.replaced}` changes no result"
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.endswith(".metal")])
+def test_without_a_fault_every_product_is_right(file):
+    """Else it would catch any."""
+    assert not [case for case in cases_of(file) if is_wrong(case)]
 
 
 def test_every_fault_is_planted():

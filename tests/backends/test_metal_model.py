@@ -23,8 +23,8 @@ from mlx_sparse_nn import (
     spmm,
     spmm_t,
 )
+from mlx_sparse_nn.core.backends import columns, metal_tiles, plain
 from mlx_sparse_nn.core.backends import metal as backend
-from mlx_sparse_nn.core.backends import metal_tiles, plain
 from mlx_sparse_nn.core.quantized import BITS
 
 
@@ -155,6 +155,13 @@ def test_every_variant_compiles_from_the_source_that_mlx_would_compile(metal):
     quantized_products()
     energy = lambda field: physics.IsingOperator(4, field) @ mx.ones(16)
     mx.eval(mx.vjp(energy, [mx.ones(4)], [mx.ones(16)]))
+    basis, x, square = mx.ones((1, 2, 32)), mx.ones((1, 1, 32)), mx.ones(1)
+    dots = columns.recur_dot("metal", x, x, x, square)
+    mx.eval(
+        *columns.recur_rest("metal", x, x, x, square, dots),
+        *columns.without("metal", basis, 2, x, x),
+        columns.combine("metal", basis, 1, mx.ones((1, 1))),
+    )
     for launch in metal.launches:
         assert f"void custom_kernel_{launch.kernel}" in launch.source
         assert "[[kernel]]" in launch.source
