@@ -757,8 +757,7 @@ def _multiply_integers(A: CSRArray, x: mx.array) -> mx.array:
 def _coordinates(name: str, values: ArrayLike, size: int) -> np.ndarray:
     indices = check_indices("COOArray", name, values)
     check_range("COOArray", name, indices, size)
-    indices.flags.writeable = False
-    return indices
+    return index.locked(indices)
 
 
 def check_offset(owner: str, k: int) -> int:

@@ -324,6 +324,14 @@ def share(indices: np.ndarray) -> np.ndarray:
     return np.asarray(mx.array(np.ascontiguousarray(indices)))
 
 
+def locked(indices: np.ndarray) -> np.ndarray:
+    """Return the same memory as an array that cannot be written to, nor be made writable."""
+    if isinstance(indices.base, memoryview):
+        return np.asarray(indices.base.toreadonly())
+    indices.flags.writeable = False
+    return indices.view()
+
+
 def on_device(indices: np.ndarray) -> mx.array:
     """Return int32 indices as an MLX array: without a copy, if they came from :func:`share`."""
     owner = _owner(indices)

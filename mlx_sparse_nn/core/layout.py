@@ -49,9 +49,8 @@ class HostIndex:
         """``indptr`` and ``indices`` of the transpose, and where its entries lie here."""
         if self._transposed is None:
             made = index.transpose(self.indptr, self.indices, self.n_cols)
-            for array in made:
-                array.flags.writeable = False  # what products read may lie in its memory
-            return made
+            indptr, indices, perm = map(index.locked, made)  # what products read may lie there
+            return indptr, indices, perm
         perm = self._transposed.transpose[2]
         inverse = np.empty_like(perm)
         inverse[perm] = np.arange(perm.size, dtype=np.int32)

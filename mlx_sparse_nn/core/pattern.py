@@ -96,7 +96,7 @@ class CSRPattern:
     ) -> None:
         """Take over what is right, and int32."""
         note_transforms()
-        indptr.flags.writeable = indices.flags.writeable = False
+        indptr, indices = index.locked(indptr), index.locked(indices)
         # Not by attribute, which a frozen dataclass refuses.
         self.__dict__.update(indptr=indptr, indices=indices, shape=shape, block_size=block_size)
 

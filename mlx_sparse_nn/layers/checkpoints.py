@@ -20,6 +20,8 @@ from mlx.utils import tree_flatten
 from mlx_sparse_nn.core.pattern import CSRPattern
 from mlx_sparse_nn.core.transforms import wrap_module_method
 
+BLOCKWISE = ("weight", "scales", "biases", "indices")  # their first axis is the stored blocks
+
 KEY = "mlx_sparse_nn.patterns"  # in the metadata of a file
 
 Arrays: TypeAlias = "dict[str, mx.array]"
@@ -135,7 +137,7 @@ def _load_weights(
                 )
         for path, pattern in patterns.items():
             if layers[path].pattern != pattern:
-                _check_both(path, dict(weights))
+                _check_all(path, layers[path], dict(weights))
         check_patterns("load_weights", self, described, kind)
     except Exception as error:
         # MLX checks names and shapes before it writes. What a layer refuses, it does when it is
@@ -154,15 +156,22 @@ def _load_weights(
     return self
 
 
-def _check_both(path: str, weights: Arrays) -> None:
-    """Raise if a file changes one half of a layer's pattern, so that values go to other places."""
-    prefix = f"{path}." if path else ""
-    for name, other in (("indptr", "indices"), ("indices", "indptr")):
-        if f"{prefix}{name}" in weights and f"{prefix}{other}" not in weights:
+def _check_all(path: str, layer: nn.Module, weights: Arrays) -> None:
+    """Raise if a file changes a part of a layer's pattern, or all without the values, so that
+    values go to other places."""
+    prefix, name = f"{path}." if path else "", path or "the layer"
+    given = {key for key in layer if f"{prefix}{key}" in weights}
+    for here, other in (("indptr", "indices"), ("indices", "indptr")):
+        if here in given and other not in given:
             raise ValueError(
-                f"[load_weights] {path or 'the layer'} gets {name} of another pattern without its "
-                f"{other}: load both at once"
+                f"[load_weights] {name} gets {here} of another pattern without its {other}: load "
+                "both at once"
             )
+    if missing := [key for key in BLOCKWISE if key in layer and key not in given]:
+        raise ValueError(
+            f"[load_weights] {name} gets another pattern without its {missing[0]}: load both at "
+            "once"
+        )
 
 
 def _refusing(weights: Any, layers: Mapping[str, Any], message: str) -> str | None:

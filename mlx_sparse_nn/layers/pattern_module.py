@@ -23,10 +23,9 @@ from mlx_sparse_nn.core.layout import Layout
 from mlx_sparse_nn.core.pattern import CSRPattern, check_pattern
 from mlx_sparse_nn.core.replay import Replay
 from mlx_sparse_nn.core.transforms import transforming
-from mlx_sparse_nn.layers.checkpoints import RESTORE, guard
+from mlx_sparse_nn.layers.checkpoints import BLOCKWISE, RESTORE, guard
 
 _INDICES = ("indptr", "indices")
-BLOCKWISE = ("weight", "scales", "biases", "indices")  # their first axis is the stored blocks
 # Relative error of an index array in a running average of one pattern: 1.3e-5 after any number of
 # steps that keep 0.999 of it, in float32. The mean of two patterns is that close only where they
 # differ by one in numbers above 32768.

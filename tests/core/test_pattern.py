@@ -104,6 +104,10 @@ def test_it_cannot_be_changed():
     assert pattern.indices[0] == 0
     with pytest.raises(ValueError, match="read-only"):
         pattern.indices[0] = 2
+    for held in (pattern.indices, pattern.indptr, pattern.T.indices, pattern.layout.cols.perm):
+        if isinstance(held, np.ndarray):
+            with pytest.raises(ValueError, match="WRITEABLE"):
+                held.setflags(write=True)  # a product would read where it says
     with pytest.raises(AttributeError, match="shape"):
         untyped(pattern).shape = (2, 2)
 

@@ -395,3 +395,16 @@ def test_half_of_another_pattern_is_refused(given, other):
     assert_equal(model.layers[0].weight, weight)
     arrays[f"layers.0.{given}"] = model.layers[0][given]
     model.load_weights(list(arrays.items()), strict=False)  # of the model's own pattern
+
+
+def test_another_pattern_without_its_values_is_refused():
+    """Not strict: the model's own values would stand at other places."""
+    mine = CSRPattern([0, 1, 4], [0, 0, 1, 2], (8, 16), 4)
+    others = CSRPattern([0, 3, 4], [0, 1, 2, 3], (8, 16), 4)
+    model, source = (nn.Sequential(BlockSparseLinear(16, 8, p)) for p in (mine, others))
+    weight, arrays = model.layers[0].weight, dict(flatten(source.parameters()))
+    del arrays["layers.0.weight"]
+    with pytest.raises(ValueError, match=r"layers\.0 gets another pattern without its weight"):
+        model.load_weights(list(arrays.items()), strict=False)
+    assert model.layers[0].pattern == mine
+    assert_equal(model.layers[0].weight, weight)
