@@ -11,12 +11,14 @@ too small. A derivative by ``psi`` is divided by the norm of ``psi``, to the pow
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_sparse_nn.core.derivatives import with_rules
 from mlx_sparse_nn.core.transforms import is_traced, tracing, transforming
 from mlx_sparse_nn.physics.checks import (
     check_axis,
@@ -204,7 +206,7 @@ def entanglement_entropy(psi: mx.array, cut: int) -> mx.array:
             "[entanglement_entropy] psi must not be traced for a file, which cannot hold the "
             "derivative of eigenvalues; export the state, and take its entropy outside"
         )
-    return _entropy_of_state(cut, _scaled_parts(psi, largest))
+    return _entropy(cut, mx.stack(_scaled_parts(psi, largest)))
 
 
 def fidelity(a: mx.array, b: mx.array) -> mx.array:
@@ -357,120 +359,70 @@ def _all_pairs(weights: mx.array, n: int) -> mx.array:
     return upper + upper.T + diagonal
 
 
-def _entropy_of_state(cut: int, parts: list[mx.array]) -> mx.array:
-    """Return the entropy of states by their real and imaginary parts, ``(..., 2**n)``.
+def _entropy(cut: int, parts: mx.array) -> mx.array:
+    """Return the entropies of states, ``(...,)``, by their real and imaginary parts ``(..., 1 or 2,
+    2**n)``."""
 
-    A forward derivative is the slope's product with the tangent: on a GPU, MLX (0.32.4) computes
-    some of its own rules of float64 there, which has none.
-    """
+    def vjp(parts: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        return cotangent[..., None, None] * _slopes(cut, parts)
 
-    def compute(*parts: mx.array) -> mx.array:
-        with mx.stream(mx.cpu):  # MLX has eigh and float64 there only
-            return _from_parts(cut, list(parts))
+    def jvp(parts: mx.array, tangent: mx.array) -> mx.array:
+        return (_slopes(cut, parts) * tangent).sum(axis=(-2, -1))
 
-    entropy: Any = mx.custom_function(compute)
+    def vmap(parts: mx.array, axis: int) -> tuple[mx.array, int]:
+        return _entropy(cut, mx.moveaxis(parts, axis, 0)), 0
 
-    @entropy.vjp
-    def vjp(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
-        slopes = mx.vjp(compute, list(_listed(primals)), [cotangent])[1]
-        return slopes if isinstance(primals, (list, tuple)) else slopes[0]
-
-    @entropy.jvp
-    def jvp(primals: Any, tangents: Any) -> mx.array:
-        primals, tangents = _listed(primals), _listed(tangents)
-        ones = mx.ones(primals[0].shape[:-1], primals[0].dtype)
-        slopes = mx.vjp(compute, list(primals), [ones])[1]
-        return _total([(s * t).sum(axis=-1) for s, t in zip(slopes, tangents, strict=True)])
-
-    @entropy.vmap
-    def vmap(primals: Any, axes: Any) -> tuple[mx.array, int]:
-        pairs = zip(_listed(primals), _listed(axes), strict=True)
-        return _entropy_of_state(cut, [mx.moveaxis(part, axis, 0) for part, axis in pairs]), 0
-
-    return entropy(*parts)
+    return with_rules(_compute_entropy, cut, vjp, jvp, vmap)(parts)
 
 
-def _listed(arrays: Any) -> Any:
-    """Return what MLX passes to a rule: one, or a list of them."""
-    return arrays if isinstance(arrays, (list, tuple)) else [arrays]
+def _slopes(cut: int, parts: mx.array) -> mx.array:
+    """Return the gradients of :func:`_entropy`, which have no derivative themselves."""
 
-
-def _from_parts(cut: int, parts: list[mx.array]) -> mx.array:
-    """Return the entropy, computed in float64."""
-    dtype = parts[0].dtype
-    parts = [part.reshape(*part.shape[:-1], -1, 1 << cut).astype(mx.float64) for part in parts]
-    if parts[0].shape[-2] > parts[0].shape[-1]:
-        parts = [part.swapaxes(-1, -2) for part in parts]
-    turned = [part.swapaxes(-1, -2) for part in parts]
-    copies = len(parts)
-    if copies == 2:
-        # The real matrix [[Re, -Im], [Im, Re]] has each eigenvalue of Re + i Im twice.
-        re = parts[0] @ turned[0] + parts[1] @ turned[1]
-        im = parts[1] @ turned[0] - parts[0] @ turned[1]
-        rows = [mx.concatenate(row, axis=-1) for row in ([re, -im], [im, re])]
-        rho = mx.concatenate(rows, axis=-2)
-    else:
-        rho = parts[0] @ turned[0]
-    trace = mx.diagonal(rho, axis1=-2, axis2=-1).sum(axis=-1) / copies
-    return (_entropy(rho / trace[..., None, None]) / copies).astype(dtype)
-
-
-def _entropy(rho: mx.array) -> mx.array:
-    """Return ``-tr(rho ln rho)`` of symmetric ``(..., d, d)``, as ``(...,)``.
-
-    MLX cannot differentiate its eigh, but ``d tr f(rho) = tr(f'(rho) d rho)`` needs only the
-    eigenvectors themselves.
-    """
-
-    @mx.custom_function
-    def entropy(rho):
-        with mx.stream(mx.cpu):
-            values = mx.maximum(_eigh(rho)[0], _TINY)
-            return -(values * mx.log(values)).sum(axis=-1)
-
-    @entropy.vjp
-    def vjp(rho, cotangent, output):
-        with mx.stream(mx.cpu):
-            return cotangent[..., None, None] * _entropy_gradient(rho)
-
-    @entropy.jvp
-    def jvp(rho, tangent):
-        with mx.stream(mx.cpu):
-            return (_entropy_gradient(rho) * tangent).sum(axis=(-2, -1))
-
-    @entropy.vmap
-    def vmap(rho, axis):
-        with mx.stream(mx.cpu):
-            return (_entropy(mx.moveaxis(rho, axis, 0)),), (0,)
-
-    return entropy(rho)  # pyright: ignore[reportReturnType]
-
-
-def _entropy_gradient(rho: mx.array) -> mx.array:
-    """Return ``-(ln rho + 1)``, with eigenvalues of at least ``_TINY``."""
-
-    @mx.custom_function
-    def gradient(rho):
-        with mx.stream(mx.cpu):
-            values, vectors = _eigh(rho)
-            slopes = -(mx.log(mx.maximum(values, _TINY)) + 1)
-            return (vectors * slopes[..., None, :]) @ vectors.swapaxes(-1, -2)
-
-    def refuse(*_):
+    def refuse(*_: Any) -> mx.array:
         raise ValueError(
             "[entanglement_entropy] psi has been differentiated twice: the entropy has a first "
             "derivative only"
         )
 
-    gradient.vjp(refuse)
-    gradient.jvp(refuse)
+    def vmap(parts: mx.array, axis: int) -> tuple[mx.array, int]:
+        return _slopes(cut, mx.moveaxis(parts, axis, 0)), 0
 
-    @gradient.vmap
-    def vmap(rho, axis):
-        with mx.stream(mx.cpu):
-            return (_entropy_gradient(mx.moveaxis(rho, axis, 0)),), (0,)
+    return with_rules(_compute_slopes, cut, refuse, refuse, vmap)(parts)
 
-    return gradient(rho)  # pyright: ignore[reportReturnType]
+
+def _compute_entropy(cut: int, parts: mx.array) -> mx.array:
+    """Return ``-tr(rho ln rho)``, in float64 on the way."""
+    with mx.stream(mx.cpu):  # MLX has eigh and float64 there only
+        values = mx.maximum(_eigh(_density(cut, parts))[0], _TINY)
+        sums = -(values * mx.log(values)).sum(axis=-1)
+        return (sums / parts.shape[-2]).astype(parts.dtype)
+
+
+def _compute_slopes(cut: int, parts: mx.array) -> mx.array:
+    """Return the gradients: ``d tr f(rho) = tr(f'(rho) d rho)`` needs no derivative of eigh."""
+    with mx.stream(mx.cpu):
+        values, vectors = _eigh(_density(cut, parts))
+        slopes = -(mx.log(mx.maximum(values, _TINY)) + 1) / parts.shape[-2]
+        of_rho = (vectors * slopes[..., None, :]) @ vectors.swapaxes(-1, -2)
+        return mx.vjp(partial(_density, cut), [parts], [of_rho])[1][0]
+
+
+def _density(cut: int, parts: mx.array) -> mx.array:
+    """Return the density matrices of one side, ``(..., d, d)`` in float64: of complex states the
+    real matrices [[Re, -Im], [Im, Re]], which have each eigenvalue twice."""
+    copies = parts.shape[-2]
+    cuts = parts.reshape(*parts.shape[:-1], -1, 1 << cut).astype(mx.float64)
+    if cuts.shape[-2] > cuts.shape[-1]:
+        cuts = cuts.swapaxes(-1, -2)
+    a, turned_a = cuts[..., 0, :, :], cuts[..., 0, :, :].swapaxes(-1, -2)
+    rho = a @ turned_a
+    if copies == 2:
+        b, turned_b = cuts[..., 1, :, :], cuts[..., 1, :, :].swapaxes(-1, -2)
+        re, im = rho + b @ turned_b, b @ turned_a - a @ turned_b
+        rows = [mx.concatenate(row, axis=-1) for row in ([re, -im], [im, re])]
+        rho = mx.concatenate(rows, axis=-2)
+    trace = mx.diagonal(rho, axis1=-2, axis2=-1).sum(axis=-1) / copies
+    return rho / trace[..., None, None]
 
 
 def _eigh(rho: mx.array) -> tuple[mx.array, mx.array]:
